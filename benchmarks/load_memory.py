@@ -1,0 +1,202 @@
+"""Host memory needed to quantize a checkpoint while it is read.
+
+    python benchmarks/load_memory.py [--calibration none|icq] [--layers 11] [--cold] ...
+
+Writes a synthetic bfloat16 LLaMA in shards (about 1 GB by default), loads it in a fresh process and
+compares the growth of the resident set with the packed base. Accepted are two tensors of the
+largest linear layer, in float32, on top of the packed base. Exit code 1 if more is needed.
+
+The quantizer is compiled before, on one layer of the same widths: compiling takes some 100 MB for a
+moment, whatever the size of the model. What that left behind is given back to the system before the
+measurement, so that it hides nothing. With --cold the compilation is measured too.
+
+The resident set (RSS) has two parts: anonymous memory, which is what a process must really have,
+and pages of mapped files, which the system can drop at any time. Both are sampled every
+millisecond, and the kernel's own record of the largest RSS (VmHWM) stands beside them.
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from irqlora_jax.config import LINEAR_NAMES, QuantConfig
+from irqlora_jax.hf import linear_path, load_base, weight_name
+from irqlora_jax.llama import LlamaConfig
+
+STATUS = Path("/proc/self/status")
+FIELDS = ("VmRSS", "RssAnon", "RssFile", "VmHWM")
+
+
+def resident() -> dict[str, int]:
+    """Bytes by field of /proc/self/status."""
+    lines = (line.split() for line in STATUS.read_text().splitlines())
+    return {line[0][:-1]: int(line[1]) * 1024 for line in lines if line[0][:-1] in FIELDS}
+
+
+def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
+    """One shard a layer and one for the rest, so that writing needs little memory too."""
+    rng = np.random.default_rng(0)
+
+    def random(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape, np.float32) * 0.02).astype(ml_dtypes.bfloat16)
+
+    hidden, vocab = config.hidden_size, config.vocab_size
+    weight_map: dict[str, str] = {}
+
+    def write(number: int, tensors: dict[str, np.ndarray]) -> None:
+        file = f"model-{number:05}-of-{config.num_hidden_layers + 1:05}.safetensors"
+        save_file(tensors, folder / file)
+        weight_map.update(dict.fromkeys(tensors, file))
+
+    for i in range(config.num_hidden_layers):
+        tensors = {
+            weight_name(linear_path(name), i): random(*config.linear_shapes[name])
+            for name in LINEAR_NAMES
+        }
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[weight_name((name,), i)] = random(hidden)
+        write(i + 1, tensors)
+    write(
+        config.num_hidden_layers + 1,
+        {
+            weight_name(("embed_tokens",)): random(vocab, hidden),
+            weight_name(("lm_head",)): random(vocab, hidden),
+            weight_name(("norm",)): random(hidden),
+        },
+    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+
+
+def llama(args: argparse.Namespace) -> LlamaConfig:
+    """The model that is measured."""
+    return LlamaConfig(
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        intermediate_size=args.ffn,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=args.hidden // 256,
+        head_dim=64,
+    )
+
+
+def rehearsal(args: argparse.Namespace) -> LlamaConfig:
+    """The model that is loaded before it."""
+    if args.cold:
+        args = argparse.Namespace(vocab=64, hidden=256, ffn=192, layers=1)
+    return dataclasses.replace(llama(args), num_hidden_layers=1, vocab_size=64)
+
+
+def give_back() -> None:
+    """Returns freed memory to the system, so that what is taken again counts as growth."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None:
+        print("no malloc_trim: memory freed before may be used again unseen", file=sys.stderr)
+    else:
+        trim(0)
+    # Since Linux 4.0 this sets VmHWM back to the present VmRSS.
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        print("VmHWM could not be reset: it tells of the rehearsal too", file=sys.stderr)
+
+
+def measure(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Loads the rehearsal, then the model, and returns what the memory did."""
+    quant = QuantConfig(format=args.format, calibration=args.calibration)
+    load_base(folder / "rehearsal", quant)
+    done = threading.Event()
+    peaks = dict.fromkeys(FIELDS, 0)
+
+    def sample() -> None:
+        while not done.wait(0.001):
+            for name, value in resident().items():
+                peaks[name] = max(peaks[name], value)
+
+    give_back()
+    before = resident()
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    start = time.perf_counter()
+    base, _ = load_base(folder / "model", quant, progress=args.progress)
+    seconds = time.perf_counter() - start
+    done.set()
+    sampler.join()
+    peaks["VmHWM"] = resident()["VmHWM"]
+    return {
+        "packed": sum(leaf.nbytes for leaf in jax.tree.leaves(base)),
+        "seconds": seconds,
+        **{f"growth of {name}": peaks[name] - before[name] for name in FIELDS},
+    }
+
+
+def report(result: dict[str, float], args: argparse.Namespace) -> bool:
+    """Prints the figures; true if they are accepted."""
+    config = llama(args)
+    linear = 4 * max(rows * columns for rows, columns in config.linear_shapes.values())
+    table = 4 * config.vocab_size * config.hidden_size
+    mb = 1e6
+    print(f"jax {jax.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(
+        f"format {args.format}, calibration {args.calibration}, {config.num_hidden_layers} layers"
+    )
+    print(f"seconds to load                      {result['seconds']:9.1f}")
+    print(f"packed base, with embeddings (MB)    {result['packed'] / mb:9.1f}")
+    print(f"largest linear layer, float32 (MB)   {linear / mb:9.1f}")
+    print(f"embedding table, float32 (MB)        {table / mb:9.1f}")
+    worst = 0.0
+    print(f"{'growth of the peak':24} {'MB':>9} {'above packed, in largest linear layers':>40}")
+    for name in FIELDS:
+        growth = result[f"growth of {name}"]
+        ratio = (growth - result["packed"]) / linear
+        print(f"{name:24} {growth / mb:9.1f} {ratio:40.2f}")
+        worst = max(worst, ratio)
+    print(f"worst {worst:.2f}, accepted is 2.00")
+    return worst <= 2
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--calibration", choices=["none", "icq"], default="icq")
+    parser.add_argument("--format", default="nf4")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--ffn", type=int, default=5632)
+    parser.add_argument("--vocab", type=int, default=1024)
+    parser.add_argument("--cold", action="store_true", help="measure the compilation too")
+    parser.add_argument("--progress", action="store_true")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.folder is not None:  # the fresh process
+        print(json.dumps(measure(args.folder, args)))
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part, config in (("rehearsal", rehearsal(args)), ("model", llama(args))):
+            (folder / part).mkdir()
+            write_checkpoint(folder / part, config)
+        files = list((folder / "model").glob("*.safetensors"))
+        print(f"checkpoint {sum(file.stat().st_size for file in files) / 1e9:.2f} GB")
+        command = [sys.executable, __file__, *sys.argv[1:], "--folder", str(folder)]
+        child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return 0 if report(json.loads(child.stdout), args) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

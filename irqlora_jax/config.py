@@ -1,0 +1,260 @@
+"""The whole configuration: frozen dataclasses, read from YAML and dotted overrides.
+
+Every unknown key and every bad value is an error that names the field, the value and what is
+accepted. The fields are documented here and nowhere else; `python train.py --help` prints them.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+Format = Literal["nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2", "none"]
+
+
+def _require(ok: bool, field: str, value: Any, accepted: str) -> None:
+    if not ok:
+        raise ValueError(f"{field} = {value!r}: accepted is {accepted}")
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """How the frozen linear layers are stored."""
+
+    format: Format = "nf4"
+    """Code book. "none" keeps the weights as they are (plain LoRA)."""
+    block_size: int = 64
+    """Weights that share a scale and a shift; a multiple of 8."""
+    calibration: Literal["none", "icq"] = "icq"
+    """"none": scale from the largest weight. "icq": also the shift (NormalFloat, FP4) or the range
+    (integers) that maximizes the entropy of each block's codes (IR-QLoRA, section 3.2)."""
+    symmetric: bool = False
+    """Integers only: zero point fixed in the middle of the codes."""
+    search: Literal["range", "zero_point"] = "range"
+    """Integers only, what ICQ moves: the "range" as in the released code, or the "zero_point" at a
+    fixed scale as in the paper's text."""
+    search_range: float = 0.1
+    """lambda of the paper: half-width of the search (NormalFloat: in standard deviations of the
+    block, integers: as a fraction of the block's range)."""
+    search_steps: int | None = None
+    """n of the paper: 2n+1 candidates. Null: 100 for NormalFloat and FP4, 50 for integers."""
+    codes_from: Literal["stored", "exact"] = "stored"
+    """Statistics that the codes are computed against: the "stored" (rounded) scale and shift, which
+    the dequantizer uses, or the "exact" ones, as the released code does (for parity only)."""
+
+    def __post_init__(self) -> None:
+        size = self.block_size
+        _require(size > 0 and size % 8 == 0, "quant.block_size", size, "a positive multiple of 8")
+        # Beyond 1/0.541 the scale of a shifted block could vanish (icq.py).
+        width = self.search_range
+        limit = 1.0 if self.format.startswith("int") else 1.8
+        ok = 0 < width < limit
+        _require(ok, "quant.search_range", width, f"a number between 0 and {limit}")
+        steps = self.search_steps
+        ok = steps is None or steps >= 1
+        _require(ok, "quant.search_steps", steps, "a whole number of at least 1, or null")
+        integer = self.format.startswith("int")
+        ok = integer or not self.symmetric
+        _require(ok, "quant.symmetric", self.symmetric, f"false with quant.format {self.format}")
+        ok = integer or self.search == "range"
+        _require(ok, "quant.search", self.search, f"range with quant.format {self.format}")
+        ok = not (self.symmetric and self.search == "zero_point")
+        _require(ok, "quant.search", self.search, "range with quant.symmetric true")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """The trained low-rank update of the frozen layers."""
+
+    method: Literal["lora", "iec"] = "iec"
+    """"lora": QLoRA's pair of matrices. "iec": with the parameter-free connections of IR-QLoRA."""
+    rank: int = 64
+    """Inner dimension r."""
+    alpha: float = 16.0
+    """The update is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Probability of dropping an input feature in front of the matrix A."""
+    targets: tuple[str, ...] = LINEAR_NAMES
+    """Names of the adapted linear layers."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type in which adapters and optimizer state are kept."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "adapter.rank", self.rank, "a whole number of at least 1")
+        _require(self.alpha > 0, "adapter.alpha", self.alpha, "a positive number")
+        _require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "0 <= dropout < 1")
+        _require(len(self.targets) > 0, "adapter.targets", self.targets, "at least one name")
+        for name in self.targets:
+            _require(name in LINEAR_NAMES, "adapter.targets", name, ", ".join(LINEAR_NAMES))
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is learned from."""
+
+    train: str = ""
+    """Local .json, .jsonl or .txt file, or the id of a data set on the Hugging Face hub."""
+    eval: str | None = None
+    """Like `train`, for the evaluation loss. Null: `eval_fraction` of the training rows."""
+    eval_fraction: float = 0.0
+    """Share of the training rows held out for the evaluation loss when `eval` is null."""
+    format: Literal["alpaca", "input_output", "text"] = "alpaca"
+    """"alpaca": instruction, input, output. "input_output": input, output. "text": plain text."""
+    source_length: int = 384
+    """Longest prompt, in tokens; longer prompts are cut on the left."""
+    target_length: int = 128
+    """Longest answer, in tokens; longer answers are cut on the right."""
+    train_on_source: bool = False
+    """Put the loss on the prompt too."""
+    sequence_length: int = 256
+    """Plain text only: tokens of one training example."""
+    max_examples: int | None = None
+    """Use at most this many rows (null: all)."""
+
+    def __post_init__(self) -> None:
+        share = self.eval_fraction
+        _require(0 <= share < 1, "data.eval_fraction", share, "0 <= eval_fraction < 1")
+        for name in ("source_length", "target_length", "sequence_length"):
+            value = getattr(self, name)
+            _require(value >= 2, f"data.{name}", value, "a whole number of at least 2")
+        limit = self.max_examples
+        ok = limit is None or limit >= 1
+        _require(ok, "data.max_examples", limit, "a whole number of at least 1, or null")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The optimization; the defaults are the paper's for LLaMA 7B and 13B (appendix B.4)."""
+
+    steps: int = 10_000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Examples of one optimizer step."""
+    accumulation: int = 1
+    """Parts that a batch is computed in, one after the other, to save memory."""
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warmup: constant, or down to 0 at the last step."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    beta1: float = 0.9
+    """AdamW: decay of the first moment."""
+    beta2: float = 0.999
+    """AdamW: decay of the second moment."""
+    eps: float = 1e-8
+    """AdamW: term added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """AdamW: decoupled weight decay."""
+    clip_norm: float | None = 0.3
+    """Largest norm of the gradient (null: no clipping)."""
+    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the activations. float16 (for GPUs without fast bfloat16) scales the loss."""
+    remat: bool = True
+    """Recompute the activations of a layer in the backward pass instead of keeping them."""
+    loss_chunk: int = 1024
+    """Positions whose logits exist at one time when the loss is computed."""
+    eval_every: int = 0
+    """Steps between evaluation losses (0: only at the end)."""
+    save_every: int = 0
+    """Steps between checkpoints (0: only at the end)."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are deleted."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "loss_chunk", "keep_checkpoints"):
+            value = getattr(self, name)
+            _require(value >= 1, f"train.{name}", value, "a whole number of at least 1")
+        for name in ("warmup_steps", "eval_every", "save_every", "weight_decay"):
+            value = getattr(self, name)
+            _require(value >= 0, f"train.{name}", value, "0 or more")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"train.{name}", value, "0 <= value < 1")
+        for name in ("learning_rate", "eps"):
+            value = getattr(self, name)
+            _require(value > 0, f"train.{name}", value, "a positive number")
+        clip = self.clip_norm
+        _require(clip is None or clip > 0, "train.clip_norm", clip, "a positive number, or null")
+        ok = self.batch_size % self.accumulation == 0
+        accepted = f"a divisor of train.batch_size = {self.batch_size}"
+        _require(ok, "train.accumulation", self.accumulation, accepted)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured beside the evaluation loss."""
+
+    questions: str | None = None
+    """Multiple-choice questions (.jsonl: subject, prompt, choices, answer), asked at the end."""
+    max_questions: int | None = None
+    """Ask only the first so many (null: all)."""
+    baselines: bool = False
+    """Also measure the full-precision model and the quantizers without a finetune, for a table."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What is shown while training."""
+
+    every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "log.every", self.every, "a whole number of at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    model: str
+    """Folder with a Hugging Face LLaMA (safetensors), or its id on the hub."""
+    output_dir: str
+    """Folder of the run: quantized base, checkpoints, metrics, scores."""
+    seed: int = 0
+    """Seed of the adapters, the order of the data and the dropout."""
+    quant: QuantConfig = QuantConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    log: LogConfig = LogConfig()
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> "Config":
+        """Reads a YAML file; `overrides` maps dotted names to values, as on the command line.
+
+        Raises:
+            ValueError: no such file, unknown key, wrong type or value that is not accepted.
+        """
+        argv = [f"--config={path}"]
+        for name, value in (overrides or {}).items():
+            argv.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+        return parse_config(argv)
+
+
+def parse_config(argv: Sequence[str]) -> Config:
+    """The configuration on a command line: `--config FILE` and `--section.key value` overrides.
+
+    Raises:
+        ValueError: no such file, unknown key, wrong type or value that is not accepted.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, description="Finetune a LLaMA.")
+    parser.add_argument("--config", action="config", help="YAML file; flags override it.")
+    parser.add_class_arguments(Config, as_group=False)
+    try:
+        fields = vars(parser.instantiate(parser.parse_args(list(argv))))
+    except jsonargparse.ArgumentError as error:
+        text = " ".join(str(error).split())
+        raise ValueError(f"{text} (train.py --help lists every field)") from error
+    fields.pop("config")
+    return Config(**fields)

@@ -1,0 +1,561 @@
+"""LLaMA 1, 2 and 3 as a functional Flax (linen) module: frozen base, trained adapters.
+
+Two collections: `base` holds the frozen weights (QTensors or float arrays), `params` the adapters.
+Both are stacked over the layers, on a leading axis that `nn.scan` walks along, and carry the names
+of Hugging Face. A model is a value: it keeps no arrays, so everything is passed to `apply`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
+
+from irqlora_jax.adapters import METHODS
+from irqlora_jax.config import LINEAR_NAMES, AdapterConfig
+from irqlora_jax.quant.matmul import dequant_matmul
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION_NAMES = LINEAR_NAMES[:4]
+Initializer = Callable[..., Array]
+Cache = dict[str, Array]
+"""Keys and values of the tokens seen: "k", "v" [layer, batch, slot, kv_head, head_dim], and
+"length" [batch], the number of tokens in each row. The token at position p lies in slot p."""
+
+
+_normal = nn.initializers.normal(0.02)
+
+
+def _require(ok: bool, field: str, value: Any, accepted: str) -> None:
+    if not ok:
+        raise ValueError(f"config.json: {field} = {value!r}: accepted is {accepted}")
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Stretching of the rotary frequencies, for contexts longer than those of the pretraining."""
+
+    rope_type: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    """llama3 alone, as the two that follow."""
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in config.json."""
+        values = dataclasses.asdict(self)
+        return (
+            values if self.rope_type == "llama3" else {"rope_type": "linear", "factor": self.factor}
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The architecture; the names are those of Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_ids: tuple[int, ...] = (2,)
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            _require(value >= 1, name, value, "a whole number of at least 1")
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        accepted = f"a divisor of num_attention_heads = {heads}"
+        _require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, accepted)
+        ok = self.head_dim >= 2 and self.head_dim % 2 == 0
+        _require(ok, "head_dim", self.head_dim, "a positive even number")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
+        """Reads a config.json, with the rotary settings in their old or their new place.
+
+        Raises:
+            ValueError: not a LLaMA, or a variant of it that is not supported.
+        """
+        _require(
+            values.get("model_type") == "llama", "model_type", values.get("model_type"), "'llama'"
+        )
+        for name, default in (
+            ("attention_bias", False),
+            ("mlp_bias", False),
+            ("hidden_act", "silu"),
+        ):
+            value = values.get(name, default)
+            _require(value == default, name, value, repr(default))
+        needed = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+        )
+        for name in needed:
+            _require(isinstance(values.get(name), int), name, values.get(name), "a whole number")
+        heads = values["num_attention_heads"]
+        head_dim = values.get("head_dim")
+        if head_dim is None:
+            hidden = values["hidden_size"]
+            accepted = f"a multiple of num_attention_heads = {heads}, or a head_dim beside it"
+            _require(heads > 0 and hidden % heads == 0, "hidden_size", hidden, accepted)
+            head_dim = hidden // heads
+        theta, scaling = _read_rope(values)
+        eos = values.get("eos_token_id", 2)
+        kv_heads = values.get("num_key_value_heads")
+        return cls(
+            **{name: values[name] for name in needed},
+            num_key_value_heads=heads if kv_heads is None else kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=values.get("max_position_embeddings", 2048),
+            tie_word_embeddings=values.get("tie_word_embeddings", False),
+            bos_token_id=values.get("bos_token_id", 1),
+            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            pad_token_id=values.get("pad_token_id"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """An ordinary config.json, which `from_dict` and transformers read."""
+        values = dataclasses.asdict(self)
+        eos = values.pop("eos_token_ids")
+        return values | {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "rope_scaling": self.rope_scaling and self.rope_scaling.to_dict(),
+            "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
+        }
+
+    @property
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of the linear layers, by name."""
+        hidden, wide = self.hidden_size, self.intermediate_size
+        queries = self.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        return {
+            "q_proj": (queries, hidden),
+            "k_proj": (keys, hidden),
+            "v_proj": (keys, hidden),
+            "o_proj": (hidden, queries),
+            "gate_proj": (wide, hidden),
+            "up_proj": (wide, hidden),
+            "down_proj": (hidden, wide),
+        }
+
+
+def _read_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    new = values.get("rope_parameters")
+    field = "rope_scaling" if new is None else "rope_parameters"
+    rope = dict(new or values.get("rope_scaling") or {})
+    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    accepted = "'default', 'linear' or 'llama3'"
+    _require(
+        rope_type in ("default", "linear", "llama3"), f"{field}.rope_type", rope_type, accepted
+    )
+    _require(rope.get("partial_rotary_factor", 1) == 1, f"{field}.partial_rotary_factor", rope, "1")
+    if rope_type == "default":
+        return float(theta), None
+    names = ["factor"]
+    if rope_type == "llama3":
+        names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    for name in names:
+        ok = isinstance(rope.get(name), int | float) and rope[name] > 0
+        _require(ok, f"{field}.{name}", rope.get(name), "a positive number")
+    return float(theta), RopeScaling(rope_type, **{name: rope[name] for name in names})
+
+
+def rope_frequencies(config: LlamaConfig) -> Float32[Array, " half"]:
+    """Radians per position of each of the head_dim / 2 rotations."""
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequencies = 1 / jnp.power(jnp.float32(config.rope_theta), exponent)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    # llama3: long waves are stretched by `factor`, short ones stay, and those between are blended.
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def rotate(
+    x: Float[Array, "batch seq heads head_dim"],
+    cos: Float32[Array, "batch seq half"],
+    sin: Float32[Array, "batch seq half"],
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Turns feature i together with feature i + head_dim / 2, as in Hugging Face's weights."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def attend(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch slots kv_heads head_dim"],
+    v: Float[Array, "batch slots kv_heads head_dim"],
+    mask: Bool[Array, "batch 1 seq slots"] | None,
+    causal: bool,
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Softmax attention, the softmax in float32."""
+
+    def direct(q: Array, k: Array, v: Array) -> Array:
+        # JAX itself promotes half precision to float32 here, which its strict mode refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+
+    def wide(q: Array, k: Array, v: Array) -> Array:
+        return direct(*(x.astype(jnp.float32) for x in (q, k, v))).astype(q.dtype)
+
+    if q.dtype != jnp.float16:
+        return direct(q, k, v)
+    # JAX asks for float16 products summed in float32, which CPUs do not offer.
+    return jax.lax.platform_dependent(q, k, v, cpu=wide, default=direct)
+
+
+def segment_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
+    """Positions that start again from 0 where a new segment begins."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None, :], segment_ids.shape)
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def head_weight(base: Mapping[str, Any]) -> Float[Array, "vocab hidden"]:
+    """The output matrix: that of `lm_head`, or the embeddings where the two are tied."""
+    return base["lm_head" if "lm_head" in base else "embed_tokens"]["weight"]
+
+
+def head_logits(
+    hidden: Float[Array, "*batch hidden"], weight: Float[Array, "vocab hidden"]
+) -> Float32[Array, "*batch vocab"]:
+    """Logits from `Llama.features` and `head_weight`; products in the type of `hidden`."""
+    return _product(hidden, weight.astype(hidden.dtype))
+
+
+@jax.custom_vjp
+def _product(hidden: Array, weight: Array) -> Array:
+    return jnp.einsum("...h,vh->...v", hidden, weight, preferred_element_type=jnp.float32)
+
+
+def _product_forward(hidden: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(hidden, weight), (hidden, weight)
+
+
+def _product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    # Left alone, the float32 cotangent would make float32 products of half-precision matrices.
+    hidden, weight = saved
+    g = g.astype(hidden.dtype)
+    return jnp.einsum("...v,vh->...h", g, weight), jnp.einsum("...v,...h->vh", g, hidden)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def rms_norm(
+    x: Float[Array, "*batch hidden"], weight: Float[Array, " hidden"], eps: float
+) -> Float[Array, "*batch hidden"]:
+    """x / rms(x) * weight, computed in float32."""
+    wide = x.astype(jnp.float32)
+    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    weight = jnp.broadcast_to(weight.astype(jnp.float32), x.shape)
+    return (scaled * weight).astype(x.dtype)
+
+
+def _frozen(module: nn.Module, shape: tuple[int, ...], init: Initializer = _normal) -> Any:
+    """The weight of a module in the base; random only where `Llama.init` has none to read."""
+
+    def fresh() -> Array:
+        return init(module.make_rng("params"), shape, jnp.float32)
+
+    weight = module.variable("base", "weight", fresh).value
+    if tuple(weight.shape) != shape:
+        name = ".".join((*module.path, "weight"))
+        raise ValueError(f"base: {name} has shape {tuple(weight.shape)}: accepted is {shape}")
+    return weight
+
+
+class Weight(nn.Module):
+    """A frozen array: embeddings, output matrix, weight of a norm."""
+
+    shape: tuple[int, ...]
+    init_fn: Initializer = _normal
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "..."]:
+        return _frozen(self, self.shape, self.init_fn)
+
+
+class AdaptedLinear(nn.Module):
+    """W x, and where the layer is a target: + alpha / rank * update(x). W is frozen."""
+
+    shape: tuple[int, int]
+    adapter: AdapterConfig | None
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq in"]) -> Float[Array, "batch seq out"]:
+        y = dequant_matmul(x, _frozen(self, self.shape))
+        if self.adapter is None or self.name not in self.adapter.targets:
+            return y
+        adapter, (out_features, in_features) = self.adapter, self.shape
+        method = METHODS[adapter.method]
+
+        def fresh(key: PRNGKeyArray) -> dict[str, Array]:
+            return method.init(key, in_features, out_features, adapter.rank, adapter.dtype)
+
+        names = jax.eval_shape(fresh, jax.random.key(0))
+        params = {name: self.param(name, lambda key, name=name: fresh(key)[name]) for name in names}
+        dropped = nn.Dropout(adapter.dropout)(x, deterministic=self.deterministic)
+        return y + method.apply(params, x, dropped) * (adapter.alpha / adapter.rank)
+
+
+class _Block(nn.Module):
+    """What the parts of a layer share."""
+
+    config: LlamaConfig
+    adapter: AdapterConfig | None
+    deterministic: bool
+
+    def linear(self, name: str, x: Array) -> Array:
+        shape = self.config.linear_shapes[name]
+        return AdaptedLinear(shape, self.adapter, self.deterministic, name=name)(x)
+
+
+class Attention(_Block):
+    """Grouped-query attention with rotary positions."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        cache: Cache | None,
+        layer: Int[Array, ""],
+        rope: tuple[Array, Array],
+        positions: Int[Array, "batch seq"],
+        mask: Bool[Array, "batch 1 seq slots"] | None,
+    ) -> tuple[Float[Array, "batch seq hidden"], Cache | None]:
+        def heads(name: str) -> Array:
+            return self.linear(name, x).reshape(*x.shape[:2], -1, self.config.head_dim)
+
+        q, k, v = rotate(heads("q_proj"), *rope), rotate(heads("k_proj"), *rope), heads("v_proj")
+        if cache is not None:
+            slots = (layer, jnp.arange(x.shape[0])[:, None], positions)
+            cache = {"k": cache["k"].at[slots].set(k), "v": cache["v"].at[slots].set(v)}
+            k, v = cache["k"][layer], cache["v"][layer]
+        y = attend(q, k, v, mask, causal=cache is None)
+        return self.linear("o_proj", y.reshape(*x.shape[:2], -1)), cache
+
+
+class MLP(_Block):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq hidden"]:
+        gate = nn.silu(self.linear("gate_proj", x))
+        return self.linear("down_proj", gate * self.linear("up_proj", x))
+
+
+class Layer(_Block):
+    """One decoder layer; the body of the scan."""
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Float[Array, "batch seq hidden"], Cache | None],
+        layer: Int[Array, ""],
+        rope: tuple[Array, Array],
+        positions: Int[Array, "batch seq"],
+        mask: Bool[Array, "batch 1 seq slots"] | None,
+    ) -> tuple[tuple[Float[Array, "batch seq hidden"], Cache | None], None]:
+        def norm(name: str, x: Array) -> Array:
+            weight = Weight((self.config.hidden_size,), nn.initializers.ones, name=name)()
+            return rms_norm(x, weight, self.config.rms_norm_eps)
+
+        settings = (self.config, self.adapter, self.deterministic)
+        # The cache of all layers is carried and written to in place: stacking new ones would copy.
+        x, cache = carry
+        attention = Attention(*settings, name="self_attn")
+        y, cache = attention(norm("input_layernorm", x), cache, layer, rope, positions, mask)
+        x = x + y
+        x = x + MLP(*settings, name="mlp")(norm("post_attention_layernorm", x))
+        return (x, cache), None
+
+
+class Llama(nn.Module):
+    """LLaMA with adapters.
+
+    `apply({"params": adapters, "base": base}, tokens)` gives logits; `init(key, tokens)` gives
+    fresh adapters and a random float base, for pretraining.
+
+    Attributes:
+        config: the architecture.
+        adapter: the adapters; None is the base alone, and "params" is then empty.
+        compute_dtype: type of the activations. Norms, rotations, softmax and logits are float32.
+        remat: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    config: LlamaConfig
+    adapter: AdapterConfig | None = None
+    compute_dtype: str = "float32"
+    remat: bool = False
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        deterministic: bool = True,
+    ) -> Float32[Array, "batch seq vocab"]:
+        """Logits of the token after each token.
+
+        Args:
+            tokens: rows padded on the right, if at all: no token sees a later one.
+            positions: for the rotations; by default counted from the start of the row or segment.
+            segment_ids: packed documents; a token sees only those of its own segment.
+            deterministic: no dropout. Where False, pass `rngs={"dropout": key}`.
+        """
+        hidden, head, _ = self._trunk(tokens, positions, segment_ids, deterministic)
+        return head_logits(hidden, head)
+
+    def features(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch seq hidden"]:
+        """What `head_logits` takes: hidden states after the last norm. Arguments as above."""
+        return self._trunk(tokens, positions, segment_ids, deterministic)[0]
+
+    def decode(
+        self,
+        tokens: Int[Array, "batch seq"],
+        cache: Cache,
+        lengths: Int[Array, " batch"] | None = None,
+    ) -> tuple[Float32[Array, "batch vocab"], Cache]:
+        """Appends tokens to the cache; prefill (many tokens) and decoding (one) alike.
+
+        Args:
+            tokens: the next tokens of each row, padded on the right.
+            cache: of `init_cache`, or of the call before. The caller sees to it that it is large
+                enough: what lies beyond its slots is lost.
+            lengths: how many of the tokens of each row count (default: all).
+
+        Returns:
+            Logits of the token after each row's last, and the cache.
+        """
+        hidden, head, slots = self._trunk(tokens, None, None, True, cache)
+        if lengths is None:
+            lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        # Padding has written into slots >= length. No query sees them before they are overwritten.
+        return head_logits(last, head), slots | {"length": cache["length"] + lengths}
+
+    @nn.nowrap
+    def init_cache(self, batch: int, slots: int) -> Cache:
+        """An empty cache for rows of up to `slots` tokens."""
+        config = self.config
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        zeros = jnp.zeros((layers, batch, slots, heads, config.head_dim), self.compute_dtype)
+        return {"k": zeros, "v": zeros, "length": jnp.zeros((batch,), jnp.int32)}
+
+    @nn.nowrap
+    def init_adapters(self, key: PRNGKeyArray) -> dict[str, Any]:
+        """Fresh adapters, of zero effect. A layer's values depend on the key and its place only."""
+        adapter = self.adapter
+        if adapter is None:
+            return {}
+        layers = jnp.arange(self.config.num_hidden_layers)
+        tree: dict[str, Any] = {}
+        for place, (name, shape) in enumerate(self.config.linear_shapes.items()):
+            if name not in adapter.targets:
+                continue
+            module_key = jax.random.fold_in(key, place)
+
+            def fresh(layer: Array, module_key: Array = module_key, shape: Any = shape) -> Any:
+                key = jax.random.fold_in(module_key, layer)
+                init = METHODS[adapter.method].init
+                return init(key, shape[1], shape[0], adapter.rank, adapter.dtype)
+
+            group = "self_attn" if name in ATTENTION_NAMES else "mlp"
+            tree.setdefault(group, {})[name] = jax.vmap(fresh)(layers)
+        return {"layers": tree}
+
+    @nn.compact
+    def _trunk(
+        self,
+        tokens: Array,
+        positions: Array | None,
+        segment_ids: Array | None,
+        deterministic: bool,
+        cache: Cache | None = None,
+    ) -> tuple[Array, Array, Cache | None]:
+        """Hidden states, the output matrix, and the cache's new "k" and "v"."""
+        config = self.config
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            accepted = ", ".join(COMPUTE_DTYPES)
+            raise ValueError(f"compute_dtype = {self.compute_dtype!r}: accepted is {accepted}")
+        index = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+        mask = None
+        if cache is not None:
+            positions = index + cache["length"][:, None]
+            seen = jnp.arange(cache["k"].shape[2])[None, None, :] <= positions[:, :, None]
+            mask = seen[:, None]
+        elif segment_ids is not None:
+            mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+        if positions is None:
+            positions = index if segment_ids is None else segment_positions(segment_ids)
+        angles = positions[:, :, None].astype(jnp.float32) * rope_frequencies(config)[None, None, :]
+        rope = (jnp.cos(angles), jnp.sin(angles))
+
+        table = (config.vocab_size, config.hidden_size)
+        embeddings = Weight(table, name="embed_tokens")()
+        x = embeddings[tokens].astype(self.compute_dtype)
+        layers = nn.scan(
+            nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
+            variable_axes={"params": 0, "base": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        )(config, self.adapter, deterministic, name="layers")
+        slots = None if cache is None else {"k": cache["k"], "v": cache["v"]}
+        numbers = jnp.arange(config.num_hidden_layers)
+        (x, slots), _ = layers((x, slots), numbers, rope, positions, mask)
+        norm = Weight((config.hidden_size,), nn.initializers.ones, name="norm")()
+        x = rms_norm(x, norm, config.rms_norm_eps)
+        head = embeddings if config.tie_word_embeddings else Weight(table, name="lm_head")()
+        return x, head, slots

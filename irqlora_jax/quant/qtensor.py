@@ -1,0 +1,243 @@
+"""QTensor: a frozen weight matrix in 2, 3 or 4 bits, and how to make and unmake one."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, UInt8
+
+from irqlora_jax.config import QuantConfig
+from irqlora_jax.quant import icq, packing, stats
+from irqlora_jax.quant.formats import Format, get_format
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=(
+        *("packed", "scale_codes", "scale_max", "scale_offset"),
+        *("shift_codes", "shift_max"),
+    ),
+    meta_fields=("shape", "format", "block_size", "layout"),
+)
+@dataclasses.dataclass(frozen=True)
+class QTensor:
+    """A quantized [out, in] matrix. Invariants:
+
+    - A row is cut into blocks of `block_size` consecutive inputs; the last block of a row that is
+      no multiple is padded, and padding counts in no scale, shift or entropy.
+    - Block by block, weight ~ levels[code] * scale + shift, with the levels of `format`. A missing
+      shift is 0. For integer formats shift = -zero * scale.
+    - Scales, and the shifts of NormalFloat and FP4, are second-level quantized over groups of 256
+      blocks counted row by row (`stats.py`); zero points are 8-bit fixed point.
+    - `layout` names the arrangement of the codes in `packed` (`packing.py`).
+    - All arrays may carry the same leading axes (layers under scan); `shape` never does.
+
+    Attributes:
+        packed: codes, [*lead, out, blocks, bytes of a block].
+        scale_codes: [*lead, out, blocks].
+        scale_max: [*lead, groups].
+        scale_offset: [*lead].
+        shift_codes: [*lead, out, blocks] codes of the shift or of the zero point, or None.
+        shift_max: [*lead, groups], or None.
+        shape: (out, in).
+        format: name of the code book.
+        block_size: weights that share a scale and a shift.
+        layout: arrangement of the packed codes.
+    """
+
+    packed: UInt8[Array, "*lead out blocks bytes"]
+    scale_codes: UInt8[Array, "*lead out blocks"]
+    scale_max: Float32[Array, "*lead groups"]
+    scale_offset: Float32[Array, "*lead"]
+    shift_codes: UInt8[Array, "*lead out blocks"] | None
+    shift_max: Float32[Array, "*lead groups"] | None
+    shape: tuple[int, int]
+    format: str
+    block_size: int
+    layout: str = packing.LAYOUT
+
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*lead out in"]:
+        """The weights, computed in float32 and rounded to `dtype` at the end."""
+        levels = jnp.asarray(get_format(self.format).table)
+        weights = levels[self._unpacked()] * self.scale()[..., None]
+        shift = self.shift()
+        if shift is not None:
+            weights = weights + shift[..., None]
+        return self._as_rows(weights.astype(dtype))
+
+    def codes(self) -> UInt8[Array, "*lead out in"]:
+        """The codes in logical order."""
+        return self._as_rows(self._unpacked())
+
+    def scale(self) -> Float32[Array, "*lead out blocks"]:
+        """The stored scale of every block (the paper's s, absmax)."""
+        return self._decode_groups(self.scale_codes, self.scale_max, self.scale_offset)
+
+    def shift(self) -> Float32[Array, "*lead out blocks"] | None:
+        """The stored shift of every block (the paper's tau), None without one."""
+        if self.shift_codes is None:
+            return None
+        fmt = get_format(self.format)
+        if fmt.integer:
+            return -stats.decode_zero(self.shift_codes, fmt.bits) * self.scale()
+        assert self.shift_max is not None
+        return self._decode_groups(
+            self.shift_codes, self.shift_max, jnp.zeros_like(self.scale_offset)
+        )
+
+    def entropy(self) -> Float32[Array, "*lead out blocks"]:
+        """Entropy of the codes of every block in bits (eq. 7), without the padding."""
+        codes = self._unpacked()
+        ends = jnp.arange(codes.shape[-2]) * self.block_size
+        valid = jnp.minimum(self.shape[1] - ends, self.block_size).astype(jnp.float32)
+        inside = jnp.arange(self.block_size)[None, :] < valid[:, None]
+        bits = jnp.zeros(codes.shape[:-1], jnp.float32)
+        for code in range(2 ** get_format(self.format).bits):
+            hits = (codes == code) & inside.reshape((1,) * (codes.ndim - 2) + inside.shape)
+            share = hits.sum(-1, dtype=jnp.float32) / valid.reshape((1,) * (bits.ndim - 1) + (-1,))
+            bits -= jnp.where(share > 0, share * jnp.log2(jnp.where(share > 0, share, 1)), 0)
+        return bits
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def _unpacked(self) -> UInt8[Array, "*lead out blocks size"]:
+        if self.layout != packing.LAYOUT:
+            raise ValueError(f"layout = {self.layout!r}: accepted is {packing.LAYOUT!r}")
+        return packing.unpack(self.packed, get_format(self.format).bits)
+
+    def _as_rows(self, blocks: Array) -> Array:
+        rows = blocks.reshape(*blocks.shape[:-2], -1)
+        return rows[..., : self.shape[1]]
+
+    def _decode_groups(self, codes: Array, largest: Array, offset: Array) -> Array:
+        decode = stats.decode_groups
+        for _ in range(offset.ndim):
+            decode = jax.vmap(decode)
+        flat = codes.reshape(*offset.shape, -1)
+        return decode(flat, largest, offset).reshape(codes.shape)
+
+
+def quantize(
+    weight: Float[Array, "out in"],
+    config: QuantConfig,
+    *,
+    shift: Float[Array, "out blocks"] | None = None,
+) -> QTensor:
+    """Quantizes a matrix (float32, bfloat16 or float16).
+
+    Args:
+        weight: the matrix.
+        config: format, block size and calibration.
+        shift: exact shifts to take instead of searching them (NormalFloat and FP4).
+
+    Raises:
+        ValueError: NaN or infinite weights; format "none"; shifts for an integer format.
+    """
+    fmt = get_format(config.format)
+    if shift is not None and fmt.integer:
+        raise ValueError(f"shift: not accepted with quant.format {fmt.name}")
+    if not bool(jnp.isfinite(weight).all()):
+        raise ValueError("NaN or infinite weights cannot be quantized")
+    return _quantize(weight, shift, config)
+
+
+def _encode(
+    scaled: Float32[Array, "n size"], fmt: Format, zero: Float32[Array, " n"] | None
+) -> UInt8[Array, "n size"]:
+    """Nearest level of weights already divided by their scale (and shifted, if not integer)."""
+    if fmt.integer:
+        assert zero is not None
+        # A whole zero point is added after rounding, as in the released code (ties!).
+        whole = jnp.floor(zero)[:, None]
+        codes = jnp.round(scaled + (zero[:, None] - whole)) + whole
+        return jnp.clip(codes, 0, 2**fmt.bits - 1).astype(jnp.uint8)
+    rank = jnp.zeros(scaled.shape, jnp.uint8)
+    for midpoint in fmt.midpoints:
+        rank += (scaled > midpoint).astype(jnp.uint8)
+    if fmt.order == tuple(range(len(fmt.order))):
+        return rank
+    return jnp.asarray(fmt.order, jnp.uint8)[rank]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _quantize(weight: Array, shift: Array | None, config: QuantConfig) -> QTensor:
+    fmt = get_format(config.format)
+    size = config.block_size
+    out_features, in_features = weight.shape
+    per_row = -(-in_features // size)
+    pad = per_row * size - in_features
+    rows = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, pad)))
+    blocks = rows.reshape(-1, size)
+    valid = None
+    if pad:
+        ends = jnp.minimum(in_features - jnp.arange(per_row) * size, size)
+        valid = jnp.tile(ends, out_features)
+    # From here on `zero` is set for integers and `tau` for shifted NormalFloat and FP4.
+    zero = tau = None
+    if fmt.integer:
+        scale, zero = _integer_range(blocks, fmt, config, valid)
+    else:
+        if shift is not None:
+            tau = shift.astype(jnp.float32).reshape(-1)
+        elif config.calibration == "icq":
+            steps = config.search_steps or 100
+            tau, _ = icq.search_shift(blocks, fmt, config.search_range, steps, valid)
+        scale = None
+
+    shift_codes = shift_max = None
+    if tau is not None:
+        shift_codes, shift_max, none = stats.encode_groups(tau, center=False)
+        if config.codes_from == "stored":
+            tau = stats.decode_groups(shift_codes, shift_max, none)
+    if scale is None:
+        # With stored codes the scale belongs to the stored shift too.
+        centered = blocks if tau is None else blocks - tau[:, None]
+        scale = _largest(centered, valid)
+    scale_codes, scale_max, scale_offset = stats.encode_groups(scale, center=True)
+    if config.codes_from == "stored":
+        scale = stats.decode_groups(scale_codes, scale_max, scale_offset)
+    if zero is not None:
+        shift_codes = stats.encode_zero(zero, fmt.bits)
+
+    centered = blocks if tau is None else blocks - tau[:, None]
+    safe = jnp.where(scale == 0, 1, scale)[:, None]
+    # bitsandbytes multiplies by the reciprocal, the integer code divides; ties depend on it.
+    scaled = centered / safe if fmt.integer else centered * (1 / safe)
+    packed = packing.pack(_encode(scaled, fmt, zero), fmt.bits)
+    grid = (out_features, per_row)
+    return QTensor(
+        packed=packed.reshape(*grid, -1),
+        scale_codes=scale_codes.reshape(grid),
+        scale_max=scale_max,
+        scale_offset=scale_offset,
+        shift_codes=None if shift_codes is None else shift_codes.reshape(grid),
+        shift_max=shift_max,
+        shape=(out_features, in_features),
+        format=fmt.name,
+        block_size=size,
+    )
+
+
+def _largest(blocks: Array, valid: Array | None) -> Array:
+    magnitude = jnp.abs(blocks)
+    if valid is not None:
+        inside = jnp.arange(blocks.shape[1])[None, :] < valid[:, None]
+        magnitude = jnp.where(inside, magnitude, 0)
+    return magnitude.max(axis=1)
+
+
+def _integer_range(
+    blocks: Array, fmt: Format, config: QuantConfig, valid: Array | None
+) -> tuple[Array, Array]:
+    if config.calibration == "none":
+        return icq.plain_range(blocks, fmt.bits, config.symmetric, valid)
+    steps = config.search_steps or 50
+    if config.search == "zero_point":
+        return icq.search_zero_point(blocks, fmt.bits, config.search_range, steps, valid)[:2]
+    symmetric = config.symmetric
+    return icq.search_range(blocks, fmt.bits, symmetric, config.search_range, steps, valid)[:2]

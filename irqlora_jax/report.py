@@ -1,0 +1,185 @@
+"""What a person sees: the first lines of a run, and the table at its end."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from irqlora_jax import hf
+from irqlora_jax.checkpoint import Base
+from irqlora_jax.config import Config
+from irqlora_jax.data import Example
+from irqlora_jax.evaluate import evaluation_loss, load_questions, score_questions
+from irqlora_jax.llama import Llama, LlamaConfig
+from irqlora_jax.quant.qtensor import QTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Scores of one model. None: not measured.
+
+    Attributes:
+        model: what it is.
+        entropy: mean entropy of the blocks' codes, in bits.
+        loss: evaluation loss in nats per target token.
+        accuracy: share of multiple-choice questions answered right.
+        bits: stored bits per weight of the linear layers, scales and shifts included.
+        seconds: that reading, quantizing or finetuning took.
+    """
+
+    model: str
+    entropy: float | None
+    loss: float | None
+    accuracy: float | None
+    bits: float
+    seconds: float | None
+
+
+def linears(base: Base) -> Iterator[Any]:
+    """The linear weights of a base, each stacked over the layers."""
+    for group in ("self_attn", "mlp"):
+        for linear in base["layers"][group].values():
+            yield linear["weight"]
+
+
+def bits_per_weight(base: Base) -> float:
+    """Stored bits per weight of the linear layers."""
+    weights = list(linears(base))
+    logical = [_layers(w) * w.shape[-1] * w.shape[-2] for w in weights]
+    return 8 * sum(w.nbytes for w in weights) / sum(logical)
+
+
+def _layers(weight: Any) -> int:
+    return weight.packed.shape[0] if isinstance(weight, QTensor) else weight.shape[0]
+
+
+def mean_entropy(base: Base) -> float | None:
+    """Mean entropy of all blocks in bits; None if the base is not quantized."""
+    entropies = [w.entropy() for w in linears(base) if isinstance(w, QTensor)]
+    if not entropies:
+        return None
+    return sum(float(e.sum()) for e in entropies) / sum(e.size for e in entropies)
+
+
+def peak_memory() -> int:
+    """Largest number of bytes in use so far: on the accelerator, or by the process on a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def gigabytes(size: int) -> str:
+    """A size as people say it."""
+    return f"{size / 2**30:.2f} GiB"
+
+
+def describe(config: Config, llama: LlamaConfig, base: Base, examples: int) -> str:
+    """What is about to happen, in two lines."""
+    adapter, train = config.adapter, config.train
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    quantized = config.quant.format
+    if quantized != "none":
+        quantized += " with ICQ" if config.quant.calibration == "icq" else " without calibration"
+    return (
+        f"{config.model}: {llama.num_hidden_layers} layers of {llama.hidden_size}, {quantized}, "
+        f"{bits_per_weight(base):.2f} bits a weight, {gigabytes(size)} with embeddings\n"
+        f"{adapter.method} of rank {adapter.rank}, {examples:,} examples, {train.steps:,} steps of "
+        f"{train.batch_size} on {jax.devices()[0].device_kind}"
+    )
+
+
+def measure(
+    config: Config,
+    model: Llama,
+    variables: dict[str, Any],
+    tokenizer: Any,
+    examples: list[Example],
+    quantize_seconds: float | None,
+    train_seconds: float,
+) -> list[Row]:
+    """Scores the finetuned model and, if `evaluate.baselines`, what it came from."""
+    quant = config.quant
+    questions = None
+    if config.evaluate.questions is not None:
+        limit = config.evaluate.max_questions
+        questions = load_questions(config.evaluate.questions, tokenizer, limit)
+
+    def row(name: str, model: Llama, variables: dict[str, Any], seconds: float | None) -> Row:
+        settings = config.train
+        size, chunk = settings.batch_size, settings.loss_chunk
+        loss = evaluation_loss(model, variables, examples, size, chunk) if examples else None
+        accuracy = None
+        if questions is not None:
+            accuracy = score_questions(model, variables, questions, max(size, 64)).accuracy
+        base = variables["base"]
+        return Row(name, mean_entropy(base), loss, accuracy, bits_per_weight(base), seconds)
+
+    rows = []
+    bare = model.clone(adapter=None)
+    quantized = quant.format != "none"
+    if config.evaluate.baselines:
+        others = [
+            (
+                "full precision",
+                dataclasses.replace(quant, format="none", symmetric=False, search="range"),
+            )
+        ]
+        if quantized and quant.calibration != "none":
+            others.append((f"plain {quant.format}", dataclasses.replace(quant, calibration="none")))
+        for name, how in others:
+            started = time.perf_counter()
+            base, _ = hf.load_base(config.model, how)
+            jax.block_until_ready(base)
+            rows.append(
+                row(name, bare, {"params": {}, "base": base}, time.perf_counter() - started)
+            )
+            del base
+        if quantized:
+            name = (
+                f"{quant.format} + ICQ" if quant.calibration == "icq" else f"plain {quant.format}"
+            )
+            alone = {"params": {}, "base": variables["base"]}
+            rows.append(row(name, bare, alone, quantize_seconds))
+    name = f"{rows[-1].model}, finetuned" if rows else "finetuned"
+    rows.append(row(name, model, variables, train_seconds))
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned text."""
+    head = ("model", "entropy", "loss", "accuracy", "bits a weight", "seconds")
+    forms = ("{}", "{:.3f}", "{:.4f}", "{:.1%}", "{:.2f}", "{:.1f}")
+    cells = [head]
+    for row in rows:
+        values = dataclasses.astuple(row)
+        cells.append(
+            tuple("-" if v is None else f.format(v) for f, v in zip(forms, values, strict=True))
+        )
+    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    lines = [
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    ]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def next_commands(folder: Path) -> str:
+    """What to try with a finished run."""
+    return (
+        f"\nsaved in {folder}; next:\n"
+        f"  python eval.py --run {folder} --task perplexity --text FILE\n"
+        f'  python eval.py --run {folder} --task generate --prompt "..."\n'
+        f"  python eval.py --run {folder} --task factworld --baseline"
+    )

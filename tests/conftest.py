@@ -1,0 +1,23 @@
+"""Strict arithmetic and several devices for every test."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def golden() -> Path:
+    """Results of the released code (tests/golden/README.md)."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def optimizer_promotion():
+    """optax itself mixes floats with integers, so tests that run an optimizer allow that."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

@@ -1,0 +1,90 @@
+"""LoRA and IEC: the paper's formulas, and exact folding for every shape."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from irqlora_jax.adapters import METHODS, iec, lora
+
+
+def spread_by_definition(x: np.ndarray, size: int) -> np.ndarray:
+    """eq. 12: out[j] is the mean of the window that j's share falls into."""
+    n = len(x)
+    windows = math.gcd(n, size)
+    return np.array(
+        [x[(j * windows // size) * n // windows :][: n // windows].mean() for j in range(size)]
+    )
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+@settings(max_examples=15, deadline=None)
+def test_spread_follows_eq_12(n: int, size: int) -> None:
+    x = np.random.default_rng(n * 61 + size).normal(size=n).astype(np.float32)
+    got = np.asarray(iec.spread(jnp.asarray(x), size))
+    np.testing.assert_allclose(got, spread_by_definition(x, size), atol=1e-6)
+
+
+def test_worked_example_of_the_merging_rule() -> None:
+    """eq. 16 for 4 inputs, 4 outputs, rank 2: the connections interleave."""
+    params = {
+        "lora_A": jnp.zeros((2, 4)),
+        "lora_B": jnp.zeros((4, 2)),
+        "beta1": jnp.float32(1),
+        "beta2": jnp.float32(1),
+    }
+    pair = iec.fold(params)
+    assert pair["lora_A"].tolist() == [[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]
+    assert pair["lora_B"].tolist() == [[1, 0], [1, 0], [0, 1], [0, 1]]
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 24))
+@settings(max_examples=15, deadline=None)
+def test_fold_is_exact(in_features: int, out_features: int, rank: int) -> None:
+    keys = jax.random.split(jax.random.key(in_features * 71 + out_features), 5)
+    params = {
+        "lora_A": jax.random.normal(keys[0], (rank, in_features)),
+        "lora_B": jax.random.normal(keys[1], (out_features, rank)),
+        "beta1": jax.random.normal(keys[2]),
+        "beta2": jax.random.normal(keys[3]),
+    }
+    x = jax.random.normal(keys[4], (5, in_features))
+    with jax.default_matmul_precision("highest"):
+        elastic = np.asarray(iec.apply(params, x, x))
+        folded = np.asarray(lora.apply(iec.fold(params), x, x))
+    assert np.abs(elastic - folded).max() <= 1e-5 * np.abs(elastic).max()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fresh_adapters_change_nothing(method: str) -> None:
+    params = METHODS[method].init(jax.random.key(0), 12, 20, 4)
+    x = jax.random.normal(jax.random.key(1), (3, 12))
+    assert not np.asarray(METHODS[method].apply(params, x, x)).any()
+    assert float(jnp.abs(params["lora_A"]).max()) <= 1 / math.sqrt(12)
+    assert float(jnp.std(METHODS[method].init(jax.random.key(0), 4096, 8, 64)["lora_A"])) == (
+        pytest.approx(1 / math.sqrt(3 * 4096), rel=0.02)
+    )
+
+
+def test_first_gradient_reaches_beta2_but_not_beta1() -> None:
+    """As in the released code: both scalars start at 0 and B at 0, which blocks beta1's path."""
+    params = iec.init(jax.random.key(0), 16, 16, 4)
+    x = jax.random.normal(jax.random.key(1), (3, 16))
+    gradient = jax.grad(lambda p: (iec.apply(p, x, x) * x).sum())(params)
+    assert float(gradient["beta2"]) != 0
+    assert float(gradient["beta1"]) == 0
+
+
+def test_connection_sees_what_dropout_took() -> None:
+    params = iec.init(jax.random.key(0), 16, 16, 4) | {
+        "beta1": jnp.float32(1),
+        "beta2": jnp.float32(1),
+    }
+    x = jax.random.normal(jax.random.key(1), (3, 16))
+    everything_dropped = iec.apply(params, x, jnp.zeros_like(x))
+    expected = iec.spread(iec.spread(x, 4), 16)
+    np.testing.assert_allclose(everything_dropped, expected, rtol=1e-6)

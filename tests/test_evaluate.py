@@ -1,0 +1,420 @@
+"""Losses and scores against slow, plain computations with all logits in float64."""
+
+import json
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from irqlora_jax.data import Example
+from irqlora_jax.evaluate import (
+    Question,
+    evaluation_loss,
+    load_questions,
+    perplexity,
+    questions,
+    score_questions,
+)
+from irqlora_jax.evaluate.perplexity import nll, text_windows
+from irqlora_jax.llama import Llama, LlamaConfig
+from irqlora_jax.loss import cross_entropy, row_cross_entropy
+
+VOCAB = 40
+CONFIG = LlamaConfig(
+    vocab_size=VOCAB,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+)
+MODEL = Llama(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    """Random weights, large enough that the model has opinions."""
+    base = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["base"]
+    return {"base": jax.tree.map(lambda x: x * 8 if x.ndim > 2 or x.shape[0] == VOCAB else x, base)}
+
+
+@pytest.fixture(scope="module")
+def log_probs(variables):
+    """log_probs(tokens)[t]: float64 log-probabilities of the token that follows tokens[t]."""
+    apply = jax.jit(MODEL.apply)
+
+    def log_probs(tokens):
+        padded = np.zeros(64, np.int32)  # one shape
+        padded[: len(tokens)] = tokens
+        logits = np.asarray(apply(variables, padded[None]))[0, : len(tokens)].astype(np.float64)
+        return log_softmax(logits)
+
+    return log_probs
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def random_problem(batch=3, seq=13, hidden=6, vocab=11, seed=0):
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(batch, seq, hidden)).astype(np.float32)
+    head = rng.normal(size=(vocab, hidden)).astype(np.float32)
+    tokens = rng.integers(0, vocab, (batch, seq)).astype(np.int32)
+    targets = rng.random((batch, seq)) < 0.6
+    return features, head, tokens, targets
+
+
+def plain_loss(features, head, tokens, targets):
+    """Value, count, and the gradients to features and head; all logits at once, in float64."""
+    features, head = features.astype(np.float64), head.astype(np.float64)
+    logs = log_softmax(features[:, :-1] @ head.T)
+    hot = np.eye(len(head))[tokens[:, 1:]]
+    mask = targets[:, 1:, None]
+    slope = np.zeros((*tokens.shape, len(head)))
+    slope[:, :-1] = (np.exp(logs) - hot) * mask
+    d_head = np.einsum("btv,bth->vh", slope, features)
+    return -(logs * hot * mask).sum(), mask.sum(), slope @ head, d_head
+
+
+@pytest.mark.parametrize("chunk", [1, 15, 1000])  # 13, 3 (ragged) and 1 part
+def test_cross_entropy_and_gradients_are_those_of_all_logits(chunk):
+    problem = random_problem()
+    arrays = [jnp.asarray(x) for x in problem]
+    (value, count), slopes = jax.value_and_grad(cross_entropy, argnums=(0, 1), has_aux=True)(
+        *arrays, chunk
+    )
+    want_value, want_count, *want_slopes = plain_loss(*problem)
+    assert value.dtype == count.dtype == jnp.float32
+    np.testing.assert_allclose(value, want_value, rtol=1e-6)
+    assert float(count) == want_count
+    for slope, want in zip(slopes, want_slopes, strict=True):
+        np.testing.assert_allclose(slope, want, rtol=1e-5, atol=1e-6)
+
+
+def test_cross_entropy_by_row_sums_to_the_whole():
+    problem = [jnp.asarray(x) for x in random_problem()]
+    values, counts = row_cross_entropy(*problem, chunk=6)
+    for row in range(3):
+        alone = [x if x.shape[0] == 11 else x[row : row + 1] for x in problem]
+        value, count = cross_entropy(*alone, chunk=6)
+        np.testing.assert_allclose(values[row], value, rtol=1e-6)
+        assert counts[row] == count
+
+
+def test_no_targets_give_zero_and_no_gradient():
+    features, head, tokens, targets = (jnp.asarray(x) for x in random_problem())
+    only_first = jnp.zeros_like(targets).at[:, 0].set(True)  # which nothing predicts
+    for none in (jnp.zeros_like(targets), only_first):
+        gradient = jax.value_and_grad(cross_entropy, argnums=(0, 1), has_aux=True)
+        (value, count), slopes = gradient(features, head, tokens, none, 5)
+        assert value == 0 and count == 0
+        assert all((slope == 0).all() for slope in slopes)
+
+
+def test_bfloat16_features_have_float32_logits():
+    features, head, tokens, targets = random_problem(hidden=64)
+    rounded = [jnp.asarray(x).astype(jnp.bfloat16) for x in (features / 8, head)]
+    value, _ = cross_entropy(*rounded, jnp.asarray(tokens), jnp.asarray(targets), 7)
+    exact = [np.asarray(x).astype(np.float64) for x in rounded]
+    # Logits rounded to bfloat16 would be off by 1e-3.
+    np.testing.assert_allclose(value, plain_loss(*exact, tokens, targets)[0], rtol=2e-6)
+
+
+def test_huge_logits_are_no_overflow():
+    features, head, tokens, targets = random_problem()
+    problem = (features * 1e3, head * 1e3, tokens, targets)
+    value, _ = cross_entropy(*(jnp.asarray(x) for x in problem), 7)
+    np.testing.assert_allclose(value, plain_loss(*problem)[0], rtol=1e-6)
+
+
+def test_neither_pass_holds_all_logits():
+    batch, seq, hidden, vocab, chunk = 2, 64, 4, 1000, 16
+    arrays = [jnp.asarray(x) for x in random_problem(batch, seq, hidden, vocab)]
+    gradient = jax.grad(lambda f, *rest: cross_entropy(f, *rest, chunk)[0])
+    sizes = [
+        math.prod(int(n) for n in shape.split(","))
+        for shape in re.findall(r"\[([\d,]+)\]", str(jax.make_jaxpr(gradient)(*arrays)))
+    ]
+    assert max(sizes) == chunk * vocab
+
+
+def test_a_batch_spread_over_devices_stays_spread():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    problem = [jnp.asarray(x) for x in random_problem(batch=8)]
+    spread = [jax.device_put(x, whole if i == 1 else rows) for i, x in enumerate(problem)]
+    compiled = jax.jit(cross_entropy, static_argnums=4).lower(*spread, 24).compile()
+    np.testing.assert_allclose(compiled(*spread)[0], cross_entropy(*problem, 24)[0], rtol=1e-6)
+    text = compiled.as_text()
+    assert "all-reduce" in text
+    assert not re.search("all-gather|all-to-all|collective-permute", text)
+
+
+def random_examples(count=7, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 50, count)
+    return [
+        Example(rng.integers(0, VOCAB, n).astype(np.int32), rng.random(n) < 0.5) for n in lengths
+    ]
+
+
+def plain_nll(example, log_probs):
+    logs = log_probs(example.tokens)
+    places = np.flatnonzero(example.targets[1:])
+    return -logs[places, example.tokens[1:][places]].sum(), len(places)
+
+
+@pytest.mark.parametrize(("batch_size", "chunk"), [(1, 1024), (3, 10), (16, 64)])
+def test_evaluation_loss_is_the_mean_over_targets(variables, log_probs, batch_size, chunk):
+    examples = random_examples()
+    sums = [plain_nll(example, log_probs) for example in examples]
+    want = sum(value for value, _ in sums) / sum(count for _, count in sums)
+    loss = evaluation_loss(MODEL, variables, examples, batch_size, chunk)
+    assert loss == pytest.approx(want, rel=1e-5)
+
+
+def test_nll_does_not_see_the_padding(variables):
+    rng = np.random.default_rng(0)
+    tokens, targets = rng.integers(0, VOCAB, (1, 55)).astype(np.int32), rng.random((1, 55)) < 0.5
+    value, count = nll(MODEL, variables, {"tokens": tokens, "targets": targets})
+    padding = np.full((1, 9), 17, np.int32)
+    tokens = np.concatenate([tokens, padding], axis=1)
+    targets = np.concatenate([targets, padding < 0], axis=1)
+    padded, padded_count = nll(MODEL, variables, {"tokens": tokens, "targets": targets})
+    assert float(count) == float(padded_count) == targets[:, 1:55].sum()
+    np.testing.assert_allclose(value, padded, rtol=1e-6)
+
+
+def test_nothing_to_evaluate_is_an_error(variables):
+    with pytest.raises(ValueError, match="there are no examples"):
+        evaluation_loss(MODEL, variables, [])
+    example = Example(np.ones(3, np.int32), np.array([True, False, False]))
+    with pytest.raises(ValueError, match="has a target"):
+        evaluation_loss(MODEL, variables, [example])
+
+
+@pytest.mark.parametrize("count", [2, 7, 8, 9, 29, 30])
+@pytest.mark.parametrize(("window", "stride"), [(8, None), (8, 7), (8, 3), (8, 1), (2, 1)])
+def test_windows_score_each_token_once_with_the_promised_context(count, window, stride):
+    tokens = np.arange(count, dtype=np.int32)
+    scored = []
+    for example in text_windows(tokens, window, stride):
+        assert len(example.tokens) <= window and example.targets.any()
+        for place in np.flatnonzero(example.targets):
+            token = int(example.tokens[place])
+            scored.append(token)
+            least = window - (stride or window - 1)
+            assert place >= min(token, least)
+    assert scored == list(range(1, count))
+
+
+def test_bad_windows_are_refused():
+    tokens = np.arange(9, dtype=np.int32)
+    with pytest.raises(ValueError, match="window = 1: accepted"):
+        text_windows(tokens, 1)
+    for stride in (0, 8):
+        with pytest.raises(ValueError, match=f"stride = {stride}: accepted is 1 to window - 1 = 7"):
+            text_windows(tokens, 8, stride)
+    with pytest.raises(ValueError, match="the text has 1 tokens"):
+        text_windows(tokens[:1], 8)
+
+
+def make_tokenizer(**names):
+    """Words w3 ... w39 are the tokens of the model."""
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", **names)
+
+
+TOKENIZER = make_tokenizer(bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("settings", [{"window": 64}, {"window": 9}, {"window": 9, "stride": 2}])
+def test_perplexity_is_that_of_a_loop_over_tokens(variables, log_probs, settings):
+    ids = np.random.default_rng(0).integers(3, VOCAB, 30)
+    tokens = [1, *ids]
+    window, stride = settings["window"], settings.get("stride", settings["window"] - 1)
+    logs = []
+    for place in range(1, len(tokens)):
+        start = 0 if place < window else (place - window) // stride * stride + stride
+        logs.append(log_probs(tokens[start:place])[-1, tokens[place]])
+    text = " ".join(f"w{i}" for i in ids)
+    value = perplexity(MODEL, variables, text, TOKENIZER, **settings)
+    assert value == pytest.approx(math.exp(-np.mean(logs)), rel=1e-5)
+
+
+def random_questions(count, longest_choice, seed=0, pool=None):
+    rng = np.random.default_rng(seed)
+
+    def words(low, high):
+        return tuple(int(i) for i in rng.integers(3, VOCAB, rng.integers(low, high + 1)))
+
+    result = []
+    for index in range(count):
+        choices = tuple(words(1, longest_choice) for _ in range(rng.integers(2, 5)))
+        answer = int(rng.integers(len(choices)))
+        subject = "rare" if index % 4 == 0 else "common"
+        result.append(Question(subject, words(1, 25), choices, answer, pool))
+    return result
+
+
+def plain_scores(question, log_probs):
+    scores = []
+    for choice in question.choices:
+        logs = log_probs(question.prompt + choice)
+        first = len(question.prompt) - 1
+        scores.append(sum(logs[first + i, token] for i, token in enumerate(choice)))
+    return np.array(scores)
+
+
+@pytest.mark.parametrize("longest_choice", [1, 3])
+@pytest.mark.parametrize("batch_size", [4, 32])
+def test_accuracy_is_that_of_a_loop_over_choices(variables, log_probs, longest_choice, batch_size):
+    asked = random_questions(23, longest_choice)
+    result = score_questions(MODEL, variables, asked, batch_size)
+    right = {"rare": [], "common": []}
+    for question in asked:
+        scores = plain_scores(question, log_probs)
+        rivals = np.delete(scores, question.answer)
+        # Far from ties, so that rounding does not matter; equal choices are ties on both sides.
+        assert all(r == scores[question.answer] or abs(r - scores[question.answer]) > 1e-4
+                   for r in rivals)  # fmt: skip
+        right[question.subject].append(scores[question.answer] > rivals.max())
+    assert result.by_subject == {s: pytest.approx(np.mean(r)) for s, r in right.items()}
+    assert result.accuracy == pytest.approx(np.mean(right["rare"] + right["common"]))
+    assert result.subject_mean == pytest.approx(
+        (np.mean(right["rare"]) + np.mean(right["common"])) / 2
+    )
+    assert result.accuracy != result.subject_mean  # the subjects have different sizes
+    assert result.count == 23
+    assert 0 < result.accuracy < 1
+
+
+def test_one_forward_pass_agrees_with_one_per_choice(variables, log_probs):
+    asked = random_questions(9, 1)
+    one, _ = questions._ask_single(MODEL, variables, asked, 4)
+    each = questions._ask_multi(MODEL, variables, asked, 4)
+    for question, single, multi in zip(asked, one, each, strict=True):
+        want = plain_scores(question, log_probs)
+        np.testing.assert_allclose(single, want, rtol=1e-4)
+        np.testing.assert_allclose(multi, want, rtol=1e-4)
+
+
+def test_mixed_questions_are_each_asked_in_their_own_way(variables):
+    single, multi = random_questions(6, 1, seed=1), random_questions(6, 3, seed=2)
+    multi = [q for q in multi if not q.single]
+    mixed = [q for pair in zip(multi, single, strict=False) for q in pair]
+    alone = [score_questions(MODEL, variables, [q], 4).accuracy for q in mixed]
+    result = score_questions(MODEL, variables, mixed, 4)
+    assert result.accuracy == pytest.approx(np.mean(alone))
+    assert result.recall is None and result.bits_per_fact is None
+
+
+def test_recall_and_bits_look_at_the_whole_vocabulary(variables, log_probs):
+    asked, recalled, bits = [], [], []
+    for index, question in enumerate(random_questions(8, 1, pool=32)):
+        logs = log_probs(question.prompt)[-1]
+        best, second = np.argsort(-logs)[:2].tolist()
+        # Every other question offers the second-best token, without the best one beside it.
+        token = best if index % 2 else second
+        other = next(i for i in range(VOCAB) if i not in (best, second))
+        asked.append(Question("s", question.prompt, ((other,), (token,)), 1, pool=32))
+        recalled.append(index % 2)
+        bits.append(5 + logs[token] / math.log(2))
+    result = score_questions(MODEL, variables, asked, 4)
+    assert result.accuracy == 1
+    assert result.recall == np.mean(recalled) == 0.5
+    assert result.bits_per_fact == pytest.approx(np.mean(bits), rel=1e-5)
+
+    one = asked[0]
+    without = [*asked[1:], Question("s", one.prompt, one.choices, one.answer)]
+    assert score_questions(MODEL, variables, without, 4).bits_per_fact is None
+
+
+@pytest.mark.parametrize("longest_choice", [1, 3])
+def test_ties_count_as_wrong(variables, longest_choice):
+    base = variables["base"]
+    blank = {"base": base | {"lm_head": {"weight": jnp.zeros_like(base["lm_head"]["weight"])}}}
+    asked = [
+        Question("s", (3, 4), tuple((c,) * longest_choice for c in (5, 6, 7)), answer, pool=VOCAB)
+        for answer in range(3)
+    ]
+    result = score_questions(MODEL, blank, asked, 4)
+    assert result.accuracy == 0
+    if longest_choice == 1:
+        # All tokens equally likely: nothing is known beyond the pool.
+        assert result.bits_per_fact == pytest.approx(0, abs=1e-5)
+
+
+def test_no_number_is_no_right_answer(variables):
+    broken = jax.tree.map(lambda x: x * jnp.nan, variables)
+    assert score_questions(MODEL, broken, random_questions(4, 1), 4).accuracy == 0
+
+
+def write(tmp_path, *rows):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    return str(path)
+
+
+ROW = {"subject": "s", "prompt": "w3 w4", "choices": ["w5", "w6 w7"], "answer": 1, "pool": 8}
+
+
+def test_questions_are_read(tmp_path):
+    spaced = ROW | {"prompt": "w3 w4 ", "choices": [" w5", "w6 w7"]}
+    single = ROW | {"choices": ["w5", "w6"]}
+    del single["pool"]
+    path = write(tmp_path, ROW, spaced, single)
+    first, second, third = load_questions(path, TOKENIZER)
+    assert first == second == Question("s", (1, 3, 4), ((5,), (6, 7)), 1, 8)
+    assert third == Question("s", (1, 3, 4), ((5,), (6,)), 1, None)
+    assert third.single and not first.single
+    assert load_questions(path, TOKENIZER, limit=1) == [first]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", r"not JSON: .* at line 2, column 2"),
+        ([1], "line 2 is of type list: accepted is an object"),
+        ({"prompt": "w3"}, "line 2 has no column 'subject': its columns are prompt; expected are"),
+        (ROW | {"subject": 3}, "line 2: subject = 3: accepted is text"),
+        (ROW | {"prompt": None}, "line 2: prompt = None: accepted is text"),
+        (ROW | {"choices": ["w5"]}, r"line 2: choices = \['w5'\]: accepted are at least two"),
+        (ROW | {"choices": "w5 w6"}, "line 2: choices = 'w5 w6': accepted are at least two"),
+        (ROW | {"choices": ["w5", 6]}, r"line 2: choices = \['w5', 6\]: accepted are at least"),
+        (ROW | {"choices": ["w5", ""]}, "line 2: the choice '' has no tokens"),
+        (ROW | {"answer": 2}, "line 2: answer = 2: accepted is the index of a choice, 0 to 1"),
+        (ROW | {"answer": -1}, "line 2: answer = -1: accepted is the index"),
+        (ROW | {"answer": "w5"}, "line 2: answer = 'w5': accepted is the index"),
+        (ROW | {"answer": True}, "line 2: answer = True: accepted is the index"),
+        (ROW | {"pool": 0}, "line 2: pool = 0: accepted is a whole number of at least 1, or null"),
+    ],
+)
+def test_bad_questions_are_refused(tmp_path, row, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_questions(write(tmp_path, ROW, row), TOKENIZER)
+    assert "questions.jsonl" in str(error.value)
+
+
+def test_no_questions_are_refused(tmp_path, variables):
+    with pytest.raises(FileNotFoundError, match="nothing: there is no such file"):
+        load_questions("nothing", TOKENIZER)
+    with pytest.raises(ValueError, match="has no rows"):
+        load_questions(write(tmp_path, ""), TOKENIZER)
+    bare = make_tokenizer()
+    with pytest.raises(ValueError, match="line 1: the prompt has no tokens"):
+        load_questions(write(tmp_path, ROW | {"prompt": " "}), bare)
+    with pytest.raises(ValueError, match="there are no questions"):
+        score_questions(MODEL, variables, [])
