@@ -1,4 +1,4 @@
-"""Finetune a quantized LLaMA: python train.py --config configs/quickstart.yaml [--field value ...]"""
+"""Finetune a quantized LLaMA: python train.py --config FILE [--section.field value ...]"""
 
 import sys
 

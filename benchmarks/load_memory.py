@@ -2,6 +2,8 @@
 
     python benchmarks/load_memory.py [--calibration none|icq] [--layers 11] [--cold] ...
 
+(with the package installed, or PYTHONPATH=.)
+
 Writes a synthetic bfloat16 LLaMA in shards (about 1 GB by default), loads it in a fresh process and
 compares the growth of the resident set with the packed base. Accepted are two tensors of the
 largest linear layer, in float32, on top of the packed base. Exit code 1 if more is needed.

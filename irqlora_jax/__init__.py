@@ -1,9 +1,9 @@
 """Finetune LLaMA models quantized to 2-4 bits with retained information (IR-QLoRA) in JAX.
 
-    base, config = hf.load_base(folder, QuantConfig(format="nf4", calibration="icq"))
-    model = Llama(config, adapter=AdapterConfig(method="iec", rank=64, alpha=16))
-    adapters = model.init_adapters(jax.random.key(0))
-    logits = model.apply({"params": adapters, "base": base}, tokens)
+base, config = hf.load_base(folder, QuantConfig(format="nf4", calibration="icq"))
+model = Llama(config, adapter=AdapterConfig(method="iec", rank=64, alpha=16))
+adapters = model.init_adapters(jax.random.key(0))
+logits = model.apply({"params": adapters, "base": base}, tokens)
 """
 
 from irqlora_jax import adapters, checkpoint, data, evaluate, generate, hf, quant, train

@@ -1,7 +1,7 @@
 """What a run leaves on disk.
 
     RUN/config.json        the configuration
-    RUN/base.safetensors   the quantized base, stored once; its metadata says all it takes to read it
+    RUN/base.safetensors   the quantized base, stored once; its metadata says how to read it
     RUN/tokenizer/         as Hugging Face writes it
     RUN/checkpoints/STEP/  orbax: adapters, optimizer state, step and random key
     RUN/metrics.jsonl      a line every few steps

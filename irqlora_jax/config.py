@@ -48,11 +48,8 @@ class QuantConfig:
     def __post_init__(self) -> None:
         size = self.block_size
         _require(size > 0 and size % 8 == 0, "quant.block_size", size, "a positive multiple of 8")
-        # Beyond 1/0.541 the scale of a shifted block could vanish (icq.py).
         width = self.search_range
-        limit = 1.0 if self.format.startswith("int") else 1.8
-        ok = 0 < width < limit
-        _require(ok, "quant.search_range", width, f"a number between 0 and {limit}")
+        _require(0 < width < 1, "quant.search_range", width, "a number between 0 and 1")
         steps = self.search_steps
         ok = steps is None or steps >= 1
         _require(ok, "quant.search_steps", steps, "a whole number of at least 1, or null")

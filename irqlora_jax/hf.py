@@ -26,7 +26,7 @@ Keys = tuple[str, ...]
 
 _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PART = 2**21  # numbers that are read from a file at a time
+_PART = 2**19  # numbers that are read from a file at a time
 _ADAPTER, _ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # "consolidated.safetensors" and "original/" repeat the weights under other names: not fetched.
 _FETCHED = ("model*.safetensors", "*.json", "tokenizer*", "*.jinja")
@@ -39,6 +39,15 @@ ADAPTER_LEAVES = {
     "beta2": "lora_B_scale",
 }
 """Our name and the file's. The two scalars are those of released IR-QLoRA adapters."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    """What a safetensors file says of a tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def linear_path(name: str) -> Keys:
@@ -139,48 +148,18 @@ def load_base(
     found = _find_weights(folder)
     _check_weights(folder, found, config)
     layered, single = _shapes(config)
-    if quant is not None and quant.format == "none":
-        quant = None
-    depth = config.num_hidden_layers
-    sizes = {path: math.prod(shape) for path, shape in (layered | single).items()}
-    total = sum(size * (depth if path in layered else 1) for path, size in sizes.items())
-    bar = tqdm(total=total, desc="Loading", unit=" weights", unit_scale=True, disable=not progress)
-    # Every matrix passes through this one buffer: the allocator may keep what is freed.
-    buffer = _empty((0 if quant is None else max(sizes[path] for path in layered),), np.float32)
-    host: dict[Keys, list[np.ndarray]] = {}  # leaves, stacked over the layers
-    structures: dict[Keys, Any] = {}
-    for layer in range(depth):
-        for path, shape in layered.items():
-            name = weight_name(path, layer)
-            if quant is None or path[-1] not in LINEAR_NAMES:
-                if path not in host:
-                    host[path] = [_empty((depth, *shape), _FLOATS[found[name].dtype])]
-                    structures[path] = jax.tree.structure(0)
-                _read_into(host[path][0][layer], found[name], name)
-            else:
-                weight = buffer[: sizes[path]].reshape(shape)
-                _read_into(weight, found[name], name)
-                packed = quantize(jax.device_put(weight, may_alias=True), quant)
-                leaves, structures[path] = jax.tree.flatten(packed)
-                if path not in host:
-                    host[path] = [_empty((depth, *leaf.shape), leaf.dtype) for leaf in leaves]
-                for stack, leaf in zip(host[path], leaves, strict=True):
-                    stack[layer] = leaf  # waits for the result, so that the buffer is free again
-            bar.update(sizes[path])
-    del buffer
-    base: Tree = {}
-    for path, shape in single.items():
-        name = weight_name(path)
-        weight = _empty(shape, _FLOATS[found[name].dtype])
-        _read_into(weight, found[name], name)
-        _insert(base, path, {"weight": _to_device([weight])})
-        bar.update(sizes[path])
-    bar.close()
-    for path in layered:
-        stacks = host.pop(path)
-        moved = [_to_device(stacks) for _ in range(len(stacks))]
-        weight = jax.tree.unflatten(structures[path], moved)
-        _insert(base, ("layers", *path), {"weight": weight})
+    total = sum(map(math.prod, single.values()))
+    total += config.num_hidden_layers * sum(map(math.prod, layered.values()))
+    with tqdm(
+        total=total, desc="Loading", unit=" weights", unit_scale=True, disable=not progress
+    ) as bar:
+        base: Tree = {"layers": _load_layers(found, config, quant, bar)}
+        for path, shape in single.items():
+            name = weight_name(path)
+            weight = _empty(shape, _FLOATS[found[name].dtype])
+            _read_into(weight, found[name], name)
+            _insert(base, path, {"weight": _to_device([weight])})
+            bar.update(math.prod(shape))
     return base, config
 
 
@@ -209,6 +188,8 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
     names = {
         name.replace(".default", "").replace("lora_default_", "lora_"): name for name in headers
     }
+    if len(names) < len(headers):
+        raise ValueError(f"{file}: tensors of several adapters; accepted is one")
     leaves = ["lora_A", "lora_B"]
     if any(name.endswith("_scale") for name in names):
         leaves += ["beta1", "beta2"]
@@ -249,6 +230,43 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
     return adapters
 
 
+def _load_layers(
+    found: Mapping[str, _Header], config: LlamaConfig, quant: QuantConfig | None, bar: Any
+) -> Tree:
+    """Fills arrays on the host, stacked over the layers, and moves them to the device."""
+    depth, shapes = config.num_hidden_layers, _shapes(config)[0]
+    if quant is not None and quant.format == "none":
+        quant = None
+    # Every matrix passes through this one buffer: the allocator may keep what is freed.
+    largest = 0 if quant is None else max(map(math.prod, shapes.values()))
+    buffer = _empty((largest,), np.float32)
+    stacks: dict[Keys, list[np.ndarray]] = {}  # the leaves of a QTensor, or one float array
+    structures: dict[Keys, Any] = {}
+    for layer in range(depth):
+        for path, shape in shapes.items():
+            name = weight_name(path, layer)
+            if quant is None or path[-1] not in LINEAR_NAMES:
+                if path not in stacks:
+                    stacks[path] = [_empty((depth, *shape), _FLOATS[found[name].dtype])]
+                    structures[path] = jax.tree.structure(0)
+                _read_into(stacks[path][0][layer], found[name], name)
+            else:
+                weight = buffer[: math.prod(shape)].reshape(shape)
+                _read_into(weight, found[name], name)
+                packed = quantize(jax.device_put(weight, may_alias=True), quant)
+                leaves, structures[path] = jax.tree.flatten(packed)
+                if path not in stacks:
+                    stacks[path] = [_empty((depth, *leaf.shape), leaf.dtype) for leaf in leaves]
+                for stack, leaf in zip(stacks[path], leaves, strict=True):
+                    stack[layer] = leaf  # waits for the result, so that the buffer is free again
+            bar.update(math.prod(shape))
+    layers: Tree = {}
+    for path in shapes:
+        moved = [_to_device(stacks[path]) for _ in range(len(stacks[path]))]
+        _insert(layers, path, {"weight": jax.tree.unflatten(structures[path], moved)})
+    return layers
+
+
 def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """An array on a 64-byte boundary, which a CPU device takes over without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
@@ -262,15 +280,8 @@ def _to_device(arrays: list[np.ndarray]) -> jax.Array:
     return jax.block_until_ready(jax.device_put(arrays.pop(0), may_alias=True))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Header:
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
 def _headers(file: Path) -> dict[str, _Header]:
-    """What a safetensors file holds."""
+    """The headers of all tensors of a file."""
     try:
         with safe_open(file, framework="numpy") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118

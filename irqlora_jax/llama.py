@@ -6,6 +6,7 @@ of Hugging Face. A model is a value: it keeps no arrays, so everything is passed
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -223,27 +224,45 @@ def rotate(
     return turned.astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _wide_einsum(subscripts: str, a: Array, b: Array) -> Array:
+    """An einsum summed in and returned as float32, whose gradients are products in a's type.
+
+    Left to itself, the float32 cotangent would make float32 products of half-precision arrays.
+    """
+    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
+def _wide_einsum_forward(subscripts: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _wide_einsum(subscripts, a, b), (a, b)
+
+
+def _wide_einsum_backward(subscripts: str, saved: tuple[Array, Array], g: Array) -> Any:
+    _, transpose = jax.vjp(functools.partial(jnp.einsum, subscripts), *saved)
+    return transpose(g.astype(saved[0].dtype))
+
+
+_wide_einsum.defvjp(_wide_einsum_forward, _wide_einsum_backward)
+
+
 def attend(
     q: Float[Array, "batch seq heads head_dim"],
     k: Float[Array, "batch slots kv_heads head_dim"],
     v: Float[Array, "batch slots kv_heads head_dim"],
-    mask: Bool[Array, "batch 1 seq slots"] | None,
-    causal: bool,
+    mask: Bool[Array, "batch_or_1 1 seq slots"],
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Softmax attention, the softmax in float32."""
+    """Grouped-query attention, its softmax in float32.
 
-    def direct(q: Array, k: Array, v: Array) -> Array:
-        # JAX itself promotes half precision to float32 here, which its strict mode refuses.
-        with jax.numpy_dtype_promotion("standard"):
-            return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
-
-    def wide(q: Array, k: Array, v: Array) -> Array:
-        return direct(*(x.astype(jnp.float32) for x in (q, k, v))).astype(q.dtype)
-
-    if q.dtype != jnp.float16:
-        return direct(q, k, v)
-    # JAX asks for float16 products summed in float32, which CPUs do not offer.
-    return jax.lax.platform_dependent(q, k, v, cpu=wide, default=direct)
+    Not `jax.nn.dot_product_attention`: that has no float16 on CPUs, and its gradient in half
+    precision breaks under strict promotion of types.
+    """
+    batch, seq, heads, head_dim = q.shape
+    grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
+    scores = _wide_einsum("btkgd,bskd->bkgts", grouped, k) / math.sqrt(head_dim)
+    # A query always sees its own slot, so no row of the softmax is empty.
+    weights = jax.nn.softmax(scores, axis=-1, where=mask[:, :, None])
+    y = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v)
+    return y.reshape(batch, seq, heads, head_dim)
 
 
 def segment_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
@@ -262,26 +281,7 @@ def head_logits(
     hidden: Float[Array, "*batch hidden"], weight: Float[Array, "vocab hidden"]
 ) -> Float32[Array, "*batch vocab"]:
     """Logits from `Llama.features` and `head_weight`; products in the type of `hidden`."""
-    return _product(hidden, weight.astype(hidden.dtype))
-
-
-@jax.custom_vjp
-def _product(hidden: Array, weight: Array) -> Array:
-    return jnp.einsum("...h,vh->...v", hidden, weight, preferred_element_type=jnp.float32)
-
-
-def _product_forward(hidden: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(hidden, weight), (hidden, weight)
-
-
-def _product_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    # Left alone, the float32 cotangent would make float32 products of half-precision matrices.
-    hidden, weight = saved
-    g = g.astype(hidden.dtype)
-    return jnp.einsum("...v,vh->...h", g, weight), jnp.einsum("...v,...h->vh", g, hidden)
-
-
-_product.defvjp(_product_forward, _product_backward)
+    return _wide_einsum("...h,vh->...v", hidden, weight.astype(hidden.dtype))
 
 
 def rms_norm(
@@ -365,7 +365,7 @@ class Attention(_Block):
         layer: Int[Array, ""],
         rope: tuple[Array, Array],
         positions: Int[Array, "batch seq"],
-        mask: Bool[Array, "batch 1 seq slots"] | None,
+        mask: Bool[Array, "batch_or_1 1 seq slots"],
     ) -> tuple[Float[Array, "batch seq hidden"], Cache | None]:
         def heads(name: str) -> Array:
             return self.linear(name, x).reshape(*x.shape[:2], -1, self.config.head_dim)
@@ -375,7 +375,7 @@ class Attention(_Block):
             slots = (layer, jnp.arange(x.shape[0])[:, None], positions)
             cache = {"k": cache["k"].at[slots].set(k), "v": cache["v"].at[slots].set(v)}
             k, v = cache["k"][layer], cache["v"][layer]
-        y = attend(q, k, v, mask, causal=cache is None)
+        y = attend(q, k, v, mask)
         return self.linear("o_proj", y.reshape(*x.shape[:2], -1)), cache
 
 
@@ -398,7 +398,7 @@ class Layer(_Block):
         layer: Int[Array, ""],
         rope: tuple[Array, Array],
         positions: Int[Array, "batch seq"],
-        mask: Bool[Array, "batch 1 seq slots"] | None,
+        mask: Bool[Array, "batch_or_1 1 seq slots"],
     ) -> tuple[tuple[Float[Array, "batch seq hidden"], Cache | None], None]:
         def norm(name: str, x: Array) -> Array:
             weight = Weight((self.config.hidden_size,), nn.initializers.ones, name=name)()
@@ -531,13 +531,13 @@ class Llama(nn.Module):
             accepted = ", ".join(COMPUTE_DTYPES)
             raise ValueError(f"compute_dtype = {self.compute_dtype!r}: accepted is {accepted}")
         index = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-        mask = None
+        mask = jnp.tri(tokens.shape[1], dtype=bool)[None, None]
         if cache is not None:
             positions = index + cache["length"][:, None]
             seen = jnp.arange(cache["k"].shape[2])[None, None, :] <= positions[:, :, None]
             mask = seen[:, None]
         elif segment_ids is not None:
-            mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+            mask &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
         if positions is None:
             positions = index if segment_ids is None else segment_positions(segment_ids)
         angles = positions[:, :, None].astype(jnp.float32) * rope_frequencies(config)[None, None, :]

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,8 @@ _FIRST_LOSS_SCALE = 2.0**15  # float16: halved at every overflow, doubled after 
 _GOOD_STEPS = 1000
 
 
-@functools.partial(jax.tree_util.register_dataclass)
+@no_type_check  # JAX rebuilds pytrees with leaves of any kind, which runtime checks would refuse
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """All that changes while training, and so all that a checkpoint holds.
@@ -214,7 +215,7 @@ class RunResult:
 
 
 def run(config: Config, say: Callable[[str], None] = print) -> RunResult:
-    """Quantizes, finetunes, evaluates and saves; goes on where an earlier run of the folder stopped.
+    """Quantizes, finetunes, evaluates and saves; goes on where an earlier run stopped.
 
     Raises:
         ValueError, OSError: bad input, in one sentence; nothing is overwritten then.
@@ -377,7 +378,7 @@ def _loop(
         if not jnp.isfinite(values["loss"]) and not overflow_is_handled:
             saved = checkpoints.latest()
             raise FloatingPointError(
-                f"loss = {values['loss']} at step {step}; the last checkpoint is that of step {saved}"
+                f"loss = {values['loss']} at step {step}; the last checkpoint is of step {saved}"
             )
         bar.update()
         if step % config.log.every == 0 or step == settings.steps:

@@ -41,7 +41,9 @@ Q1 = "model.layers.1.self_attn.q_proj.weight"
 Tensors = dict[str, np.ndarray]
 
 
-def make_tensors(dtype: Any = np.float32, tied: bool = False) -> Tensors:
+def make_tensors(
+    dtype: Any = np.float32, tied: bool = False, config: dict[str, Any] = CONFIG
+) -> Tensors:
     rng = np.random.default_rng(0)
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (97, 40),
@@ -52,7 +54,7 @@ def make_tensors(dtype: Any = np.float32, tied: bool = False) -> Tensors:
     for i in range(3):
         shapes[f"model.layers.{i}.input_layernorm.weight"] = (40,)
         shapes[f"model.layers.{i}.post_attention_layernorm.weight"] = (40,)
-        for name, shape in LLAMA.linear_shapes.items():
+        for name, shape in LlamaConfig.from_dict(config).linear_shapes.items():
             block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
             shapes[f"model.layers.{i}.{block}.{name}.weight"] = shape
     return {name: rng.normal(0, 0.05, shape).astype(dtype) for name, shape in shapes.items()}
@@ -106,25 +108,30 @@ def test_shards_and_a_single_file_are_the_same_model(
     assert_same(single, sharded)
 
 
+# All linear layers alike, so that ICQ is compiled for one shape alone.
+SQUARE = CONFIG | {"intermediate_size": 40, "num_key_value_heads": 4, "head_dim": 10}
+
+
 @pytest.mark.parametrize(
-    "quant",
+    ("quant", "config"),
     [
-        PLAIN,
-        QuantConfig(format="nf3", block_size=64, search_steps=3),
-        QuantConfig(format="int2", block_size=16, search_steps=3),
+        (PLAIN, CONFIG),
+        (QuantConfig(format="int3", block_size=16, calibration="none"), CONFIG),
+        (QuantConfig(format="nf2", block_size=32, search_steps=3), SQUARE),
     ],
-    ids=lambda quant: f"{quant.format}-{quant.calibration}",
+    ids=["nf4-none", "int3-none", "nf2-icq"],
 )
 def test_every_linear_layer_is_what_quantize_makes_of_it_alone(
-    tmp_path: Path, quant: QuantConfig
+    tmp_path: Path, quant: QuantConfig, config: dict[str, Any]
 ) -> None:
-    tensors = make_tensors(ml_dtypes.bfloat16)
-    base, _ = hf.load_base(write_folder(tmp_path, tensors), quant)
+    tensors = make_tensors(ml_dtypes.bfloat16, config=config)
+    base, _ = hf.load_base(write_folder(tmp_path, tensors, config), quant)
     assert len(linears(base)) == 7
     for name, stacked in linears(base):
         assert isinstance(stacked, QTensor)
         for i in range(3):
-            alone = quantize(jnp.asarray(tensors[f"model.layers.{i}.{name}.weight"]), quant)
+            matrix = jnp.asarray(tensors[f"model.layers.{i}.{name}.weight"], jnp.float32)
+            alone = quantize(matrix, quant)
             assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], stacked), alone)
 
 
@@ -661,6 +668,11 @@ ADAPTER_FAULTS: dict[str, tuple[Tensors, str, list[str]]] = {
         change_adapter(lambda t: t.update({A0.replace("layers.0", "layers.3"): t[A0].copy()})),
         "lora",
         ["3-layer", "layers.3"],
+    ),
+    "two adapters": (
+        change_adapter(lambda t: t.update({A0.replace("A.", "A.default."): t[A0].copy()})),
+        "lora",
+        ["several adapters"],
     ),
     "rank": (
         change_adapter(lambda t: t.update({A0: np.ones((8, 40), np.float32)})),

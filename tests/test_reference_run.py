@@ -196,6 +196,9 @@ def test_from_the_released_base(reference: Path) -> None:
     """The weights that the released code dequantized, so that only adapters and training differ."""
     base, config = hf.load_base(reference / "base", None)
     base = stack_released(
-        reference, base, config.num_hidden_layers, lambda _, their: jnp.asarray(their["dequantized"])
+        reference,
+        base,
+        config.num_hidden_layers,
+        lambda _, their: jnp.asarray(their["dequantized"]),
     )
     check(reference, replay(reference, base, config), 2e-6, 1e-6, 2e-6, 1e-4)

@@ -1,7 +1,7 @@
 """Pretrains a base model of factworld in full precision.
 
-    python examples/factworld/pretrain.py --base small    # about 5 minutes on one CPU core
-    python examples/factworld/pretrain.py --base large    # about 7 minutes
+    python examples/factworld/pretrain.py --base small    # 5 to 7 minutes on one CPU core
+    python examples/factworld/pretrain.py --base large    # 7 to 10 minutes
 
 Writes an ordinary Hugging Face folder, base-small/ or base-large/, and the measured figures into
 bases.json.

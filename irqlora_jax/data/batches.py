@@ -20,7 +20,11 @@ class Batches:
     """
 
     def __init__(
-        self, examples: Sequence[Example], batch_size: int, seed: int, multiple: int = 64
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        seed: int,
+        multiple: int | None = None,
     ) -> None:
         """Keeps the examples.
 
@@ -28,8 +32,10 @@ class Batches:
             examples: the training set.
             batch_size: rows of a batch; may be more than there are examples.
             seed: of the orders.
-            multiple: the length of a batch is that of its longest row, rounded up to this.
+            multiple: the length of a batch is that of its longest row, rounded up to this (default:
+                `length_multiple`).
         """
+        multiple = length_multiple(examples) if multiple is None else multiple
         _check(examples, batch_size, multiple)
         self._examples, self._batch_size = examples, batch_size
         self._seed, self._multiple = seed, multiple
@@ -59,11 +65,18 @@ class Batches:
 
 
 def eval_batches(
-    examples: Sequence[Example], batch_size: int, multiple: int = 64
+    examples: Sequence[Example], batch_size: int, multiple: int | None = None
 ) -> Iterator[Batch]:
     """All examples once, the longest first; the last batch is filled up with empty rows."""
+    multiple = length_multiple(examples) if multiple is None else multiple
     for indices in by_length([len(example.tokens) for example in examples], batch_size):
         yield pad([examples[index] for index in indices], batch_size, multiple)
+
+
+def length_multiple(examples: Sequence[Example]) -> int:
+    """64 tokens; where no example is that long, the longest one rounded up to 8, and one shape."""
+    longest = max((len(example.tokens) for example in examples), default=64)
+    return min(64, -(-longest // 8) * 8)
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
 from irqlora_jax.config import QuantConfig
-from irqlora_jax.quant import icq, packing, stats
+from irqlora_jax.quant import icq, icq_integer, packing, stats
+from irqlora_jax.quant.entropy import quotient
 from irqlora_jax.quant.formats import Format, get_format
 
 
+@no_type_check  # JAX rebuilds pytrees with leaves of any kind, which runtime checks would refuse
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=(
@@ -89,16 +92,21 @@ class QTensor:
 
     def entropy(self) -> Float32[Array, "*lead out blocks"]:
         """Entropy of the codes of every block in bits (eq. 7), without the padding."""
-        codes = self._unpacked()
-        ends = jnp.arange(codes.shape[-2]) * self.block_size
-        valid = jnp.minimum(self.shape[1] - ends, self.block_size).astype(jnp.float32)
+        # Row by row: comparing all codes with all levels at once would take many times their size.
+        rows = self.packed.reshape(-1, *self.packed.shape[-2:])
+        ends = jnp.arange(self.packed.shape[-2]) * self.block_size
+        valid = jnp.minimum(self.shape[1] - ends, self.block_size)
         inside = jnp.arange(self.block_size)[None, :] < valid[:, None]
-        bits = jnp.zeros(codes.shape[:-1], jnp.float32)
-        for code in range(2 ** get_format(self.format).bits):
-            hits = (codes == code) & inside.reshape((1,) * (codes.ndim - 2) + inside.shape)
-            share = hits.sum(-1, dtype=jnp.float32) / valid.reshape((1,) * (bits.ndim - 1) + (-1,))
-            bits -= jnp.where(share > 0, share * jnp.log2(jnp.where(share > 0, share, 1)), 0)
-        return bits
+        bits = get_format(self.format).bits
+
+        def row_entropy(packed: Array) -> Array:
+            codes = packing.unpack(packed, bits)
+            hits = [(codes == code) & inside for code in range(2**bits)]
+            counts = jnp.stack([hit.sum(-1, dtype=jnp.float32) for hit in hits])
+            share = counts / valid.astype(jnp.float32)[None, :]
+            return -(share * jnp.log2(jnp.where(share > 0, share, 1))).sum(0)
+
+        return jax.lax.map(row_entropy, rows, batch_size=64).reshape(self.packed.shape[:-1])
 
     @property
     def nbytes(self) -> int:
@@ -141,7 +149,7 @@ def quantize(
     fmt = get_format(config.format)
     if shift is not None and fmt.integer:
         raise ValueError(f"shift: not accepted with quant.format {fmt.name}")
-    if not bool(jnp.isfinite(weight).all()):
+    if not bool(jnp.isfinite(weight.min()) & jnp.isfinite(weight.max())):
         raise ValueError("NaN or infinite weights cannot be quantized")
     return _quantize(weight, shift, config)
 
@@ -196,8 +204,7 @@ def _quantize(weight: Array, shift: Array | None, config: QuantConfig) -> QTenso
             tau = stats.decode_groups(shift_codes, shift_max, none)
     if scale is None:
         # With stored codes the scale belongs to the stored shift too.
-        centered = blocks if tau is None else blocks - tau[:, None]
-        scale = _largest(centered, valid)
+        scale = _largest(blocks, tau, valid)
     scale_codes, scale_max, scale_offset = stats.encode_groups(scale, center=True)
     if config.codes_from == "stored":
         scale = stats.decode_groups(scale_codes, scale_max, scale_offset)
@@ -207,7 +214,7 @@ def _quantize(weight: Array, shift: Array | None, config: QuantConfig) -> QTenso
     centered = blocks if tau is None else blocks - tau[:, None]
     safe = jnp.where(scale == 0, 1, scale)[:, None]
     # bitsandbytes multiplies by the reciprocal, the integer code divides; ties depend on it.
-    scaled = centered / safe if fmt.integer else centered * (1 / safe)
+    scaled = quotient(centered, safe) if fmt.integer else centered * (1 / safe)
     packed = packing.pack(_encode(scaled, fmt, zero), fmt.bits)
     grid = (out_features, per_row)
     return QTensor(
@@ -223,21 +230,28 @@ def _quantize(weight: Array, shift: Array | None, config: QuantConfig) -> QTenso
     )
 
 
-def _largest(blocks: Array, valid: Array | None) -> Array:
-    magnitude = jnp.abs(blocks)
+def _largest(blocks: Array, tau: Array | None, valid: Array | None) -> Array:
+    """max|w - tau| of every block. Rounding is monotonic, so the two ends of a block decide it;
+    subtracting from all of them would need a second copy of the matrix."""
+    low, high = blocks, blocks
     if valid is not None:
         inside = jnp.arange(blocks.shape[1])[None, :] < valid[:, None]
-        magnitude = jnp.where(inside, magnitude, 0)
-    return magnitude.max(axis=1)
+        low, high = jnp.where(inside, blocks, jnp.inf), jnp.where(inside, blocks, -jnp.inf)
+    low, high = low.min(axis=1), high.max(axis=1)
+    if tau is not None:
+        low, high = low - tau, high - tau
+    return jnp.maximum(-low, high)
 
 
 def _integer_range(
     blocks: Array, fmt: Format, config: QuantConfig, valid: Array | None
 ) -> tuple[Array, Array]:
+    bits, symmetric = fmt.bits, config.symmetric
     if config.calibration == "none":
-        return icq.plain_range(blocks, fmt.bits, config.symmetric, valid)
-    steps = config.search_steps or 50
+        return icq_integer.plain_range(blocks, bits, symmetric, valid)
+    width, steps = config.search_range, config.search_steps or 50
     if config.search == "zero_point":
-        return icq.search_zero_point(blocks, fmt.bits, config.search_range, steps, valid)[:2]
-    symmetric = config.symmetric
-    return icq.search_range(blocks, fmt.bits, symmetric, config.search_range, steps, valid)[:2]
+        found = icq_integer.search_zero_point(blocks, bits, width, steps, valid)
+    else:
+        found = icq_integer.search_range(blocks, bits, symmetric, width, steps, valid)
+    return found[:2]

@@ -1,0 +1,188 @@
+"""Exact entropies of codes, and the search for the candidate of highest entropy.
+
+What `icq.py` and `icq_integer.py` share. Three rules hold for every search. Entropies are compared
+as sums of integers, so that equal histograms tie exactly (sums of floats, as in the released code,
+let rounding noise decide). The first of the best candidates wins. And a candidate is judged by the
+very float operations with which the quantizer computes codes: XLA may fuse a product and a sum into
+one rounding, or turn a division into a product with the reciprocal, which moves weights across a
+decision point; `product` and `quotient` forbid that.
+
+Blocks are worked on in small chunks, one after the other, with the block axis last (it is the axis
+of the vector instructions). Partial blocks are padded at their end: `valid` counts the elements of
+each block that are real, the others have no influence.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float32, Int, Int32, Integer, Shaped
+
+_CHUNK = 32768  # weights worked on at a time: about 4 MB of working memory
+FLOAT_MAX = float(np.finfo(np.float32).max)
+FLOAT_TINY = float(np.finfo(np.float32).tiny)
+
+
+@functools.partial(jax.jit, static_argnames="n_levels")
+def block_entropy(codes: Integer[Array, "*lead block"], n_levels: int) -> Float32[Array, "*lead"]:
+    """Entropy of the codes of each block in bits (eq. 7), between 0 and log2(n_levels)."""
+    block = codes.shape[-1]
+
+    def work(codes: Array, _: None) -> tuple[Array]:
+        n = jnp.full(codes.shape[1], block, jnp.int32)
+        return (bits_of(histogram_weight(above_levels(codes, n_levels), n, block), n, block),)
+
+    (bits,) = in_chunks(work, 1, codes.reshape(-1, block), None)
+    return bits.reshape(codes.shape[:-1])
+
+
+def quotient(x: Float32[Array, "..."], divisor: Float32[Array, "..."] | float) -> Array:
+    """x / divisor (> 0), correctly rounded.
+
+    XLA turns a division by a constant or by a broadcast array into a product with its reciprocal,
+    and w / (a / b) into w * b / a. The bound, which never binds, keeps it from that. It matters:
+    the least weight of a symmetric range divided by its scale lies exactly between two codes.
+    """
+    return x / jnp.maximum(divisor, -jnp.abs(x))
+
+
+def require_range(search_range: float) -> None:
+    if not 0 < search_range < 1:
+        raise ValueError(f"search_range = {search_range!r}: accepted is a number between 0 and 1")
+
+
+def spaced(start: float, stop: float, n: int) -> Float32[np.ndarray, " n"]:
+    """n numbers from start to stop, rounded as torch.linspace does, for the released candidates."""
+    first, final = np.float32(start), np.float32(stop)
+    step = (final - first) / np.float32(n - 1)
+    i = np.arange(n, dtype=np.float32)
+    return np.where(i < n // 2, first + step * i, final - step * (n - 1 - i)).astype(np.float32)
+
+
+def in_chunks(
+    work: Callable[[Array, Array | None], tuple[Array, ...]],
+    n_results: int,
+    blocks: Shaped[Array, "n block"],
+    valid: Int[Array, " n"] | None,
+) -> tuple[Float32[Array, " n"], ...]:
+    """Applies work([block, b], [b] | None) -> [b] arrays chunk by chunk, without copying `blocks`.
+
+    Weights are widened to float32, codes stay as they are.
+    A ragged last chunk reaches back into the one before it and repeats some of its blocks.
+    """
+    n, block = blocks.shape
+    size = min(n, max(64, _CHUNK // block))
+
+    def step(i: Array, results: tuple[Array, ...]) -> tuple[Array, ...]:
+        start = jnp.minimum(i * size, n - size)
+        chunk = lax.dynamic_slice_in_dim(blocks, start, size).T
+        if jnp.issubdtype(chunk.dtype, jnp.floating):
+            chunk = chunk.astype(jnp.float32)
+        count = None
+        if valid is not None:
+            count = lax.dynamic_slice_in_dim(valid, start, size).astype(jnp.int32)
+        parts = work(chunk, count)
+        return tuple(
+            lax.dynamic_update_slice_in_dim(all_, part, start, 0)
+            for all_, part in zip(results, parts, strict=True)
+        )
+
+    results = tuple(jnp.zeros(n, jnp.float32) for _ in range(n_results))
+    return lax.fori_loop(0, -(-n // size), step, results) if n else results
+
+
+def product(factor: Array, x: Array) -> Array:
+    """factor * x for |factor| <= 2, rounded before anything is added to it.
+
+    No compiler can know that the bounds never bind, so it cannot fuse the product with a sum.
+    """
+    bound = 2 * jnp.abs(x)
+    return jnp.clip(factor * x, -bound, bound)
+
+
+def _table(block: int) -> tuple[Int32[np.ndarray, " counts"], int]:
+    """c * log2(c) for counts c = 0 .. block, as fixed point, and its fractional bits.
+
+    The entropy of n codes with counts c_i is log2(n) - sum_i c_i log2(c_i) / n, so one table serves
+    all n, and a smaller sum is a higher entropy. Sums stay below 2**30.
+    """
+    count = np.arange(block + 1, dtype=np.float64)
+    exact = count * np.log2(np.maximum(count, 1))
+    fraction = 30 - math.ceil(math.log2(max(exact[-1], 1)))
+    return np.round(exact * 2.0**fraction).astype(np.int32), fraction
+
+
+def _look_up(counts: Integer[Array, "..."], block: int) -> Int32[Array, "..."]:
+    return jnp.take(jnp.asarray(_table(block)[0]), counts.astype(jnp.int32), mode="clip")
+
+
+def bits_of(
+    weight: Int32[Array, "..."], count: Int32[Array, "..."], block: int
+) -> Float32[Array, "..."]:
+    """Entropy of `count` codes whose table entries sum to `weight`."""
+    lacking = (_look_up(count, block) - weight).astype(jnp.float32)
+    return quotient(lacking * 2.0 ** -_table(block)[1], count.astype(jnp.float32))
+
+
+def inside(x: Shaped[Array, "block b"], count: Int32[Array, " b"]) -> Bool[Array, "block b"]:
+    return jnp.arange(x.shape[0])[:, None] < count[None, :]
+
+
+def masked(
+    x: Shaped[Array, "block b"], count: Int32[Array, " b"] | None, fill: float | int
+) -> Shaped[Array, "block b"]:
+    return x if count is None else jnp.where(inside(x, count), x, fill)
+
+
+def _small(block: int) -> np.dtype:
+    """The narrowest type that counts to `block`; narrow vectors are fast."""
+    return np.dtype(np.int8 if block < 128 else np.int16 if block < 32768 else np.int32)
+
+
+def above_levels(codes: Array, n_levels: int) -> Integer[Array, "points b"]:
+    """How many codes of each block are larger than 0, 1, .. n_levels - 2."""
+    small = _small(codes.shape[0])
+    level = jnp.arange(n_levels - 1, dtype=codes.dtype)[:, None, None]
+    return (codes[None] > level).sum(1, dtype=small)
+
+
+def histogram_weight(
+    above: Integer[Array, "points b"], n: Int32[Array, " b"], block: int
+) -> Int32[Array, " b"]:
+    """Sum of the table over the histogram of n codes, given what `above_levels` counts."""
+    larger = jnp.concatenate([above, jnp.zeros_like(above[:1])])
+    smaller = jnp.concatenate([n.astype(above.dtype)[None], above])
+    return _look_up(smaller - larger, block).sum(0, dtype=jnp.int32)
+
+
+Best = tuple[Int32[Array, " b"], Int32[Array, " b"]]  # index of a candidate, its table sum
+
+
+def worst(n: Int32[Array, " b"]) -> Best:
+    return jnp.zeros_like(n), jnp.full_like(n, np.iinfo(np.int32).max)
+
+
+def better(best: Best, i: Array, weight: Int32[Array, " b"]) -> Best:
+    wins = weight < best[1]
+    return jnp.where(wins, i, best[0]), jnp.where(wins, weight, best[1])
+
+
+def try_all(
+    codes_at: Callable[[Array], Integer[Array, "block b"]],
+    n_candidates: int,
+    n_levels: int,
+    n: Int32[Array, " b"],
+) -> Best:
+    """The best candidate, each one evaluated on its own; codes_at gives its codes, 0 as padding."""
+
+    def step(i: Array, carry: tuple[Array, Best]) -> tuple[Array, Best]:
+        codes, best = carry
+        best = better(best, i, histogram_weight(above_levels(codes, n_levels), n, codes.shape[0]))
+        # Codes reach their use as a carry, so that XLA does not compute them anew for every level.
+        return codes_at(jnp.minimum(i + 1, n_candidates - 1)), best
+
+    return lax.fori_loop(0, n_candidates, step, (codes_at(jnp.int32(0)), worst(n)))[1]

@@ -1,0 +1,168 @@
+"""train.py and eval.py: one sentence and exit code 2 for bad input, and nothing written."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import eval as eval_script
+import train as train_script
+
+pytestmark = pytest.mark.usefixtures("optimizer_promotion")
+
+ROOT = Path(__file__).parent.parent
+WORLD = ROOT / "examples" / "factworld"
+
+
+class Case:
+    """A folder in which one thing is wrong."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = folder / "model"
+        shutil.copytree(WORLD / "base-small", self.model)
+        self.data = folder / "data.jsonl"
+        lines = (WORLD / "data" / "train.jsonl").read_text().splitlines(keepends=True)[:32]
+        self.data.write_text("".join(lines))
+        self.output = folder / "run"
+
+    def flags(self, *more: str) -> list[str]:
+        return [
+            f"--config={ROOT / 'configs' / 'quickstart.yaml'}",
+            f"--model={self.model}",
+            f"--output_dir={self.output}",
+            f"--data.train={self.data}",
+            "--data.eval=null",
+            "--evaluate.questions=null",
+            "--evaluate.baselines=false",
+            "--train.steps=2",
+            "--train.batch_size=4",
+            "--log.progress=false",
+            *more,
+        ]
+
+    def edit_config(self, **values) -> None:
+        path = self.model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    def edit_weights(self, change: Callable[[dict], None]) -> None:
+        path = self.model / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> Case:
+    return Case(tmp_path)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def truncate(case: Case) -> None:
+    path = case.model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def poison(tensors: dict) -> None:
+    tensors[UP] = tensors[UP].copy()
+    tensors[UP][3, 4] = np.nan
+
+
+BAD: dict[str, tuple[Callable[[Case], object], list[str], list[str]]] = {
+    "unknown key": (lambda c: None, ["--quant.formt=nf4"], ["--quant.formt"]),
+    "wrong type": (lambda c: None, ["--train.steps=many"], ["train.steps", "many", "int"]),
+    "unknown format": (lambda c: None, ["--quant.format=nf5"], ["quant.format", "nf5", "nf3"]),
+    "rank 0": (lambda c: None, ["--adapter.rank=0"], ["adapter.rank", "0", "at least 1"]),
+    "block size 7": (lambda c: None, ["--quant.block_size=7"], ["7", "multiple of 8"]),
+    "missing folder": (lambda c: shutil.rmtree(c.model), [], ["model"]),
+    "other architecture": (lambda c: c.edit_config(model_type="gpt2"), [], ["gpt2", "llama"]),
+    "truncated weights": (truncate, [], ["model.safetensors"]),
+    "missing tensor": (lambda c: c.edit_weights(lambda t: t.pop(UP)), [], [UP]),
+    "wrong shape": (
+        lambda c: c.edit_weights(lambda t: t.update({UP: t[UP][:-1].copy()})),
+        [],
+        [UP, "191", "192"],
+    ),
+    "NaN weights": (lambda c: c.edit_weights(poison), [], [UP, "NaN"]),
+    "empty data": (lambda c: c.data.write_text(""), [], ["data.jsonl"]),
+    "missing column": (
+        lambda c: c.data.write_text('{"input": "a", "answer": "b"}\n'),
+        [],
+        ["data.jsonl", "output", "answer"],
+    ),
+    "malformed line": (
+        lambda c: c.data.write_text(c.data.read_text() + '{"input": "a", \n'),
+        [],
+        ["data.jsonl", "33"],
+    ),
+    "other files": (
+        lambda c: (c.output.mkdir(), (c.output / "thesis.tex").write_text("x")),
+        [],
+        ["output_dir", "holds other files"],
+    ),
+    "output is a file": (lambda c: c.output.write_text("x"), [], ["output_dir", "a file"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(case: Case, capsys, name: str) -> None:
+    spoil, flags, words = BAD[name]
+    spoil(case)
+    before = {path: path.stat().st_mtime_ns for path in case.folder.rglob("*")}
+    assert train_script.main(case.flags(*flags)) == 2
+    _, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "Traceback" not in err
+    for word in words:
+        assert word in err
+    assert {path: path.stat().st_mtime_ns for path in case.folder.rglob("*")} == before
+
+
+def test_a_run_from_the_command_line_and_another_one_in_its_folder(case: Case, capsys) -> None:
+    assert train_script.main(case.flags("--data.eval_fraction=0.25")) == 0
+    out, _ = capsys.readouterr()
+    assert "nf3 with ICQ" in out and "finetuned" in out and "eval.py --run" in out
+    stored = (case.output / "config.json").read_bytes()
+    assert train_script.main(case.flags("--adapter.rank=4")) == 2
+    _, err = capsys.readouterr()
+    assert "holds another run" in err and "adapter.rank" not in stored.decode()
+    assert (case.output / "config.json").read_bytes() == stored
+
+    run = f"--run={case.output}"
+    questions = f"--questions={WORLD / 'data' / 'questions.jsonl'}"
+    text = case.folder / "text.txt"
+    text.write_text("what is the export of people ?\n")
+    assert eval_script.main([run, "--task=factworld", questions]) == 0
+    assert eval_script.main([run, "--task=factworld", questions, "--baseline"]) == 0
+    assert eval_script.main([run, "--task=perplexity", f"--text={text}"]) == 0
+    prompt = "--prompt=question what is"
+    assert eval_script.main([run, "--task=generate", prompt, "--max_new_tokens=4"]) == 0
+    out, _ = capsys.readouterr()
+    assert "bits per fact" in out and "perplexity" in out and "question what is" in out
+    with_adapter = json.loads((case.output / "eval-factworld.json").read_text())
+    without = json.loads((case.output / "eval-factworld-baseline.json").read_text())
+    assert with_adapter["count"] == without["count"] == 4096
+    assert with_adapter["bits_per_fact"] != without["bits_per_fact"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--task=factworld"], ["run"]),
+        (["--run=nowhere", "--task=factworld"], ["nowhere", "config.json"]),
+        (["--run=nowhere", "--task=mmmlu"], ["task", "mmmlu", "perplexity"]),
+        (["--run=nowhere", "--task=generate"], ["prompt", "--prompt"]),
+        (["--run=nowhere", "--task=perplexity"], ["text", "--text"]),
+    ],
+)
+def test_bad_evaluations(capsys, flags: list[str], words: list[str]) -> None:
+    assert eval_script.main(flags) == 2
+    _, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err

@@ -1,0 +1,95 @@
+"""Configuration: what is read, and what is refused with which words."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from irqlora_jax.config import AdapterConfig, Config, QuantConfig, TrainConfig, parse_config
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\noutput_dir: o\nquant:\n  format: nf3\ntrain: {steps: 7}\n")
+    return path
+
+
+def test_file_then_overrides(file: Path) -> None:
+    config = Config.load(
+        file, {"quant.format": "int2", "train.learning_rate": 1e-3, "train.clip_norm": None}
+    )
+    assert config.quant == QuantConfig(format="int2")
+    assert config.train == TrainConfig(steps=7, learning_rate=1e-3, clip_norm=None)
+    flags = [f"--config={file}", "--quant.block_size=32", "--adapter.targets=[q_proj, v_proj]"]
+    config = parse_config(flags)
+    assert config.quant == QuantConfig(format="nf3", block_size=32)
+    assert config.adapter.targets == ("q_proj", "v_proj")
+
+
+def test_a_stored_configuration_is_the_configuration(file: Path, tmp_path: Path) -> None:
+    config = Config.load(file)
+    stored = tmp_path / "config.json"
+    stored.write_text(json.dumps(dataclasses.asdict(config)))
+    assert Config.load(stored) == config
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("quant: {formt: nf4}", ["quant", "formt"]),
+        ("trian: {steps: 3}", ["trian"]),
+        ("quant: {format: nf5}", ["quant.format", "nf5", "nf4", "int2"]),
+        ("quant: {block_size: 7}", ["quant.block_size", "7", "multiple of 8"]),
+        ("quant: {block_size: 6.5}", ["quant.block_size", "6.5", "int"]),
+        ("quant: {symmetric: true}", ["quant.symmetric", "false with quant.format nf4"]),
+        ("quant: {search: zero_point}", ["quant.search", "range with quant.format nf4"]),
+        ("quant: {search_range: 2}", ["quant.search_range", "2", "between 0 and 1"]),
+        ("adapter: {rank: 0}", ["adapter.rank", "0", "at least 1"]),
+        ("adapter: {dropout: 1.0}", ["adapter.dropout", "1.0"]),
+        ("adapter: {targets: [query]}", ["adapter.targets", "query", "q_proj"]),
+        ("train: {steps: many}", ["train.steps", "many", "int"]),
+        ("train: {accumulation: 3}", ["train.accumulation", "3", "train.batch_size = 16"]),
+        ("train: {beta2: 1.0}", ["train.beta2", "1.0"]),
+        ("seed: one", ["seed", "one", "int"]),
+        ("model: [a", ["parsing"]),
+    ],
+)
+def test_refusals_name_field_value_and_what_is_accepted(
+    tmp_path: Path, line: str, words: list[str]
+) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(f"model: m\noutput_dir: o\n{line}\n")
+    with pytest.raises(ValueError) as error:
+        Config.load(path)
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_and_missing_field(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere.yaml"):
+        Config.load(tmp_path / "nowhere.yaml")
+    (tmp_path / "short.yaml").write_text("model: m\n")
+    with pytest.raises(ValueError, match="output_dir"):
+        Config.load(tmp_path / "short.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_recipe_is_valid_and_says_its_command(path: Path) -> None:
+    config = Config.load(path)
+    assert config.train.steps > 0
+    head = path.read_text().split("\n\n")[0]
+    assert f"python train.py --config configs/{path.name}" in head
+    assert "Cost" in head and "Expected" in head
+
+
+def test_defaults_are_the_papers_for_7b() -> None:
+    train, adapter, quant = TrainConfig(), AdapterConfig(), QuantConfig()
+    assert (train.steps, train.batch_size, train.learning_rate) == (10_000, 16, 2e-4)
+    assert (train.clip_norm, train.beta2, train.weight_decay) == (0.3, 0.999, 0.0)
+    assert (adapter.rank, adapter.alpha, len(adapter.targets)) == (64, 16, 7)
+    assert (quant.format, quant.block_size, quant.search_range) == ("nf4", 64, 0.1)
