@@ -81,7 +81,8 @@ def load_base(path: Path) -> tuple[Base, LlamaConfig]:
             if metadata.get("irqlora_jax") != _VERSION:
                 found = metadata.get("irqlora_jax")
                 raise ValueError(f"{path}: version {found!r} of a base: accepted is {_VERSION!r}")
-            flat = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            flat: dict[str, Any] = {}
+            flat |= {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged safetensors file ({error})") from error
     for name, fields in json.loads(metadata["quantized"]).items():

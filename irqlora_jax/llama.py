@@ -5,11 +5,10 @@ Both are stacked over the layers, on a leading axis that `nn.scan` walks along, 
 of Hugging Face. A model is a value: it keeps no arrays, so everything is passed to `apply`.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from irqlora_jax.adapters import METHODS
 from irqlora_jax.config import LINEAR_NAMES, AdapterConfig
+from irqlora_jax.llama_config import LlamaConfig
 from irqlora_jax.quant.matmul import dequant_matmul
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -29,171 +29,6 @@ Cache = dict[str, Array]
 
 
 _normal = nn.initializers.normal(0.02)
-
-
-def _require(ok: bool, field: str, value: Any, accepted: str) -> None:
-    if not ok:
-        raise ValueError(f"config.json: {field} = {value!r}: accepted is {accepted}")
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Stretching of the rotary frequencies, for contexts longer than those of the pretraining."""
-
-    rope_type: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    """llama3 alone, as the two that follow."""
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in config.json."""
-        values = dataclasses.asdict(self)
-        return (
-            values if self.rope_type == "llama3" else {"rope_type": "linear", "factor": self.factor}
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-    """The architecture; the names are those of Hugging Face's config.json."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    max_position_embeddings: int = 2048
-    tie_word_embeddings: bool = False
-    bos_token_id: int | None = 1
-    eos_token_ids: tuple[int, ...] = (2,)
-    pad_token_id: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ):
-            value = getattr(self, name)
-            _require(value >= 1, name, value, "a whole number of at least 1")
-        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        accepted = f"a divisor of num_attention_heads = {heads}"
-        _require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, accepted)
-        ok = self.head_dim >= 2 and self.head_dim % 2 == 0
-        _require(ok, "head_dim", self.head_dim, "a positive even number")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
-        """Reads a config.json, with the rotary settings in their old or their new place.
-
-        Raises:
-            ValueError: not a LLaMA, or a variant of it that is not supported.
-        """
-        _require(
-            values.get("model_type") == "llama", "model_type", values.get("model_type"), "'llama'"
-        )
-        for name, default in (
-            ("attention_bias", False),
-            ("mlp_bias", False),
-            ("hidden_act", "silu"),
-        ):
-            value = values.get(name, default)
-            _require(value == default, name, value, repr(default))
-        needed = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        )
-        for name in needed:
-            _require(isinstance(values.get(name), int), name, values.get(name), "a whole number")
-        heads = values["num_attention_heads"]
-        head_dim = values.get("head_dim")
-        if head_dim is None:
-            hidden = values["hidden_size"]
-            accepted = f"a multiple of num_attention_heads = {heads}, or a head_dim beside it"
-            _require(heads > 0 and hidden % heads == 0, "hidden_size", hidden, accepted)
-            head_dim = hidden // heads
-        theta, scaling = _read_rope(values)
-        eos = values.get("eos_token_id", 2)
-        kv_heads = values.get("num_key_value_heads")
-        return cls(
-            **{name: values[name] for name in needed},
-            num_key_value_heads=heads if kv_heads is None else kv_heads,
-            head_dim=head_dim,
-            rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            max_position_embeddings=values.get("max_position_embeddings", 2048),
-            tie_word_embeddings=values.get("tie_word_embeddings", False),
-            bos_token_id=values.get("bos_token_id", 1),
-            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-            pad_token_id=values.get("pad_token_id"),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """An ordinary config.json, which `from_dict` and transformers read."""
-        values = dataclasses.asdict(self)
-        eos = values.pop("eos_token_ids")
-        return values | {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "rope_scaling": self.rope_scaling and self.rope_scaling.to_dict(),
-            "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
-        }
-
-    @property
-    def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of the linear layers, by name."""
-        hidden, wide = self.hidden_size, self.intermediate_size
-        queries = self.num_attention_heads * self.head_dim
-        keys = self.num_key_value_heads * self.head_dim
-        return {
-            "q_proj": (queries, hidden),
-            "k_proj": (keys, hidden),
-            "v_proj": (keys, hidden),
-            "o_proj": (hidden, queries),
-            "gate_proj": (wide, hidden),
-            "up_proj": (wide, hidden),
-            "down_proj": (hidden, wide),
-        }
-
-
-def _read_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    new = values.get("rope_parameters")
-    field = "rope_scaling" if new is None else "rope_parameters"
-    rope = dict(new or values.get("rope_scaling") or {})
-    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    accepted = "'default', 'linear' or 'llama3'"
-    _require(
-        rope_type in ("default", "linear", "llama3"), f"{field}.rope_type", rope_type, accepted
-    )
-    _require(rope.get("partial_rotary_factor", 1) == 1, f"{field}.partial_rotary_factor", rope, "1")
-    if rope_type == "default":
-        return float(theta), None
-    names = ["factor"]
-    if rope_type == "llama3":
-        names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    for name in names:
-        ok = isinstance(rope.get(name), int | float) and rope[name] > 0
-        _require(ok, f"{field}.{name}", rope.get(name), "a positive number")
-    return float(theta), RopeScaling(rope_type, **{name: rope[name] for name in names})
 
 
 def rope_frequencies(config: LlamaConfig) -> Float32[Array, " half"]:
@@ -258,7 +93,8 @@ def attend(
     """
     batch, seq, heads, head_dim = q.shape
     grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
-    scores = _wide_einsum("btkgd,bskd->bkgts", grouped, k) / math.sqrt(head_dim)
+    scores: Array = _wide_einsum("btkgd,bskd->bkgts", grouped, k)  # type: ignore[assignment]
+    scores = scores / math.sqrt(head_dim)
     # A query always sees its own slot, so no row of the softmax is empty.
     weights = jax.nn.softmax(scores, axis=-1, where=mask[:, :, None])
     y = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v)
@@ -480,6 +316,7 @@ class Llama(nn.Module):
             Logits of the token after each row's last, and the cache.
         """
         hidden, head, slots = self._trunk(tokens, None, None, True, cache)
+        assert slots is not None
         if lengths is None:
             lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -550,7 +387,7 @@ class Llama(nn.Module):
             nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
             variable_axes={"params": 0, "base": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
         )(config, self.adapter, deterministic, name="layers")
         slots = None if cache is None else {"k": cache["k"], "v": cache["v"]}
         numbers = jnp.arange(config.num_hidden_layers)

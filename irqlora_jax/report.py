@@ -157,7 +157,7 @@ def table(rows: Sequence[Row]) -> str:
     """The rows as aligned text."""
     head = ("model", "entropy", "loss", "accuracy", "bits a weight", "seconds")
     forms = ("{}", "{:.3f}", "{:.4f}", "{:.1%}", "{:.2f}", "{:.1f}")
-    cells = [head]
+    cells: list[tuple[str, ...]] = [head]
     for row in rows:
         values = dataclasses.astuple(row)
         cells.append(

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, no_type_check
 
@@ -106,7 +106,7 @@ def loss_sum(
     chunk: int,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Summed negative log-likelihood of the targets in nats, and their number."""
-    features = model.apply(
+    features: Any = model.apply(
         {"params": adapters, "base": base},
         tokens,
         deterministic=False,
@@ -386,7 +386,7 @@ def _loop(
             speed = tokens_since / max(now - clock, 1e-9)
             clock, tokens_since = now, 0
             values |= {
-                "learning_rate": float(schedule(step - 1)),
+                "learning_rate": float(jnp.asarray(schedule(step - 1))),
                 "tokens_per_second": round(speed, 1),
             }
             log.write({"step": step} | values)
@@ -431,7 +431,7 @@ class MetricsLog:
             ]
             write_text(path, "".join(kept))
 
-    def write(self, values: dict[str, float]) -> None:
+    def write(self, values: Mapping[str, float | int]) -> None:
         """Appends a line."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(dict(values)) + "\n")

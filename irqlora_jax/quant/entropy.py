@@ -15,6 +15,7 @@ each block that are real, the others have no influence.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float32, Int, Int32, Integer, Shaped
 
 _CHUNK = 32768  # weights worked on at a time: about 4 MB of working memory
+Results = TypeVar("Results", bound=tuple[Array, ...])
 FLOAT_MAX = float(np.finfo(np.float32).max)
 FLOAT_TINY = float(np.finfo(np.float32).tiny)
 
@@ -64,11 +66,11 @@ def spaced(start: float, stop: float, n: int) -> Float32[np.ndarray, " n"]:
 
 
 def in_chunks(
-    work: Callable[[Array, Array | None], tuple[Array, ...]],
+    work: Callable[[Array, Any], Results],
     n_results: int,
     blocks: Shaped[Array, "n block"],
     valid: Int[Array, " n"] | None,
-) -> tuple[Float32[Array, " n"], ...]:
+) -> Results:
     """Applies work([block, b], [b] | None) -> [b] arrays chunk by chunk, without copying `blocks`.
 
     Weights are widened to float32, codes stay as they are.
@@ -92,7 +94,7 @@ def in_chunks(
         )
 
     results = tuple(jnp.zeros(n, jnp.float32) for _ in range(n_results))
-    return lax.fori_loop(0, -(-n // size), step, results) if n else results
+    return cast(Results, lax.fori_loop(0, -(-n // size), step, results) if n else results)
 
 
 def product(factor: Array, x: Array) -> Array:
