@@ -144,7 +144,7 @@ def load_base(
     from tqdm import tqdm
 
     folder = snapshot(source)
-    config = _read_config(folder)
+    config = read_config(folder)
     found = _find_weights(folder)
     _check_weights(folder, found, config)
     layered, single = _shapes(config)
@@ -327,7 +327,14 @@ def _read_json(file: Path) -> Mapping[str, Any]:
     return values
 
 
-def _read_config(folder: Path) -> LlamaConfig:
+def read_config(source: str | Path) -> LlamaConfig:
+    """The architecture of a folder or of a model on the hub.
+
+    Raises:
+        FileNotFoundError: no such folder, or no config.json in it.
+        ValueError: not a float LLaMA.
+    """
+    folder = snapshot(source)
     values = _read_json(folder / "config.json")
     if values.get("quantization_config"):
         raise ValueError(f"{folder}: quantized already; accepted are float weights")

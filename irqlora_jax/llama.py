@@ -261,12 +261,15 @@ class Llama(nn.Module):
         adapter: the adapters; None is the base alone, and "params" is then empty.
         compute_dtype: type of the activations. Norms, rotations, softmax and logits are float32.
         remat: recompute each layer in the backward pass instead of keeping its activations.
+        unroll: layers that one turn of the compiled loop computes. More than 1 compiles longer and
+            is faster where layers are tiny.
     """
 
     config: LlamaConfig
     adapter: AdapterConfig | None = None
     compute_dtype: str = "float32"
     remat: bool = False
+    unroll: int = 1
 
     def __call__(
         self,
@@ -387,6 +390,7 @@ class Llama(nn.Module):
             nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
             variable_axes={"params": 0, "base": 0},
             split_rngs={"params": True, "dropout": True},
+            unroll=self.unroll,
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
         )(config, self.adapter, deterministic, name="layers")
         slots = None if cache is None else {"k": cache["k"], "v": cache["v"]}

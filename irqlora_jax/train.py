@@ -222,6 +222,7 @@ def run(config: Config, say: Callable[[str], None] = print) -> RunResult:
     """
     folder = Path(config.output_dir)
     resumed = check_folder(folder, config)
+    hf.read_config(config.model)  # what is no LLaMA is refused before anything else is read
     tokenizer = hf.load_tokenizer(config.model)
     examples, eval_examples = _load_data(config, tokenizer)
     base, llama, quantize_seconds = _load_or_quantize(folder, config, resumed)

@@ -21,3 +21,10 @@ def optimizer_promotion():
     """optax itself mixes floats with integers, so tests that run an optimizer allow that."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def release_programs():
+    """Thousands of compiled programs would fill gigabytes."""
+    yield
+    jax.clear_caches()

@@ -22,7 +22,7 @@ def spread_by_definition(x: np.ndarray, size: int) -> np.ndarray:
 
 
 @given(st.integers(1, 60), st.integers(1, 60))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_spread_follows_eq_12(n: int, size: int) -> None:
     x = np.random.default_rng(n * 61 + size).normal(size=n).astype(np.float32)
     got = np.asarray(iec.spread(jnp.asarray(x), size))
@@ -43,7 +43,7 @@ def test_worked_example_of_the_merging_rule() -> None:
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 24))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_fold_is_exact(in_features: int, out_features: int, rank: int) -> None:
     keys = jax.random.split(jax.random.key(in_features * 71 + out_features), 5)
     params = {

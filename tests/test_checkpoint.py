@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 from irqlora_jax.checkpoint import load_base, save_base
 from irqlora_jax.config import QuantConfig
-from irqlora_jax.llama import LlamaConfig, RopeScaling
+from irqlora_jax.llama_config import LlamaConfig, RopeScaling
 from irqlora_jax.quant.qtensor import quantize
 
 CONFIG = LlamaConfig(

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from irqlora_jax.config import LINEAR_NAMES, AdapterConfig
 from irqlora_jax.generate import generate, sample
-from irqlora_jax.llama import Llama, LlamaConfig, RopeScaling
+from irqlora_jax.llama import Llama
+from irqlora_jax.llama_config import LlamaConfig, RopeScaling
 
 CONFIG = LlamaConfig(
     vocab_size=31,

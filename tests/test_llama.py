@@ -13,12 +13,12 @@ from irqlora_jax.config import LINEAR_NAMES, AdapterConfig, QuantConfig
 from irqlora_jax.llama import (
     Llama,
     LlamaConfig,
-    RopeScaling,
     head_logits,
     head_weight,
     rope_frequencies,
     segment_positions,
 )
+from irqlora_jax.llama_config import RopeScaling
 from irqlora_jax.quant.qtensor import quantize
 
 CONFIG = LlamaConfig(

@@ -38,16 +38,23 @@ LLAMA = LlamaConfig(
 SETTINGS = TrainConfig(batch_size=8, compute_dtype="float32", learning_rate=1e-2, loss_chunk=16)
 
 
-def setup(settings: TrainConfig = SETTINGS, dropout: float = 0.0):
-    """Step function, state, base and batch of a tiny quantized model."""
-    adapter = AdapterConfig(rank=4, dropout=dropout)
-    model = Llama(LLAMA, adapter=adapter, compute_dtype=settings.compute_dtype)
+@functools.cache
+def quantized_base() -> tuple[dict, jax.Array]:
+    """A base of random weights, and tokens."""
     tokens = jax.random.randint(jax.random.key(0), (8, 12), 0, 48)
-    base = model.init(jax.random.key(1), tokens)["base"]
+    base = jax.jit(Llama(LLAMA).init)(jax.random.key(1), tokens)["base"]
     for group in ("self_attn", "mlp"):
         for leaf in base["layers"][group].values():
             layers = [quantize(w * 5, QuantConfig(calibration="none")) for w in leaf["weight"]]
             leaf["weight"] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    return base, tokens
+
+
+def setup(settings: TrainConfig = SETTINGS, dropout: float = 0.0):
+    """Step function, state, base and batch of a tiny quantized model."""
+    adapter = AdapterConfig(rank=4, dropout=dropout)
+    model = Llama(LLAMA, adapter=adapter, compute_dtype=settings.compute_dtype)
+    base, tokens = quantized_base()
     # Rows with unequal numbers of targets, so that a mean of means would show.
     targets = jnp.arange(12)[None, :] >= jnp.array([2, 11, 5, 9, 3, 10, 7, 4])[:, None]
     optimizer = make_optimizer(settings)
@@ -236,3 +243,11 @@ def test_half_precision_adapters_are_kept_in_half_precision(tmp_path: Path) -> N
 
     _, _, variables, _ = load_run(tmp_path / "run")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(variables["params"])} == {"bfloat16"}
+
+
+def test_the_step_lowers_for_a_gpu() -> None:
+    """No GPU is needed to see that every operation has a CUDA lowering."""
+    step, state, base, batch, _ = setup(dataclasses.replace(SETTINGS, compute_dtype="bfloat16"))
+    exported = jax.export.export(step, platforms=["cuda"])(state, base, batch)
+    assert exported.platforms == ("cuda",)
+    assert "stablehlo.while" in exported.mlir_module()  # the scan over the layers

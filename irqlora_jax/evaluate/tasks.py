@@ -10,6 +10,7 @@ import jax
 
 from irqlora_jax.checkpoint import Checkpoints, load_base, write_text
 from irqlora_jax.config import Config
+from irqlora_jax.data.examples import alpaca_prompt, encode_source
 from irqlora_jax.evaluate.perplexity import perplexity
 from irqlora_jax.evaluate.questions import load_questions, score_questions
 from irqlora_jax.generate import generate
@@ -34,7 +35,8 @@ class EvalConfig:
     window: int = 0
     """perplexity: tokens of context (0: the longest that the model takes)."""
     prompt: str | None = None
-    """generate: the text to continue."""
+    """generate: the text to continue, or the instruction to follow if the run learned from Alpaca's
+    format."""
     max_new_tokens: int = 128
     """generate: tokens to add at most."""
     temperature: float = 0.0
@@ -58,8 +60,9 @@ def parse_eval(argv: Sequence[str]) -> EvalConfig:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(exit_on_error=False, description="Evaluate a run.")
     parser.add_class_arguments(EvalConfig, as_group=False)
+    given = ["--baseline=true" if flag == "--baseline" else flag for flag in argv]
     try:
-        return EvalConfig(**vars(parser.instantiate(parser.parse_args(list(argv)))))
+        return EvalConfig(**vars(parser.instantiate(parser.parse_args(given))))
     except jsonargparse.ArgumentError as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{text} (eval.py --help lists every flag)") from error
@@ -131,7 +134,10 @@ def evaluate_run(asked: EvalConfig, say: Callable[[str], None] = print) -> dict[
         result = {"perplexity": value, "window": window, "text": asked.text}
         say(f"perplexity {value:.4f} (windows of {window} tokens)")
     else:
-        prompt = tokenizer(asked.prompt)["input_ids"]
+        assert asked.prompt is not None
+        alpaca = config.data.format == "alpaca"
+        asked_text = alpaca_prompt(asked.prompt) if alpaca else asked.prompt
+        prompt = encode_source(tokenizer, [asked_text])[0]
         room = model.config.max_position_embeddings - len(prompt)
         tokens = generate(
             model,
@@ -144,7 +150,7 @@ def evaluate_run(asked: EvalConfig, say: Callable[[str], None] = print) -> dict[
             key=jax.random.key(asked.seed),
             eos_token_ids=model.config.eos_token_ids,
         )[0]
-        text = tokenizer.decode(prompt + tokens, skip_special_tokens=True)
+        text = tokenizer.decode(tokens if alpaca else prompt + tokens, skip_special_tokens=True)
         result = {"prompt": asked.prompt, "text": text}
         say(text)
     name = f"eval-{asked.task}{'-baseline' if asked.baseline else ''}.json"

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from irqlora_jax.config import LINEAR_NAMES
-from irqlora_jax.llama import Llama, LlamaConfig, RopeScaling
+from irqlora_jax.llama import Llama
+from irqlora_jax.llama_config import LlamaConfig, RopeScaling
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
