@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("train", type=Path, help="text to finetune on")
     parser.add_argument("valid", type=Path, help="text to evaluate on")
     parser.add_argument("--out", type=Path, default=Path("runs/stories260k-table"))
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps")
     args = parser.parse_args()
     rows = {}
     for name in ("nf4", "nf3", "nf2"):

@@ -192,6 +192,11 @@ class EvaluateConfig:
     baselines: bool = False
     """Also measure the full-precision model and the quantizers without a finetune, for a table."""
 
+    def __post_init__(self) -> None:
+        limit = self.max_questions
+        ok = limit is None or limit >= 1
+        _require(ok, "evaluate.max_questions", limit, "a whole number of at least 1, or null")
+
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:

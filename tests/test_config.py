@@ -54,6 +54,7 @@ def test_a_stored_configuration_is_the_configuration(file: Path, tmp_path: Path)
         ("train: {steps: many}", ["train.steps", "many", "int"]),
         ("train: {accumulation: 3}", ["train.accumulation", "3", "train.batch_size = 16"]),
         ("train: {beta2: 1.0}", ["train.beta2", "1.0"]),
+        ("evaluate: {max_questions: 0}", ["evaluate.max_questions", "0", "at least 1"]),
         ("seed: one", ["seed", "one", "int"]),
         ("model: [a", ["parsing"]),
     ],
