@@ -23,7 +23,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from irqlora_jax.llama import LlamaConfig
+from irqlora_jax.config import Config
+from irqlora_jax.llama_config import LlamaConfig
 from irqlora_jax.quant.qtensor import QTensor
 
 Base = dict[str, Any]
@@ -141,3 +142,73 @@ class Checkpoints:
         """
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
         return self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
+
+
+class MetricsLog:
+    """One JSON object a line. Lines of steps that are done again are dropped first."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self._path = path
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [
+                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
+            ]
+            write_text(path, "".join(kept))
+
+    def write(self, values: Mapping[str, float | int]) -> None:
+        """Appends a line."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(dict(values)) + "\n")
+
+
+# What may differ between the run that started a folder and the one that goes on with it.
+_MAY_CHANGE = (
+    "output_dir",
+    "log",
+    "evaluate",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+)
+
+
+def check_folder(folder: Path, config: Config) -> bool:
+    """Whether `folder` holds an earlier part of this very run.
+
+    Raises:
+        ValueError: it holds something else; says what differs.
+        NotADirectoryError: it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"output_dir = '{folder}': a file; accepted is a folder")
+    # A run writes its configuration last, so these alone are what a broken start left.
+    leftover = {"tokenizer", "base.safetensors", "base.safetensors.part", "config.json.part"}
+    if not folder.exists() or {path.name for path in folder.iterdir()} <= leftover:
+        return False
+    stored_file = folder / "config.json"
+    if not stored_file.is_file():
+        raise ValueError(f"output_dir = '{folder}': holds other files; accepted is a new folder")
+    stored = _flatten(json.loads(stored_file.read_text(encoding="utf-8")))
+    asked = _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+    may_change = _MAY_CHANGE
+    if config.train.schedule == "constant":
+        may_change += ("train.steps",)
+    for name in sorted(stored.keys() | asked.keys()):
+        if stored.get(name) != asked.get(name) and not name.startswith(may_change):
+            raise ValueError(
+                f"output_dir = '{folder}': holds another run ({name} = {stored.get(name)!r} there, "
+                f"{asked.get(name)!r} here); accepted is a new folder, or the same configuration"
+            )
+    return True
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= (
+            _flatten(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {prefix + name: value}
+        )
+    return flat

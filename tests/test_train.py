@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from irqlora_jax.checkpoint import Checkpoints
+from irqlora_jax.checkpoint import Checkpoints, MetricsLog
 from irqlora_jax.config import AdapterConfig, Config, QuantConfig, TrainConfig
 from irqlora_jax.llama import Llama, LlamaConfig
 from irqlora_jax.quant.qtensor import quantize
 from irqlora_jax.train import (
-    MetricsLog,
     init_state,
     learning_rate,
     make_optimizer,
