@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -175,11 +174,10 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def next_commands(folder: Path) -> str:
+def next_commands(config: Config) -> str:
     """What to try with a finished run."""
-    return (
-        f"\nsaved in {folder}; next:\n"
-        f"  python eval.py --run {folder} --task perplexity --text FILE\n"
-        f'  python eval.py --run {folder} --task generate --prompt "..."\n'
-        f"  python eval.py --run {folder} --task factworld --baseline"
-    )
+    tasks = ["perplexity --text FILE", 'generate --prompt "..."']
+    if config.evaluate.questions is not None:
+        tasks.insert(0, "factworld --baseline")
+    commands = [f"  python eval.py --run {config.output_dir} --task {task}" for task in tasks]
+    return "\n".join([f"\nsaved in {config.output_dir}; next:", *commands])

@@ -265,7 +265,7 @@ def run(config: Config, say: Callable[[str], None] = print) -> RunResult:
     )  # fmt: skip
     write_text(folder / "results.json", json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
     say(report.table(rows))
-    say(report.next_commands(folder))
+    say(report.next_commands(config))
     return RunResult(folder, int(state.step), tuple(rows))
 
 
