@@ -32,6 +32,7 @@ from irqlora_jax.quant.entropy import (
     try_all,
     worst,
 )
+from irqlora_jax.quant.entropy import block_entropy as block_entropy
 from irqlora_jax.quant.formats import Format, get_format
 
 # Standard deviation in units of the scale, from the table of NF4: 1 / Q(0.9677083).
