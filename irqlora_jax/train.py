@@ -230,9 +230,16 @@ def run(config: Config, say: Callable[[str], None] = print) -> RunResult:
     """
     folder = Path(config.output_dir)
     resumed = check_folder(folder, config)
-    hf.read_config(config.model)  # what is no LLaMA is refused before anything else is read
+    # What is no LLaMA is refused before anything else is read.
+    vocab = hf.read_config(config.model).vocab_size
     tokenizer = hf.load_tokenizer(config.model)
     examples, eval_examples = _load_data(config, tokenizer)
+    highest = max(int(example.tokens.max()) for example in [*examples, *eval_examples])
+    if highest >= vocab:  # indexing would clamp it in silence
+        raise ValueError(
+            f"model = '{config.model}': its tokenizer gives token {highest}, its embedding has "
+            f"{vocab} rows; accepted is a tokenizer that belongs to the model"
+        )
     base, llama, quantize_seconds = _load_or_quantize(folder, config, resumed)
     model = Llama(
         llama,

@@ -69,6 +69,15 @@ def truncate(case: Case) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+def shrink_vocabulary(case: Case) -> None:
+    def shrink(tensors: dict) -> None:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:20].copy()
+
+    case.edit_weights(shrink)
+    case.edit_config(vocab_size=20)
+
+
 def poison(tensors: dict) -> None:
     tensors[UP] = tensors[UP].copy()
     tensors[UP][3, 4] = np.nan
@@ -90,6 +99,7 @@ BAD: dict[str, tuple[Callable[[Case], object], list[str], list[str]]] = {
         [UP, "191", "192"],
     ),
     "NaN weights": (lambda c: c.edit_weights(poison), [], [UP, "NaN"]),
+    "tokenizer of another model": (shrink_vocabulary, [], ["embedding has 20 rows"]),
     "empty data": (lambda c: c.data.write_text(""), [], ["data.jsonl"]),
     "missing column": (
         lambda c: c.data.write_text('{"input": "a", "answer": "b"}\n'),
