@@ -8,8 +8,9 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+Parsed = TypeVar("Parsed")
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Format = Literal["nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2", "none"]
@@ -247,16 +248,25 @@ def parse_config(argv: Sequence[str]) -> Config:
     Raises:
         ValueError: no such file, unknown key, wrong type or value that is not accepted.
     """
+    return parse_flags(Config, argv, "train.py")
+
+
+def parse_flags(kind: type[Parsed], argv: Sequence[str], script: str) -> Parsed:
+    """A dataclass from flags and, with `--config`, from a YAML file that the flags override.
+
+    Raises:
+        ValueError: no such file, unknown key, wrong type or value that is not accepted.
+    """
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, description="Finetune a LLaMA.")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, description=kind.__doc__)
     parser.add_argument("--config", action="config", help="YAML file; flags override it.")
-    parser.add_class_arguments(Config, as_group=False)
+    parser.add_class_arguments(kind, as_group=False)
     try:
         fields = vars(parser.instantiate(parser.parse_args(list(argv))))
     except jsonargparse.ArgumentError as error:
         text = " ".join(str(error).split())
-        raise ValueError(f"{text} (train.py --help lists every field)") from error
+        raise ValueError(f"{text} ({script} --help lists every field)") from error
     fields.pop("config")
-    return Config(**fields)
+    return kind(**fields)

@@ -9,7 +9,7 @@ import jax
 
 from irqlora_jax import hf
 from irqlora_jax.checkpoint import Base
-from irqlora_jax.config import Config
+from irqlora_jax.config import Config, QuantConfig
 from irqlora_jax.data import Example
 from irqlora_jax.evaluate import evaluation_loss, load_questions, score_questions
 from irqlora_jax.llama import Llama, LlamaConfig
@@ -125,12 +125,7 @@ def measure(
     bare = model.clone(adapter=None)
     quantized = quant.format != "none"
     if config.evaluate.baselines:
-        others = [
-            (
-                "full precision",
-                dataclasses.replace(quant, format="none", symmetric=False, search="range"),
-            )
-        ]
+        others: list[tuple[str, QuantConfig | None]] = [("full precision", None)]
         if quantized and quant.calibration != "none":
             others.append((f"plain {quant.format}", dataclasses.replace(quant, calibration="none")))
         for name, how in others:

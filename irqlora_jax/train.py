@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -339,7 +340,7 @@ def _loop(
         values = {name: float(value) for name, value in metrics.items()}
         tokens_since += tokens
         overflow_is_handled = values.get("loss_scale", 1.0) > 1
-        if not jnp.isfinite(values["loss"]) and not overflow_is_handled:
+        if not math.isfinite(values["loss"]) and not overflow_is_handled:
             saved = checkpoints.latest()
             raise FloatingPointError(
                 f"loss = {values['loss']} at step {step}; the last checkpoint is of step {saved}"

@@ -1,5 +1,6 @@
 """Examples to batches, of few shapes so that few programs are compiled."""
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -38,7 +39,11 @@ class Batches:
         multiple = length_multiple(examples) if multiple is None else multiple
         _check(examples, batch_size, multiple)
         self._examples, self._batch_size = examples, batch_size
-        self._seed, self._multiple = seed, multiple
+        self._multiple = multiple
+        # A batch touches two epochs at most, unless it is larger than the training set.
+        self._order = functools.lru_cache(maxsize=2)(
+            lambda epoch: np.random.default_rng((seed, epoch)).permutation(len(examples))
+        )
 
     def indices(self, step: int) -> list[int]:
         """Which examples the batch of a step holds."""
@@ -47,11 +52,7 @@ class Batches:
         count = len(self._examples)
         first = step * self._batch_size
         places = range(first, first + self._batch_size)
-        orders = {
-            epoch: np.random.default_rng((self._seed, epoch)).permutation(count)
-            for epoch in range(places[0] // count, places[-1] // count + 1)
-        }
-        return [int(orders[place // count][place % count]) for place in places]
+        return [int(self._order(place // count)[place % count]) for place in places]
 
     def __getitem__(self, step: int) -> Batch:
         rows = [self._examples[index] for index in self.indices(step)]

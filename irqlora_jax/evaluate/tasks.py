@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 
 from irqlora_jax.checkpoint import Checkpoints, load_base, write_text
-from irqlora_jax.config import Config
+from irqlora_jax.config import Config, parse_flags
 from irqlora_jax.data.examples import alpaca_prompt, encode_source
 from irqlora_jax.evaluate.perplexity import perplexity
 from irqlora_jax.evaluate.questions import load_questions, score_questions
@@ -55,17 +55,8 @@ def parse_eval(argv: Sequence[str]) -> EvalConfig:
     Raises:
         ValueError: unknown flag, wrong type or value that is not accepted.
     """
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, description="Evaluate a run.")
-    parser.add_class_arguments(EvalConfig, as_group=False)
     given = ["--baseline=true" if flag == "--baseline" else flag for flag in argv]
-    try:
-        return EvalConfig(**vars(parser.instantiate(parser.parse_args(given))))
-    except jsonargparse.ArgumentError as error:
-        text = " ".join(str(error).split())
-        raise ValueError(f"{text} (eval.py --help lists every flag)") from error
+    return parse_flags(EvalConfig, given, "eval.py")
 
 
 def load_run(run: Path, baseline: bool = False) -> tuple[Config, Llama, dict[str, Any], Any]:
