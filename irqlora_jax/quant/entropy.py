@@ -30,15 +30,27 @@ FLOAT_TINY = float(np.finfo(np.float32).tiny)
 
 
 @functools.partial(jax.jit, static_argnames="n_levels")
-def block_entropy(codes: Integer[Array, "*lead block"], n_levels: int) -> Float32[Array, "*lead"]:
-    """Entropy of the codes of each block in bits (eq. 7), between 0 and log2(n_levels)."""
+def block_entropy(
+    codes: Integer[Array, "*lead block"],
+    n_levels: int,
+    valid: Int[Array, "*lead"] | None = None,
+) -> Float32[Array, "*lead"]:
+    """Entropy of the codes of each block in bits (eq. 7), between 0 and log2(n_levels).
+
+    Args:
+        codes: below n_levels.
+        n_levels: size of the code book.
+        valid: number of real codes in each block (at least 1); None: all.
+    """
     block = codes.shape[-1]
 
-    def work(codes: Array, _: None) -> tuple[Array]:
-        n = jnp.full(codes.shape[1], block, jnp.int32)
-        return (bits_of(histogram_weight(above_levels(codes, n_levels), n, block), n, block),)
+    def work(codes: Array, count: Array | None) -> tuple[Array]:
+        n = jnp.full(codes.shape[1], block, jnp.int32) if count is None else count
+        above = above_levels(masked(codes, count, 0), n_levels)
+        return (bits_of(histogram_weight(above, n, block), n, block),)
 
-    (bits,) = in_chunks(work, 1, codes.reshape(-1, block), None)
+    flat = None if valid is None else valid.reshape(-1)
+    (bits,) = in_chunks(work, 1, codes.reshape(-1, block), flat)
     return bits.reshape(codes.shape[:-1])
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from irqlora_jax.config import QuantConfig
 from irqlora_jax.quant import icq, icq_integer, packing, stats
-from irqlora_jax.quant.entropy import quotient
+from irqlora_jax.quant.entropy import block_entropy, quotient
 from irqlora_jax.quant.formats import Format, get_format
 
 
@@ -92,20 +92,15 @@ class QTensor:
 
     def entropy(self) -> Float32[Array, "*lead out blocks"]:
         """Entropy of the codes of every block in bits (eq. 7), without the padding."""
-        # Row by row: comparing all codes with all levels at once would take many times their size.
         rows = self.packed.reshape(-1, *self.packed.shape[-2:])
         ends = jnp.arange(self.packed.shape[-2]) * self.block_size
         valid = jnp.minimum(self.shape[1] - ends, self.block_size)
-        inside = jnp.arange(self.block_size)[None, :] < valid[:, None]
         bits = get_format(self.format).bits
 
         def row_entropy(packed: Array) -> Array:
-            codes = packing.unpack(packed, bits)
-            hits = [(codes == code) & inside for code in range(2**bits)]
-            counts = jnp.stack([hit.sum(-1, dtype=jnp.float32) for hit in hits])
-            share = counts / valid.astype(jnp.float32)[None, :]
-            return -(share * jnp.log2(jnp.where(share > 0, share, 1))).sum(0)
+            return block_entropy(packing.unpack(packed, bits), 2**bits, valid)
 
+        # Some rows at a time, so that the unpacked codes never exist as a whole.
         return jax.lax.map(row_entropy, rows, batch_size=64).reshape(self.packed.shape[:-1])
 
     @property
