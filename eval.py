@@ -1,18 +1,13 @@
-"""Evaluate a run: python eval.py --run DIR --task factworld | perplexity | generate [--baseline]"""
+"""Evaluate a run: python eval.py --run DIR --task NAME [--field value ...]"""
 
 import sys
 
-from irqlora_jax.evaluate.tasks import evaluate_run, parse_eval
+from irqlora_jax import cli
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 done, 2 the user's input; anything else raises (1)."""
-    try:
-        evaluate_run(parse_eval(argv))
-    except (ValueError, OSError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """The command `irqlora eval`; returns its exit code."""
+    return cli.main(["eval", *argv])
 
 
 if __name__ == "__main__":

@@ -2,20 +2,12 @@
 
 import sys
 
-from irqlora_jax.config import parse_config
+from irqlora_jax import cli
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code: 0 done, 2 the user's input; anything else raises (1)."""
-    try:
-        config = parse_config(argv)
-        from irqlora_jax.train import run
-
-        run(config)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """The command `irqlora train`; returns its exit code."""
+    return cli.main(["train", *argv])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Host memory needed to quantize a checkpoint while it is read.
+"""Host memory needed to quantize a checkpoint while it is read, or to export a run.
 
     python benchmarks/load_memory.py [--calibration none|icq] [--layers 11] [--cold] ...
+    python benchmarks/load_memory.py --export bfloat16 --calibration none
 
 (with the package installed, or PYTHONPATH=.)
 
 Writes a synthetic bfloat16 LLaMA in shards (about 1 GB by default), loads it in a fresh process and
 compares the growth of the resident set with the packed base. Accepted are two tensors of the
-largest linear layer, in float32, on top of the packed base. Exit code 1 if more is needed.
+largest linear layer, in float32, on top of the packed base. Exit code 1 if more is needed. With
+--export the packed base is there before, with an IEC adapter of rank 64, and what is measured is
+the writing of the merged model; accepted are three such tensors.
 
 The quantizer is compiled before, on one layer of the same widths: compiling takes some 100 MB for a
 moment, whatever the size of the model. What that left behind is given back to the system before the
@@ -35,9 +38,9 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from irqlora_jax.config import LINEAR_NAMES, QuantConfig
-from irqlora_jax.hf import linear_path, load_base, weight_name
-from irqlora_jax.llama import LlamaConfig
+from irqlora_jax.config import LINEAR_NAMES, AdapterConfig, QuantConfig
+from irqlora_jax.hf import linear_path, load_base, save_model, weight_name
+from irqlora_jax.llama import Llama, LlamaConfig
 
 STATUS = Path("/proc/self/status")
 FIELDS = ("VmRSS", "RssAnon", "RssFile", "VmHWM")
@@ -122,7 +125,11 @@ def give_back() -> None:
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Loads the rehearsal, then the model, and returns what the memory did."""
     quant = QuantConfig(format=args.format, calibration=args.calibration)
-    load_base(folder / "rehearsal", quant)
+    if args.export:
+        export(folder / "rehearsal out", args, *adapted(folder / "rehearsal", quant))
+        model, variables = adapted(folder / "model", quant)
+    else:
+        load_base(folder / "rehearsal", quant)
     done = threading.Event()
     peaks = dict.fromkeys(FIELDS, 0)
 
@@ -136,16 +143,34 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     sampler = threading.Thread(target=sample)
     sampler.start()
     start = time.perf_counter()
-    base, _ = load_base(folder / "model", quant, progress=args.progress)
+    if args.export:
+        export(folder / "out", args, model, variables)
+        packed = 0
+    else:
+        base, _ = load_base(folder / "model", quant, progress=args.progress)
+        packed = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
     seconds = time.perf_counter() - start
     done.set()
     sampler.join()
     peaks["VmHWM"] = resident()["VmHWM"]
     return {
-        "packed": sum(leaf.nbytes for leaf in jax.tree.leaves(base)),
+        "packed": packed,
         "seconds": seconds,
         **{f"growth of {name}": peaks[name] - before[name] for name in FIELDS},
     }
+
+
+def adapted(folder: Path, quant: QuantConfig) -> tuple[Llama, dict]:
+    """A base with an adapter."""
+    base, config = load_base(folder, quant)
+    model = Llama(config, AdapterConfig(method="iec", rank=64))
+    return model, {"params": model.init_adapters(jax.random.key(0)), "base": base}
+
+
+def export(folder: Path, args: argparse.Namespace, model: Llama, variables: dict) -> None:
+    """Writes the two merged."""
+    folder.mkdir()
+    save_model(folder, model, variables, dtype=args.export, progress=args.progress)
 
 
 def report(result: dict[str, float], args: argparse.Namespace) -> bool:
@@ -158,8 +183,10 @@ def report(result: dict[str, float], args: argparse.Namespace) -> bool:
     print(
         f"format {args.format}, calibration {args.calibration}, {config.num_hidden_layers} layers"
     )
-    print(f"seconds to load                      {result['seconds']:9.1f}")
-    print(f"packed base, with embeddings (MB)    {result['packed'] / mb:9.1f}")
+    done = "export" if args.export else "load  "
+    print(f"seconds to {done}                    {result['seconds']:9.1f}")
+    if not args.export:
+        print(f"packed base, with embeddings (MB)    {result['packed'] / mb:9.1f}")
     print(f"largest linear layer, float32 (MB)   {linear / mb:9.1f}")
     print(f"embedding table, float32 (MB)        {table / mb:9.1f}")
     worst = 0.0
@@ -169,8 +196,9 @@ def report(result: dict[str, float], args: argparse.Namespace) -> bool:
         ratio = (growth - result["packed"]) / linear
         print(f"{name:24} {growth / mb:9.1f} {ratio:40.2f}")
         worst = max(worst, ratio)
-    print(f"worst {worst:.2f}, accepted is 2.00")
-    return worst <= 2
+    accepted = 3 if args.export else 2
+    print(f"worst {worst:.2f}, accepted is {accepted:.2f}")
+    return worst <= accepted
 
 
 def main() -> int:
@@ -181,6 +209,7 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--ffn", type=int, default=5632)
     parser.add_argument("--vocab", type=int, default=1024)
+    parser.add_argument("--export", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--cold", action="store_true", help="measure the compilation too")
     parser.add_argument("--progress", action="store_true")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

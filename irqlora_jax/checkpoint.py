@@ -1,34 +1,39 @@
 """What a run leaves on disk.
 
     RUN/config.json        the configuration
+    RUN/data.json          number and hash of the examples
     RUN/base.safetensors   the quantized base, stored once; its metadata says how to read it
     RUN/tokenizer/         as Hugging Face writes it
-    RUN/checkpoints/STEP/  orbax: adapters, optimizer state, step and random key
-    RUN/metrics.jsonl      a line every few steps
+    RUN/checkpoints/STEP/  orbax: adapters, optimizer state, step, random key, evaluation loss
+    RUN/metrics.jsonl      a line every few steps (tensorboard/ and wandb/: the same, when asked)
     RUN/results.json       the scores
 
 Nothing is ever written in place: a file is written aside and moved when it is complete.
 """
 
+import contextlib
 import dataclasses
 import json
+import logging
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from irqlora_jax.config import Config
+from irqlora_jax.config import QuantConfig
 from irqlora_jax.llama_config import LlamaConfig
 from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.sharding import sharding
 
 Base = dict[str, Any]
-_VERSION = "1"
+_VERSION = "2"
 _ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if "Array" in str(f.type))
 _STATIC = ("shape", "format", "block_size", "layout")
 
@@ -40,11 +45,14 @@ def write_text(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def save_base(path: Path, base: Base, config: LlamaConfig) -> None:
-    """Writes base and architecture into one safetensors file.
+def save_base(
+    path: Path, base: Base, config: LlamaConfig, quant: QuantConfig, source: str | None = None
+) -> None:
+    """Writes base, architecture and how it was quantized into one safetensors file.
 
     A QTensor becomes one tensor an array (`NAME.packed`, `NAME.scale_codes`, ...) and an entry of
-    the metadata that holds its shape, format, block size and layout.
+    the metadata that holds its shape, format, block size and layout. `source` is the folder or the
+    id of the model that it was made from.
     """
     tensors: dict[str, np.ndarray] = {}
     static: dict[str, Any] = {}
@@ -60,30 +68,38 @@ def save_base(path: Path, base: Base, config: LlamaConfig) -> None:
     metadata = {
         "irqlora_jax": _VERSION,
         "llama": json.dumps(config.to_dict()),
+        "quant": json.dumps(dataclasses.asdict(quant)),
         "quantized": json.dumps(static),
+        "source": json.dumps(source),
     }
     aside = path.with_name(path.name + ".part")
-    save_file(tensors, aside, metadata)
+    try:
+        save_file(tensors, aside, metadata)
+    except SafetensorError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error})") from error
     os.replace(aside, path)
 
 
-def load_base(path: Path) -> tuple[Base, LlamaConfig]:
+def load_base(path: Path, mesh: Mesh | None = None) -> tuple[Base, LlamaConfig]:
     """Reads what `save_base` wrote, bit by bit.
+
+    Args:
+        path: the file.
+        mesh: devices to split the weights over (default: all on the first device).
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: damaged, or not written by `save_base`.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; is this the folder of a finished run?")
+    metadata = _read_metadata(path)
+    flat: dict[str, Any] = {}
     try:
         with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("irqlora_jax") != _VERSION:
-                found = metadata.get("irqlora_jax")
-                raise ValueError(f"{path}: version {found!r} of a base: accepted is {_VERSION!r}")
-            flat: dict[str, Any] = {}
-            flat |= {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                array = file.get_tensor(name)
+                where = None if mesh is None else sharding(mesh, _path(name), array.shape)
+                flat[name] = jax.device_put(array, where)
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged safetensors file ({error})") from error
     for name, fields in json.loads(metadata["quantized"]).items():
@@ -92,12 +108,50 @@ def load_base(path: Path) -> tuple[Base, LlamaConfig]:
         flat[name] = QTensor(**arrays, **fields)
     base: Base = {}
     for name, leaf in flat.items():
-        *parents, last = name.split(".")
+        *parents, last = _path(name)
         node = base
         for parent in parents:
             node = node.setdefault(parent, {})
         node[last] = leaf
     return base, LlamaConfig.from_dict(json.loads(metadata["llama"]))
+
+
+def read_base_config(path: Path) -> tuple[LlamaConfig, QuantConfig]:
+    """The architecture of a base, and how it was quantized.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_base`.
+    """
+    metadata = _read_metadata(path)
+    quant = QuantConfig(**json.loads(metadata["quant"]))
+    return LlamaConfig.from_dict(json.loads(metadata["llama"])), quant
+
+
+def read_source(path: Path) -> str | None:
+    """The model that a base was made from; None where that is not known.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_base`.
+    """
+    return json.loads(_read_metadata(path).get("source", "null"))
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; is this the folder of a finished run?")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged safetensors file ({error})") from error
+    if metadata.get("irqlora_jax") != _VERSION:
+        found = metadata.get("irqlora_jax")
+        raise ValueError(f"{path}: version {found!r} of a base: accepted is {_VERSION!r}")
+    return metadata
+
+
+def _path(name: str) -> tuple[str, ...]:
+    return tuple(name.split("."))
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -108,31 +162,160 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + name, value
 
 
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """Which checkpoints orbax leaves: the newest and the best."""
+
+    newest: int
+    losses: Mapping[int, float]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self.newest :], _best(self.losses)}
+        return [step in kept for step in steps]
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # Each of orbax's threads logs the whole traceback of an error that is raised in the end.
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _best(losses: Mapping[int, float]) -> int | None:
+    return min(sorted(losses), key=losses.__getitem__, default=None)
+
+
 class Checkpoints:
-    """The training states of a run, by step. Use as a context: leaving it waits for the writes."""
+    """The training states of a run by step, each with its evaluation loss if it was evaluated.
+
+    Use as a context: leaving it waits for the writes.
+    """
 
     def __init__(self, run: Path, keep: int | None = None) -> None:
+        """Finds what is there.
+
+        Args:
+            run: folder of the run.
+            keep: newest checkpoints to keep beside the best one; what a broken save left is
+                cleared away then. None keeps all, for reading.
+        """
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
-        folder = (run / "checkpoints").absolute()
+        self._folder = (run / "checkpoints").absolute()
+        self._losses: dict[int, float] = {}
+        self._writing: int | None = None
         self._manager = ocp.CheckpointManager(
-            folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+            self._folder,
+            item_handlers=ocp.StandardCheckpointHandler(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=None if keep is None else _Kept(keep, self._losses),
+                cleanup_tmp_directories=keep is not None,
+            ),
         )
+        for step in self._manager.all_steps():
+            stored = self._manager.metadata(step).custom_metadata or {}
+            if "eval_loss" in stored:
+                self._losses[step] = stored["eval_loss"]
 
     def __enter__(self) -> "Checkpoints":
+        logging.getLogger("absl").addFilter(_is_news)
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            with self._explained(self._writing):
+                self._manager.close()
+        except OSError:
+            if kind is None or not issubclass(kind, OSError):  # else that one says it
+                raise
+        finally:
+            logging.getLogger("absl").removeFilter(_is_news)
 
     def latest(self) -> int | None:
         """The newest complete step."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any) -> None:
-        """Writes a pytree of arrays, in the background."""
-        self._manager.save(step, args=self._ocp.args.StandardSave(state))
+    def best(self) -> int | None:
+        """The step with the lowest evaluation loss; None if none was evaluated."""
+        return _best(self._losses)
+
+    def loss(self, step: int) -> float | None:
+        """The evaluation loss of a checkpoint; None if it was not evaluated."""
+        return self._losses.get(step)
+
+    def find(self, which: Literal["last", "best"] | int) -> int:
+        """The step of a checkpoint.
+
+        Raises:
+            FileNotFoundError: there is none, none of this step, or none with an evaluation loss.
+        """
+        steps = sorted(self._manager.all_steps())
+        if not steps:
+            raise FileNotFoundError(f"{self._folder}: no checkpoint yet; use --baseline")
+        if which == "last":
+            return steps[-1]
+        there = ", ".join(map(str, steps))
+        if which == "best":
+            best = self.best()
+            if best is None:
+                raise FileNotFoundError(
+                    f"checkpoint = best: none in {self._folder} has an evaluation loss (data.eval "
+                    f"or data.eval_fraction); accepted is last or one of {there}"
+                )
+            return best
+        if which not in steps:
+            raise FileNotFoundError(
+                f"checkpoint = {which}: not in {self._folder}; there are {there}"
+            )
+        return which
+
+    def save(self, step: int, state: Any, loss: float | None = None) -> None:
+        """Writes a pytree of arrays, in the background, and then deletes those not kept.
+
+        Args:
+            step: of the state.
+            state: the arrays.
+            loss: its evaluation loss.
+
+        Raises:
+            OSError: this or the one before could not be written.
+        """
+        self.wait()
+        if loss is not None:
+            self._losses[step] = loss
+        metadata = None if loss is None else {"eval_loss": loss}
+        with self._explained(step):
+            self._manager.save(
+                step, args=self._ocp.args.StandardSave(state), custom_metadata=metadata
+            )
+        self._writing = step
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more.
+
+        Raises:
+            OSError: the last checkpoint could not be written; those before are as they were.
+        """
+        with self._explained(self._writing):
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _explained(self, step: int | None) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of many types
+            code = re.search(r"os_error_code='(\d+)'", str(error))
+            known = os.strerror(int(code[1])) if code else getattr(error, "strerror", None)
+            reason = known or " ".join(str(error).split())
+            if step is not None:
+                self._losses.pop(step, None)
+            self._manager.reload()  # it takes the new one for saved, and the old ones for deleted
+            last = self.latest()
+            kept = "there is none before it" if last is None else f"that of step {last} is whole"
+            raise OSError(
+                f"{self._folder}: the checkpoint of step {step} could not be written ({reason}); "
+                f"{kept}"
+            ) from error
 
     def restore(self, step: int, like: Any) -> Any:
         """Reads a state into the structure of `like` (arrays or their shapes).
@@ -140,75 +323,8 @@ class Checkpoints:
         Raises:
             ValueError: the stored state has another structure or other shapes.
         """
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), like)
-        return self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
-
-
-class MetricsLog:
-    """One JSON object a line. Lines of steps that are done again are dropped first."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self._path = path
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [
-                line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step
-            ]
-            write_text(path, "".join(kept))
-
-    def write(self, values: Mapping[str, float | int]) -> None:
-        """Appends a line."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(values)) + "\n")
-
-
-# What may differ between the run that started a folder and the one that goes on with it.
-_MAY_CHANGE = (
-    "output_dir",
-    "log",
-    "evaluate",
-    "train.eval_every",
-    "train.save_every",
-    "train.keep_checkpoints",
-)
-
-
-def check_folder(folder: Path, config: Config) -> bool:
-    """Whether `folder` holds an earlier part of this very run.
-
-    Raises:
-        ValueError: it holds something else; says what differs.
-        NotADirectoryError: it is a file.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"output_dir = '{folder}': a file; accepted is a folder")
-    # A run writes its configuration last, so these alone are what a broken start left.
-    leftover = {"tokenizer", "base.safetensors", "base.safetensors.part", "config.json.part"}
-    if not folder.exists() or {path.name for path in folder.iterdir()} <= leftover:
-        return False
-    stored_file = folder / "config.json"
-    if not stored_file.is_file():
-        raise ValueError(f"output_dir = '{folder}': holds other files; accepted is a new folder")
-    stored = _flatten(json.loads(stored_file.read_text(encoding="utf-8")))
-    asked = _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
-    may_change = _MAY_CHANGE
-    if config.train.schedule == "constant":
-        may_change += ("train.steps",)
-    for name in sorted(stored.keys() | asked.keys()):
-        if stored.get(name) != asked.get(name) and not name.startswith(may_change):
-            raise ValueError(
-                f"output_dir = '{folder}': holds another run ({name} = {stored.get(name)!r} there, "
-                f"{asked.get(name)!r} here); accepted is a new folder, or the same configuration"
-            )
-    return True
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= (
-            _flatten(value, f"{prefix}{name}.")
-            if isinstance(value, dict)
-            else {prefix + name: value}
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+            like,
         )
-    return flat
+        return self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))

@@ -5,8 +5,9 @@ accepted. The fields are documented here and nowhere else; `python train.py --he
 """
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +15,17 @@ Parsed = TypeVar("Parsed")
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Format = Literal["nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2", "none"]
+DataFormat = Literal[
+    "alpaca",
+    "input_output",
+    "self_instruct",
+    "flan_v2",
+    "chip2",
+    "hh_rlhf",
+    "oasst1",
+    "chat",
+    "text",
+]
 
 
 def _require(ok: bool, field: str, value: Any, accepted: str) -> None:
@@ -94,30 +106,48 @@ class DataConfig:
     """What is learned from."""
 
     train: str = ""
-    """Local .json, .jsonl or .txt file, or the id of a data set on the Hugging Face hub."""
+    """Local file (.json, .jsonl, .csv, .tsv, .parquet or .txt), or a data set on the Hugging Face
+    hub: ID, ID:CONFIGURATION or ID:CONFIGURATION:SPLIT (default: the split train)."""
     eval: str | None = None
     """Like `train`, for the evaluation loss. Null: `eval_fraction` of the training rows."""
     eval_fraction: float = 0.0
     """Share of the training rows held out for the evaluation loss when `eval` is null."""
-    format: Literal["alpaca", "input_output", "text"] = "alpaca"
-    """"alpaca": instruction, input, output. "input_output": input, output. "text": plain text."""
+    format: DataFormat = "alpaca"
+    """Columns of a row. "alpaca" (also alpaca-cleaned): instruction, input, output. "input_output"
+    (also longform): input, output. "self_instruct": prompt, completion. "flan_v2": inputs, targets.
+    "chip2": text of <human>: and <bot>:. "hh_rlhf": chosen, "oasst1": text with all turns, or the
+    messages of the original trees; both learn every turn. "chat": messages of role and content,
+    written by the chat template, of which the assistant's are learned. "text": plain text."""
     source_length: int = 384
     """Longest prompt, in tokens; longer prompts are cut on the left."""
     target_length: int = 128
-    """Longest answer, in tokens; longer answers are cut on the right."""
+    """Longest answer, in tokens; longer answers are cut on the right. Formats without a prompt of
+    their own (hh_rlhf, oasst1, chat) are cut to source_length + target_length."""
     train_on_source: bool = False
     """Put the loss on the prompt too."""
     sequence_length: int = 256
     """Plain text only: tokens of one training example."""
     max_examples: int | None = None
     """Use at most this many rows (null: all)."""
+    chat_template: str | None = None
+    """Chat only: file with a Jinja template, for a tokenizer that has none or another one."""
+    group_by_length: bool = False
+    """Put examples of similar length into a batch: less padding, a somewhat less random order."""
+    packing: bool = False
+    """Put several examples into one row, each seeing itself alone: hardly any padding. Then
+    train.batch_size counts rows."""
+    packing_length: int | None = None
+    """Tokens of a packed row. Null: the longest that an example can have."""
 
     def __post_init__(self) -> None:
         share = self.eval_fraction
         _require(0 <= share < 1, "data.eval_fraction", share, "0 <= eval_fraction < 1")
-        for name in ("source_length", "target_length", "sequence_length"):
+        for name in ("source_length", "target_length", "sequence_length", "packing_length"):
             value = getattr(self, name)
-            _require(value >= 2, f"data.{name}", value, "a whole number of at least 2")
+            ok = value is None or value >= 2
+            _require(ok, f"data.{name}", value, "a whole number of at least 2")
+        ok = not (self.packing and self.group_by_length)
+        _require(ok, "data.group_by_length", self.group_by_length, "false with data.packing true")
         limit = self.max_examples
         ok = limit is None or limit >= 1
         _require(ok, "data.max_examples", limit, "a whole number of at least 1, or null")
@@ -160,15 +190,19 @@ class TrainConfig:
     save_every: int = 0
     """Steps between checkpoints (0: only at the end)."""
     keep_checkpoints: int = 2
-    """Checkpoints kept; older ones are deleted."""
+    """Newest checkpoints kept, beside the one with the best evaluation loss; others are deleted."""
+    early_stopping: int = 0
+    """End after so many evaluations in a row without a better loss (0: never)."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "loss_chunk", "keep_checkpoints"):
             value = getattr(self, name)
             _require(value >= 1, f"train.{name}", value, "a whole number of at least 1")
-        for name in ("warmup_steps", "eval_every", "save_every", "weight_decay"):
+        for name in ("warmup_steps", "eval_every", "save_every", "weight_decay", "early_stopping"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name}", value, "0 or more")
+        ok = self.early_stopping == 0 or self.eval_every > 0
+        _require(ok, "train.early_stopping", self.early_stopping, "0 with train.eval_every 0")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"train.{name}", value, "0 <= value < 1")
@@ -183,6 +217,24 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are used. Their number is data x fsdp x tensor."""
+
+    data: int | None = None
+    """Copies of the model that share the rows of a batch. Null: as many as the devices give."""
+    fsdp: int = 1
+    """Parts that weights and rows are both split into; a part is sent when it is needed."""
+    tensor: int = 1
+    """Parts that every matrix product is split into."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "fsdp", "tensor"):
+            value = getattr(self, name)
+            ok = value is None or value >= 1
+            _require(ok, f"mesh.{name}", value, "a whole number of at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
     """What is measured beside the evaluation loss."""
 
@@ -192,11 +244,17 @@ class EvaluateConfig:
     """Ask only the first so many (null: all)."""
     baselines: bool = False
     """Also measure the full-precision model and the quantizers without a finetune, for a table."""
+    samples: tuple[str, ...] = ()
+    """Prompts (with data.format alpaca: instructions) that are answered at every evaluation."""
+    sample_tokens: int = 64
+    """Longest answer to a sample, in tokens."""
 
     def __post_init__(self) -> None:
         limit = self.max_questions
         ok = limit is None or limit >= 1
         _require(ok, "evaluate.max_questions", limit, "a whole number of at least 1, or null")
+        size = self.sample_tokens
+        _require(size >= 1, "evaluate.sample_tokens", size, "a whole number of at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +265,10 @@ class LogConfig:
     """Steps between lines of metrics.jsonl."""
     progress: bool = True
     """Show a progress bar."""
+    tensorboard: bool = False
+    """Also write the metrics for TensorBoard, into the run's folder (needs the extra tb)."""
+    wandb: str | None = None
+    """Also send the metrics to this project of Weights & Biases (needs the extra wandb)."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "log.every", self.every, "a whole number of at least 1")
@@ -217,7 +279,8 @@ class Config:
     """Everything a run depends on."""
 
     model: str
-    """Folder with a Hugging Face LLaMA (safetensors), or its id on the hub."""
+    """Folder with a Hugging Face LLaMA (safetensors), its id on the hub, or a folder written by
+    `irqlora quantize`."""
     output_dir: str
     """Folder of the run: quantized base, checkpoints, metrics, scores."""
     seed: int = 0
@@ -226,6 +289,7 @@ class Config:
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     log: LogConfig = LogConfig()
 
@@ -242,6 +306,19 @@ class Config:
         return parse_config(argv)
 
 
+@dataclasses.dataclass(frozen=True)
+class QuantizeConfig:
+    """Quantizes a base once, for many runs to share: give its folder as their `model`."""
+
+    model: str
+    """Folder with a Hugging Face LLaMA (safetensors), or its id on the hub."""
+    output_dir: str
+    """New folder for the quantized base and the tokenizer."""
+    quant: QuantConfig = QuantConfig()
+    progress: bool = True
+    """Show a progress bar."""
+
+
 def parse_config(argv: Sequence[str]) -> Config:
     """The configuration on a command line: `--config FILE` and `--section.key value` overrides.
 
@@ -254,19 +331,40 @@ def parse_config(argv: Sequence[str]) -> Config:
 def parse_flags(kind: type[Parsed], argv: Sequence[str], script: str) -> Parsed:
     """A dataclass from flags and, with `--config`, from a YAML file that the flags override.
 
+    A switch (true or false) may stand without a value: `--baseline` is `--baseline=true`.
+
     Raises:
         ValueError: no such file, unknown key, wrong type or value that is not accepted.
     """
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, description=kind.__doc__)
+    parser = jsonargparse.ArgumentParser(
+        prog=script,
+        usage=f"{script} [--config FILE] [--field VALUE | --section.field VALUE ...]",
+        exit_on_error=False,
+        description=kind.__doc__,
+    )
     parser.add_argument("--config", action="config", help="YAML file; flags override it.")
     parser.add_class_arguments(kind, as_group=False)
+    switches = set(_switches(kind))
+    values = [
+        f"{flag}=true" if flag in switches and (after is None or after[:2] == "--") else flag
+        for flag, after in itertools.zip_longest(argv, argv[1:])
+    ]
     try:
-        fields = vars(parser.instantiate(parser.parse_args(list(argv))))
+        fields = vars(parser.instantiate(parser.parse_args(values)))
     except jsonargparse.ArgumentError as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{text} ({script} --help lists every field)") from error
     fields.pop("config")
     return kind(**fields)
+
+
+def _switches(kind: type, prefix: str = "--") -> Iterator[str]:
+    """The flags that are true or false."""
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            yield from _switches(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        elif field.type is bool:
+            yield prefix + field.name

@@ -5,18 +5,20 @@ length, so a row gets what it would get alone.
 """
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
-from irqlora_jax.llama import Llama
+from irqlora_jax.llama import Cache, Llama
 
 # Prompts are padded to a multiple of this, so that few lengths are compiled.
 _PROMPT_STEP = 32
+# The cache of a stream has a multiple of so many slots, for the same reason.
+_CACHE_STEP = 256
 
 
 def generate(
@@ -73,6 +75,85 @@ def generate(
         tuple(sorted(eos_token_ids)),
     )
     return [_until(row, eos_token_ids) for row in np.asarray(new).tolist()]
+
+
+def stream(
+    model: Llama,
+    variables: Mapping[str, Any],
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: PRNGKeyArray | None = None,
+    eos_token_ids: Collection[int] = (),
+) -> Iterator[int]:
+    """Continues one prompt, token by token: those of `generate`, as they come.
+
+    Arguments and errors are those of `generate`.
+    """
+    _check(model, [prompt], max_new_tokens, temperature, top_k, top_p, key)
+    return _stream(
+        model,
+        variables,
+        prompt,
+        max_new_tokens,
+        jnp.float32(temperature) if temperature > 0 else None,
+        top_k,
+        None if top_p is None else jnp.float32(top_p),
+        jax.random.key(0) if key is None else key,
+        eos_token_ids,
+    )
+
+
+def _stream(
+    model: Llama,
+    variables: Mapping[str, Any],
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    temperature: Float32[Array, ""] | None,
+    top_k: int | None,
+    top_p: Float32[Array, ""] | None,
+    key: PRNGKeyArray,
+    eos_token_ids: Collection[int],
+) -> Iterator[int]:
+    limit = model.config.max_position_embeddings
+    width = min(-(-len(prompt) // _PROMPT_STEP) * _PROMPT_STEP, limit)
+    slots = min(-(-(len(prompt) + max_new_tokens) // _CACHE_STEP) * _CACHE_STEP, limit)
+    tokens = np.zeros((1, width), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    lengths = jnp.asarray([len(prompt)], jnp.int32)
+    cache = model.init_cache(1, slots)
+    token = jnp.asarray(tokens)
+    for step in range(max_new_tokens):
+        token, cache = _advance(
+            *(model, variables, token, cache, lengths if step == 0 else None),
+            *(temperature, top_k, top_p, key, jnp.int32(step)),
+        )
+        new = int(np.asarray(token)[0, 0])
+        yield new
+        if new in eos_token_ids:
+            return
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=3)
+def _advance(
+    model: Llama,
+    variables: Mapping[str, Any],
+    tokens: Int[Array, "1 seq"],
+    cache: Cache,
+    lengths: Int[Array, " 1"] | None,
+    temperature: Float32[Array, ""] | None,
+    top_k: int | None,
+    top_p: Float32[Array, ""] | None,
+    key: PRNGKeyArray,
+    step: Int[Array, ""],
+) -> tuple[Int[Array, "1 1"], Cache]:
+    """The next token, and the cache with the tokens given."""
+    logits, after = cast(Any, model.apply(variables, tokens, cache, lengths, method="decode"))
+    token = sample(jax.random.fold_in(key, step), logits, temperature, top_k, top_p)
+    return token[:, None], after
 
 
 def sample(

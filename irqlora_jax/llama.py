@@ -5,8 +5,6 @@ Both are stacked over the layers, on a leading axis that `nn.scan` walks along, 
 of Hugging Face. A model is a value: it keeps no arrays, so everything is passed to `apply`.
 """
 
-import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,9 +14,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from irqlora_jax.adapters import METHODS
+from irqlora_jax.attention import (
+    attend,
+    rope_frequencies,
+    rotate,
+    segment_positions,
+    wide_einsum,
+)
 from irqlora_jax.config import LINEAR_NAMES, AdapterConfig
 from irqlora_jax.llama_config import LlamaConfig
 from irqlora_jax.quant.matmul import dequant_matmul
+from irqlora_jax.sharding import SPLIT_INPUTS, gather, split_activation
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION_NAMES = LINEAR_NAMES[:4]
@@ -31,93 +37,17 @@ Cache = dict[str, Array]
 _normal = nn.initializers.normal(0.02)
 
 
-def rope_frequencies(config: LlamaConfig) -> Float32[Array, " half"]:
-    """Radians per position of each of the head_dim / 2 rotations."""
-    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = 1 / jnp.power(jnp.float32(config.rope_theta), exponent)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    if scaling.rope_type == "linear":
-        return frequencies / scaling.factor
-    # llama3: long waves are stretched by `factor`, short ones stay, and those between are blended.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept = jnp.clip((turns - low) / (high - low), 0, 1)
-    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
-
-
-def rotate(
-    x: Float[Array, "batch seq heads head_dim"],
-    cos: Float32[Array, "batch seq half"],
-    sin: Float32[Array, "batch seq half"],
-) -> Float[Array, "batch seq heads head_dim"]:
-    """Turns feature i together with feature i + head_dim / 2, as in Hugging Face's weights."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _wide_einsum(subscripts: str, a: Array, b: Array) -> Array:
-    """An einsum summed in and returned as float32, whose gradients are products in a's type.
-
-    Left to itself, the float32 cotangent would make float32 products of half-precision arrays.
-    """
-    return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
-
-
-def _wide_einsum_forward(subscripts: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _wide_einsum(subscripts, a, b), (a, b)
-
-
-def _wide_einsum_backward(subscripts: str, saved: tuple[Array, Array], g: Array) -> Any:
-    _, transpose = jax.vjp(functools.partial(jnp.einsum, subscripts), *saved)
-    return transpose(g.astype(saved[0].dtype))
-
-
-_wide_einsum.defvjp(_wide_einsum_forward, _wide_einsum_backward)
-
-
-def attend(
-    q: Float[Array, "batch seq heads head_dim"],
-    k: Float[Array, "batch slots kv_heads head_dim"],
-    v: Float[Array, "batch slots kv_heads head_dim"],
-    mask: Bool[Array, "batch_or_1 1 seq slots"],
-) -> Float[Array, "batch seq heads head_dim"]:
-    """Grouped-query attention, its softmax in float32.
-
-    Not `jax.nn.dot_product_attention`: that has no float16 on CPUs, and its gradient in half
-    precision breaks under strict promotion of types.
-    """
-    batch, seq, heads, head_dim = q.shape
-    grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
-    scores: Array = _wide_einsum("btkgd,bskd->bkgts", grouped, k)  # type: ignore[assignment]
-    scores = scores / math.sqrt(head_dim)
-    # A query always sees its own slot, so no row of the softmax is empty.
-    weights = jax.nn.softmax(scores, axis=-1, where=mask[:, :, None])
-    y = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v)
-    return y.reshape(batch, seq, heads, head_dim)
-
-
-def segment_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:
-    """Positions that start again from 0 where a new segment begins."""
-    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None, :], segment_ids.shape)
-    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
-
-
 def head_weight(base: Mapping[str, Any]) -> Float[Array, "vocab hidden"]:
     """The output matrix: that of `lm_head`, or the embeddings where the two are tied."""
-    return base["lm_head" if "lm_head" in base else "embed_tokens"]["weight"]
+    name = "lm_head" if "lm_head" in base else "embed_tokens"
+    return gather(base[name]["weight"], name)
 
 
 def head_logits(
     hidden: Float[Array, "*batch hidden"], weight: Float[Array, "vocab hidden"]
 ) -> Float32[Array, "*batch vocab"]:
     """Logits from `Llama.features` and `head_weight`; products in the type of `hidden`."""
-    return _wide_einsum("...h,vh->...v", hidden, weight.astype(hidden.dtype))
+    return wide_einsum("...h,vh->...v", hidden, weight.astype(hidden.dtype))
 
 
 def rms_norm(
@@ -163,9 +93,12 @@ class AdaptedLinear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch seq in"]) -> Float[Array, "batch seq out"]:
-        y = dequant_matmul(x, _frozen(self, self.shape))
+        assert self.name is not None
+        split_inputs = self.name in SPLIT_INPUTS
+        x = split_activation(x, split_inputs)
+        y = dequant_matmul(x, gather(_frozen(self, self.shape), self.name))
         if self.adapter is None or self.name not in self.adapter.targets:
-            return y
+            return split_activation(y, not split_inputs)
         adapter, (out_features, in_features) = self.adapter, self.shape
         method = METHODS[adapter.method]
 
@@ -175,7 +108,9 @@ class AdaptedLinear(nn.Module):
         names = jax.eval_shape(fresh, jax.random.key(0))
         params = {name: self.param(name, lambda key, name=name: fresh(key)[name]) for name in names}
         dropped = nn.Dropout(adapter.dropout)(x, deterministic=self.deterministic)
-        return y + method.apply(params, x, dropped) * (adapter.alpha / adapter.rank)
+        params = gather(params, self.name)
+        y = y + method.apply(params, x, dropped) * (adapter.alpha / adapter.rank)
+        return split_activation(y, not split_inputs)
 
 
 class _Block(nn.Module):
@@ -243,6 +178,7 @@ class Layer(_Block):
         settings = (self.config, self.adapter, self.deterministic)
         # The cache of all layers is carried and written to in place: stacking new ones would copy.
         x, cache = carry
+        x = split_activation(x)
         attention = Attention(*settings, name="self_attn")
         y, cache = attention(norm("input_layernorm", x), cache, layer, rope, positions, mask)
         x = x + y
@@ -331,8 +267,10 @@ class Llama(nn.Module):
         """An empty cache for rows of up to `slots` tokens."""
         config = self.config
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
-        zeros = jnp.zeros((layers, batch, slots, heads, config.head_dim), self.compute_dtype)
-        return {"k": zeros, "v": zeros, "length": jnp.zeros((batch,), jnp.int32)}
+        shape = (layers, batch, slots, heads, config.head_dim)
+        # Two arrays, not one twice: a caller may donate the cache.
+        k, v = (jnp.zeros(shape, self.compute_dtype) for _ in range(2))
+        return {"k": k, "v": v, "length": jnp.zeros((batch,), jnp.int32)}
 
     @nn.nowrap
     def init_adapters(self, key: PRNGKeyArray) -> dict[str, Any]:
@@ -384,7 +322,7 @@ class Llama(nn.Module):
         rope = (jnp.cos(angles), jnp.sin(angles))
 
         table = (config.vocab_size, config.hidden_size)
-        embeddings = Weight(table, name="embed_tokens")()
+        embeddings = gather(Weight(table, name="embed_tokens")(), "embed_tokens")
         x = embeddings[tokens].astype(self.compute_dtype)
         layers = nn.scan(
             nn.remat(Layer, prevent_cse=False) if self.remat else Layer,

@@ -6,14 +6,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from irqlora_jax import hf
 from irqlora_jax.checkpoint import Base
 from irqlora_jax.config import Config, QuantConfig
 from irqlora_jax.data import Example
-from irqlora_jax.evaluate import evaluation_loss, load_questions, score_questions
+from irqlora_jax.evaluate import Question, evaluation_loss, score_questions
 from irqlora_jax.llama import Llama, LlamaConfig
 from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.sharding import bytes_by_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +82,18 @@ def gigabytes(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 
 
-def describe(config: Config, llama: LlamaConfig, base: Base, examples: int) -> str:
-    """What is about to happen, in two lines."""
+def describe(config: Config, llama: LlamaConfig, base: Base, examples: int, mesh: Mesh) -> str:
+    """What is about to happen, in two lines, and with several devices a third one."""
     adapter, train = config.adapter, config.train
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    devices = ""
+    if mesh.size > 1 or len(jax.devices()) > 1:
+        axes = ", ".join(f"{name} {count}" for name, count in mesh.shape.items())
+        largest = max(bytes_by_device(base).values())
+        devices = (
+            f"\n{mesh.size} of {len(jax.devices())} devices ({axes}), "
+            f"{gigabytes(largest)} of the base on each"
+        )
     quantized = config.quant.format
     if quantized != "none":
         quantized += " with ICQ" if config.quant.calibration == "icq" else " without calibration"
@@ -91,59 +101,70 @@ def describe(config: Config, llama: LlamaConfig, base: Base, examples: int) -> s
         f"{config.model}: {llama.num_hidden_layers} layers of {llama.hidden_size}, {quantized}, "
         f"{bits_per_weight(base):.2f} bits a weight, {gigabytes(size)} with embeddings\n"
         f"{adapter.method} of rank {adapter.rank}, {examples:,} examples, {train.steps:,} steps of "
-        f"{train.batch_size} on {jax.devices()[0].device_kind}"
+        f"{train.batch_size} on {jax.devices()[0].device_kind}{devices}"
     )
 
 
-def measure(
-    config: Config,
-    model: Llama,
-    variables: dict[str, Any],
-    tokenizer: Any,
-    examples: list[Example],
-    quantize_seconds: float | None,
-    train_seconds: float,
-) -> list[Row]:
-    """Scores the finetuned model and, if `evaluate.baselines`, what it came from."""
-    quant = config.quant
-    questions = None
-    if config.evaluate.questions is not None:
-        limit = config.evaluate.max_questions
-        questions = load_questions(config.evaluate.questions, tokenizer, limit)
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Measures models in one way.
 
-    def row(name: str, model: Llama, variables: dict[str, Any], seconds: float | None) -> Row:
-        settings = config.train
-        size, chunk = settings.batch_size, settings.loss_chunk
-        loss = evaluation_loss(model, variables, examples, size, chunk) if examples else None
+    Attributes:
+        examples: for the evaluation loss; may be none.
+        questions: for the accuracy; may be none.
+        batch_size: rows computed at one time.
+        chunk: positions whose logits exist at one time.
+    """
+
+    examples: list[Example]
+    questions: list[Question]
+    batch_size: int
+    chunk: int
+
+    def row(
+        self,
+        name: str,
+        model: Llama,
+        variables: dict[str, Any],
+        seconds: float | None,
+        loss: float | None = None,
+    ) -> Row:
+        """Scores a model; `loss` is its evaluation loss if that is known already."""
+        if loss is None and self.examples:
+            loss = evaluation_loss(model, variables, self.examples, self.batch_size, self.chunk)
         accuracy = None
-        if questions is not None:
-            accuracy = score_questions(model, variables, questions, max(size, 64)).accuracy
+        if self.questions:
+            size = max(self.batch_size, 64)
+            accuracy = score_questions(model, variables, self.questions, size).accuracy
         base = variables["base"]
         return Row(name, mean_entropy(base), loss, accuracy, bits_per_weight(base), seconds)
 
-    rows = []
-    bare = model.clone(adapter=None)
+
+def baselines(
+    config: Config,
+    model: Llama,
+    base: Base,
+    mesh: Mesh,
+    scorer: Scorer,
+    quantize_seconds: float | None,
+) -> list[Row]:
+    """Scores what a run came from: the full-precision model and its quantized forms."""
+    quant, bare = config.quant, model.clone(adapter=None)
     quantized = quant.format != "none"
-    if config.evaluate.baselines:
-        others: list[tuple[str, QuantConfig | None]] = [("full precision", None)]
-        if quantized and quant.calibration != "none":
-            others.append((f"plain {quant.format}", dataclasses.replace(quant, calibration="none")))
-        for name, how in others:
-            started = time.perf_counter()
-            base, _ = hf.load_base(config.model, how)
-            jax.block_until_ready(base)
-            rows.append(
-                row(name, bare, {"params": {}, "base": base}, time.perf_counter() - started)
-            )
-            del base
-        if quantized:
-            name = (
-                f"{quant.format} + ICQ" if quant.calibration == "icq" else f"plain {quant.format}"
-            )
-            alone = {"params": {}, "base": variables["base"]}
-            rows.append(row(name, bare, alone, quantize_seconds))
-    name = f"{rows[-1].model}, finetuned" if rows else "finetuned"
-    rows.append(row(name, model, variables, train_seconds))
+    others: list[tuple[str, QuantConfig | None]] = [("full precision", None)]
+    if quantized and quant.calibration != "none":
+        others.append((f"plain {quant.format}", dataclasses.replace(quant, calibration="none")))
+    rows = []
+    for name, how in others:
+        started = time.perf_counter()
+        other, _ = hf.load_base(config.model, how, mesh=mesh)
+        jax.block_until_ready(other)
+        seconds = time.perf_counter() - started
+        rows.append(scorer.row(name, bare, {"params": {}, "base": other}, seconds))
+        del other
+    if quantized:
+        name = f"{quant.format} + ICQ" if quant.calibration == "icq" else f"plain {quant.format}"
+        rows.append(scorer.row(name, bare, {"params": {}, "base": base}, quantize_seconds))
     return rows
 
 
@@ -171,8 +192,13 @@ def table(rows: Sequence[Row]) -> str:
 
 def next_commands(config: Config) -> str:
     """What to try with a finished run."""
-    tasks = ["perplexity --text FILE", 'generate --prompt "..."']
+    run = f"--run {config.output_dir}"
+    commands = [
+        f"eval {run} --task perplexity --text FILE",
+        f"chat {run}",
+        f"export {run} --output_dir NEW_FOLDER",
+    ]
     if config.evaluate.questions is not None:
-        tasks.insert(0, "factworld --baseline")
-    commands = [f"  python eval.py --run {config.output_dir} --task {task}" for task in tasks]
-    return "\n".join([f"\nsaved in {config.output_dir}; next:", *commands])
+        commands.insert(0, f"eval {run} --task questions --baseline")
+    lines = [f"\nsaved in {config.output_dir}; next:"]
+    return "\n".join(lines + [f"  irqlora {command}" for command in commands])

@@ -1,4 +1,4 @@
-"""train.py and eval.py: one sentence and exit code 2 for bad input, and nothing written."""
+"""The command line: one sentence and exit code 2 for bad input, and nothing written."""
 
 import json
 import shutil
@@ -39,8 +39,10 @@ class Case:
             "--data.eval=null",
             "--evaluate.questions=null",
             "--evaluate.baselines=false",
+            "--quant.calibration=none",
             "--train.steps=2",
             "--train.batch_size=4",
+            "--mesh.data=1",
             "--log.progress=false",
             *more,
         ]
@@ -117,6 +119,36 @@ BAD: dict[str, tuple[Callable[[Case], object], list[str], list[str]]] = {
         ["output_dir", "holds other files"],
     ),
     "output is a file": (lambda c: c.output.write_text("x"), [], ["output_dir", "a file"]),
+    "output cannot be written": (
+        lambda c: None if Path("/proc").is_dir() else pytest.skip("needs a folder like /proc"),
+        ["--output_dir=/proc/run"],
+        ["output_dir = '/proc/run': nothing can be written there"],
+    ),
+    "no such questions": (
+        lambda c: None,
+        ["--evaluate.questions=nowhere.jsonl"],
+        ["nowhere.jsonl", "no such file"],
+    ),
+    "sample without room": (
+        lambda c: None,
+        ["--evaluate.samples=[question]", "--evaluate.sample_tokens=2000"],
+        ["evaluate.samples", "'question'", "sample_tokens = 2000", "context"],
+    ),
+    "more devices than there are": (
+        lambda c: None,
+        ["--mesh.data=4", "--mesh.fsdp=4"],
+        ["mesh.data x mesh.fsdp", "16 devices", "there are 8"],
+    ),
+    "early stopping without evaluation data": (
+        lambda c: None,
+        ["--train.early_stopping=3"],
+        ["train.early_stopping = 3", "data.eval or data.eval_fraction"],
+    ),
+    "early stopping without evaluations": (
+        lambda c: None,
+        ["--train.early_stopping=3", "--train.eval_every=0"],
+        ["train.early_stopping", "3", "train.eval_every"],
+    ),
 }
 
 
@@ -133,30 +165,68 @@ def test_bad_input(case: Case, capsys, name: str) -> None:
     assert {path: path.stat().st_mtime_ns for path in case.folder.rglob("*")} == before
 
 
+@pytest.mark.parametrize("what", ["model", "data.train"])
+def test_a_hub_that_cannot_be_reached(case: Case, capsys, monkeypatch, what: str) -> None:
+    import datasets
+    import huggingface_hub
+
+    def unreachable(*args, **options):
+        raise ConnectionError("Bearer hf_secret")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    assert train_script.main(case.flags(f"--{what}=somebody/something")) == 2
+    _, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "somebody/something" in err and "hf_secret" not in err
+    assert "connect to the network, or give a local f" in err
+    assert not case.output.exists()
+
+
+def test_a_disk_without_room_is_refused_before_the_weights_are_read(
+    case: Case, capsys, monkeypatch
+) -> None:
+    usage = type(shutil.disk_usage("/"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1, 1))
+    truncate(case)  # reading would fail
+    assert train_script.main(case.flags()) == 2
+    _, err = capsys.readouterr()
+    assert "output_dir" in err and "GiB" in err and "model.safetensors" not in err
+    assert not case.output.exists()
+
+
+def test_examples_longer_than_the_context_are_counted_and_cut(case: Case, capsys, caplog) -> None:
+    case.edit_config(max_position_embeddings=8)
+    assert train_script.main(case.flags("--train.steps=1")) == 0
+    assert "32 of 32 rows were cut to the model's context of 8 tokens" in caplog.text
+
+
 def test_a_run_from_the_command_line_and_another_one_in_its_folder(case: Case, capsys) -> None:
     assert train_script.main(case.flags("--data.eval_fraction=0.25")) == 0
     out, _ = capsys.readouterr()
-    assert "nf3 with ICQ" in out and "finetuned" in out and "eval.py --run" in out
+    assert "nf3 without calibration" in out and "finetuned" in out
+    assert f"irqlora eval --run {case.output} --task perplexity" in out
     stored = (case.output / "config.json").read_bytes()
     assert train_script.main(case.flags("--adapter.rank=4")) == 2
     _, err = capsys.readouterr()
-    assert "holds another run" in err and "adapter.rank" not in stored.decode()
+    assert "holds another run" in err
     assert (case.output / "config.json").read_bytes() == stored
 
     run = f"--run={case.output}"
     questions = f"--questions={WORLD / 'data' / 'questions.jsonl'}"
     text = case.folder / "text.txt"
     text.write_text("what is the export of people ?\n")
-    assert eval_script.main([run, "--task=factworld", questions]) == 0
-    assert eval_script.main([run, "--task=factworld", questions, "--baseline"]) == 0
-    assert eval_script.main([run, "--task=perplexity", f"--text={text}"]) == 0
-    prompt = "--prompt=question what is"
-    assert eval_script.main([run, "--task=generate", prompt, "--max_new_tokens=4"]) == 0
+    for flags in (
+        ["--task=factworld", questions, "--limit=64"],
+        ["--task=factworld", questions, "--limit=64", "--baseline"],
+        ["--task=perplexity", f"--text={text}"],
+        ["--task=generate", "--prompt=question what is", "--max_new_tokens=4"],
+    ):
+        assert eval_script.main([run, "--progress=false", *flags]) == 0
     out, _ = capsys.readouterr()
-    assert "bits per fact" in out and "perplexity" in out and "question what is" in out
+    assert "bits per fact" in out and "perplexity" in out
     with_adapter = json.loads((case.output / "eval-factworld.json").read_text())
     without = json.loads((case.output / "eval-factworld-baseline.json").read_text())
-    assert with_adapter["count"] == without["count"] == 4096
+    assert with_adapter["count"] == without["count"] == 64
     assert with_adapter["bits_per_fact"] != without["bits_per_fact"]
 
 

@@ -94,3 +94,26 @@ def test_defaults_are_the_papers_for_7b() -> None:
     assert (train.clip_norm, train.beta2, train.weight_decay) == (0.3, 0.999, 0.0)
     assert (adapter.rank, adapter.alpha, len(adapter.targets)) == (64, 16, 7)
     assert (quant.format, quant.block_size, quant.search_range) == ("nf4", 64, 0.1)
+
+
+def test_a_switch_may_stand_alone() -> None:
+    flags = ["--model=m", "--output_dir=o", "--quant.symmetric", "--quant.format", "int3"]
+    assert parse_config(flags).quant == QuantConfig(format="int3", symmetric=True)
+    assert parse_config([*flags[:2], "--evaluate.baselines"]).evaluate.baselines
+    with pytest.raises(ValueError, match=r"--quant.format: expected one argument"):
+        parse_config([*flags[:2], "--quant.format", "--evaluate.baselines"])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("mesh: {tensor: 0}", ["mesh.tensor", "0", "at least 1"]),
+        ("data: {packing: true, group_by_length: true}", ["data.group_by_length", "packing"]),
+        ("data: {packing_length: 1}", ["data.packing_length", "1", "at least 2"]),
+        ("data: {format: alpacca}", ["data.format", "alpacca", "oasst1", "chat"]),
+        ("train: {early_stopping: 2}", ["train.early_stopping", "2", "train.eval_every"]),
+        ("evaluate: {sample_tokens: 0}", ["evaluate.sample_tokens", "0"]),
+    ],
+)
+def test_refusals_of_the_trainer(tmp_path: Path, line: str, words: list[str]) -> None:
+    test_refusals_name_field_value_and_what_is_accepted(tmp_path, line, words)

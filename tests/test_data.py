@@ -1,106 +1,25 @@
-"""Tokens and masks are exact, every example comes once per epoch, and bad files are refused."""
+"""Examples have exact tokens, masks and lengths with every tokenizer."""
 
+import functools
 import json
 import logging
-import sys
-import types
-from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_data import ROWS, WORDS, config, learned, make_tokenizer, write_file
 
-from irqlora_jax.config import DataConfig
-from irqlora_jax.data import (
-    Batches,
-    Example,
-    alpaca_prompt,
-    eval_batches,
-    hold_out,
-    load_examples,
-)
+from irqlora_jax import hf
+from irqlora_jax.data import alpaca_prompt, load_examples
 
-WORDS = ["question", "what", "is", "color", "of", "ada", "bern", "?", "answer"]
-WORDS += ["red", "green", "blue", "dark"]
-ROWS = [
-    {"input": "question what is color of ada bern ?  answer", "output": "red"},
-    {"input": "question what is color of bern ?  answer", "output": "dark blue"},
-]
-CORPUS = [
-    "the cat sat on the mat and the answer is red or green, dark blue at night.",
-    alpaca_prompt("Name a color.", "night") + "red",
-    alpaca_prompt("Name a color.") + "dark blue",
-    *(f"{row['input']} {row['output']}" for row in ROWS),
-]
-
-
-def make_tokenizer(kind="word", bos=True, eos=True, template="<s> $A"):
-    """A word-level, byte-level ("byte") or SentencePiece-like ("piece") tokenizer.
-
-    `bos` and `eos` say whether the tokenizer names them, `template` what it adds by itself.
-    """
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<unk>", "<s>", "</s>"]
-    if kind == "word":
-        vocab = {token: index for index, token in enumerate(special + WORDS)}
-        core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-        core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    else:
-        core = Tokenizer(models.BPE(unk_token="<unk>"))
-        alphabet = []
-        if kind == "byte":
-            core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-            core.decoder = decoders.ByteLevel()
-            alphabet = pre_tokenizers.ByteLevel.alphabet()
-        else:
-            replace = normalizers.Replace(" ", "▁")
-            # No piece spans two words, as in LLaMA's vocabulary.
-            core.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-            core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
-            core.decoder = decoders.Sequence(
-                [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-            )
-        trainer = trainers.BpeTrainer(
-            vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        )
-        core.train_from_iterator(CORPUS, trainer)
-    if template:
-        core.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=[("<s>", 1), ("</s>", 2)]
-        )
-    names = {"bos_token": "<s>"} if bos else {}
-    names |= {"eos_token": "</s>"} if eos else {}
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", **names)
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
 @pytest.fixture
 def write(tmp_path):
-    def write(name, content):
-        path = tmp_path / name
-        if not isinstance(content, str):
-            lines = [json.dumps(row) for row in content]
-            content = "\n".join(lines) if name.endswith("l") else f"[{', '.join(lines)}]"
-        path.write_text(content, encoding="utf-8")
-        return str(path)
-
-    return write
-
-
-def config(format="input_output", **values):
-    return DataConfig(format=format, **values)
-
-
-def learned(example, tokenizer):
-    return tokenizer.decode(example.tokens[example.targets])
+    return functools.partial(write_file, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["word", "byte", "piece"])
@@ -200,32 +119,6 @@ def test_train_on_source_learns_all_but_the_first_token(write):
         assert not example.targets[0] and example.targets[1:].all()
 
 
-def test_alpaca_prompts_are_stanfords(write):
-    tokenizer = make_tokenizer("byte")
-    rows = [
-        {"instruction": "Name a color.", "input": "night", "output": "dark blue"},
-        {"instruction": "Name a color.", "input": "", "output": "red"},
-        {"instruction": "Name a color.", "output": "red"},
-        {"instruction": "Name a color.", "input": None, "output": "red"},
-    ]
-    examples = load_examples(write("a.json", rows), config("alpaca"), tokenizer)
-    assert tokenizer.decode(examples[0].tokens) == (
-        "<s>Below is an instruction that describes a task, paired with an input that provides "
-        "further context. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nName a color.\n\n### Input:\nnight\n\n### Response:dark blue</s>"
-    )
-    for example in examples[1:]:
-        assert tokenizer.decode(example.tokens) == (
-            "<s>Below is an instruction that describes a task. Write a response that appropriately "
-            "completes the request.\n\n### Instruction:\nName a color.\n\n### Response:red</s>"
-        )
-        assert learned(example, tokenizer) == "red</s>"
-
-
-def test_braces_and_percent_signs_in_a_prompt_stay():
-    assert "\n100 % of {x} %s\n" in alpaca_prompt("100 % of {x} %s", "%d")
-
-
 def test_text_is_joined_and_cut_into_windows(write):
     tokenizer = make_tokenizer()
     documents = ["question what is color", "red green", "blue"]
@@ -246,60 +139,12 @@ def test_text_is_joined_and_cut_into_windows(write):
     assert len(fewer) == 2
 
 
-def test_the_files_formats_agree(write):
-    tokenizer = make_tokenizer()
-    wrapped = json.dumps({"version": 1, "data": ROWS})
-    blank_lines = "\n".join(json.dumps(row) + "\n" for row in ROWS)
-    paths = [write("a.json", ROWS), write("b.json", wrapped), write("c.jsonl", blank_lines)]
-    one, two, three = (load_examples(path, config(), tokenizer) for path in paths)
-    for a, b, c in zip(one, two, three, strict=True):
-        assert a.tokens.tolist() == b.tokens.tolist() == c.tokens.tolist()
-    assert len(load_examples(paths[0], config(max_examples=1), tokenizer)) == 1
-
-
-def test_json_strings_may_hold_other_line_ends(write):
-    row = json.dumps({"input": "the\u2028cat", "output": "sat"}, ensure_ascii=False)
-    (example,) = load_examples(write("a.jsonl", row), config(), make_tokenizer("byte"))
-    assert "the\u2028cat" in make_tokenizer("byte").decode(example.tokens)
-
-
 def test_an_empty_answer_is_an_eos_and_is_logged(write, caplog):
     path = write("a.jsonl", [ROWS[0] | {"output": ""}, ROWS[1]])
     with caplog.at_level(logging.WARNING):
         examples = load_examples(path, config(), make_tokenizer())
     assert learned(examples[0], make_tokenizer()) == "</s>"
     assert "1 of 2 rows have an empty answer" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.json", "", "not JSON: .* at line 1, column 1"),
-        ("a.json", '[{"input": "a",\n"output" 3}]', "not JSON: .* at line 2, column 10"),
-        ("a.jsonl", '{"input": "a", "output": "b"}\n{"input"}', "not JSON: .* at line 2, column 9"),
-        ("a.json", "[]", "has no rows"),
-        ("a.jsonl", "\n\n", "has no rows"),
-        ("a.json", '{"rows": []}', "accepted is a list of objects"),
-        (
-            "a.json",
-            '[{"input": "a", "output": "b"}, 3]',
-            "row 2 is of type int: accepted is an obj",
-        ),
-        (
-            "a.jsonl",
-            '{"input": "a", "output": "b"}\n\n{"question": "a", "output": "b"}',
-            "line 3 has no column 'input': its columns are question, output; expected are input, o",
-        ),
-        ("a.json", [{"input": "a", "output": 3}], "row 1: output = 3: accepted is text"),
-        ("a.json", [{"input": None, "output": "a"}], "row 1: input = None: accepted is text"),
-        ("a.csv", "input,output", "accepted is a file"),
-        ("a.txt", "red", "a file of rows is .json or .jsonl"),
-    ],
-)
-def test_bad_rows_are_refused(write, name, content, message):
-    with pytest.raises(ValueError, match=message) as error:
-        load_examples(write(name, content), config(), make_tokenizer())
-    assert name in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -327,153 +172,144 @@ def test_rows_without_tokens_are_refused(write):
         load_examples(write("a.txt", "red"), config("text"), bare)
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"red \xff\xfe")
-    with pytest.raises(ValueError, match=r"a.txt is not UTF-8 text \(byte 4\)"):
-        load_examples(str(tmp_path / "a.txt"), config("text"), make_tokenizer())
-
-
-@pytest.mark.parametrize("name", ["nothing.json", "/no/such/file", "a/b/c", "./x", "a b"])
-def test_a_missing_file_is_not_looked_for_on_the_hub(monkeypatch, tmp_path, name):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(FileNotFoundError, match="there is no such file"):
-        load_examples(name, config(), make_tokenizer())
-
-
-def test_a_folder_and_an_empty_name_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="is a folder: accepted is a file"):
-        load_examples(str(tmp_path), config(), make_tokenizer())
-    with pytest.raises(ValueError, match="has no name"):
-        load_examples("", config(), make_tokenizer())
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """hub(load): a stand-in for `datasets`, whose import takes seconds."""
-
-    def hub(load):
-        error = type("DatasetsError", (Exception,), {})
-        monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
-        exceptions = types.SimpleNamespace(DatasetsError=error)
-        monkeypatch.setitem(sys.modules, "datasets.exceptions", exceptions)
-
-    return hub
-
-
-def test_hub_data_is_read_from_the_split_train(hub, write):
-    calls = []
-
-    def load(name, split):
-        calls.append((name, split))
-        return iter(ROWS)
-
-    hub(load)
+def test_whole_conversations_are_cut_on_the_right(write, caplog):
     tokenizer = make_tokenizer()
-    examples = load_examples("someone/some.data-set", config(), tokenizer)
-    local = load_examples(write("a.json", ROWS), config(), tokenizer)
-    assert [e.tokens.tolist() for e in examples] == [e.tokens.tolist() for e in local]
-    assert calls == [("someone/some.data-set", "train")]
+    path = write("a.jsonl", [{"chosen": "question what is color of ada"}, {"chosen": "red"}])
+    lengths = config("hh_rlhf", source_length=2, target_length=3)
+    with caplog.at_level(logging.WARNING):
+        first, second = load_examples(path, lengths, tokenizer)
+    assert tokenizer.decode(first.tokens) == "<s> question what is color"
+    assert tokenizer.decode(second.tokens) == "<s> red </s>"
+    assert "1 of 2 rows were cut to data.source_length + data.target_length = 5" in caplog.text
 
 
-def test_what_the_hub_does_not_give_is_one_sentence(hub):
-    def load(name, split):
-        raise ConnectionError("no\nnetwork")
-
-    hub(load)
-    with pytest.raises(FileNotFoundError, match=r"^someone/data: there is no .*: no network$"):
-        load_examples("someone/data", config(), make_tokenizer())
+words = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join)
 
 
-def some_examples(lengths):
-    """Examples that can be told apart: example i consists of tokens i + 1."""
-    return [
-        Example(np.full(length, index + 1, np.int32), np.arange(length) > 0)
-        for index, length in enumerate(lengths)
-    ]
+@settings(max_examples=60, deadline=None)
+@given(
+    pairs=st.lists(st.tuples(words, words), min_size=1, max_size=4),
+    lengths=st.tuples(st.integers(2, 14), st.integers(2, 14)),
+    max_length=st.integers(2, 20),
+)
+def test_no_example_is_longer_than_the_context(tmp_path_factory, pairs, lengths, max_length):
+    tokenizer = make_tokenizer()
+    rows = [{"input": source, "output": target} for source, target in pairs]
+    path = write_file(tmp_path_factory.mktemp("rows"), "a.json", rows)
+    settings = config(source_length=lengths[0], target_length=lengths[1])
+    free = load_examples(path, settings, tokenizer)
+    cut = load_examples(path, settings, tokenizer, max_length)
+    for whole, example in zip(free, cut, strict=True):
+        if len(whole.tokens) <= max_length:
+            assert whole.tokens.tolist() == example.tokens.tolist()
+            continue
+        assert len(example.tokens) == max_length and example.tokens[0] == 1
+        # The answer keeps its start, the prompt its end, and each of them half of the room.
+        answer = example.tokens[example.targets]
+        prompt = example.tokens[~example.targets][1:]
+        wanted, source = whole.tokens[whole.targets], whole.tokens[~whole.targets][1:]
+        assert answer.tolist() == wanted[: len(answer)].tolist()
+        assert prompt.tolist() == source[len(source) - len(prompt) :].tolist()
+        assert len(answer) >= min(len(wanted), max_length // 2)
+        assert len(prompt) + 1 >= min(len(source) + 1, max_length // 2)
 
 
-def drawn(batches, steps):
-    return [index for step in range(steps) for index in batches.indices(step)]
+@pytest.mark.parametrize("format", ["input_output", "hh_rlhf", "chat", "text"])
+def test_cuts_to_the_context_are_counted(write, caplog, format):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    short, long = "red", "question what is color of ada bern ?"
+    rows = {
+        "input_output": [{"input": "what is", "output": text} for text in (short, long)],
+        "hh_rlhf": [{"chosen": text} for text in (short, long)],
+        "chat": [{"messages": [{"role": "assistant", "content": t}]} for t in ("is red", long)],
+        "text": [{"text": text} for text in (short, long)],
+    }[format]
+    path = write("a.jsonl", rows)
+    with caplog.at_level(logging.WARNING):
+        examples = load_examples(path, config(format), tokenizer, 256)
+        assert not caplog.text
+        examples = load_examples(path, config(format, sequence_length=256), tokenizer, 5)
+    assert max(len(example.tokens) for example in examples) == 5
+    if format == "text":
+        assert "data.sequence_length = 256 is more than the model's context of 5" in caplog.text
+        # Nothing of the text is lost.
+        assert sum(len(example.tokens) for example in examples) == 3 + 2 + 8
+    else:
+        assert "1 of 2 rows were cut to the model's context of 5 tokens" in caplog.text
+    assert caplog.text.count("\n") == 1
+    with pytest.raises(ValueError, match="max_length = 1: accepted is a whole number of at least"):
+        load_examples(path, config(format), tokenizer, 1)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 10, 25])
-def test_each_example_comes_once_per_epoch(batch_size):
-    batches = Batches(some_examples([2] * 7), batch_size, seed=0)
-    order = drawn(batches, steps=7)
-    for epoch in range(len(order) // 7):
-        assert sorted(order[7 * epoch : 7 * epoch + 7]) == list(range(7))
+def test_rows_with_nothing_to_learn_are_left_out_and_counted(write, caplog):
+    bare = make_tokenizer(bos=False, eos=False, template=None)
+    path = write("a.jsonl", [{"chosen": "red"}, {"chosen": "red green"}, {"chosen": ""}])
+    with caplog.at_level(logging.WARNING):
+        (example,) = load_examples(path, config("hh_rlhf"), bare)
+    assert bare.decode(example.tokens) == "red green"
+    assert "2 of 3 rows have no token to learn and are left out" in caplog.text
+    path = write("b.jsonl", [{"chosen": "red"}, {"chosen": ""}])
+    with pytest.raises(ValueError, match=r"none of its 2 rows has a token to learn .*'hh_rlhf'"):
+        load_examples(path, config("hh_rlhf"), bare)
 
 
-def test_orders_differ_between_epochs_and_seeds_and_nothing_else():
-    examples = some_examples([2] * 50)
-    first, second = (drawn(Batches(examples, 50, seed), 2) for seed in (0, 1))
-    assert first[:50] != first[50:] and first[:50] != second[:50]
-    assert first == drawn(Batches(examples, 50, 0), 2)
-    # Neighboring seeds must not share orders of other epochs.
-    orders = Counter(tuple(o) for o in (first[:50], first[50:], second[:50], second[50:]))
-    assert max(orders.values()) == 1
-    # The batch size cuts the same stream.
-    assert first == drawn(Batches(examples, 10, 0), 10)
+def test_half_characters_are_refused(write):
+    path = write("a.jsonl", '{"input": "red", "output": "red \\ud83d"}')
+    with pytest.raises(ValueError, match=r"line 1: output has half a character, \\ud83d"):
+        load_examples(path, config(), make_tokenizer())
 
 
-def test_a_batch_depends_on_its_step_alone():
-    examples = some_examples(range(2, 13))
-    ahead = Batches(examples, 4, seed=3)
-    batches = [batch for batch, _ in zip(ahead, range(9), strict=False)]
-    behind = Batches(examples, 4, seed=3)
-    for step in [8, 2, 2, 5, 0]:
-        for name, values in behind[step].items():
-            np.testing.assert_array_equal(values, batches[step][name])
+@pytest.mark.parametrize("format", ["alpaca", "hh_rlhf", "chat", "text"])
+def test_llamas_sentencepiece_model_without_any_other_file(tmp_path, write, format):
+    source = SHARED / "llama_tokenizer" / "tokenizer.model"
+    if not source.is_file():
+        pytest.skip("no data")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tokenizer.model").symlink_to(source)
+    tokenizer = hf.load_tokenizer(tmp_path / "model")
+    assert tokenizer.pad_token_id is None
+    rows = {
+        "alpaca": [{"instruction": "Say it.", "input": "", "output": "Hello\n🙂"}],
+        "hh_rlhf": [{"chosen": "\n\nHuman: Hi\n\nAssistant: Hello"}],
+        "chat": [
+            {
+                "messages": [
+                    {"role": "user", "content": "Say it."},
+                    {"role": "assistant", "content": "Hello\n🙂"},
+                ]
+            }
+        ],
+        "text": [{"text": "Hello"}],
+    }[format]
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + "
+        "' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    (example,) = load_examples(write("a.json", rows), config(format), tokenizer)
+    tokens = example.tokens.tolist()
+    assert tokens[0] == 1 and tokens.count(1) == 1
+    assert tokens[-1] == 2 and tokens.count(2) == 1
+    text = {
+        "alpaca": "Hello\n🙂</s>",
+        "hh_rlhf": "\n\nHuman: Hi\n\nAssistant: Hello</s>",
+        "chat": "Hello\n🙂 </s>",
+        "text": "Hello</s>",
+    }[format]
+    assert learned(example, tokenizer).lstrip(" ") == text
 
 
-def test_batches_are_padded_without_targets_to_a_multiple():
-    lengths = [2, 9, 17, 30]
-    batches = Batches(some_examples(lengths), 2, seed=0, multiple=8)
-    seen = set()
-    for step in range(20):
-        batch = batches[step]
-        assert batch["tokens"].dtype == np.int32 and batch["targets"].dtype == bool
-        longest = max(lengths[index] for index in batches.indices(step))
-        assert batch["tokens"].shape == batch["targets"].shape == (2, -(-longest // 8) * 8)
-        seen.add(batch["tokens"].shape)
-        for row, index in enumerate(batches.indices(step)):
-            length = lengths[index]
-            assert (batch["tokens"][row, :length] == index + 1).all()
-            assert batch["targets"][row].sum() == length - 1
-            assert not batch["targets"][row, length:].any()
-    assert len(seen) <= 4
-
-
-def test_eval_batches_hold_every_example_once_longest_first():
-    lengths = [3, 30, 2, 17, 9]
-    batches = list(eval_batches(some_examples(lengths), 2, multiple=8))
-    assert [batch["tokens"].shape for batch in batches] == [(2, 32), (2, 16), (2, 8)]
-    rows = [row for batch in batches for row in zip(batch["tokens"], batch["targets"], strict=True)]
-    found = [(int(tokens[0]), int(targets.sum())) for tokens, targets in rows]
-    assert found == [(2, 29), (4, 16), (5, 8), (1, 2), (3, 1), (0, 0)]
-
-
-def test_held_out_examples_are_a_random_part():
-    examples = some_examples([2] * 40)
-    stay, held = hold_out(examples, 0.25, seed=0)
-    names = [int(example.tokens[0]) for example in stay + held]
-    assert len(held) == 10 and sorted(names) == list(range(1, 41))
-    _, other = hold_out(examples, 0.25, seed=1)
-    assert [e.tokens[0] for e in held] != [e.tokens[0] for e in other]
-    assert len(hold_out(examples, 0.001, seed=0)[1]) == 1
-    assert hold_out(examples, 0.0, seed=0) == (examples, [])
-    with pytest.raises(ValueError, match="holds out 1 of 1 examples"):
-        hold_out(examples[:1], 0.1, seed=0)
-
-
-def test_bad_arguments_of_batches_are_refused():
-    examples = some_examples([2])
-    with pytest.raises(ValueError, match="there are no examples"):
-        Batches([], 2, seed=0)
-    with pytest.raises(ValueError, match="batch_size = 0"):
-        Batches(examples, 0, seed=0)
-    with pytest.raises(ValueError, match="multiple = 0"):
-        Batches(examples, 1, seed=0, multiple=0)
-    with pytest.raises(IndexError, match="step = -1"):
-        Batches(examples, 1, seed=0)[-1]
+def test_real_alpaca_rows():
+    folder, model = SHARED / "alpaca" / "alpaca_tiny.json", SHARED / "stories260K"
+    if not folder.is_file() or not model.is_dir():
+        pytest.skip("no data")
+    tokenizer = hf.load_tokenizer(model)
+    settings = config("alpaca", source_length=2000, target_length=2000)
+    rows = json.loads(folder.read_text())
+    for row, example in zip(rows, load_examples(str(folder), settings, tokenizer), strict=True):
+        prompt = tokenizer.decode(example.tokens[1:][~example.targets[1:]])
+        assert prompt.strip() == alpaca_prompt(row["instruction"], row["input"])
+        answer = example.tokens[example.targets]
+        assert answer[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(answer[:-1]).strip() == row["output"].strip()
+        assert np.diff(example.targets.astype(int)).sum() == 1

@@ -1,5 +1,6 @@
 """Losses and scores against slow, plain computations with all logits in float64."""
 
+import dataclasses
 import json
 import math
 import re
@@ -10,15 +11,17 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from irqlora_jax.data import Example
+from irqlora_jax.data import Example, alpaca_prompt, encode_source
 from irqlora_jax.evaluate import (
     Question,
+    choice_scores,
     evaluation_loss,
     load_questions,
     perplexity,
-    questions,
     score_questions,
+    score_text,
 )
+from irqlora_jax.evaluate import choices as choices_module
 from irqlora_jax.evaluate.perplexity import nll, text_windows
 from irqlora_jax.llama import Llama, LlamaConfig
 from irqlora_jax.loss import cross_entropy, row_cross_entropy
@@ -254,6 +257,22 @@ def test_perplexity_is_that_of_a_loop_over_tokens(variables, log_probs, settings
     assert value == pytest.approx(math.exp(-np.mean(logs)), rel=1e-5)
 
 
+def test_the_scores_of_a_text_belong_together(variables):
+    ids = np.random.default_rng(0).integers(3, VOCAB, 30)
+    text = " ".join(f"w{i}" for i in ids) + " \N{GREEK SMALL LETTER PI}"
+    scores = score_text(MODEL, variables, text, TOKENIZER, window=9, stride=2, batch_size=3)
+    assert scores.perplexity == perplexity(MODEL, variables, text, TOKENIZER, window=9, stride=2)
+    assert scores.perplexity == pytest.approx(math.exp(scores.nll))
+    assert scores.tokens == 31 and scores.bytes == len(text) + 1
+    bits = scores.nll * 31 / math.log(2) / scores.bytes
+    assert scores.bits_per_byte == pytest.approx(bits)
+    assert (scores.window, scores.stride) == (9, 2)
+    whole = score_text(MODEL, variables, text, TOKENIZER)
+    assert (whole.window, whole.stride) == (2048, 2047)
+    with pytest.raises(ValueError, match="window = 2049: accepted is at most max_position_emb"):
+        score_text(MODEL, variables, text, TOKENIZER, window=2049)
+
+
 def random_questions(count, longest_choice, seed=0, pool=None):
     rng = np.random.default_rng(seed)
 
@@ -301,14 +320,60 @@ def test_accuracy_is_that_of_a_loop_over_choices(variables, log_probs, longest_c
     assert 0 < result.accuracy < 1
 
 
-def test_one_forward_pass_agrees_with_one_per_choice(variables, log_probs):
-    asked = random_questions(9, 1)
-    one, _ = questions._ask_single(MODEL, variables, asked, 4)
-    each = questions._ask_multi(MODEL, variables, asked, 4)
-    for question, single, multi in zip(asked, one, each, strict=True):
-        want = plain_scores(question, log_probs)
-        np.testing.assert_allclose(single, want, rtol=1e-4)
-        np.testing.assert_allclose(multi, want, rtol=1e-4)
+@pytest.mark.parametrize("common", [0, 7, 40])
+def test_choices_share_rows_and_prompts_their_beginning(variables, log_probs, common):
+    """Choices of one token, of several, and such that begin alike or with one another."""
+    rng = np.random.default_rng(common)
+    shared = tuple(int(i) for i in rng.integers(3, VOCAB, common))
+    choices = ((5,), (6, 7), (6, 8), (6, 7, 9, 10), (11, 12, 5), (6,))
+    asked = [
+        dataclasses.replace(q, prompt=shared + q.prompt, choices=choices)
+        for q in random_questions(7, 1)
+    ]
+    finished = []
+    scores, best = choice_scores(MODEL, variables, asked, 4, done=finished.append)
+    for question, values, token in zip(asked, scores, best, strict=True):
+        np.testing.assert_allclose(values, plain_scores(question, log_probs), rtol=1e-4)
+        assert token == np.argmax(log_probs(question.prompt)[-1])
+    assert sum(finished) == 7
+    # (6, 7, 9) holds the beginnings of all choices but of (11, 12, 5).
+    assert len(choices_module._rows(asked[0])) == 2
+
+
+def test_a_prompt_longer_than_the_context_is_cut_and_counted(variables, log_probs):
+    short = Llama(dataclasses.replace(CONFIG, max_position_embeddings=12))
+    rng = np.random.default_rng(3)
+    prompt = (1, *(int(i) for i in rng.integers(3, VOCAB, 30)))
+    question = Question("s", prompt, ((5,), (6, 7, 8)), 1)
+    # 12 positions hold 10 tokens of the prompt, bos among them, and 2 of the longest choice.
+    cut = dataclasses.replace(question, prompt=prompt[:1] + prompt[-9:])
+    whole = dataclasses.replace(question, prompt=prompt[:1] + prompt[-8:])
+    want = plain_scores(cut, log_probs)
+    for answer in (0, 1):
+        asked = [dataclasses.replace(q, answer=answer) for q in (question, whole)]
+        result = score_questions(short, variables, asked, 2)
+        assert result.truncated == 1
+        alone = score_questions(short, variables, asked[:1], 2)
+        assert alone.accuracy == float(want[answer] > want[1 - answer])
+    with pytest.raises(ValueError, match="a choice of s has 13 tokens: accepted are at most max_"):
+        score_questions(short, variables, [Question("s", (1,), ((5,) * 13, (6,)), 0)])
+
+
+def test_normalized_accuracy_divides_by_the_characters(variables, log_probs):
+    asked = random_questions(30, 3)
+    rng = np.random.default_rng(1)
+    asked = [
+        dataclasses.replace(q, lengths=tuple(int(i) for i in rng.integers(1, 40, len(q.choices))))
+        for q in asked
+    ]
+    right = []
+    for question in asked:
+        scores = plain_scores(question, log_probs) / np.array(question.lengths)
+        right.append(scores[question.answer] > np.delete(scores, question.answer).max())
+    result = score_questions(MODEL, variables, asked, 32)
+    assert result.accuracy_norm == pytest.approx(np.mean(right)) != result.accuracy
+    without = [dataclasses.replace(asked[0], lengths=None), *asked[1:]]
+    assert score_questions(MODEL, variables, without, 32).accuracy_norm is None
 
 
 def test_mixed_questions_are_each_asked_in_their_own_way(variables):
@@ -377,8 +442,8 @@ def test_questions_are_read(tmp_path):
     del single["pool"]
     path = write(tmp_path, ROW, spaced, single)
     first, second, third = load_questions(path, TOKENIZER)
-    assert first == second == Question("s", (1, 3, 4), ((5,), (6, 7)), 1, 8)
-    assert third == Question("s", (1, 3, 4), ((5,), (6,)), 1, None)
+    assert first == second == Question("s", (1, 3, 4), ((5,), (6, 7)), 1, 8, (2, 5))
+    assert third == Question("s", (1, 3, 4), ((5,), (6,)), 1, None, (2, 2))
     assert third.single and not first.single
     assert load_questions(path, TOKENIZER, limit=1) == [first]
 
@@ -406,6 +471,51 @@ def test_bad_questions_are_refused(tmp_path, row, message):
     with pytest.raises(ValueError, match=message) as error:
         load_questions(write(tmp_path, ROW, row), TOKENIZER)
     assert "questions.jsonl" in str(error.value)
+
+
+OPTIONS = {
+    "instruction": "w3 w4\n\nAnswer format: w5/w6/w7",
+    "input": "",
+    "output": "w8 w9 w6",
+    "answer": "w6",
+}
+
+
+def test_instructions_with_options_are_read(tmp_path):
+    (tmp_path / "boolq").mkdir()
+    path = tmp_path / "boolq" / "test.json"
+    path.write_text(json.dumps([OPTIONS]))
+    (question,) = load_questions(str(path), TOKENIZER)
+    words = {i: token for token, i in TOKENIZER.get_vocab().items()}
+    assert [[words[i] for i in choice] for choice in question.choices] == [
+        ["w8", "w9", "w5"],
+        ["w8", "w9", "w6"],
+        ["w8", "w9", "w7"],
+    ]
+    assert question.answer == 1 and question.subject == "boolq"
+    assert question.prompt == tuple(
+        encode_source(TOKENIZER, [alpaca_prompt(OPTIONS["instruction"])])[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"instruction": "w3"},
+            "row 2: instruction = .*accepted is one that ends with 'Answer for",
+        ),
+        ({"answer": "w9"}, "row 2: answer = 'w9': accepted is one of w5, w6, w7, with which outp"),
+        ({"output": "w7"}, "row 2: answer = 'w6': accepted is one of w5, w6, w7, with which outp"),
+        ({"output": None}, "row 2: output = None: accepted is text"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, row, message):
+    path = tmp_path / "options.json"
+    path.write_text(json.dumps([OPTIONS, OPTIONS | row]))
+    with pytest.raises(ValueError, match=message) as error:
+        load_questions(str(path), TOKENIZER)
+    assert "\n" not in str(error.value)
 
 
 def test_no_questions_are_refused(tmp_path, variables):

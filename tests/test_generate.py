@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from irqlora_jax.config import LINEAR_NAMES, AdapterConfig
-from irqlora_jax.generate import generate, sample
+from irqlora_jax.generate import generate, sample, stream
 from irqlora_jax.llama import Llama
 from irqlora_jax.llama_config import LlamaConfig, RopeScaling
 
@@ -197,6 +197,32 @@ def test_model_without_adapters(tiny):
     adapted = generate(model, {"params": silent, "base": variables["base"]}, PROMPTS, 5)
     alone = dataclasses.replace(model, adapter=None)
     assert generate(alone, {"base": variables["base"]}, PROMPTS, 5) == adapted
+
+
+@pytest.mark.parametrize(
+    "drawing",
+    [{}, {"temperature": 1.5, "top_k": 20, "top_p": 0.95}],
+)
+def test_a_stream_is_generate_token_by_token(tiny, drawing):
+    if drawing:
+        drawing = drawing | {"key": jax.random.key(3)}
+    for prompt in (PROMPTS[0], [*range(1, 31), 5, 6, 7]):
+        whole = generate(*tiny, [prompt], 12, **drawing)[0]
+        assert list(stream(*tiny, prompt, 12, **drawing)) == whole
+        eos = whole[4]
+        stopped = list(stream(*tiny, prompt, 12, eos_token_ids=(eos,), **drawing))
+        assert stopped == whole[: whole.index(eos) + 1]
+
+
+def test_a_stream_reaches_the_last_position(tiny):
+    assert list(stream(*tiny, PROMPTS[0], 57)) == generate(*tiny, PROMPTS[:1], 57)[0]
+
+
+def test_a_stream_says_what_is_wrong_at_once(tiny):
+    with pytest.raises(ValueError, match="accepted is at most max_position_embeddings = 64"):
+        stream(*tiny, PROMPTS[0], 58)
+    with pytest.raises(ValueError, match="key = None"):
+        stream(*tiny, PROMPTS[0], 5, temperature=1.0)
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"no folder {STORIES}")

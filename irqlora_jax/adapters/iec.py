@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from irqlora_jax.adapters import lora
 from irqlora_jax.adapters.lora import Params
+from irqlora_jax.sharding import split_activation
 
 
 def init(
@@ -44,17 +45,22 @@ def apply(
 ) -> Float[Array, "*batch out"]:
     """U2(U1(x)). The connection sees x itself, not what dropout left of it (as released)."""
     a, b, beta1, beta2 = (params[k].astype(x.dtype) for k in ("lora_A", "lora_B", "beta1", "beta2"))
-    u = dropped @ a.T + beta1 * spread(x, a.shape[0])
+    u = split_activation(dropped @ a.T + beta1 * spread(x, a.shape[0]))
     return u @ b.T + beta2 * spread(u, b.shape[0])
 
 
 def fold(params: Params) -> Params:
     """The LoRA pair with the same update, exactly (eq. 16, for shapes that do not divide too)."""
     a, b = params["lora_A"], params["lora_B"]
-    rank, in_features = a.shape
-    connection_a = spread(jnp.eye(in_features, dtype=a.dtype), rank).T
-    connection_b = spread(jnp.eye(rank, dtype=b.dtype), b.shape[0]).T
+    (rank, in_features), out_features = a.shape, b.shape[0]
     return {
-        "lora_A": a + params["beta1"] * connection_a,
-        "lora_B": b + params["beta2"] * connection_b,
+        "lora_A": a + params["beta1"] * _connection(in_features, rank, a.dtype),
+        "lora_B": b + params["beta2"] * _connection(rank, out_features, b.dtype),
     }
+
+
+def _connection(n: int, size: int, dtype: DTypeLike) -> Float[Array, "size n"]:
+    """`spread` from n to `size` features as a matrix."""
+    windows = math.gcd(n, size)
+    rows, columns = jnp.arange(size) // (size // windows), jnp.arange(n) // (n // windows)
+    return (rows[:, None] == columns[None, :]).astype(dtype) * jnp.asarray(windows / n, dtype)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from irqlora_jax.sharding import split_activation
+
 Params = dict[str, Array]
 
 
@@ -36,9 +38,8 @@ def apply(
 ) -> Float[Array, "*batch out"]:
     """B A x. `dropped` is x after dropout, which stands in front of A alone."""
     del x
-    return (dropped @ params["lora_A"].astype(dropped.dtype).T) @ params["lora_B"].astype(
-        dropped.dtype
-    ).T
+    a, b = (params[name].astype(dropped.dtype) for name in ("lora_A", "lora_B"))
+    return split_activation(dropped @ a.T) @ b.T
 
 
 def fold(params: Params) -> Params:

@@ -4,20 +4,26 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from jaxtyping import Int
 
+from irqlora_jax.config import DataConfig
 from irqlora_jax.data.examples import Example
+from irqlora_jax.data.packing import pack, pad_packed
 
 Batch = dict[str, np.ndarray]
-"""{"tokens": int32 [batch, seq], "targets": bool [batch, seq]}, padded on the right."""
+"""{"tokens": int32 [batch, seq], "targets": bool [batch, seq]}, padded on the right; where rows
+hold several examples also "segment_ids": int32 [batch, seq], 1, 2, ... and 0 for padding."""
+
+_SORTED_BATCHES = 50  # within so many batches, grouping by length sorts the examples
 
 
 class Batches:
     """Batches for training, as a pure function of the step.
 
-    The examples are drawn without end: one random order of all of them after the other, so that
-    each is seen once per epoch; a batch may hold the end of one epoch and the start of the next.
-    `batches[step]` depends on the arguments and the step alone: training that goes on from a
-    checkpoint sees what it would have seen.
+    The rows (examples, or with packing several of them) are drawn without end: one order of all of
+    them after the other, so that each example is seen once per epoch; a batch may hold the end of
+    one epoch and the start of the next. `batches[step]` depends on the arguments and the step
+    alone: training that goes on from a checkpoint sees what it would have seen.
     """
 
     def __init__(
@@ -26,43 +32,117 @@ class Batches:
         batch_size: int,
         seed: int,
         multiple: int | None = None,
+        group_by_length: bool = False,
+        packing_length: int | None = None,
     ) -> None:
         """Keeps the examples.
 
         Args:
             examples: the training set.
-            batch_size: rows of a batch; may be more than there are examples.
+            batch_size: rows of a batch; may be more than there are.
             seed: of the orders.
             multiple: the length of a batch is that of its longest row, rounded up to this (default:
                 `length_multiple`).
+            group_by_length: put examples of similar length into a batch; the very first batch has
+                the longest, so that what does not fit into the memory fails at once.
+            packing_length: put several examples into each row, all of this length. Which examples
+                share a row is settled once, the order of the rows is new in every epoch.
+
+        Raises:
+            ValueError: no examples, or an argument out of range.
         """
         multiple = length_multiple(examples) if multiple is None else multiple
         _check(examples, batch_size, multiple)
         self._examples, self._batch_size = examples, batch_size
-        self._multiple = multiple
+        self._multiple, self._packing_length = multiple, packing_length
+        lengths = np.array([len(example.tokens) for example in examples])
+        if packing_length is None:
+            self._rows = [[index] for index in range(len(examples))]
+        elif group_by_length:
+            raise ValueError("group_by_length = True: accepted is False with a packing_length")
+        else:
+            self._rows = pack(lengths, packing_length, seed)
         # A batch touches two epochs at most, unless it is larger than the training set.
         self._order = functools.lru_cache(maxsize=2)(
-            lambda epoch: np.random.default_rng((seed, epoch)).permutation(len(examples))
+            functools.partial(_grouped_order, lengths, batch_size, seed)
+            if group_by_length
+            else lambda epoch: np.random.default_rng((seed, epoch)).permutation(len(self._rows))
         )
 
     def indices(self, step: int) -> list[int]:
         """Which examples the batch of a step holds."""
+        return [index for row in self._rows_of(step) for index in row]
+
+    def _rows_of(self, step: int) -> list[list[int]]:
         if step < 0:
             raise IndexError(f"step = {step}: accepted is 0 or more")
-        count = len(self._examples)
+        count = len(self._rows)
         first = step * self._batch_size
         places = range(first, first + self._batch_size)
-        return [int(self._order(place // count)[place % count]) for place in places]
+        return [self._rows[self._order(place // count)[place % count]] for place in places]
 
     def __getitem__(self, step: int) -> Batch:
-        rows = [self._examples[index] for index in self.indices(step)]
-        return pad(rows, self._batch_size, self._multiple)
+        rows = [[self._examples[index] for index in row] for row in self._rows_of(step)]
+        if self._packing_length is not None:
+            return pad_packed(rows, self._packing_length)
+        return pad([row[0] for row in rows], self._batch_size, self._multiple)
 
     def __iter__(self) -> Iterator[Batch]:
         step = 0
         while True:
             yield self[step]
             step += 1
+
+
+def make_batches(
+    examples: Sequence[Example],
+    config: DataConfig,
+    batch_size: int,
+    seed: int,
+    max_length: int | None = None,
+) -> Batches:
+    """The batches that a configuration asks for: random, grouped by length, or packed.
+
+    Args:
+        examples: the training set.
+        config: `packing`, `packing_length`, `group_by_length`, and the lengths.
+        batch_size: rows of a batch.
+        seed: of the orders.
+        max_length: tokens that the model can see, as given to `load_examples`.
+
+    Raises:
+        ValueError: no examples, or one that is longer than `packing_length`.
+    """
+    if not config.packing:
+        return Batches(examples, batch_size, seed, group_by_length=config.group_by_length)
+    length = config.packing_length
+    if length is None:
+        pair = config.source_length + config.target_length
+        length = config.sequence_length if config.format == "text" else pair
+        length = min(length, length if max_length is None else max_length)
+    return Batches(examples, batch_size, seed, packing_length=length)
+
+
+def _grouped_order(
+    lengths: Int[np.ndarray, " examples"], batch_size: int, seed: int, epoch: int
+) -> Int[np.ndarray, " examples"]:
+    """An order of one epoch in which the examples of a batch are of similar length."""
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths))
+    # So many complete the batch that the epoch before has begun.
+    begun = min(-epoch * len(lengths) % batch_size, len(lengths))
+    head, rest = order[:begun], order[begun:]
+    if epoch == 0:
+        place = int(np.argmax(lengths[rest]))
+        rest[[0, place]] = rest[[place, 0]]
+    cuts = np.arange(0, len(rest), _SORTED_BATCHES * batch_size)[1:]
+    parts = [part[np.argsort(-lengths[part], kind="stable")] for part in np.split(rest, cuts)]
+    rest = np.concatenate(parts)
+    whole = len(rest) // batch_size
+    first = 1 if epoch == 0 else 0  # the batch with the longest example stays in front
+    batches = rest[: whole * batch_size].reshape(whole, batch_size)
+    rng.shuffle(batches[first:])
+    return np.concatenate([head, batches.ravel(), rest[whole * batch_size :]])
 
 
 def eval_batches(

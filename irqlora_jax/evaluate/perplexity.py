@@ -1,8 +1,9 @@
 """Loss of held-out examples, and perplexity of a text."""
 
+import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -52,29 +53,71 @@ def evaluation_loss(
     Raises:
         ValueError: no examples, or none with a target.
     """
-    if not examples:
-        raise ValueError("there are no examples to evaluate")
-    # Read at the end only, so that the device never waits for Python.
-    sums = [row_nll(model, variables, part, chunk) for part in eval_batches(examples, batch_size)]
-    total = sum(float(np.asarray(values, np.float64).sum()) for values, _ in sums)
-    count = sum(float(np.asarray(values, np.float64).sum()) for _, values in sums)
-    if count == 0:
-        raise ValueError("none of the examples to evaluate has a target")
+    total, count = _sums(model, variables, examples, batch_size, chunk)
     return total / count
 
 
-def perplexity(
+def _sums(
+    model: Llama,
+    variables: Any,
+    examples: Sequence[Example],
+    batch_size: int,
+    chunk: int,
+    done: Callable[[int], Any] | None = None,
+) -> tuple[float, int]:
+    """Negative log-likelihood (nats) of all targets, and their number."""
+    if not examples:
+        raise ValueError("there are no examples to evaluate")
+    total, count = 0.0, 0.0
+    ahead: list[Any] = []
+    parts = eval_batches(examples, batch_size)
+    for part in (*parts, None):
+        if part is not None:
+            ahead.append(row_nll(model, variables, part, chunk))
+        # Read late, so that the device never waits for Python.
+        while ahead and (part is None or len(ahead) > 2):
+            values, counts = (np.asarray(x, np.float64) for x in ahead.pop(0))
+            total, count = total + values.sum(), count + counts.sum()
+            if done is not None:
+                done(int(counts.sum()))
+    if count == 0:
+        raise ValueError("none of the examples to evaluate has a target")
+    return float(total), int(count)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextScores:
+    """How well a text is predicted."""
+
+    perplexity: float
+    """exp(nll)."""
+    nll: float
+    """Mean negative log-likelihood of a token, in nats."""
+    bits_per_byte: float
+    """Negative log-likelihood of the whole text in bits, divided by its bytes of UTF-8: comparable
+    between tokenizers."""
+    tokens: int
+    """Number of tokens that were scored."""
+    bytes: int
+    window: int
+    """Tokens of context."""
+    stride: int
+    """Tokens from one window to the next."""
+
+
+def score_text(
     model: Llama,
     variables: Any,
     text: str,
     tokenizer: Any,
     *,
-    window: int = 2048,
+    window: int | None = None,
     stride: int | None = None,
     batch_size: int = 1,
     chunk: int = 1024,
-) -> float:
-    """exp of the mean negative log-likelihood per token of a text.
+    progress: bool = False,
+) -> TextScores:
+    """Perplexity of a text, and what belongs to it.
 
     The tokens (bos in front, once) are read through windows that start every `stride` tokens. All
     tokens but the very first are scored, each exactly once, in the first window that holds it in
@@ -88,17 +131,55 @@ def perplexity(
         variables: {"params": adapters, "base": base}.
         text: taken as it is.
         tokenizer: of transformers.
-        window: tokens that the model sees at one time.
+        window: tokens that the model sees at one time (default: its context, at most 2048).
         stride: tokens from one window to the next, 1 to window - 1.
         batch_size: windows computed at one time.
         chunk: positions whose logits exist at one time.
+        progress: show a bar.
 
     Raises:
         ValueError: the text has no token to score, or a bad window or stride.
     """
+    from tqdm import tqdm
+
+    context = model.config.max_position_embeddings
+    window = min(context, 2048) if window is None else window
+    if window > context:
+        raise ValueError(
+            f"window = {window}: accepted is at most max_position_embeddings = {context}"
+        )
     tokens = np.array(encode_source(tokenizer, [text])[0], np.int32)
     examples = text_windows(tokens, window, stride)
-    return math.exp(evaluation_loss(model, variables, examples, batch_size, chunk))
+    size = len(text.encode())
+    with tqdm(total=len(tokens) - 1, desc="Perplexity", unit="tok", disable=not progress) as bar:
+        total, count = _sums(model, variables, examples, batch_size, chunk, bar.update)
+    nll = total / count
+    return TextScores(
+        # exp of more than 709 is no float.
+        perplexity=math.exp(nll) if nll < 700 else math.inf,
+        nll=nll,
+        bits_per_byte=total / math.log(2) / size,
+        tokens=count,
+        bytes=size,
+        window=window,
+        stride=window - 1 if stride is None else stride,
+    )
+
+
+def perplexity(
+    model: Llama,
+    variables: Any,
+    text: str,
+    tokenizer: Any,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 1,
+    chunk: int = 1024,
+) -> float:
+    """exp of the mean negative log-likelihood per token of a text; see `score_text`."""
+    settings = {"window": window, "stride": stride, "batch_size": batch_size, "chunk": chunk}
+    return score_text(model, variables, text, tokenizer, **settings).perplexity
 
 
 def text_windows(

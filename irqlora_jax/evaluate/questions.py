@@ -1,41 +1,20 @@
 """Multiple-choice questions, answered by the choice that the model finds most likely."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int
 
-from irqlora_jax.data.batches import by_length, pad
-from irqlora_jax.data.examples import Example, Row, encode_pairs, read_rows
-from irqlora_jax.evaluate.perplexity import row_nll
-from irqlora_jax.llama import Llama, head_logits, head_weight
+from irqlora_jax.data.examples import Row, alpaca_prompt, encode_pairs, read_rows
+from irqlora_jax.evaluate.choices import Question, choice_scores, fit
+from irqlora_jax.llama import Llama
 
 _COLUMNS = ("subject", "prompt", "choices", "answer")
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """A prompt and its possible continuations, as tokens."""
-
-    subject: str
-    prompt: tuple[int, ...]
-    choices: tuple[tuple[int, ...], ...]
-    answer: int
-    """Index of the right choice."""
-    pool: int | None = None
-    """How many answers are equally likely for who knows the kind of answer but not the fact."""
-
-    @property
-    def single(self) -> bool:
-        """Whether every choice is one token."""
-        return all(len(choice) == 1 for choice in self.choices)
+_OPTIONS = re.compile(r"Answer format: *([^/\s]+(?:/[^/\s]+)+)\s*$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +34,11 @@ class QuestionScores:
     """Mean of log2(pool) minus the answer's cross-entropy in bits: what the model knows of a fact.
     Negative where it is surer of wrong answers than a guess from the pool would be. None unless all
     choices are single tokens and all questions have a pool."""
+    accuracy_norm: float | None = None
+    """`accuracy` of the log-probabilities divided by the number of characters of each choice. None
+    where the questions do not say it."""
+    truncated: int = 0
+    """Questions whose prompt was cut on the left to fit into the context."""
 
     @property
     def subject_mean(self) -> float:
@@ -69,6 +53,12 @@ def load_questions(path: str, tokenizer: Any, limit: int | None = None) -> list[
     may have "pool" (see `Question`). One space stands between prompt and choice, whether or not
     the file has it there (none where the prompt ends a line).
 
+    Or it is an instruction with its options, as in the commonsense files of LLM-Adapters:
+    "instruction" ends with "Answer format: true/false", "output" with "answer", which is one of
+    these. The choices are then the output with each option in the place of the answer, the prompt
+    is Alpaca's, and the subject is the name of the file, or of its folder where that is called
+    test, train or val.
+
     Args:
         path: the file.
         tokenizer: of transformers.
@@ -78,19 +68,36 @@ def load_questions(path: str, tokenizer: Any, limit: int | None = None) -> list[
         FileNotFoundError: no such file.
         ValueError: a malformed row; says which and why.
     """
-    if not Path(path).is_file():
+    file = Path(path)
+    if not file.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
-    rows = read_rows(path, _COLUMNS)[:limit]
-    for row in rows:
-        _check(row)
-    # Without their own spaces at the seam, all choices of a row have one prompt in common.
-    prompts = [row.text("prompt").rstrip(" ") for row in rows for _ in row.columns["choices"]]
-    choices = [choice.lstrip(" ") for row in rows for choice in row.columns["choices"]]
-    pairs = iter(encode_pairs(tokenizer, prompts, choices, join=True))
+    first = read_rows(path, ())[0].columns
+    if "instruction" in first and "choices" not in first:
+        rows = read_rows(path, ("instruction", "output", "answer"))[:limit]
+        subject = file.parent.name if file.stem in ("test", "train", "val") else file.stem
+        rows = [_from_instruction(row, subject) for row in rows]
+        prompts = [row.columns["prompt"] for row in rows for _ in row.columns["choices"]]
+        choices = [choice for row in rows for choice in row.columns["choices"]]
+        pairs = encode_pairs(tokenizer, prompts, choices, join=False)
+    else:
+        rows = read_rows(path, _COLUMNS)[:limit]
+        for row in rows:
+            _check(row)
+        # Without their own spaces at the seam, all choices of a row have one prompt in common.
+        prompts = [row.text("prompt").rstrip(" ") for row in rows for _ in row.columns["choices"]]
+        choices = [choice.lstrip(" ") for row in rows for choice in row.columns["choices"]]
+        pairs = encode_pairs(tokenizer, prompts, choices, join=True)
+    return _to_questions(rows, pairs)
+
+
+def _to_questions(
+    rows: Sequence[Row], pairs: Sequence[tuple[list[int], list[int]]]
+) -> list[Question]:
+    left = iter(pairs)
     questions = []
     for row in rows:
         texts = row.columns["choices"]
-        own = [next(pairs) for _ in texts]
+        own = [next(left) for _ in texts]
         for text, (prompt, choice) in zip(texts, own, strict=True):
             if not prompt:
                 raise ValueError(f"{row.place}: the prompt has no tokens")
@@ -103,9 +110,33 @@ def load_questions(path: str, tokenizer: Any, limit: int | None = None) -> list[
                 choices=tuple(tuple(choice) for _, choice in own),
                 answer=row.columns["answer"],
                 pool=row.columns.get("pool"),
+                lengths=tuple(len(text.strip(" ")) for text in texts),
             )
         )
     return questions
+
+
+def _from_instruction(row: Row, subject: str) -> Row:
+    """A row of options in an instruction as a row of choices."""
+    instruction, output, answer = (row.text(n) for n in ("instruction", "output", "answer"))
+    found = _OPTIONS.search(instruction)
+    if found is None:
+        raise ValueError(
+            f"{row.place}: instruction = '... {instruction[-40:]!s}': accepted is one that ends "
+            "with 'Answer format: OPTION/OPTION'".replace("\n", " ")
+        )
+    options = found[1].split("/")
+    if answer not in options or not output.endswith(answer):
+        accepted = f"one of {', '.join(options)}, with which output ends"
+        raise ValueError(f"{row.place}: answer = {answer!r}: accepted is {accepted}")
+    stem = output.removesuffix(answer)
+    columns = {
+        "subject": subject,
+        "prompt": alpaca_prompt(instruction, row.text("input", "")),
+        "choices": [stem + option for option in options],
+        "answer": options.index(answer),
+    }
+    return Row(row.place, columns)
 
 
 def _check(row: Row) -> None:
@@ -125,7 +156,12 @@ def _check(row: Row) -> None:
 
 
 def score_questions(
-    model: Llama, variables: Any, questions: Sequence[Question], batch_size: int = 32
+    model: Llama,
+    variables: Any,
+    questions: Sequence[Question],
+    batch_size: int = 32,
+    *,
+    done: Callable[[int], Any] | None = None,
 ) -> QuestionScores:
     """Asks all questions.
 
@@ -137,101 +173,56 @@ def score_questions(
     Args:
         model: the architecture.
         variables: {"params": adapters, "base": base}.
-        questions: of `load_questions`.
-        batch_size: rows computed at one time. A question of single-token choices is one row, any
-            other one row per choice.
+        questions: of `load_questions`. What is longer than the context is cut on the left.
+        batch_size: rows computed at one time. A question whose choices differ in their last token
+            alone is one row; at most it is one row per choice.
+        done: called with the number of questions that were finished since the last call.
 
     Raises:
-        ValueError: no questions.
+        ValueError: no questions, or a choice longer than the context.
     """
     if not questions:
         raise ValueError("there are no questions")
-    single = [q for q in questions if q.single]
-    multi = [q for q in questions if not q.single]
-    scores, recalled = _ask_single(model, variables, single, batch_size)
-    pairs = [*zip(single, scores, strict=True)]
-    pairs += zip(multi, _ask_multi(model, variables, multi, batch_size), strict=True)
-
-    subjects: dict[str, list[bool]] = {name: [] for name in sorted({q.subject for q in questions})}
-    for question, values in pairs:
-        others = np.delete(values, question.answer)
-        subjects[question.subject].append(bool((values[question.answer] > others).all()))
+    asked = [_fit(model, question) for question in questions]
+    scores, best = choice_scores(model, variables, asked, batch_size, done=done)
+    right = [_wins(values, q.answer) for values, q in zip(scores, asked, strict=True)]
+    normalized = None
+    if all(q.lengths is not None and all(q.lengths) for q in asked):
+        pairs = zip(scores, asked, strict=True)
+        normalized = [_wins(values / np.array(q.lengths), q.answer) for values, q in pairs]
+    single = all(q.single for q in asked)
+    recall = [b == q.choices[q.answer][0] for b, q in zip(best, asked, strict=True)]
     bits = None
-    pools = [question.pool for question in questions if question.pool is not None]
-    if not multi and len(pools) == len(questions):
-        answers = [values[question.answer] / math.log(2) for question, values in pairs]
+    pools = [q.pool for q in asked if q.pool is not None]
+    if single and len(pools) == len(asked):
+        answers = [values[q.answer] / math.log(2) for values, q in zip(scores, asked, strict=True)]
         bits = float(np.mean(answers)) + float(np.mean([math.log2(pool) for pool in pools]))
-    right = [value for values in subjects.values() for value in values]
+    subjects: dict[str, list[bool]] = {name: [] for name in sorted({q.subject for q in asked})}
+    for question, value in zip(asked, right, strict=True):
+        subjects[question.subject].append(value)
     return QuestionScores(
         accuracy=float(np.mean(right)),
         by_subject={subject: float(np.mean(values)) for subject, values in subjects.items()},
-        count=len(questions),
-        recall=float(np.mean(recalled)) if not multi else None,
+        count=len(asked),
+        recall=float(np.mean(recall)) if single else None,
         bits_per_fact=bits,
+        accuracy_norm=None if normalized is None else float(np.mean(normalized)),
+        truncated=sum(q.prompt != old.prompt for q, old in zip(asked, questions, strict=True)),
     )
 
 
-def _ask_single(
-    model: Llama, variables: Any, questions: Sequence[Question], batch_size: int
-) -> tuple[list[np.ndarray], list[bool]]:
-    """Scores of the choices of each question, and whether the answer is the likeliest token."""
-    most = max((len(q.choices) for q in questions), default=0)
-    prompts = [
-        Example(np.array(q.prompt, np.int32), np.zeros(len(q.prompt), bool)) for q in questions
-    ]
-    results: dict[int, tuple[np.ndarray, bool]] = {}
-    pending = []
-    for indices in by_length([len(q.prompt) for q in questions], batch_size):
-        tokens = pad([prompts[index] for index in indices], batch_size, 32)["tokens"]
-        last = np.zeros(batch_size, np.int32)
-        choices = np.zeros((batch_size, most), np.int32)
-        for place, index in enumerate(indices):
-            question = questions[index]
-            last[place] = len(question.prompt) - 1
-            choices[place, : len(question.choices)] = [choice[0] for choice in question.choices]
-        pending.append((indices, _next_token(model, variables, tokens, last, choices)))
-    for indices, outputs in pending:
-        scores, best = (np.asarray(output) for output in outputs)
-        for place, index in enumerate(indices):
-            question = questions[index]
-            recalled = int(best[place]) == question.choices[question.answer][0]
-            results[index] = (scores[place, : len(question.choices)], recalled)
-    ordered = [results[index] for index in range(len(questions))]
-    return [scores for scores, _ in ordered], [recalled for _, recalled in ordered]
+def _wins(scores: np.ndarray, answer: int) -> bool:
+    return bool((scores[answer] > np.delete(scores, answer)).all())
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _next_token(
-    model: Llama,
-    variables: Any,
-    tokens: Int[Array, "batch seq"],
-    last: Int[Array, " batch"],
-    choices: Int[Array, "batch choices"],
-) -> tuple[Float32[Array, "batch choices"], Int[Array, " batch"]]:
-    """Log-probabilities of the choices behind position `last`, and the likeliest token there."""
-    features = cast(Array, model.apply(variables, tokens, method="features"))
-    hidden = jnp.take_along_axis(features, last[:, None, None], axis=1)[:, 0]
-    logits = head_logits(hidden, head_weight(variables["base"]))
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), choices, axis=1)
-    return chosen, jnp.argmax(logits, axis=1)
-
-
-def _ask_multi(
-    model: Llama, variables: Any, questions: Sequence[Question], batch_size: int
-) -> list[np.ndarray]:
-    """Scores of the choices of each question; one row per choice."""
-    rows = []
-    for question in questions:
-        for choice in question.choices:
-            tokens = np.array(question.prompt + choice, np.int32)
-            rows.append(Example(tokens, np.arange(len(tokens)) >= len(question.prompt)))
-    scores = np.zeros(len(rows))
-    groups = by_length([len(row.tokens) for row in rows], batch_size)
-    pending = [
-        row_nll(model, variables, pad([rows[index] for index in group], batch_size, 32))[0]
-        for group in groups
-    ]
-    for group, values in zip(groups, pending, strict=True):
-        scores[group] = -np.asarray(values, np.float64)[: len(group)]
-    ends = np.cumsum([len(question.choices) for question in questions])[:-1]
-    return np.split(scores, ends) if questions else []
+def _fit(model: Llama, question: Question) -> Question:
+    """The question within the context; nothing has to be seen behind the last token of a choice."""
+    longest = max(map(len, question.choices))
+    room = model.config.max_position_embeddings + 1 - longest
+    if room < 1:
+        raise ValueError(
+            f"a choice of {question.subject} has {longest} tokens: accepted are at most "
+            f"max_position_embeddings = {model.config.max_position_embeddings}"
+        )
+    prompt = fit(question.prompt, room, model.config.bos_token_id)
+    return dataclasses.replace(question, prompt=prompt)

@@ -1,52 +1,93 @@
-"""Evaluation of a finished run: what `eval.py` calls."""
+"""Evaluation of a finished run: what `irqlora eval` calls."""
 
 import dataclasses
-import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from irqlora_jax.checkpoint import Checkpoints, load_base, write_text
-from irqlora_jax.config import Config, parse_flags
-from irqlora_jax.data.examples import alpaca_prompt, encode_source
-from irqlora_jax.evaluate.perplexity import perplexity
+from irqlora_jax.config import parse_flags
+from irqlora_jax.conversation import Style, encode_turns, find_style, spoken
+from irqlora_jax.evaluate import results
+from irqlora_jax.evaluate.mmlu import MmluScores, forget, mmlu
+from irqlora_jax.evaluate.mmlu_files import CATEGORIES
+from irqlora_jax.evaluate.perplexity import score_text
+from irqlora_jax.evaluate.prompts import Sampling, answer_all, read_prompts
 from irqlora_jax.evaluate.questions import load_questions, score_questions
 from irqlora_jax.generate import generate
-from irqlora_jax.llama import Llama
+from irqlora_jax.runs import Run, Which, load_run
+
+Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """One evaluation of one run."""
+    """One evaluation of one model. The results are shown, and written as JSON."""
 
     run: str
-    """Folder of a run of train.py."""
-    task: Literal["factworld", "perplexity", "generate"]
-    """"factworld": multiple-choice questions by subject. "perplexity": of a text file.
-    "generate": continue a prompt."""
+    """Folder of a run, of irqlora quantize, or of a Hugging Face LLaMA."""
+    task: Literal["mmlu", "factworld", "questions", "perplexity", "generate"]
+    """"mmlu": 57 subjects of multiple choice. "questions" or "factworld": multiple-choice questions
+    from a file. "perplexity": of a text file. "generate": answers to prompts."""
     baseline: bool = False
     """Leave the adapter out: the quantized model before its finetune."""
+    checkpoint: Literal["last", "best"] | int = "last"
+    """Which adapter of a run: the newest, that of the best evaluation loss, or that of a step."""
+    output: str | None = None
+    """File for the results. Null: eval-TASK.json (generate: .jsonl) in the folder of the run, or,
+    if `run` is no run, in the working directory, with the name of its folder."""
+    batch_size: int | None = None
+    """Rows computed at one time. Null: mmlu 8, questions 64, perplexity 4, generate 16."""
+    limit: int | None = None
+    """Use only the first so many questions (mmlu: of each subject) or prompts (null: all)."""
+    progress: bool = True
+    """Show a progress bar."""
+    mmlu: str | None = None
+    """mmlu: folder with dev/SUBJECT_dev.csv and test/SUBJECT_test.csv, as its authors give it out.
+    What is finished is kept beside the results; the same command goes on from there."""
+    shots: int = 5
+    """mmlu: examples in front of each question; fewer where the context is too short."""
+    split: Literal["test", "val"] = "test"
+    """mmlu: which questions."""
+    subjects: tuple[str, ...] = ()
+    """mmlu: ask these alone, such as ["anatomy", "astronomy"] (empty: all)."""
     questions: str | None = None
-    """factworld: file with questions (.jsonl). Null: that of the run."""
+    """questions: file with rows (.jsonl, .json) of subject, prompt, choices and answer, or of
+    instruction, output and answer where the instruction ends with "Answer format: a/b". Null: that
+    of the run."""
     text: str | None = None
     """perplexity: a plain text file."""
     window: int = 0
-    """perplexity: tokens of context (0: the longest that the model takes)."""
+    """perplexity: tokens of context (0: the longest that the model takes, at most 2048)."""
+    stride: int = 0
+    """perplexity: tokens from one window to the next; fewer give every token more context and take
+    longer (0: window - 1)."""
     prompt: str | None = None
-    """generate: the text to continue, or the instruction to follow if the run learned from Alpaca's
-    format."""
+    """generate: the text to continue; for a run that learned to answer, what is asked."""
+    prompts: str | None = None
+    """generate: file with many prompts: .txt with one a line, or .jsonl with "prompt" or
+    "instruction" (and "input")."""
     max_new_tokens: int = 128
     """generate: tokens to add at most."""
     temperature: float = 0.0
     """generate: 0 takes the likeliest token, larger values vary more."""
     top_k: int | None = None
-    """generate: draw among the k likeliest tokens only."""
+    """generate: draw among the k likeliest tokens only (null: all)."""
     top_p: float | None = None
-    """generate: draw among the likeliest tokens that make up this probability."""
+    """generate: draw among the likeliest tokens that make up this probability (null: all)."""
     seed: int = 0
     """generate: seed of the draws."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                accepted = "a whole number of at least 1, or null"
+                raise ValueError(f"{name} = {value}: accepted is {accepted}")
+        if self.shots < 0:
+            raise ValueError(f"shots = {self.shots}: accepted is 0 or more")
 
 
 def parse_eval(argv: Sequence[str]) -> EvalConfig:
@@ -55,95 +96,255 @@ def parse_eval(argv: Sequence[str]) -> EvalConfig:
     Raises:
         ValueError: unknown flag, wrong type or value that is not accepted.
     """
-    given = ["--baseline=true" if flag == "--baseline" else flag for flag in argv]
-    return parse_flags(EvalConfig, given, "eval.py")
+    return parse_flags(EvalConfig, argv, "irqlora eval")
 
 
-def load_run(run: Path, baseline: bool = False) -> tuple[Config, Llama, dict[str, Any], Any]:
-    """Configuration, model, variables (newest adapters and base) and tokenizer of a run.
+def evaluate_run(asked: EvalConfig, say: Say = print) -> dict[str, Any]:
+    """Runs one task, shows its result and then writes it as JSON.
 
-    Raises:
-        FileNotFoundError: no run, or no checkpoint in it.
-        ValueError: damaged files.
-    """
-    from irqlora_jax import hf
-    from irqlora_jax.train import init_state, make_optimizer
+    Args:
+        asked: what.
+        say: prints a line.
 
-    if not (run / "config.json").is_file():
-        raise FileNotFoundError(f"run = '{run}': no config.json there; accepted is a run's folder")
-    config = Config.load(run / "config.json")
-    base, llama = load_base(run / "base.safetensors")
-    adapter = None if baseline else config.adapter
-    model = Llama(llama, adapter=adapter, compute_dtype=config.train.compute_dtype)
-    tokenizer = hf.load_tokenizer(str(run / "tokenizer"))
-    if baseline:
-        return config, model, {"params": {}, "base": base}, tokenizer
-    with Checkpoints(run) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise FileNotFoundError(f"run = '{run}': no checkpoint yet; use --baseline")
-        optimizer = make_optimizer(config.train)
-        like = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
-        adapters = checkpoints.restore(step, like).adapters
-    return config, model, {"params": adapters, "base": base}, tokenizer
-
-
-def evaluate_run(asked: EvalConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Runs one task, prints its result and writes it to RUN/eval-TASK[-baseline].json.
+    Returns:
+        What was written: the scores, and what was evaluated with which settings and versions.
 
     Raises:
-        ValueError, OSError: bad input, in one sentence.
+        ValueError, OSError: bad input, or a file that cannot be written; in one sentence.
     """
-    run = Path(asked.run)
-    needed = {"perplexity": "text", "generate": "prompt"}.get(asked.task)
-    if needed and getattr(asked, needed) is None:
-        raise ValueError(f"{needed} = None: the task {asked.task} needs --{needed}")
-    config, model, variables, tokenizer = load_run(run, asked.baseline)
-    result: dict[str, Any]
-    if asked.task == "factworld":
-        path = asked.questions or config.evaluate.questions
-        if path is None:
-            raise ValueError("questions = None: the run has none; accepted is a .jsonl file")
-        questions = load_questions(path, tokenizer, config.evaluate.max_questions)
-        scores = score_questions(model, variables, questions, 64)
-        result = dataclasses.asdict(scores)
-        for subject, accuracy in scores.by_subject.items():
-            say(f"{subject:<24} {accuracy:7.1%}")
-        say(f"{'all':<24} {scores.accuracy:7.1%}")
-        if scores.recall is not None:
-            say(f"{'recall':<24} {scores.recall:7.1%}")
-        if scores.bits_per_fact is not None:
-            say(f"{'bits per fact':<24} {scores.bits_per_fact:7.3f}")
-    elif asked.task == "perplexity":
-        assert asked.text is not None
-        file = Path(asked.text)
-        if not file.is_file():
-            raise FileNotFoundError(f"text = '{file}': no such file")
-        window = asked.window or model.config.max_position_embeddings
-        text = file.read_text(encoding="utf-8")
-        value = perplexity(model, variables, text, tokenizer, window=window)
-        result = {"perplexity": value, "window": window, "text": asked.text}
-        say(f"perplexity {value:.4f} (windows of {window} tokens)")
-    else:
-        assert asked.prompt is not None
-        alpaca = config.data.format == "alpaca"
-        asked_text = alpaca_prompt(asked.prompt) if alpaca else asked.prompt
-        prompt = encode_source(tokenizer, [asked_text])[0]
-        room = model.config.max_position_embeddings - len(prompt)
-        tokens = generate(
-            model,
-            variables,
-            [prompt],
-            min(asked.max_new_tokens, room),
-            temperature=asked.temperature,
-            top_k=asked.top_k,
-            top_p=asked.top_p,
-            key=jax.random.key(asked.seed),
-            eos_token_ids=model.config.eos_token_ids,
-        )[0]
-        text = tokenizer.decode(tokens if alpaca else prompt + tokens, skip_special_tokens=True)
-        result = {"prompt": asked.prompt, "text": text}
-        say(text)
-    name = f"eval-{asked.task}{'-baseline' if asked.baseline else ''}.json"
-    write_text(run / name, json.dumps(result, indent=1) + "\n")
+    _check_input(asked)
+    checkpoint = read_checkpoint(asked.checkpoint)
+    asked = dataclasses.replace(asked, checkpoint=checkpoint)
+    run = load_run(asked.run, adapter=not asked.baseline, checkpoint=checkpoint)
+    path = results.result_path(run, _stem(asked), asked.output)
+    task = {
+        "mmlu": _mmlu,
+        "factworld": _questions,
+        "questions": _questions,
+        "perplexity": _perplexity,
+        "generate": _generate,
+    }[asked.task]
+    started = time.perf_counter()
+    try:
+        scores = task(asked, run, path, say)
+    except KeyboardInterrupt:
+        for part in (_kept(path), _kept(_answers(asked, path))):
+            if part.is_file():
+                say(f"what is done is kept in {part}; the same command goes on from there")
+        raise
+    seconds = time.perf_counter() - started
+    result = results.describe(run, asked) | {"seconds": round(seconds, 3)} | scores
+    results.write_result(_summary(asked, path), result, say)
+    if asked.task == "mmlu":
+        forget(_kept(path), len(scores["counts"]))
     return result
+
+
+def read_checkpoint(value: str | int) -> Which:
+    """A checkpoint as people write it: "last", "best" or a step, as a number or as text.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if value == "last" or value == "best":
+        return value
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError(f"checkpoint = {value!r}: accepted is last, best or the number of a step")
+
+
+def _check_input(asked: EvalConfig) -> None:
+    """Says what is missing before a model is read."""
+    needed = {"mmlu": ["mmlu"], "perplexity": ["text"], "generate": ["prompt", "prompts"]}
+    names = needed.get(asked.task, [])
+    given = [name for name in names if getattr(asked, name) is not None]
+    if names and not given:
+        flags = " or ".join(f"--{name}" for name in names)
+        raise ValueError(f"{names[0]} = None: the task {asked.task} needs {flags}")
+    if len(given) > 1:
+        raise ValueError(f"prompt = {asked.prompt!r}: accepted is null with --prompts")
+    for name in given:
+        path = Path(getattr(asked, name))
+        if name == "text" and not path.is_file():
+            raise FileNotFoundError(f"text = '{path}': no such file")
+
+
+def _stem(asked: EvalConfig) -> str:
+    """eval-TASK, and what tells the evaluations of a run apart."""
+    parts = ["eval", asked.task]
+    if asked.baseline:
+        parts.append("baseline")
+    elif asked.checkpoint != "last":
+        parts.append(f"step{asked.checkpoint}" if asked.checkpoint != "best" else "best")
+    return "-".join(parts)
+
+
+def _kept(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
+
+
+def _answers(asked: EvalConfig, path: Path) -> Path:
+    """The file of the answers to many prompts."""
+    return path.with_suffix(".jsonl") if asked.output is None else path
+
+
+def _summary(asked: EvalConfig, path: Path) -> Path:
+    """The file of the scores; that of the answers to many prompts is another one."""
+    if asked.task != "generate" or asked.prompts is None or asked.output is None:
+        return path
+    return path.with_suffix(".summary.json" if path.suffix == ".json" else ".json")
+
+
+def _mmlu(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, Any]:
+    assert asked.mmlu is not None
+    scores = mmlu(
+        run.model,
+        run.variables,
+        run.tokenizer,
+        asked.mmlu,
+        shots=asked.shots,
+        split=asked.split,
+        subjects=asked.subjects,
+        limit=asked.limit,
+        batch_size=asked.batch_size or 8,
+        keep=_kept(path),
+        identity=results.identity(run, asked.baseline),
+        progress=asked.progress,
+    )
+    say(_mmlu_table(scores))
+    context = run.model.config.max_position_embeddings
+    fewer = sum(n for shots, n in scores.shots.items() if int(shots) < asked.shots)
+    if fewer:
+        say(
+            f"{fewer} of {scores.count} questions had fewer than {asked.shots} examples, and "
+            f"{scores.truncated} were cut, to fit into the context of {context} tokens"
+        )
+    if scores.ties:
+        say(f"{scores.ties} questions had several best letters, of which the first counts")
+    return dataclasses.asdict(scores)
+
+
+def _mmlu_table(scores: MmluScores) -> str:
+    rows = [("subject", "questions", "accuracy")]
+    rows += [(n, str(scores.counts[n]), f"{a:.1%}") for n, a in scores.by_subject.items()]
+    for category, parts in CATEGORIES.items():
+        if category in scores.by_category:
+            rows.append((f"[{category}]", "", f"{scores.by_category[category]:.1%}"))
+            rows += [
+                (f"  {part}", "", f"{scores.by_subcategory[part]:.1%}")
+                for part in parts
+                if part in scores.by_subcategory
+            ]
+    rows.append((f"all {len(scores.counts)} subjects", str(scores.count), f"{scores.accuracy:.1%}"))
+    return results.table(rows)
+
+
+def _questions(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, Any]:
+    from tqdm import tqdm
+
+    file, limit = asked.questions, asked.limit
+    if run.config is not None and file is None:
+        file, limit = run.config.evaluate.questions, limit or run.config.evaluate.max_questions
+    if file is None:
+        raise ValueError("questions = None: the run has none; accepted is a .jsonl or .json file")
+    questions = load_questions(file, run.tokenizer, limit)
+    with tqdm(total=len(questions), desc="Questions", unit="q", disable=not asked.progress) as bar:
+        scores = score_questions(
+            *(run.model, run.variables, questions, asked.batch_size or 64), done=bar.update
+        )
+    rows = [("subject", "accuracy")]
+    rows += [(subject, f"{accuracy:.1%}") for subject, accuracy in scores.by_subject.items()]
+    rows.append(("all", f"{scores.accuracy:.1%}"))
+    if scores.accuracy_norm is not None:
+        rows.append(("all, by length", f"{scores.accuracy_norm:.1%}"))
+    if scores.recall is not None:
+        rows.append(("recall", f"{scores.recall:.1%}"))
+    if scores.bits_per_fact is not None:
+        rows.append(("bits per fact", f"{scores.bits_per_fact:.3f}"))
+    say(results.table(rows))
+    if scores.truncated:
+        say(f"{scores.truncated} of {scores.count} questions were cut on the left to fit")
+    return dataclasses.asdict(scores)
+
+
+def _perplexity(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, Any]:
+    assert asked.text is not None
+    try:
+        text = Path(asked.text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{asked.text} is not UTF-8 text (byte {error.start})") from None
+    scores = score_text(
+        run.model,
+        run.variables,
+        text,
+        run.tokenizer,
+        window=asked.window or None,
+        stride=asked.stride or None,
+        batch_size=asked.batch_size or 4,
+        progress=asked.progress,
+    )
+    rows = [
+        ("measure", "value"),
+        ("perplexity", f"{scores.perplexity:.4f}"),
+        ("nats per token", f"{scores.nll:.4f}"),
+        ("bits per byte", f"{scores.bits_per_byte:.4f}"),
+        ("tokens", f"{scores.tokens}"),
+        ("window", f"{scores.window}"),
+        ("stride", f"{scores.stride}"),
+    ]
+    say(results.table(rows))
+    return dataclasses.asdict(scores)
+
+
+def _generate(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, Any]:
+    sampling = Sampling(
+        asked.max_new_tokens, asked.temperature, asked.top_k, asked.top_p, asked.seed
+    )
+    style = find_style(run.config, run.tokenizer)
+    if asked.prompt is not None:
+        return _answer_one(asked.prompt, run, style, sampling, say)
+    assert asked.prompts is not None
+    prompts = read_prompts(asked.prompts, asked.limit)
+    output = _answers(asked, path)
+    counts = answer_all(
+        run,
+        style,
+        prompts,
+        sampling,
+        batch_size=asked.batch_size or 16,
+        output=output,
+        identity=results.identity(run, asked.baseline),
+        progress=asked.progress,
+        say=say,
+    )
+    say(f"{counts['prompts']} answers, {counts['tokens']} tokens, in {output}")
+    return counts | {"answers": str(output)}
+
+
+def _answer_one(
+    prompt: str, run: Run, style: Style, sampling: Sampling, say: Say
+) -> dict[str, Any]:
+    tokens = encode_turns(style, run.tokenizer, prompt)
+    context = run.model.config.max_position_embeddings
+    if len(tokens) >= context:
+        raise ValueError(
+            f"prompt: has {len(tokens)} tokens: accepted are fewer than "
+            f"max_position_embeddings = {context}"
+        )
+    new = generate(
+        run.model,
+        run.variables,
+        [tokens],
+        min(sampling.max_new_tokens, context - len(tokens)),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        key=jax.random.key(sampling.seed),
+        eos_token_ids=run.model.config.eos_token_ids,
+    )[0]
+    answer = "".join(spoken(run.tokenizer, new, prompt=tokens, stops=style.stops))
+    text = prompt + answer if style.continues else answer.strip()
+    say(text)
+    return {"prompt": prompt, "text": text}

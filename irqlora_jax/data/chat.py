@@ -1,0 +1,180 @@
+"""Conversations through a chat template, with a mask of what the assistant says."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from irqlora_jax.data.rows import Row, check_text, read_rows, read_text
+
+_COLUMNS = ("messages", "conversations")
+_SHAREGPT = {"human": "user", "gpt": "assistant"}
+_OTHER_TEMPLATE = "give another one as data.chat_template"
+
+
+class Conversation(NamedTuple):
+    """Messages of role and content, and where they stand."""
+
+    place: str
+    messages: list[dict[str, Any]]
+
+
+def read_chat_template(file: str | None) -> str | None:
+    """The text of the file that `data.chat_template` names; None where it is null.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not UTF-8.
+    """
+    if file is None:
+        return None
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"data.chat_template = '{file}': there is no such file")
+    return read_text(Path(file))
+
+
+def read_conversations(source: str, limit: int | None = None) -> list[Conversation]:
+    """Reads rows of "messages" (role, content) or "conversations" (from, value; ShareGPT).
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_rows`; a malformed message.
+    """
+    return [_conversation(row) for row in read_rows(source, ())[:limit]]
+
+
+def _conversation(row: Row) -> Conversation:
+    name = next((name for name in _COLUMNS if row.columns.get(name) is not None), None)
+    if name is None:
+        there = ", ".join(row.columns) or "none"
+        raise ValueError(
+            f"{row.place} has no column 'messages': its columns are {there}; expected is messages "
+            "(of role and content) or conversations (of from and value)"
+        )
+    messages = row.columns[name]
+    if not isinstance(messages, list) or not messages:
+        kind = type(messages).__name__ if messages else "empty"
+        raise ValueError(f"{row.place}: {name} is {kind}: accepted is a list of messages")
+    return Conversation(
+        row.place,
+        [_message(m, f"{row.place}, message {number}") for number, m in enumerate(messages, 1)],
+    )
+
+
+def _message(message: Any, place: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise ValueError(f"{place} is of type {type(message).__name__}: accepted is an object")
+    role, content = ("from", "value") if "from" in message else ("role", "content")
+    for name in (role, content):
+        check_text(message.get(name), place, name)
+    # Tables fill what a message lacks with null; what it has besides is the template's to read.
+    rest = {k: v for k, v in message.items() if v is not None and k not in (role, content)}
+    who = message[role]
+    return {"role": _SHAREGPT.get(who, who), "content": message[content]} | rest
+
+
+def encode_conversations(
+    tokenizer: Any, conversations: Sequence[Conversation], template: str | None = None
+) -> list[tuple[Int[np.ndarray, " seq"], Bool[np.ndarray, " seq"]]]:
+    """Tokens of each conversation as its template writes it, and which are the assistant's.
+
+    A turn of the assistant is what follows the prompt that the template makes of the messages in
+    front of it, up to where the template ends the turn; white space behind an end-of-turn token
+    belongs to nobody. A token on the border that holds some of the turn counts as the turn's. bos
+    stands where the template writes it, and nowhere else, as for who talks to the model later.
+
+    Args:
+        tokenizer: of transformers, with its template.
+        conversations: of `read_conversations`.
+        template: used instead of the tokenizer's.
+
+    Raises:
+        ValueError: no template, or one whose text for the first messages is not the beginning of
+            its text for all of them, so that no mask could be exact.
+    """
+    if template is None and getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError(
+            "data.format = 'chat': the tokenizer has no chat template; give a file with one as "
+            "data.chat_template"
+        )
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"data.format = 'chat': {type(tokenizer).__name__} does not say where its tokens "
+            "stand; accepted is a tokenizer with a tokenizer.json"
+        )
+    written = [_write(tokenizer, conversation, template) for conversation in conversations]
+    encoded = tokenizer(
+        [text for text, _ in written],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    special = np.array(sorted(special - {tokenizer.unk_token_id}), int)  # unknown text ends nothing
+    pairs = zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [
+        (np.array(tokens, int), _mask(text, turns, np.array(tokens, int), offsets, special))
+        for (text, turns), tokens, offsets in pairs
+    ]
+
+
+def _mask(
+    text: str,
+    turns: Sequence[tuple[int, int]],
+    tokens: Int[np.ndarray, " seq"],
+    offsets: Sequence[tuple[int, int]],
+    special: Int[np.ndarray, " n"],
+) -> Bool[np.ndarray, " seq"]:
+    """Which tokens hold characters of the turns."""
+    # Some tokenizers leave spaces out of the offsets: a token begins where the one before it ends,
+    # unless it is a further byte of the same character.
+    start, stop = np.array(offsets, int).reshape(-1, 2).T
+    start = np.minimum(start, np.concatenate([[0], stop])[: len(stop)])
+    mask = np.zeros(len(tokens), bool)
+    for first, last in turns:
+        inside = (start < last) & (stop > first)
+        ends = np.flatnonzero(inside & np.isin(tokens, special))
+        if len(ends) and not text[stop[ends[-1]] : last].strip():
+            inside[ends[-1] + 1 :] = False
+        mask |= inside
+    return mask
+
+
+def _write(
+    tokenizer: Any, conversation: Conversation, template: str | None
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a conversation, and where in it the assistant's turns begin and end."""
+    import jinja2
+
+    place, messages = conversation
+    theirs = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+
+    def render(counts: list[int], prompt: bool) -> list[str]:
+        try:
+            return tokenizer.apply_chat_template(
+                [messages[:count] for count in counts],
+                chat_template=template,
+                add_generation_prompt=prompt,
+                tokenize=False,
+            )
+        except jinja2.TemplateSyntaxError as error:
+            reason = f"{error.message} in line {error.lineno}"
+            raise ValueError(f"the chat template is no Jinja template: {reason}") from None
+        except Exception as error:  # a template can raise anything
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"{place}: the chat template does not take the conversation: {reason}"
+            ) from None
+
+    *wholes, text = render([*(i + 1 for i in theirs), len(messages)], prompt=False)
+    prompts = render(theirs, prompt=True) if theirs else []
+    for i, prompt, whole in zip(theirs, prompts, wholes, strict=True):
+        if not (whole.startswith(prompt) and text.startswith(whole)):
+            what = "prompt for" if text.startswith(whole) else "text up to"
+            raise ValueError(
+                f"{place}: the chat template's {what} message {i + 1} does not begin its text of "
+                "the whole conversation, so that what the assistant says cannot be told from the "
+                f"rest; {_OTHER_TEMPLATE}"
+            )
+    return text, [(len(p), len(whole)) for p, whole in zip(prompts, wholes, strict=True)]

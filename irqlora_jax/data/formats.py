@@ -1,0 +1,145 @@
+"""Rows to what is learned from them: prompts with answers, or whole texts."""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from irqlora_jax.data.rows import Row, read_rows
+
+# Stanford Alpaca's two prompts (train.py of tatsu-lab/stanford_alpaca).
+_REQUEST = "Write a response that appropriately completes the request.\n\n"
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    f"context. {_REQUEST}### Instruction:\n%s\n\n### Input:\n%s\n\n### Response:"
+)
+_WITHOUT_INPUT = (
+    f"Below is an instruction that describes a task. {_REQUEST}"
+    "### Instruction:\n%s\n\n### Response:"
+)
+PAIR_COLUMNS: dict[str, tuple[str, ...]] = {
+    "alpaca": ("instruction", "output"),
+    "input_output": ("input", "output"),
+    "self_instruct": ("prompt", "completion"),
+    "flan_v2": ("inputs", "targets"),
+    "chip2": ("text",),
+}
+"""Columns of the formats whose rows are a prompt and an answer; the last has the answer."""
+TEXT_COLUMNS: dict[str, tuple[str, ...]] = {"hh_rlhf": ("chosen",), "oasst1": ("text",)}
+"""Columns of the formats whose rows are conversations, of which every turn is learned."""
+
+_HUMAN, _BOT = "<human>: ", "\n<bot>: "
+_GUANACO = {"prompter": "### Human: ", "assistant": "### Assistant: "}
+_log = logging.getLogger(__name__)
+
+
+class Pair(NamedTuple):
+    """A prompt, its answer, and where they stand."""
+
+    place: str
+    prompt: str
+    answer: str
+
+
+class Text(NamedTuple):
+    """A whole conversation, and where it stands."""
+
+    place: str
+    text: str
+
+
+def alpaca_prompt(instruction: str, context: str = "") -> str:
+    """Stanford Alpaca's prompt; `context` is what its files call the input."""
+    return _WITH_INPUT % (instruction, context) if context else _WITHOUT_INPUT % instruction
+
+
+def read_pairs(source: str, format: str, limit: int | None = None) -> list[Pair]:
+    """Reads a format of prompts and answers, one of `PAIR_COLUMNS`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_rows`.
+    """
+    columns = PAIR_COLUMNS[format]
+    rows = read_rows(source, columns)[:limit]
+    if format == "alpaca":
+        prompts = [alpaca_prompt(r.text("instruction"), r.text("input", "")) for r in rows]
+        return [
+            Pair(row.place, prompt, row.text("output"))
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
+    if format == "chip2":
+        return [_chip2(row) for row in rows]
+    return [Pair(row.place, *(row.text(name) for name in columns)) for row in rows]
+
+
+def _chip2(row: Row) -> Pair:
+    """The first question and its answer."""
+    text = row.text("text")
+    prompt, bot, answer = text.partition(_BOT)
+    if not (bot and prompt.startswith(_HUMAN)):
+        start = text if len(text) < 40 else text[:40] + "..."
+        raise ValueError(
+            f"{row.place}: text = {start!r}: accepted is {_HUMAN + '...' + _BOT + '...'!r}"
+        )
+    return Pair(row.place, prompt.removeprefix(_HUMAN), answer.partition("\n" + _HUMAN)[0])
+
+
+def read_texts(source: str, format: str, limit: int | None = None) -> list[Text]:
+    """Reads a format of whole conversations, one of `TEXT_COLUMNS`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_rows`.
+    """
+    (column,) = TEXT_COLUMNS[format]
+    rows = read_rows(source, (column,))
+    if format == "oasst1" and any("message_id" in row.columns for row in rows):
+        return _trees(source, rows)[:limit]
+    return [Text(row.place, row.text(column)) for row in rows[:limit]]
+
+
+def _trees(source: str, rows: Sequence[Row]) -> list[Text]:
+    """Message trees as Guanaco has them: of every tree the best reply at each level."""
+    roots: list[Row] = []
+    replies: dict[str, list[Row]] = {}
+    seen: dict[str, str] = {}
+    for row in rows:
+        name, parent = row.text("message_id"), row.text("parent_id", "")
+        # With unique names a walk from a root cannot come back to where it was.
+        if name in seen:
+            raise ValueError(f"{row.place}: message_id = {name!r} stands in {seen[name]} too")
+        seen[name] = row.place
+        if not row.columns.get("deleted"):
+            (replies.setdefault(parent, []) if parent else roots).append(row)
+    if not roots:
+        raise ValueError(f"{source}: no message begins a conversation (parent_id null)")
+    texts, kept = [], 0
+    for root in roots:
+        turns, message = [root], root
+        while message.text("message_id") in replies:
+            message = min(replies[message.text("message_id")], key=_rank)
+            turns.append(message)
+        kept += len(turns)
+        texts.append(Text(root.place, "".join(map(_turn, turns))))
+    _log.info(
+        "%s: %d conversations of the best replies, %d of %d messages",
+        *(source, len(texts), kept, len(rows)),
+    )
+    return texts
+
+
+def _turn(row: Row) -> str:
+    role = row.text("role")
+    if role not in _GUANACO:
+        accepted = ", ".join(_GUANACO)
+        raise ValueError(f"{row.place}: role = {role!r}: accepted is {accepted}")
+    return _GUANACO[role] + row.text("text")
+
+
+def _rank(row: Row) -> float:
+    """0 is the best; messages without a rank come last, the first of equals first."""
+    value: Any = row.columns.get("rank")
+    try:
+        rank = math.inf if value in (None, "") else float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{row.place}: rank = {value!r}: accepted is a number or null") from None
+    return math.inf if math.isnan(rank) else rank

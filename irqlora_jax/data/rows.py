@@ -1,0 +1,262 @@
+"""Files and hub data sets to rows."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+DOCUMENT_END = "<|endoftext|>"
+# ID, ID:CONFIGURATION, ID:CONFIGURATION:SPLIT or ID::SPLIT.
+_HUB = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[\w.-]*)(:(?P<split>[\w.-]+))?)?")
+# Errors of `datasets` that say which names there are, and quote nothing else.
+_HUB_NAMES = ("Unknown split", "BuilderConfig", "Config name is missing")
+
+
+class Row(NamedTuple):
+    """One object of a file, and its place there for messages ("FILE, line 3")."""
+
+    place: str
+    columns: dict[str, Any]
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """The text of a column; the default, if there is one, where it is absent or null.
+
+        Raises:
+            ValueError: not text.
+        """
+        value = self.columns.get(name)
+        if value is None and default is not None:
+            return default
+        return check_text(value, self.place, name)
+
+
+def check_text(value: Any, place: str, name: str) -> str:
+    """The value, if it is text that a tokenizer takes.
+
+    Raises:
+        ValueError: not text; names the place.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: {name} = {value!r}: accepted is text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start].encode("unicode_escape").decode()
+        raise ValueError(f"{place}: {name} has half a character, {half}") from None
+    return value
+
+
+def read_rows(source: str, columns: Sequence[str]) -> list[Row]:
+    """The rows of a file or of a hub data set, each with these columns.
+
+    Args:
+        source: a .json file (a list of objects, or an object that has such a list as "data"), a
+            .jsonl file (an object on each line), a .csv or .tsv file (its first line names the
+            columns), a .parquet file, or, where there is no such file, the id of a data set on the
+            hub. ID is its split "train", ID:CONFIGURATION that of a configuration, and
+            ID:CONFIGURATION:SPLIT or ID::SPLIT another split.
+        columns: names that every row must have.
+
+    Raises:
+        FileNotFoundError: neither a file nor a data set that the hub gives.
+        ValueError: not readable, no rows, or a row without one of the columns.
+    """
+    path = _local(source)
+    if path is None:
+        rows = _hub_rows(source)
+    elif path.suffix == ".json":
+        rows = _json_rows(path)
+    elif path.suffix == ".jsonl":
+        rows = _jsonl_rows(path)
+    elif path.suffix == ".parquet":
+        rows = _parquet_rows(path)
+    elif path.suffix in (".csv", ".tsv"):
+        rows = _csv_rows(path)
+    else:
+        accepted = f"{', '.join(SUFFIXES[:-2])} or {SUFFIXES[-2]}"
+        raise ValueError(f"{source}: a file of rows is {accepted}; .txt is plain text")
+    if not rows:
+        raise ValueError(f"{source} has no rows")
+    for row in rows:
+        if not isinstance(row.columns, dict):
+            kind = type(row.columns).__name__
+            raise ValueError(f"{row.place} is of type {kind}: accepted is an object")
+        for name in columns:
+            if name not in row.columns:
+                there = ", ".join(map(str, row.columns)) or "none"
+                wanted = ", ".join(columns)
+                raise ValueError(
+                    f"{row.place} has no column {name!r}: its columns are {there}; "
+                    f"expected are {wanted}"
+                )
+    return rows
+
+
+def read_documents(source: str) -> list[str]:
+    """The documents of a .txt file, or of the column "text" of rows.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_rows`.
+    """
+    path = _local(source)
+    if path is None or path.suffix != ".txt":
+        documents = [row.text("text") for row in read_rows(source, ("text",))]
+    else:
+        documents = re.split(rf"(?m)^{re.escape(DOCUMENT_END)}[ \t]*$", read_text(path))
+    documents = [text.strip("\n") for text in documents if text.strip()]
+    if not documents:
+        raise ValueError(f"{source} has no text")
+    return documents
+
+
+def _local(source: str) -> Path | None:
+    """The file, or None where `source` can only be the id of a hub data set."""
+    accepted = f"a file ({', '.join(SUFFIXES)}) or the id of a data set on the hub"
+    if not source.strip():
+        raise ValueError(f"the data set {source!r} has no name: accepted is {accepted}")
+    path = Path(source)
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"{source}: accepted is {accepted}")
+        return path
+    if path.is_dir():
+        raise ValueError(f"{source} is a folder: accepted is {accepted}")
+    if path.suffix in SUFFIXES or not _HUB.fullmatch(source):
+        raise FileNotFoundError(f"{source}: there is no such file")
+    return None
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+
+
+def _json_rows(path: Path) -> list[Row]:
+    data = _parse(read_text(path), path)
+    if isinstance(data, dict) and "data" in data:
+        data = data["data"]
+    if not isinstance(data, list):
+        raise ValueError(f'{path}: accepted is a list of objects, or an object with it as "data"')
+    return [Row(f"{path}, row {number}", columns) for number, columns in enumerate(data, 1)]
+
+
+def _jsonl_rows(path: Path) -> list[Row]:
+    # Not splitlines(): JSON strings may hold other line ends, such as U+2028.
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return [
+        Row(f"{path}, line {number}", _parse(line, path, number))
+        for number, line in lines
+        if line.strip()
+    ]
+
+
+def _parse(text: str, path: Path, first_line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {first_line + error.lineno - 1}, column {error.colno}"
+        raise ValueError(f"{path} is not JSON: {error.msg} at {where}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not JSON of rows: nested too deep") from None
+
+
+def _csv_rows(path: Path) -> list[Row]:
+    text = io.StringIO(read_text(path), newline="")
+    delimiter = "\t" if path.suffix == ".tsv" else ","
+    # Strict: otherwise a quote that is never closed swallows the rest of the file.
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    rows: list[Row] = []
+    header: list[str] | None = None
+    start = 1
+    limit = csv.field_size_limit(2**31 - 1)  # by default 128 KiB, less than a long document
+    try:
+        for fields in reader:
+            place, start = f"{path}, line {start}", reader.line_num + 1
+            if not fields:
+                continue
+            if header is None:
+                header = fields
+                twice = [name for name in header if header.count(name) > 1]
+                if twice:
+                    raise ValueError(f"{place} names the column {twice[0]!r} twice")
+            elif len(fields) != len(header):
+                raise ValueError(
+                    f"{place} has {len(fields)} fields: the first line names {len(header)} columns"
+                )
+            else:
+                rows.append(Row(place, dict(zip(header, fields, strict=True))))
+    except csv.Error as error:
+        where = f"from line {start} to line {reader.line_num}"
+        raise ValueError(f"{path} is not {path.suffix[1:]}: {error}, {where}") from None
+    finally:
+        csv.field_size_limit(limit)
+    return rows
+
+
+def _parquet_rows(path: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            data = file.read().to_pylist()
+    except pyarrow.ArrowException as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a whole parquet file: {reason}") from None
+    return [Row(f"{path}, row {number}", columns) for number, columns in enumerate(data, 1)]
+
+
+def _hub_rows(source: str) -> list[Row]:
+    from datasets import load_dataset
+
+    parts = _HUB.fullmatch(source)
+    assert parts is not None  # of `_local`
+    names = [name for name in (parts["id"], parts["config"]) if name]
+    try:
+        data = load_dataset(*names, split=parts["split"] or "train")
+        place = f"{source}, row"
+        return [Row(f"{place} {number}", dict(columns)) for number, columns in enumerate(data, 1)]
+    except Exception as error:
+        reason = _hub_reason(error)
+    # Outside of the handler, so that no traceback shows what the error quotes.
+    raise FileNotFoundError(f"{source}: there is no such file, and {reason}, or give a local file")
+
+
+def _hub_reason(error: Exception) -> str:
+    """Why the hub does not give a data set, and what to do.
+
+    The text of the error stays out unless it is known to be harmless: it may quote the headers of
+    the request, and with them the token.
+    """
+    text, kind = " ".join(str(error).split()), type(error).__name__
+    if kind == "DatasetNotFoundError":
+        if "gated" in text:
+            return (
+                "the hub asks you to accept the terms of the data set and to log in with "
+                "`hf auth login`; do so"
+            )
+        return (
+            "the hub shows you no such data set; check the name, log in with `hf auth login` if "
+            "it is private"
+        )
+    if isinstance(error, ValueError) and text.startswith(_HUB_NAMES):
+        return f"the data set on the hub has other parts: {text} Give ID:CONFIGURATION:SPLIT"
+    if text.startswith("Dataset scripts"):
+        return "the data set on the hub is made by a script, which is never run; fetch its files"
+    if isinstance(error, ConnectionError | TimeoutError):
+        return f"the hub could not be reached ({kind}); connect to the network"
+    return (
+        f"the hub does not give it ({kind}); check the name, log in with `hf auth login` if it is "
+        "private"
+    )

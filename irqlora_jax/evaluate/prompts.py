@@ -1,0 +1,236 @@
+"""Answers to many prompts: batched by length, kept as they are finished."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from irqlora_jax.conversation import Style, encode_turns, spoken
+from irqlora_jax.data import by_length, read_rows
+from irqlora_jax.evaluate.choices import fit
+from irqlora_jax.evaluate.results import unwritable
+from irqlora_jax.generate import generate
+from irqlora_jax.runs import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; as in `generate`."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What is asked: an instruction or a text to continue, and what belongs to it."""
+
+    text: str
+    context: str = ""
+
+
+def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
+    """Reads the lines of a .txt file that are not empty, or rows of a .jsonl (or .json) file with
+    "prompt", or with "instruction" and perhaps "input".
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no prompts, or a row without one.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"prompts = '{path}': no such file")
+    if file.suffix not in (".txt", ".jsonl", ".json"):
+        raise ValueError(f"prompts = '{path}': accepted is a .txt, .jsonl or .json file")
+    if file.suffix == ".txt":
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        prompts = [Prompt(line) for line in lines if line.strip()]
+    else:
+        prompts = []
+        for row in read_rows(path, ()):
+            name = "prompt" if "prompt" in row.columns else "instruction"
+            if name not in row.columns:
+                there = ", ".join(row.columns) or "none"
+                raise ValueError(
+                    f"{row.place} has no column 'prompt' or 'instruction': its columns are {there}"
+                )
+            prompts.append(Prompt(row.text(name), row.text("input", "")))
+    if not prompts:
+        raise ValueError(f"{path} has no prompts")
+    return prompts[:limit]
+
+
+def answer_all(
+    run: Run,
+    style: Style,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    batch_size: int,
+    output: Path,
+    identity: str,
+    progress: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Answers all prompts, into a .jsonl file with a row for each, in their order.
+
+    Every finished batch is written to OUTPUT.part at once; the same call goes on from there.
+
+    Args:
+        run: the model.
+        style: how it is addressed.
+        prompts: of `read_prompts`.
+        sampling: how answers are drawn.
+        batch_size: prompts answered at one time.
+        output: the file; a row has index, prompt, output, tokens (of the answer) and finished
+            (whether it ended by itself).
+        identity: what tells the model from others.
+        progress: show a bar.
+        say: told what happens.
+
+    Returns:
+        What there is to count: prompts, tokens, finished, truncated.
+
+    Raises:
+        ValueError: a prompt without tokens.
+        OSError: the file cannot be written.
+    """
+    from tqdm import tqdm
+
+    tokens = [encode_turns(style, run.tokenizer, p.text, context=p.context) for p in prompts]
+    fitted, truncated = _fit(run, tokens, sampling.max_new_tokens)
+    if truncated:
+        say(f"{truncated} of {len(prompts)} prompts were cut on the left to fit into the context")
+    batches = _batches(run, fitted, sampling.max_new_tokens, batch_size)
+    setting = (identity, style, sampling, batch_size, [tuple(row) for row in fitted])
+    key = hashlib.sha256(repr(setting).encode()).hexdigest()
+    part = output.with_name(output.name + ".part")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        done = _load_part(part, key)
+        # Anew, so that no row stands behind a line that an interruption broke off.
+        _write_lines(part, [{"key": key}, *done.values()])
+        with (
+            part.open("a", encoding="utf-8") as file,
+            tqdm(total=len(prompts), desc="Answers", disable=not progress) as bar,
+        ):
+            for number, batch in enumerate(batches):
+                if not all(index in done for index in batch):
+                    rows = _answer(run, style, prompts, fitted, batch, sampling, number)
+                    done |= {row["index"]: row for row in rows}
+                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+                    file.flush()
+                bar.update(len(batch))
+        rows = [done[index] for index in range(len(prompts))]
+        _write_lines(part, rows)
+        os.replace(part, output)
+    except OSError as error:
+        raise unwritable(output, error) from error
+    return {
+        "prompts": len(rows),
+        "tokens": sum(row["tokens"] for row in rows),
+        "finished": sum(row["finished"] for row in rows),
+        "truncated": truncated,
+    }
+
+
+def _fit(
+    run: Run, prompts: Sequence[list[int]], max_new_tokens: int
+) -> tuple[list[tuple[int, ...]], int]:
+    """Prompts that leave a quarter of the context for the answer, or as much as it may have."""
+    context = run.model.config.max_position_embeddings
+    room = context - max(1, min(max_new_tokens, context // 4))
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {index + 1} has no tokens")
+    fitted = [fit(prompt, room, run.model.config.bos_token_id) for prompt in prompts]
+    return fitted, sum(len(prompt) > room for prompt in prompts)
+
+
+def _batches(
+    run: Run, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
+) -> list[list[int]]:
+    """Rows of similar length; one that is short of room alone, so as not to shorten the others."""
+    lengths = [len(prompt) for prompt in prompts]
+    free = run.model.config.max_position_embeddings - max_new_tokens
+    roomy = [index for index, length in enumerate(lengths) if length <= free]
+    groups = by_length([lengths[index] for index in roomy], batch_size)
+    tight = [[index] for index, length in enumerate(lengths) if length > free]
+    return tight + [[roomy[place] for place in group] for group in groups]
+
+
+def _answer(
+    run: Run,
+    style: Style,
+    prompts: Sequence[Prompt],
+    tokens: Sequence[Sequence[int]],
+    batch: list[int],
+    sampling: Sampling,
+    number: int,
+) -> list[dict[str, Any]]:
+    room = run.model.config.max_position_embeddings - max(len(tokens[index]) for index in batch)
+    new = generate(
+        run.model,
+        run.variables,
+        [tokens[index] for index in batch],
+        min(sampling.max_new_tokens, room),
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        key=jax.random.fold_in(jax.random.key(sampling.seed), number),
+        eos_token_ids=run.model.config.eos_token_ids,
+    )
+    rows = []
+    for index, answer in zip(batch, new, strict=True):
+        taken = 0
+
+        def count(answer: list[int] = answer) -> Any:
+            nonlocal taken
+            for token in answer:
+                taken += 1
+                yield token
+
+        text = "".join(spoken(run.tokenizer, count(), prompt=tokens[index], stops=style.stops))
+        ended = taken < len(answer) or answer[-1] in run.model.config.eos_token_ids
+        said = prompts[index]
+        rows.append(
+            {
+                "index": index,
+                "prompt": said.text,
+                **({"input": said.context} if said.context else {}),
+                "output": text if style.continues else text.strip(),
+                "tokens": taken,
+                "finished": ended,
+            }
+        )
+    return rows
+
+
+def _load_part(path: Path, key: str) -> dict[int, dict[str, Any]]:
+    """Rows by index, where the file is of the same settings; the last line may be broken off."""
+    if not path.is_file():
+        return {}
+    rows: list[Any] = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    if not rows or rows[0] != {"key": key}:
+        return {}
+    return {row["index"]: row for row in rows[1:]}
+
+
+def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

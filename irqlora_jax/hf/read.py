@@ -1,0 +1,272 @@
+"""LLaMA folders of Hugging Face as trees of this package.
+
+Weights are read one tensor at a time and quantized before the next one is read, so that a model
+needs little more host memory than its packed form. Only safetensors are opened, never pickles.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from irqlora_jax.config import LINEAR_NAMES, QuantConfig
+from irqlora_jax.hf.names import INDEX, SINGLE, Keys, Tree, insert, some, weight_name, weight_shapes
+from irqlora_jax.hf.tensors import (
+    FLOATS,
+    Header,
+    check_float,
+    read_headers,
+    read_into,
+    read_json,
+)
+from irqlora_jax.llama_config import LlamaConfig
+from irqlora_jax.quant.qtensor import quantize
+from irqlora_jax.sharding import sharding
+
+# "consolidated.safetensors" and "original/" repeat the weights under other names: not fetched.
+_FETCHED = ("model*.safetensors", "*.json", "tokenizer*", "*.jinja")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether `source` is no path of this computer, but can be the id of a model on the hub."""
+    return (
+        isinstance(source, str)
+        and _HUB_ID.fullmatch(source) is not None
+        and not Path(source).exists()
+    )
+
+
+def snapshot(source: str | Path) -> Path:
+    """The local folder of a model; one that is not here is fetched from the Hugging Face hub.
+
+    Raises:
+        FileNotFoundError: no such folder, and nothing that the hub can or will give.
+        NotADirectoryError: the path is a file.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"model = '{source}': a file; accepted is the folder it lies in")
+    if not is_hub_id(source):
+        raise FileNotFoundError(f"model = '{source}': no such folder")
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    way_out = "or give a local folder"
+    try:
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(_FETCHED)))
+    except GatedRepoError:
+        reason = "the hub asks you to accept the model's license and to log in with `hf auth login`"
+    except RepositoryNotFoundError:
+        reason = (
+            "neither a local folder nor a model that the hub shows you; check the name, log in "
+            "with `hf auth login` if it is private"
+        )
+    except Exception as error:
+        # Of many types. Their text may quote the headers of the request, and with them the token.
+        reason = f"no such folder, and the hub could not be reached ({type(error).__name__})"
+        way_out = "connect to the network, or give a local folder"
+    raise FileNotFoundError(f"model = '{source}': {reason}, {way_out}")
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a folder or of a model on the hub (a transformers tokenizer).
+
+    Raises:
+        FileNotFoundError: the folder has none.
+        ValueError: its files cannot be read.
+    """
+    folder = snapshot(source)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise FileNotFoundError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model)")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        hint = ""
+        if not (folder / "tokenizer.json").is_file():
+            hint = " (a tokenizer.model needs the package sentencepiece)"
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{folder}: the tokenizer cannot be read{hint}: {reason}") from error
+
+
+def load_base(
+    source: str | Path,
+    quant: QuantConfig | None,
+    *,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> tuple[Tree, LlamaConfig]:
+    """Reads a LLaMA and quantizes its linear layers; the head and the embeddings stay as they are.
+
+    Args:
+        source: local folder, or id on the hub.
+        quant: how; None or format "none" keeps the weights in the type of the file.
+        mesh: devices to split the weights over (default: all on the first device).
+        progress: show a bar.
+
+    Returns:
+        The frozen weights, stacked over the layers, and the architecture.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError: what is wrong with which file.
+    """
+    from tqdm import tqdm
+
+    folder = snapshot(source)
+    config = read_config(folder)
+    found = _find_weights(folder)
+    _check_weights(folder, found, config)
+    layered, single = weight_shapes(config)
+    total = sum(map(math.prod, single.values()))
+    total += config.num_hidden_layers * sum(map(math.prod, layered.values()))
+    with tqdm(
+        total=total, desc="Loading", unit=" weights", unit_scale=True, disable=not progress
+    ) as bar:
+        base: Tree = {"layers": _load_layers(found, config, quant, mesh, bar)}
+        for path, shape in single.items():
+            name = weight_name(path)
+            weight = _empty(shape, FLOATS[found[name].dtype])
+            read_into(weight, found[name], name)
+            insert(base, path, {"weight": _to_device([weight], mesh, path)})
+            bar.update(math.prod(shape))
+    return base, config
+
+
+def _load_layers(
+    found: Mapping[str, Header],
+    config: LlamaConfig,
+    quant: QuantConfig | None,
+    mesh: Mesh | None,
+    bar: Any,
+) -> Tree:
+    """Fills arrays on the host, stacked over the layers, and moves them to the device."""
+    depth, shapes = config.num_hidden_layers, weight_shapes(config)[0]
+    if quant is not None and quant.format == "none":
+        quant = None
+    # Every matrix passes through this one buffer: the allocator may keep what is freed.
+    largest = 0 if quant is None else max(map(math.prod, shapes.values()))
+    buffer = _empty((largest,), np.float32)
+    stacks: dict[Keys, list[np.ndarray]] = {}  # the leaves of a QTensor, or one float array
+    structures: dict[Keys, Any] = {}
+    for layer in range(depth):
+        for path, shape in shapes.items():
+            name = weight_name(path, layer)
+            if quant is None or path[-1] not in LINEAR_NAMES:
+                if path not in stacks:
+                    stacks[path] = [_empty((depth, *shape), FLOATS[found[name].dtype])]
+                    structures[path] = jax.tree.structure(0)
+                read_into(stacks[path][0][layer], found[name], name)
+            else:
+                weight = buffer[: math.prod(shape)].reshape(shape)
+                read_into(weight, found[name], name)
+                packed = quantize(jax.device_put(weight, may_alias=True), quant)
+                leaves, structures[path] = jax.tree.flatten(packed)
+                if path not in stacks:
+                    stacks[path] = [_empty((depth, *leaf.shape), leaf.dtype) for leaf in leaves]
+                for stack, leaf in zip(stacks[path], leaves, strict=True):
+                    stack[layer] = leaf  # waits for the result, so that the buffer is free again
+            bar.update(math.prod(shape))
+    layers: Tree = {}
+    for path in shapes:
+        moved = [_to_device(stacks[path], mesh, path) for _ in range(len(stacks[path]))]
+        insert(layers, path, {"weight": jax.tree.unflatten(structures[path], moved)})
+    return layers
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array on a 64-byte boundary, which a CPU device takes over without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _to_device(arrays: list[np.ndarray], mesh: Mesh | None, path: Keys) -> jax.Array:
+    """Moves the first array out of the list; unless the device takes it over, it is freed."""
+    array = arrays.pop(0)
+    where = None if mesh is None else sharding(mesh, path, array.shape)
+    return jax.block_until_ready(jax.device_put(array, where, may_alias=True))
+
+
+def read_config(source: str | Path) -> LlamaConfig:
+    """The architecture of a folder or of a model on the hub.
+
+    Raises:
+        FileNotFoundError: no such folder, or no config.json in it.
+        ValueError: not a float LLaMA.
+    """
+    folder = snapshot(source)
+    values = read_json(folder / "config.json")
+    if values.get("quantization_config"):
+        raise ValueError(f"{folder}: quantized already; accepted are float weights")
+    try:
+        return LlamaConfig.from_dict(values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _find_weights(folder: Path) -> dict[str, Header]:
+    """The headers of all weights, from one file or from the shards that the index names."""
+    if (folder / SINGLE).is_file():
+        return read_headers(folder / SINGLE)
+    if not (folder / INDEX).is_file():
+        suffixes = (".bin", ".pt", ".pth")
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in suffixes)
+        if pickles:
+            raise ValueError(
+                f"{folder}: its weights are pickles ({some(pickles)}), which are never opened; "
+                "convert them elsewhere with save_pretrained(folder, safe_serialization=True)"
+            )
+        raise FileNotFoundError(f"{folder}: no weights ({SINGLE} or {INDEX})")
+    shards = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
+        raise ValueError(f"{folder / INDEX}: no weight_map from tensors to files")
+    found: dict[str, Header] = {}
+    for shard in sorted(set(shards.values())):
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{folder / INDEX}: names {shard}, which is not there")
+        found |= read_headers(folder / shard)
+    return found
+
+
+def _check_weights(folder: Path, found: Mapping[str, Header], config: LlamaConfig) -> None:
+    """Refuses a folder before anything of it is read, if its weights are not those of `config`."""
+    layered, single = weight_shapes(config)
+    expected: dict[str, tuple[tuple[int, ...], str]] = {}
+    for path, shape in single.items():
+        expected[weight_name(path)] = shape, weight_name(path)
+    for path, shape in layered.items():
+        for layer in range(config.num_hidden_layers):
+            expected[weight_name(path, layer)] = shape, weight_name(path, 0)
+    missing = [name for name in expected if name not in found]
+    if missing:
+        raise ValueError(f"{folder}: no tensor {some(missing)}")
+    for name, (shape, first) in expected.items():
+        header = found[name]
+        check_float(header, name)
+        if header.shape != shape:
+            raise ValueError(
+                f"{header.file}: {name} has shape {header.shape}: config.json says {shape}"
+            )
+        if header.dtype != found[first].dtype:
+            raise ValueError(
+                f"{header.file}: {name} has type {FLOATS[header.dtype]}, but {first} has "
+                f"{FLOATS[found[first].dtype]}: accepted is one type for all layers"
+            )
+    # Old files carry the rotary frequencies, tied ones may repeat the embeddings.
+    spare = [name for name in found if name not in expected]
+    spare = [name for name in spare if not name.endswith("rotary_emb.inv_freq")]
+    spare = [name for name in spare if name != "lm_head.weight"]
+    if spare:
+        raise ValueError(
+            f"{found[spare[0]].file}: tensors that config.json does not account for: {some(spare)}"
+        )

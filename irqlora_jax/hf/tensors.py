@@ -1,0 +1,118 @@
+"""Safetensors files, read and written a tensor at a time: a whole file never stands in memory."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_PART = 2**19  # numbers that are read or written at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of a tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_headers(file: Path) -> dict[str, Header]:
+    """The headers of all tensors of a file."""
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            return {
+                name: Header(file, tuple(part.get_shape()), part.get_dtype())
+                for name, part in slices.items()
+            }
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file: {error}") from error
+
+
+def check_float(header: Header, name: str) -> None:
+    """Refuses a tensor that is no float."""
+    if header.dtype not in FLOATS:
+        accepted = ", ".join(FLOATS.values())
+        raise ValueError(f"{header.file}: {name} has type {header.dtype}: accepted is {accepted}")
+
+
+def read_into(out: np.ndarray, header: Header, name: str) -> None:
+    """Copies a tensor of the shape of `out`, part by part, and refuses NaN and infinity."""
+    rows = max(1, _PART * header.shape[0] // max(1, math.prod(header.shape)))
+    for start in range(0, header.shape[0], rows):
+        stop = min(start + rows, header.shape[0])
+        # Opened for each part: what was read of a mapped file counts as memory until it is closed.
+        try:
+            with safe_open(header.file, framework="numpy") as tensors:
+                part = tensors.get_slice(name)[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{header.file}: {name} cannot be read: {error}") from error
+        if not np.isfinite(part).all():
+            raise ValueError(f"{header.file}: {name} has NaN or infinite values")
+        out[start:stop] = part
+
+
+def read_json(file: Path) -> Mapping[str, Any]:
+    """The object in a JSON file."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file.parent}: no {file.name}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: a JSON {type(values).__name__}; accepted is an object")
+    return values
+
+
+def write_tensors(
+    file: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    parts: Iterable[tuple[str, np.ndarray]],
+) -> None:
+    """Writes a safetensors file while its tensors are made: its header needs their shapes alone.
+
+    Args:
+        file: where to.
+        shapes: of the tensors, in the order of the file.
+        dtype: one of `FLOATS`, to which all numbers are rounded.
+        parts: name and numbers of each tensor, in that order.
+
+    Raises:
+        ValueError: a number that `dtype` cannot hold.
+    """
+    code = next(code for code, name in FLOATS.items() if name == dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin on a multiple of 8 bytes
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        expected = iter(shapes.items())
+        # Neither zip nor a name may keep an array alive while the next one is made.
+        for name, array in parts:
+            assert (name, array.shape) == next(expected)
+            _write_array(out, name, array, dtype)
+            del array
+        assert next(expected, None) is None
+
+
+def _write_array(out: BinaryIO, name: str, array: np.ndarray, dtype: str) -> None:
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _PART):
+        with np.errstate(over="ignore"):
+            part = flat[start : start + _PART].astype(dtype, copy=False)
+        if not np.isfinite(part).all():
+            raise ValueError(f"dtype = '{dtype}': cannot hold all numbers of {name}")
+        out.write(np.ascontiguousarray(part).view(np.uint8).data)

@@ -1,0 +1,210 @@
+"""How arrays lie on several devices: a mesh of (data, fsdp, tensor), and a rule for every array.
+
+Rows of a batch are split over data and fsdp together. A linear layer is split over tensor along
+its outputs (q, k, v, gate, up) or its inputs (o, down), so that attention and MLP each need one sum
+over the devices; over fsdp it is split along its outputs, and its parts are gathered, still packed,
+where they are needed. Scales and shifts follow their blocks; second-level scales, norms and scalars
+are copied to all devices.
+"""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from irqlora_jax.config import LINEAR_NAMES, MeshConfig
+from irqlora_jax.llama_config import LlamaConfig
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")
+"""The axes that a batch is split over."""
+SPLIT_INPUTS = ("o_proj", "down_proj")
+"""Layers that tensor splits along their inputs, the others along their outputs."""
+
+Axes = tuple[str, ...]
+
+
+def make_mesh(config: MeshConfig, rows: int) -> Mesh:
+    """A mesh over the devices of this process.
+
+    With `mesh.data` null it takes as many devices as divide the rows.
+
+    Args:
+        config: sizes of the axes.
+        rows: of the batches that are computed at one time.
+
+    Raises:
+        ValueError: more devices than there are; rows that cannot be split.
+    """
+    devices = jax.devices()
+    inner = config.fsdp * config.tensor
+    data = config.data
+    if data is None:
+        most = max(1, len(devices) // inner)
+        data = max((n for n in range(1, most + 1) if rows % (n * config.fsdp) == 0), default=1)
+    if data * inner > len(devices):
+        raise ValueError(
+            f"mesh.data x mesh.fsdp x mesh.tensor = {data} x {config.fsdp} x {config.tensor} = "
+            f"{data * inner} devices: there are {len(devices)}"
+        )
+    if rows % (data * config.fsdp):
+        raise ValueError(
+            f"mesh.data x mesh.fsdp = {data * config.fsdp} cannot split the {rows} rows of a batch "
+            "(train.batch_size / train.accumulation): accepted is a divisor"
+        )
+    shape = (data, config.fsdp, config.tensor)
+    grid = np.asarray(devices[: math.prod(shape)]).reshape(shape)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def check_mesh(mesh: Mesh, llama: LlamaConfig, block_size: int | None) -> None:
+    """Refuses a mesh that cannot split a packed layer evenly.
+
+    Args:
+        mesh: of `make_mesh`.
+        llama: the architecture.
+        block_size: weights in a block; None for a base that is not quantized.
+
+    Raises:
+        ValueError: which axis cannot split which layer, and what could.
+    """
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    size = block_size or 1
+
+    def check(axes: str, parts: int, count: int, what: str) -> None:
+        if count % parts:
+            would = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0 and n <= 64)
+            raise ValueError(
+                f"{axes} = {parts} cannot split the {count} {what}: accepted is one of {would}"
+            )
+
+    check("mesh.tensor", tensor, llama.num_attention_heads, "attention heads")
+    check("mesh.tensor", tensor, llama.num_key_value_heads, "key-value heads")
+    for name in LINEAR_NAMES:
+        out_features, in_features = llama.linear_shapes[name]
+        if name in SPLIT_INPUTS:
+            check("mesh.fsdp", fsdp, out_features, f"outputs of {name}")
+            blocks = -(-in_features // size)
+            if tensor > 1 and in_features % size:
+                raise ValueError(
+                    f"mesh.tensor = {tensor} cannot split the {in_features} inputs of {name} into "
+                    f"whole blocks of {size}: accepted is 1, or a quant.block_size that divides "
+                    "them"
+                )
+            check("mesh.tensor", tensor, blocks, f"blocks of {size} inputs of {name}")
+        else:
+            axes = "mesh.tensor x mesh.fsdp"
+            check(axes, tensor * fsdp, out_features, f"outputs of {name}")
+
+
+def spec(mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...]) -> P:
+    """The rule for one array of the base, the adapters or the optimizer's state.
+
+    Adapters, embeddings and the output matrix are split as far as their sizes allow; `check_mesh`
+    has seen to it that the linear layers allow it.
+
+    Args:
+        mesh: of `make_mesh`.
+        path: names down to the array, e.g. (layers, mlp, up_proj, weight, packed).
+        shape: of the array.
+    """
+    if path and path[0] in ("embed_tokens", "lm_head"):
+        return P(_fitting(mesh, shape[0], ("tensor", "fsdp")))
+    linear = next((name for name in path if name in LINEAR_NAMES), None)
+    if linear is None or len(shape) < 3:
+        return P()
+    out, into = _linear_axes(linear)
+    if path[-1] == "lora_A":
+        return P(None, None, _fitting(mesh, shape[2], (*into, "fsdp")))
+    if path[-1] == "lora_B":
+        return P(None, _fitting(mesh, shape[1], out))
+    return P(None, _fitting(mesh, shape[1], out), _fitting(mesh, shape[2], into))
+
+
+def _linear_axes(name: str) -> tuple[Axes, Axes]:
+    """Mesh axes of the outputs and of the inputs of a linear layer."""
+    return (("fsdp",), ("tensor",)) if name in SPLIT_INPUTS else (("tensor", "fsdp"), ())
+
+
+def _fitting(mesh: Mesh | AbstractMesh, size: int, axes: Axes) -> Axes | None:
+    """The axes, one after the other, that split `size` evenly."""
+    taken: Axes = ()
+    for axis in axes:
+        if size % math.prod(mesh.shape[name] for name in (*taken, axis)) == 0:
+            taken += (axis,)
+    return taken or None
+
+
+def sharding(mesh: Mesh, path: Axes, shape: tuple[int, ...]) -> NamedSharding:
+    """`spec` on its mesh."""
+    return NamedSharding(mesh, spec(mesh, path, shape))
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """The sharding of every array of a tree (base, adapters or training state)."""
+
+    def rule(path: Any, leaf: Any) -> NamedSharding:
+        return sharding(mesh, _names(path), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(rule, tree)
+
+
+def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
+    """A batch with its rows split over the devices."""
+    return jax.device_put(batch, NamedSharding(mesh, P(ROWS)))
+
+
+def split_activation(x: jax.Array, over_tensor: bool = False) -> jax.Array:
+    """Keeps the rows of an activation [batch, ..., features] split where their number allows it,
+    and its features whole, or split over tensor.
+
+    Left to itself, the compiler splits the features of the residual stream and collects them again
+    in front of every product. Does nothing outside of `jax.set_mesh`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    features = _fitting(mesh, x.shape[-1], ("tensor",)) if over_tensor else None
+    middle = (None,) * (x.ndim - 2)
+    rule = P(_fitting(mesh, x.shape[0], ROWS), *middle, features)
+    return jax.lax.with_sharding_constraint(x, rule)
+
+
+def gather(tree: Any, name: str) -> Any:
+    """Collects the parts of one layer's weight or adapter that fsdp has split; tensor stays split.
+
+    It is the packed arrays that travel, so 2 to 4 bits a weight. Does nothing outside of
+    `jax.set_mesh`.
+
+    Args:
+        tree: weight, QTensor or adapter of a linear layer (without the axis of the layers), or
+            embeddings.
+        name: of the layer.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    stacked = (1,) if name in LINEAR_NAMES else ()
+
+    def collect(path: Any, x: jax.Array) -> jax.Array:
+        rule = spec(mesh, (name, *_names(path)), (*stacked, *x.shape))[len(stacked) :]
+        kept = ("tensor" if axes and "tensor" in axes else None for axes in rule)
+        return jax.lax.with_sharding_constraint(x, P(*kept))
+
+    return jax.tree_util.tree_map_with_path(collect, tree)
+
+
+def _names(path: Any) -> Axes:
+    return tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
+def bytes_by_device(tree: Any) -> dict[Any, int]:
+    """Bytes of a tree of arrays that lie on each device."""
+    total: dict[Any, int] = {}
+    for leaf in jax.tree.leaves(tree):
+        for shard in leaf.addressable_shards:
+            total[shard.device] = total.get(shard.device, 0) + shard.data.nbytes
+    return total

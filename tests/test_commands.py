@@ -1,0 +1,160 @@
+"""The commands of `irqlora`, one after the other, on the base that ships with the project."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from irqlora_jax import cli, hf
+from irqlora_jax.checkpoint import load_base
+from irqlora_jax.config import QuantConfig
+
+pytestmark = pytest.mark.usefixtures("optimizer_promotion")
+
+ROOT = Path(__file__).parent.parent
+WORLD = ROOT / "examples" / "factworld"
+QUANT = ["--quant.format=nf3", "--quant.search_steps=5"]
+
+
+def succeed(*flags: object) -> None:
+    assert cli.main([str(flag) for flag in flags]) == 0
+
+
+def fail(capsys, *flags: object) -> str:
+    assert cli.main([str(flag) for flag in flags]) == 2
+    _, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    return err
+
+
+def train_flags(model: Path, output: Path) -> list[str]:
+    return [
+        f"--config={ROOT / 'configs' / 'quickstart.yaml'}",
+        f"--model={model}",
+        f"--output_dir={output}",
+        f"--data.train={WORLD / 'data' / 'train.jsonl'}",
+        f"--data.eval={WORLD / 'data' / 'eval.jsonl'}",
+        "--data.max_examples=64",
+        "--evaluate.questions=null",
+        "--evaluate.baselines=false",
+        "--train.steps=4",
+        "--train.batch_size=8",
+        "--mesh.data=1",
+        "--log.progress=false",
+        *QUANT,
+    ]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases") / "nf3"
+    model = WORLD / "base-small"
+    succeed("quantize", f"--model={model}", f"--output_dir={folder}", *QUANT, "--progress", "false")
+    return folder
+
+
+def test_a_base_is_quantized_once_and_shared(base: Path, tmp_path: Path, capsys) -> None:
+    stored, llama = load_base(base / "base.safetensors")
+    quant = QuantConfig(format="nf3", search_steps=5)
+    fresh, expected = hf.load_base(WORLD / "base-small", quant)
+    assert llama == expected
+    for ours, theirs in zip(
+        *(tree["layers"]["mlp"]["up_proj"]["weight"].codes() for tree in (stored, fresh)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+    run = tmp_path / "run"
+    succeed("train", *train_flags(base, run))
+    direct = tmp_path / "direct"
+    succeed("train", *train_flags(WORLD / "base-small", direct))
+    losses = [
+        [
+            json.loads(line).get("loss")
+            for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]
+        ]
+        for folder in (run, direct)
+    ]
+    assert losses[0] == losses[1] != []
+    # One file on the disk, however many runs share it.
+    assert (run / "base.safetensors").stat().st_ino == (base / "base.safetensors").stat().st_ino
+
+    merged = tmp_path / "merged"
+    export = ["export", f"--run={run}", "--progress=false"]
+    succeed(*export, f"--output_dir={merged}", "--kind=merged", "--dtype=float32")
+    assert set(load_file(merged / "model.safetensors")) >= {"model.embed_tokens.weight"}
+    assert "base-small" in (merged / "README.md").read_text()  # not the name of the base's folder
+    text = tmp_path / "text.txt"
+    text.write_text("what is the export of people ?\n" * 4)
+    for folder in (run, merged):
+        output = tmp_path / f"{folder.name}.json"
+        perplexity = ["eval", f"--run={folder}", "--task=perplexity", f"--text={text}"]
+        succeed(*perplexity, f"--output={output}")
+    ours, theirs = (
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("run", "merged")
+    )
+    assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-4)
+
+
+def test_a_base_is_used_as_it_was_made(base: Path, tmp_path: Path, capsys) -> None:
+    flags = train_flags(base, tmp_path / "run")
+    err = fail(capsys, "train", *flags, "--quant.format=nf2")
+    assert "quant.format = 'nf2'" in err and "'nf3'" in err and str(base) in err
+    err = fail(capsys, "train", *flags, "--evaluate.baselines")
+    assert "evaluate.baselines" in err and "full-precision" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_never_quantized_into_twice(base: Path, capsys) -> None:
+    before = (base / "base.safetensors").read_bytes()
+    err = fail(capsys, "quantize", f"--model={WORLD / 'base-small'}", f"--output_dir={base}")
+    assert "output_dir" in err and "new folder" in err
+    assert (base / "base.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["trian"], ["trian", "train, eval, quantize, export, chat"]),
+        (["train"], ["model", "irqlora train --help"]),
+        (["quantize", "--model=a", "--output_dir=b", "--quant.fromat=nf4"], ["--quant.fromat"]),
+        (["quantize", "--model=nowhere", "--output_dir=b"], ["nowhere", "no such folder"]),
+        (["export", "--run=nowhere", "--output_dir=b"], ["nowhere"]),
+        (["export", "--run=a", "--output_dir=b", "--kind=gguf"], ["kind", "gguf", "merged"]),
+        (["chat", "--run=nowhere"], ["nowhere"]),
+        (["eval", "--run=nowhere", "--task=mmlu", "--mmlu=x"], ["nowhere"]),
+    ],
+)
+def test_bad_commands(
+    tmp_path: Path, monkeypatch, capsys, flags: list[str], words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    err = fail(capsys, *flags)
+    for word in words:
+        assert word in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_the_commands_and_every_option(capsys) -> None:
+    assert cli.main([]) == 0
+    out, _ = capsys.readouterr()
+    for command in ("train", "eval", "quantize", "export", "chat"):
+        assert f"\n  {command} " in out
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([command, "--help"])
+        assert exit_.value.code == 0
+        text, _ = capsys.readouterr()
+        assert text.startswith(f"usage: irqlora {command}")
+        options = [
+            part
+            for part in text.split("\n  --")[1:]
+            if "CONFIG" not in part.split("\n")[0] and not part.startswith("print_config")
+        ]
+        assert len(options) >= 4
+        for option in (" ".join(option.split()) for option in options):
+            # What it means, its type, and its default or that it must be given.
+            assert "(type: " in option or "(required, type: " in option, option
+            assert "default: " in option or "required" in option, option
+            assert len(option.split("(type")[0]) > 24, option

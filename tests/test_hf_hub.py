@@ -1,0 +1,120 @@
+"""Where a model comes from: local folders, the hub, and the tokenizer beside the weights."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from irqlora_jax import hf
+
+
+@pytest.mark.parametrize(
+    "source", ["/no/such/folder", "./no/such", "../base", "nowhere", Path("owner/name"), "a/b/c"]
+)
+def test_a_missing_folder_is_not_looked_for_on_the_hub(
+    source: str | Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        hf.load_base(source, None)
+
+
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("x")
+    with pytest.raises(NotADirectoryError, match=r"model\.safetensors'.*a file.*folder"):
+        hf.load_base(tmp_path / "model.safetensors", None)
+
+
+def hub_errors() -> dict[str, tuple[Exception, str]]:
+    from huggingface_hub import errors
+
+    leak = "Illegal header value b'Bearer hf_secret'"
+
+    def made(kind: type[Exception]) -> Exception:
+        return kind.__new__(kind, leak)  # their __init__ needs a response of the HTTP client
+
+    return {
+        "gated": (made(errors.GatedRepoError), "license.*hf auth login"),
+        "unknown": (made(errors.RepositoryNotFoundError), "neither a local folder.*private"),
+        "offline": (made(errors.LocalEntryNotFoundError), "not be reached.*local folder"),
+        "bad header": (RuntimeError(leak), "not be reached.*local folder"),
+    }
+
+
+@pytest.mark.parametrize("case", ["gated", "unknown", "offline", "bad header"])
+def test_a_hub_that_does_not_give_is_one_sentence_without_the_token(
+    monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    error, pattern = hub_errors()[case]
+
+    def refuse(*args: Any, **kwargs: Any) -> str:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(FileNotFoundError, match=pattern) as raised:
+        hf.snapshot("owner/name")
+    assert "owner/name" in str(raised.value)
+    assert "secret" not in str(raised.value)
+    assert raised.value.__cause__ is None
+    assert raised.value.__context__ is None
+
+
+def test_of_a_model_on_the_hub_only_what_is_read_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked: dict[str, Any] = {}
+
+    def fetch(repo: str, *, allow_patterns: list[str]) -> str:
+        asked.update(repo=repo, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert hf.snapshot("meta-llama/Llama-3.2-1B") == tmp_path
+    assert asked["repo"] == "meta-llama/Llama-3.2-1B"
+    wanted = [
+        *("config.json", "model.safetensors", "model-00001-of-00002.safetensors"),
+        *("model.safetensors.index.json", "tokenizer.json", "tokenizer.model"),
+        *("tokenizer_config.json", "chat_template.jinja"),
+    ]
+    unwanted = ["pytorch_model.bin", "original/consolidated.00.pth", "consolidated.safetensors"]
+    patterns = asked["patterns"]
+    assert list(filter_repo_objects(wanted + unwanted, allow_patterns=patterns)) == wanted
+
+
+def write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "left": 1, "right": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def test_a_tokenizer_is_read_from_its_folder(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    assert hf.load_tokenizer(tmp_path)("right left up")["input_ids"] == [2, 1, 0]
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer \(tokenizer.json"):
+        hf.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("tokenizer.json", "cannot be read"), ("tokenizer.model", "sentencepiece")]
+)
+def test_a_broken_tokenizer_is_refused(tmp_path: Path, name: str, hint: str) -> None:
+    (tmp_path / name).write_text("?")
+    with pytest.raises(ValueError, match=hint) as raised:
+        hf.load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_importing_does_not_load_what_reading_a_folder_does_not_need() -> None:
+    heavy = ("transformers", "huggingface_hub", "datasets", "torch", "jsonargparse")
+    code = f"import sys, irqlora_jax.hf; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,168 @@
+"""Every recipe, at full size, from shapes alone: it loads, its step builds, it fits its mesh."""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from irqlora_jax.config import Config, MeshConfig, QuantConfig
+from irqlora_jax.llama import Llama
+from irqlora_jax.llama_config import LlamaConfig, RopeScaling
+from irqlora_jax.quant.qtensor import _quantize
+from irqlora_jax.sharding import check_mesh, make_mesh
+from irqlora_jax.train import init_state, make_optimizer, train_step
+
+pytestmark = pytest.mark.usefixtures("optimizer_promotion")
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def llama(hidden: int, wide: int, layers: int, heads: int, **more: Any) -> LlamaConfig:
+    fields: dict[str, Any] = {"vocab_size": 32000, "num_key_value_heads": heads} | more
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        head_dim=hidden // heads,
+        max_position_embeddings=2048,
+        **fields,
+    )
+
+
+# The published architectures. LLaMA2 7B and 13B differ from LLaMA in their context alone.
+MODELS = {
+    "7b": llama(4096, 11008, 32, 32),
+    "13b": llama(5120, 13824, 40, 40),
+    "30b": llama(6656, 17920, 60, 52),
+    "65b": llama(8192, 22016, 80, 64),
+    "llama3": llama(4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128256),
+    "llama3.1": llama(
+        *(4096, 14336, 32, 32),
+        num_key_value_heads=8,
+        vocab_size=128256,
+        rope_scaling=RopeScaling("llama3", 8.0),
+    ),
+}
+PARAMETERS = {"7b": 6.74e9, "13b": 13.02e9, "30b": 32.53e9, "65b": 65.29e9, "llama3": 8.03e9}
+RECIPES = {
+    "alpaca-7b": ("7b", "13b"),
+    "alpaca-65b": ("30b", "65b"),
+    "flan-v2-7b": ("7b", "13b"),
+    "flan-v2-65b": ("30b", "65b"),
+    "llama3-8b": ("llama3", "llama3.1"),
+    "qlora-alpaca-7b": ("7b",),
+    "guanaco-7b": ("7b", "65b"),
+}
+
+
+@functools.cache
+def packed(shape: tuple[int, int], quant: QuantConfig) -> Any:
+    weight = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return jax.eval_shape(functools.partial(_quantize, config=quant), weight, None)
+
+
+def abstract_base(config: LlamaConfig, quant: QuantConfig) -> Any:
+    def array(*shape: int) -> Any:
+        return {"weight": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
+
+    def stacked(name: str) -> Any:
+        depth = config.num_hidden_layers
+        weight = packed(config.linear_shapes[name], quant)
+        add = lambda x: jax.ShapeDtypeStruct((depth, *x.shape), x.dtype)  # noqa: E731
+        return {"weight": jax.tree.map(add, weight)}
+
+    norm = array(config.num_hidden_layers, config.hidden_size)
+    table = array(config.vocab_size, config.hidden_size)
+    attention = {name: stacked(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    mlp = {name: stacked(name) for name in ("gate_proj", "up_proj", "down_proj")}
+    return {
+        "embed_tokens": table,
+        "layers": {
+            "self_attn": attention,
+            "mlp": mlp,
+            "input_layernorm": norm,
+            "post_attention_layernorm": norm,
+        },
+        "norm": array(config.hidden_size),
+        "lm_head": table,
+    }
+
+
+def test_the_architectures_have_the_published_sizes() -> None:
+    for name, count in PARAMETERS.items():
+        config = MODELS[name]
+        linears = sum(out * into for out, into in config.linear_shapes.values())
+        norms = 2 * config.hidden_size
+        total = config.num_hidden_layers * (linears + norms)
+        total += (2 * config.vocab_size + 1) * config.hidden_size
+        assert abs(total / count - 1) < 2e-3, name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "size"), [(recipe, size) for recipe, sizes in RECIPES.items() for size in sizes]
+)
+def test_the_step_of_every_recipe_builds_at_full_size(recipe: str, size: str) -> None:
+    config, architecture = Config.load(CONFIGS / f"{recipe}.yaml"), MODELS[size]
+    settings = config.train
+    model = Llama(
+        architecture,
+        adapter=config.adapter,
+        compute_dtype=settings.compute_dtype,
+        remat=settings.remat,
+    )
+    optimizer = make_optimizer(settings)
+    state = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
+    length = config.data.source_length + config.data.target_length
+    batch = {
+        "tokens": jax.ShapeDtypeStruct((settings.batch_size, length), jnp.int32),
+        "targets": jax.ShapeDtypeStruct((settings.batch_size, length), jnp.bool_),
+    }
+    step = functools.partial(train_step, model=model, optimizer=optimizer, config=settings)
+    new, metrics = jax.eval_shape(step, state, abstract_base(architecture, config.quant), batch)
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert shapes(new) == shapes(state)
+    assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
+    # The paper's adapter: rank 64 on every linear layer.
+    linears = sum(out + into for out, into in architecture.linear_shapes.values())
+    pairs = architecture.num_hidden_layers * 64 * linears
+    scalars = architecture.num_hidden_layers * 14 * (config.adapter.method == "iec")
+    assert sum(leaf.size for leaf in jax.tree.leaves(new.adapters)) == pairs + scalars
+    mesh = make_mesh(MeshConfig(fsdp=8), settings.batch_size // settings.accumulation)
+    check_mesh(mesh, architecture, config.quant.block_size)
+
+
+def test_every_recipe_is_covered_and_names_its_source() -> None:
+    offline = {"quickstart", "stories260k"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(RECIPES) | offline
+    for recipe in RECIPES:
+        head = (CONFIGS / f"{recipe}.yaml").read_text().split("\n\nmodel:")[0]
+        assert re.search(r"table \d|arXiv", head, re.IGNORECASE), recipe
+
+
+def test_the_papers_settings() -> None:
+    """IR-QLoRA, appendix B.4: what differs between models and data sets."""
+    small, large = (Config.load(CONFIGS / f"alpaca-{size}.yaml") for size in ("7b", "65b"))
+    assert (small.train.learning_rate, small.adapter.dropout) == (2e-4, 0.1)
+    assert (large.train.learning_rate, large.adapter.dropout) == (1e-4, 0.05)
+    for name, steps in (("alpaca-7b", 10_000), ("flan-v2-7b", 20_000), ("flan-v2-65b", 20_000)):
+        config = Config.load(CONFIGS / f"{name}.yaml")
+        assert config.train.steps == steps and config.train.schedule == "constant"
+        assert (config.train.batch_size, config.train.clip_norm) == (16, 0.3)
+        assert (config.data.source_length, config.data.target_length) == (384, 128)
+        assert config.quant == QuantConfig() and config.adapter.method == "iec"
+    qlora = Config.load(CONFIGS / "qlora-alpaca-7b.yaml")
+    assert (
+        dataclasses.replace(
+            qlora,
+            output_dir=small.output_dir,
+            quant=small.quant,
+            adapter=dataclasses.replace(qlora.adapter, method="iec"),
+        )
+        == small
+    )
