@@ -63,7 +63,12 @@ def _commands() -> dict[str, tuple[type, Callable[[Any], None]]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 the user's input, 130 Ctrl-C; anything else raises (1)."""
+    """Runs a command.
+
+    Returns:
+        The exit code: 0 done, 2 the user's input, 130 Ctrl-C. Anything else raises, which makes 1;
+        training that a signal ended, with a checkpoint, raises SystemExit(130 or 143).
+    """
     name, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(_USAGE)

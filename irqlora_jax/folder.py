@@ -43,7 +43,7 @@ def check_folder(folder: Path, config: Config) -> bool:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output_dir = '{folder}': a file; accepted is a folder")
     resumed = _resumes(folder, config)
-    _try_to_write(folder)
+    check_writable(folder)
     return resumed
 
 
@@ -86,7 +86,12 @@ def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def _try_to_write(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
+    """Refuses a folder that cannot be written to, before any work.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
     # Permissions do not tell: the file system may be mounted for reading only, or be full.
     try:
         with tempfile.TemporaryFile(dir=_existing(folder)) as file:

@@ -250,7 +250,9 @@ class _Meter:
         self._since, self._tokens = now, 0
         memory = report.peak_memory()
         values["peak_memory"] = memory
-        self._bar.set_postfix_str(f"loss {values['loss']:.4f}{speed}, {report.gigabytes(memory)}")
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.4f}{speed}, {report.readable_size(memory)}"
+        )
         self._log.write(step, values)
 
     def _check(self, step: int, indices: list[int], values: dict[str, float]) -> None:

@@ -77,9 +77,9 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def gigabytes(size: int) -> str:
-    """A size as people say it."""
-    return f"{size / 2**30:.2f} GiB"
+def readable_size(size: int) -> str:
+    """A number of bytes as people say it."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
 
 
 def describe(config: Config, llama: LlamaConfig, base: Base, examples: int, mesh: Mesh) -> str:
@@ -92,14 +92,14 @@ def describe(config: Config, llama: LlamaConfig, base: Base, examples: int, mesh
         largest = max(bytes_by_device(base).values())
         devices = (
             f"\n{mesh.size} of {len(jax.devices())} devices ({axes}), "
-            f"{gigabytes(largest)} of the base on each"
+            f"{readable_size(largest)} of the base on each"
         )
     quantized = config.quant.format
     if quantized != "none":
         quantized += " with ICQ" if config.quant.calibration == "icq" else " without calibration"
     return (
         f"{config.model}: {llama.num_hidden_layers} layers of {llama.hidden_size}, {quantized}, "
-        f"{bits_per_weight(base):.2f} bits a weight, {gigabytes(size)} with embeddings\n"
+        f"{bits_per_weight(base):.2f} bits a weight, {readable_size(size)} with embeddings\n"
         f"{adapter.method} of rank {adapter.rank}, {examples:,} examples, {train.steps:,} steps of "
         f"{train.batch_size} on {jax.devices()[0].device_kind}{devices}"
     )
@@ -178,15 +178,20 @@ def table(rows: Sequence[Row]) -> str:
         cells.append(
             tuple("-" if v is None else f.format(v) for f, v in zip(forms, values, strict=True))
         )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    return aligned(cells)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text; the first row is the head, the first column names."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w)
-            for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        for line in cells
+        for row in rows
     ]
-    lines.insert(1, "  ".join("-" * w for w in widths))
+    lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
 
 

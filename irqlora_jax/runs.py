@@ -13,7 +13,9 @@ import jax
 from irqlora_jax import hf, report
 from irqlora_jax.checkpoint import Checkpoints, load_base, read_base_config, read_source, save_base
 from irqlora_jax.config import Config, QuantConfig, QuantizeConfig
+from irqlora_jax.folder import check_space, check_writable, least_bytes
 from irqlora_jax.llama import Llama, LlamaConfig
+from irqlora_jax.step import init_state, make_optimizer
 
 BASE_FILE, TOKENIZER = "base.safetensors", "tokenizer"
 _GENERATION = "generation_config.json"
@@ -64,8 +66,6 @@ def load_run(
         FileNotFoundError: no such folder, or no such checkpoint in it.
         ValueError: damaged files, or a folder of another kind.
     """
-    from irqlora_jax.train import init_state, make_optimizer
-
     folder = Path(folder)
     if not (folder / BASE_FILE).is_file():
         if not (folder / "config.json").is_file():
@@ -145,13 +145,15 @@ def quantize_model(config: QuantizeConfig, say: Callable[[str], None] = print) -
     folder = Path(config.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output_dir = '{folder}': exists; accepted is a new folder")
+    check_writable(folder)
+    check_space(folder, least_bytes(hf.read_config(config.model), config.quant))
     tokenizer = hf.load_tokenizer(config.model)
     base, llama = hf.load_base(config.model, config.quant, progress=config.progress)
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, config.model, folder)
     # The base comes last: it marks a whole folder.
     save_base(folder / BASE_FILE, base, llama, config.quant, config.model)
-    size = report.gigabytes((folder / BASE_FILE).stat().st_size)
+    size = report.readable_size((folder / BASE_FILE).stat().st_size)
     say(
         f"{report.bits_per_weight(base):.2f} bits a weight, {size} in {folder}; next:\n"
         f"  irqlora train --config FILE --model {folder}"

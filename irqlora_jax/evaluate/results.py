@@ -4,7 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +78,3 @@ def write_result(path: Path, result: Mapping[str, Any], say: Callable[[str], Non
 def unwritable(path: Path, error: OSError) -> OSError:
     """The error as one sentence that says what to do."""
     return OSError(f"{path}: cannot be written ({error.strerror}); --output FILE is another place")
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned text; the first row is the head, the first column names."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)

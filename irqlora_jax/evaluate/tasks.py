@@ -17,6 +17,7 @@ from irqlora_jax.evaluate.perplexity import score_text
 from irqlora_jax.evaluate.prompts import Sampling, answer_all, read_prompts
 from irqlora_jax.evaluate.questions import load_questions, score_questions
 from irqlora_jax.generate import generate
+from irqlora_jax.report import aligned
 from irqlora_jax.runs import Run, Which, load_run
 
 Say = Callable[[str], None]
@@ -238,7 +239,7 @@ def _mmlu_table(scores: MmluScores) -> str:
                 if part in scores.by_subcategory
             ]
     rows.append((f"all {len(scores.counts)} subjects", str(scores.count), f"{scores.accuracy:.1%}"))
-    return results.table(rows)
+    return aligned(rows)
 
 
 def _questions(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, Any]:
@@ -263,7 +264,7 @@ def _questions(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, A
         rows.append(("recall", f"{scores.recall:.1%}"))
     if scores.bits_per_fact is not None:
         rows.append(("bits per fact", f"{scores.bits_per_fact:.3f}"))
-    say(results.table(rows))
+    say(aligned(rows))
     if scores.truncated:
         say(f"{scores.truncated} of {scores.count} questions were cut on the left to fit")
     return dataclasses.asdict(scores)
@@ -294,7 +295,7 @@ def _perplexity(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, 
         ("window", f"{scores.window}"),
         ("stride", f"{scores.stride}"),
     ]
-    say(results.table(rows))
+    say(aligned(rows))
     return dataclasses.asdict(scores)
 
 
