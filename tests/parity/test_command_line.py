@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+
+torch = pytest.importorskip("torch")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 COMMAND = Path(sys.executable).with_name("irqlora")
