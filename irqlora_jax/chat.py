@@ -8,7 +8,6 @@ from typing import Any, Literal
 import jax
 
 from irqlora_jax.conversation import Style, Turn, encode_turns, find_style, spoken
-from irqlora_jax.evaluate.tasks import read_checkpoint
 from irqlora_jax.generate import stream
 from irqlora_jax.runs import Run, load_run
 
@@ -64,8 +63,7 @@ def chat(
         FileNotFoundError, ValueError: no such model, or bad settings.
     """
     write = _print if write is None else write
-    checkpoint = read_checkpoint(config.checkpoint)
-    run = load_run(config.run, adapter=not config.baseline, checkpoint=checkpoint)
+    run = load_run(config.run, adapter=not config.baseline, checkpoint=config.checkpoint)
     style = find_style(run.config, run.tokenizer)
     # Said before the first message: bad settings and a template that does not work.
     encode_turns(style, run.tokenizer, "?", system=config.system)

@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 from irqlora_jax.config import Config
 from irqlora_jax.data import alpaca_prompt, encode, encode_source, read_chat_template
+from irqlora_jax.data.chat import render_chat
+from irqlora_jax.data.formats import GUANACO
 
 # Text in front of what a person says, and of the answer. No space stands behind the latter: in
 # running text it belongs to the first token of the answer.
 _SPEAKERS = {
-    "oasst1": ("### Human: ", "### Assistant:"),
+    "oasst1": (GUANACO["prompter"], GUANACO["assistant"].rstrip()),
     "hh_rlhf": ("\n\nHuman: ", "\n\nAssistant:"),
 }
 
@@ -125,16 +127,7 @@ def _render(style: Style, tokenizer: Any, turns: Sequence[Turn], system: str) ->
             {"role": "user", "content": turn.user},
             {"role": "assistant", "content": turn.answer},
         ]
-    try:
-        return tokenizer.apply_chat_template(
-            messages[:-1],
-            chat_template=style.template,
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-    except Exception as error:  # a template can raise anything
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the chat template does not take the conversation: {reason}") from None
+    return render_chat(tokenizer, [messages[:-1]], style.template, prompt=True)[0]
 
 
 def spoken(

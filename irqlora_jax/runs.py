@@ -64,9 +64,9 @@ def load_run(
 
     Raises:
         FileNotFoundError: no such folder, or no such checkpoint in it.
-        ValueError: damaged files, or a folder of another kind.
+        ValueError: damaged files, a folder of another kind, or no name of a checkpoint.
     """
-    folder = Path(folder)
+    folder, checkpoint = Path(folder), read_checkpoint(checkpoint)
     if not (folder / BASE_FILE).is_file():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
@@ -94,6 +94,21 @@ def load_run(
         like = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
         adapters = checkpoints.restore(step, like).adapters
     return Run(folder, config, model, {"params": adapters, "base": base}, tokenizer, step, source)
+
+
+def read_checkpoint(value: str | int) -> Which:
+    """A checkpoint as people write it: "last", "best" or a step, as a number or as text.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if value == "last" or value == "best":
+        return value
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError(f"checkpoint = {value!r}: accepted is last, best or the number of a step")
 
 
 def is_base(source: str | Path) -> bool:

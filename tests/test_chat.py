@@ -12,16 +12,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from irqlora_jax import chat as chat_module
 from irqlora_jax import hf
 from irqlora_jax.chat import ChatConfig, chat
-from irqlora_jax.config import Config, DataConfig
+from irqlora_jax.config import Config, DataConfig, parse_flags
 from irqlora_jax.conversation import Style, Turn, encode_turns, find_style, spoken
 from irqlora_jax.data import alpaca_prompt, encode, encode_source, load_examples
 from irqlora_jax.evaluate import prompts as prompts_module
 from irqlora_jax.evaluate import tasks as tasks_module
 from irqlora_jax.evaluate.prompts import read_prompts
-from irqlora_jax.evaluate.tasks import EvalConfig, evaluate_run, parse_eval, read_checkpoint
+from irqlora_jax.evaluate.tasks import EvalConfig, evaluate_run
 from irqlora_jax.generate import generate
 from irqlora_jax.llama import Llama, LlamaConfig
-from irqlora_jax.runs import Run
+from irqlora_jax.runs import Run, read_checkpoint
 
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
 STORIES = SHARED / "stories260K"
@@ -331,7 +331,7 @@ def test_checkpoints_as_people_write_them():
         with pytest.raises(ValueError, match="accepted is last, best or the number of a step"):
             read_checkpoint(value)
     flags = ["--run=r", "--task=mmlu", "--checkpoint=100", "--baseline"]
-    asked = parse_eval(flags)
+    asked = parse_flags(EvalConfig, flags, "irqlora eval")
     assert asked.checkpoint == 100 and asked.baseline
 
 

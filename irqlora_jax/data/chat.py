@@ -1,6 +1,6 @@
 """Conversations through a chat template, with a mask of what the assistant says."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,6 +119,38 @@ def encode_conversations(
     ]
 
 
+def render_chat(
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
+    template: str | None,
+    *,
+    prompt: bool,
+) -> list[str]:
+    """The text of each conversation.
+
+    Args:
+        tokenizer: of transformers.
+        conversations: messages of role and content.
+        template: used instead of the tokenizer's own; None is that one.
+        prompt: end with what an answer of the assistant begins with.
+
+    Raises:
+        ValueError: it is no Jinja template, or does not take a conversation.
+    """
+    import jinja2
+
+    try:
+        return tokenizer.apply_chat_template(
+            conversations, chat_template=template, add_generation_prompt=prompt, tokenize=False
+        )
+    except jinja2.TemplateSyntaxError as error:
+        reason = f"{error.message} in line {error.lineno}"
+        raise ValueError(f"the chat template is no Jinja template: {reason}") from None
+    except Exception as error:  # a template can raise anything
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the chat template does not take the conversation: {reason}") from None
+
+
 def _mask(
     text: str,
     turns: Sequence[tuple[int, int]],
@@ -145,27 +177,15 @@ def _write(
     tokenizer: Any, conversation: Conversation, template: str | None
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation, and where in it the assistant's turns begin and end."""
-    import jinja2
-
     place, messages = conversation
     theirs = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
     def render(counts: list[int], prompt: bool) -> list[str]:
         try:
-            return tokenizer.apply_chat_template(
-                [messages[:count] for count in counts],
-                chat_template=template,
-                add_generation_prompt=prompt,
-                tokenize=False,
-            )
-        except jinja2.TemplateSyntaxError as error:
-            reason = f"{error.message} in line {error.lineno}"
-            raise ValueError(f"the chat template is no Jinja template: {reason}") from None
-        except Exception as error:  # a template can raise anything
-            reason = " ".join(str(error).split())
-            raise ValueError(
-                f"{place}: the chat template does not take the conversation: {reason}"
-            ) from None
+            parts = [messages[:count] for count in counts]
+            return render_chat(tokenizer, parts, template, prompt=prompt)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
 
     *wholes, text = render([*(i + 1 for i in theirs), len(messages)], prompt=False)
     prompts = render(theirs, prompt=True) if theirs else []

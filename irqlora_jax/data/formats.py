@@ -29,7 +29,8 @@ TEXT_COLUMNS: dict[str, tuple[str, ...]] = {"hh_rlhf": ("chosen",), "oasst1": ("
 """Columns of the formats whose rows are conversations, of which every turn is learned."""
 
 _HUMAN, _BOT = "<human>: ", "\n<bot>: "
-_GUANACO = {"prompter": "### Human: ", "assistant": "### Assistant: "}
+GUANACO = {"prompter": "### Human: ", "assistant": "### Assistant: "}
+"""What stands in front of what each role of OASST1 says."""
 _log = logging.getLogger(__name__)
 
 
@@ -129,10 +130,10 @@ def _trees(source: str, rows: Sequence[Row]) -> list[Text]:
 
 def _turn(row: Row) -> str:
     role = row.text("role")
-    if role not in _GUANACO:
-        accepted = ", ".join(_GUANACO)
+    if role not in GUANACO:
+        accepted = ", ".join(GUANACO)
         raise ValueError(f"{row.place}: role = {role!r}: accepted is {accepted}")
-    return _GUANACO[role] + row.text("text")
+    return GUANACO[role] + row.text("text")
 
 
 def _rank(row: Row) -> float:

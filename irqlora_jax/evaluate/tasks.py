@@ -2,13 +2,12 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from irqlora_jax.config import parse_flags
 from irqlora_jax.conversation import Style, encode_turns, find_style, spoken
 from irqlora_jax.evaluate import results
 from irqlora_jax.evaluate.mmlu import MmluScores, forget, mmlu
@@ -18,7 +17,7 @@ from irqlora_jax.evaluate.prompts import Sampling, answer_all, read_prompts
 from irqlora_jax.evaluate.questions import load_questions, score_questions
 from irqlora_jax.generate import generate
 from irqlora_jax.report import aligned
-from irqlora_jax.runs import Run, Which, load_run
+from irqlora_jax.runs import Run, load_run, read_checkpoint
 
 Say = Callable[[str], None]
 
@@ -91,15 +90,6 @@ class EvalConfig:
             raise ValueError(f"shots = {self.shots}: accepted is 0 or more")
 
 
-def parse_eval(argv: Sequence[str]) -> EvalConfig:
-    """The evaluation on a command line; see `EvalConfig`.
-
-    Raises:
-        ValueError: unknown flag, wrong type or value that is not accepted.
-    """
-    return parse_flags(EvalConfig, argv, "irqlora eval")
-
-
 def evaluate_run(asked: EvalConfig, say: Say = print) -> dict[str, Any]:
     """Runs one task, shows its result and then writes it as JSON.
 
@@ -139,21 +129,6 @@ def evaluate_run(asked: EvalConfig, say: Say = print) -> dict[str, Any]:
     if asked.task == "mmlu":
         forget(_kept(path), len(scores["counts"]))
     return result
-
-
-def read_checkpoint(value: str | int) -> Which:
-    """A checkpoint as people write it: "last", "best" or a step, as a number or as text.
-
-    Raises:
-        ValueError: anything else.
-    """
-    if value == "last" or value == "best":
-        return value
-    if isinstance(value, str) and value.isdecimal():
-        return int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    raise ValueError(f"checkpoint = {value!r}: accepted is last, best or the number of a step")
 
 
 def _check_input(asked: EvalConfig) -> None:
