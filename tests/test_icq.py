@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from irqlora_jax.quant import entropy, icq, icq_integer
 from irqlora_jax.quant.formats import get_format
@@ -273,3 +274,48 @@ def test_released_range_search(golden, bits, symmetric):
     )
     assert (found >= released - 1e-6).all()
     assert (scale == reference[prefix + "scale"].reshape(-1)).mean() > 0.98
+
+
+# --- the form for parallel devices, run here ------------------------------------------------------
+
+
+def both_forms(search, *args):
+    """What the form for CPUs finds and what the one for other devices finds."""
+    on_cpu = search(*args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lax, "platform_dependent", lambda *operands, cpu, default: default(*operands))
+        elsewhere = search.__wrapped__(*args)
+    return zip(on_cpu, elsewhere, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "block"),
+    [("nf4", 64), ("nf3", 64), ("nf2", 24), ("fp4", 64), ("nf4", 512)],
+)
+def test_both_forms_of_the_shift_search_agree(fmt, block):
+    blocks, valid = make_partial(make_blocks(block, copies=4))
+    args = jnp.asarray(blocks), fmt, 0.1, 100 if block < 512 else 20
+    for some in (None, jnp.asarray(valid)):
+        for one, other in both_forms(icq.search_shift, *args, some):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_both_forms_of_the_range_search_agree(bits, symmetric):
+    blocks, valid = make_partial(make_blocks(32, copies=4))
+    ordinary = np.random.default_rng(5).standard_normal((256, 32))
+    mirrored = np.concatenate([ordinary[:, :16], -ordinary[:, :16]], axis=1)  # -low = high: ties
+    usual = np.concatenate([ordinary, mirrored, np.abs(ordinary)]).astype(jnp.bfloat16)
+    cases = [(blocks, None), (blocks, jnp.asarray(valid)), (usual, None)]
+    for weights, some in cases:
+        args = jnp.asarray(weights), bits, symmetric, 0.1, 50, some
+        for one, other in both_forms(icq_integer.search_range, *args):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_both_forms_of_the_zero_point_search_agree():
+    blocks, valid = make_partial(make_blocks(32, copies=4))
+    args = jnp.asarray(blocks), 3, 0.1, 50, jnp.asarray(valid)
+    for one, other in both_forms(icq_integer.search_zero_point, *args):
+        np.testing.assert_array_equal(one, other)

@@ -7,14 +7,18 @@ very float operations with which the quantizer computes codes: XLA may fuse a pr
 one rounding, or turn a division into a product with the reciprocal, which moves weights across a
 decision point; `product` and `quotient` forbid that.
 
-Blocks are worked on in small chunks, one after the other, with the block axis last (it is the axis
-of the vector instructions). Partial blocks are padded at their end: `valid` counts the elements of
-each block that are real, the others have no influence.
+Every search has two forms, which choose the same candidates. On a CPU a chunk of some blocks stays
+in the cache, and `sweep` visits only the events at which a code changes. Elsewhere `try_all` counts
+every code of every candidate, in one reduction over all blocks that keeps a parallel device busy
+and scatters nothing. The axis of the blocks comes last: it is the axis of the vector instructions.
+
+Partial blocks are padded at their end: `valid` counts the elements of each block that are real, the
+others have no influence.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import jax
@@ -23,8 +27,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int, Int32, Integer, Shaped
 
-_CHUNK = 32768  # weights worked on at a time: about 4 MB of working memory
+_CACHED = 2**15  # weights that a CPU works on at a time: about 4 MB of working memory
+_WIDE = 2**26  # and any other device: 256 MB, so that few tensors need more than one turn
 Results = TypeVar("Results", bound=tuple[Array, ...])
+Work = Callable[[Array, Any], Results]
 FLOAT_MAX = float(np.finfo(np.float32).max)
 FLOAT_TINY = float(np.finfo(np.float32).tiny)
 
@@ -50,7 +56,7 @@ def block_entropy(
         return (bits_of(histogram_weight(above, n, block), n, block),)
 
     flat = None if valid is None else valid.reshape(-1)
-    (bits,) = in_chunks(work, 1, codes.reshape(-1, block), flat)
+    (bits,) = in_chunks(work, work, 1, codes.reshape(-1, block), flat)
     return bits.reshape(codes.shape[:-1])
 
 
@@ -78,18 +84,37 @@ def spaced(start: float, stop: float, n: int) -> Float32[np.ndarray, " n"]:
 
 
 def in_chunks(
-    work: Callable[[Array, Any], Results],
+    on_cpu: Work[Results],
+    elsewhere: Work[Results],
     n_results: int,
     blocks: Shaped[Array, "n block"],
     valid: Int[Array, " n"] | None,
 ) -> Results:
     """Applies work([block, b], [b] | None) -> [b] arrays chunk by chunk, without copying `blocks`.
 
-    Weights are widened to float32, codes stay as they are.
+    Which of the two works depends on the platform that the program is compiled for.
+    """
+    args = (blocks,) if valid is None else (blocks, valid)
+    return lax.platform_dependent(
+        *args,
+        cpu=functools.partial(_in_chunks, on_cpu, n_results, _CACHED),
+        default=functools.partial(_in_chunks, elsewhere, n_results, _WIDE),
+    )
+
+
+def _in_chunks(
+    work: Work[Results],
+    n_results: int,
+    n_weights: int,
+    blocks: Shaped[Array, "n block"],
+    valid: Int[Array, " n"] | None = None,
+) -> Results:
+    """Weights are widened to float32, codes stay as they are.
+
     A ragged last chunk reaches back into the one before it and repeats some of its blocks.
     """
     n, block = blocks.shape
-    size = min(n, max(64, _CHUNK // block))
+    size = min(n, max(64, n_weights // block))
 
     def step(i: Array, results: tuple[Array, ...]) -> tuple[Array, ...]:
         start = jnp.minimum(i * size, n - size)
@@ -181,11 +206,12 @@ def worst(n: Int32[Array, " b"]) -> Best:
 
 
 def better(best: Best, i: Array, weight: Int32[Array, " b"]) -> Best:
-    wins = weight < best[1]
+    """The smaller sum, the smaller index where sums are equal."""
+    wins = (weight < best[1]) | ((weight == best[1]) & (i < best[0]))
     return jnp.where(wins, i, best[0]), jnp.where(wins, weight, best[1])
 
 
-def try_all(
+def try_each(
     codes_at: Callable[[Array], Integer[Array, "block b"]],
     n_candidates: int,
     n_levels: int,
@@ -200,3 +226,81 @@ def try_all(
         return codes_at(jnp.minimum(i + 1, n_candidates - 1)), best
 
     return lax.fori_loop(0, n_candidates, step, (codes_at(jnp.int32(0)), worst(n)))[1]
+
+
+def try_all(
+    value_at: Callable[[Array], Float32[Array, "block b"]],
+    points: Sequence[float],
+    n_candidates: int,
+    n: Int32[Array, " b"],
+) -> Best:
+    """`try_each` for a parallel device: one reduction a candidate, which reads the weights once.
+
+    A code is the number of points that value_at(candidate) exceeds (-inf as padding exceeds none).
+    What exceeds each point is counted in fields of 8 bits (16 from blocks of 256 on) of a few
+    integers, so that the reduction carries 4 of them instead of 15.
+    """
+    block = jax.eval_shape(value_at, jnp.int32(0)).shape[0]
+    width = 8 if block < 256 else 16
+    fields = 32 // width
+    words = [points[start : start + fields] for start in range(0, len(points), fields)]
+
+    def step(i: Array, best: Best) -> Best:
+        value = value_at(i)
+        sums = []
+        for word in words:
+            exceeded = jnp.zeros(value.shape, jnp.uint32)
+            for field, point in enumerate(word):
+                exceeded += jnp.where(value > point, np.uint32(1 << width * field), np.uint32(0))
+            sums.append(exceeded.sum(0, dtype=jnp.uint32))
+        counts = [
+            (total >> (width * field)) & (2**width - 1)
+            for total, word in zip(sums, words, strict=True)
+            for field in range(len(word))
+        ]
+        above = jnp.stack(counts).astype(jnp.int32)
+        return better(best, i, histogram_weight(above, n, block))
+
+    return lax.fori_loop(0, n_candidates, step, worst(n))
+
+
+def sweep(
+    above: Integer[Array, "points b"],
+    event: Callable[[Array], tuple[Array, Array, Array | int]],
+    n_events: int,
+    n_candidates: int,
+    weight_at: Callable[[Array, Array], tuple[Array, Int32[Array, " b"]]],
+    n: Int32[Array, " b"],
+) -> Best:
+    """What `try_each` computes, from the events at which a code passes a point.
+
+    Args:
+        above: how many weights exceed each point at candidate 0.
+        event: candidate, point and change of that number at event 0 .. n_events - 1 of each weight,
+            [block, b]; candidate n_candidates if it does not happen.
+        n_events: most events of one weight.
+        n_candidates: how many are swept.
+        weight_at: index, and sum of the table, of a candidate at which `above` holds.
+        n: number of codes of each block.
+    """
+    n_points, b = above.shape
+    size = n_candidates * n_points * b
+
+    def place_of(j: Array) -> tuple[Array, Array]:
+        candidate, point, change = event(j)
+        place = (candidate * n_points + point) * b + jnp.arange(b)[None]
+        place = jnp.where(candidate < n_candidates, place, size)
+        return place, jnp.broadcast_to(jnp.asarray(change, above.dtype), place.shape)
+
+    # The loop of lax.map keeps XLA from fusing this arithmetic into the (serial) scatter.
+    places, changes = lax.map(place_of, jnp.arange(n_events))
+    events = jnp.zeros(size, above.dtype)
+    events = events.at[places.reshape(-1)].add(changes.reshape(-1), mode="drop")
+    events = events.reshape(n_candidates, n_points, b)
+
+    def step(i: Array, carry: tuple[Array, Best]) -> tuple[Array, Best]:
+        above, best = carry
+        above += events[i]
+        return above, better(best, *weight_at(i, above))
+
+    return lax.fori_loop(0, n_candidates, step, (above, worst(n)))[1]

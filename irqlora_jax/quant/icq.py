@@ -18,9 +18,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Integer
 
 from irqlora_jax.quant.entropy import (
     FLOAT_MAX,
-    Best,
     above_levels,
-    better,
     bits_of,
     histogram_weight,
     in_chunks,
@@ -29,8 +27,9 @@ from irqlora_jax.quant.entropy import (
     product,
     require_range,
     spaced,
+    sweep,
     try_all,
-    worst,
+    try_each,
 )
 from irqlora_jax.quant.entropy import block_entropy as block_entropy
 from irqlora_jax.quant.formats import Format, get_format
@@ -66,7 +65,8 @@ def search_shift(
     require_range(search_range)
     factors = spaced(-search_range * _SIGMA, search_range * _SIGMA, 2 * steps + 1)
     search = functools.partial(_best_shift, factors=factors, format=format)
-    return in_chunks(search, 2, blocks, valid)
+    on_cpu = functools.partial(search, swept=True)
+    return in_chunks(on_cpu, functools.partial(search, swept=False), 2, blocks, valid)
 
 
 def _median(w: Float32[Array, "block b"], count: Int32[Array, " b"]) -> Float32[Array, " b"]:
@@ -107,6 +107,7 @@ def _best_shift(
     *,
     factors: np.ndarray,
     format: Format,
+    swept: bool,
 ) -> tuple[Float32[Array, " b"], Float32[Array, " b"]]:
     block, b = w.shape
     n = jnp.full(b, block, jnp.int32) if count is None else count
@@ -132,16 +133,21 @@ def _best_shift(
             codes += (x > point).astype(jnp.int8)
         return masked(codes, count, 0)
 
-    scan = functools.partial(try_all, codes_at, len(factors), 2**format.bits, n)
+    scan = functools.partial(try_each, codes_at, len(factors), 2**format.bits, n)
     # The sweep needs candidates that differ by far more than a rounding error.
     step = float(factors[-1] - factors[0]) / (len(factors) - 1)
-    if step < 1e-5:
+    if not swept:
+        points = format.midpoints.tolist()
+        index, weight = try_all(
+            lambda i: masked(unit_at(i), count, -np.inf), points, len(factors), n
+        )
+    elif step < 1e-5:
         index, weight = scan()
     else:
         unit = (w - median) * (1 / jnp.where(spread == 0, 1, spread))
-        sweep = functools.partial(_sweep, unit, n, codes_at, unit_at, format.midpoints, factors)
+        swept_ = functools.partial(_sweep, unit, n, codes_at, unit_at, format.midpoints, factors)
         coarse = (spread > 0) & (jnp.abs(median) * 2.0**-22 > step * spread)
-        index, weight = lax.cond(coarse.any(), scan, sweep)
+        index, weight = lax.cond(coarse.any(), scan, swept_)
     shift = jnp.clip(shift_at(index[None])[0], -FLOAT_MAX, FLOAT_MAX)
     return shift, bits_of(weight, n, block)
 
@@ -154,26 +160,22 @@ def _sweep(
     midpoints: Float32[np.ndarray, " points"],
     factors: np.ndarray,
 ) -> tuple[Int32[Array, " b"], Int32[Array, " b"]]:
-    """What `try_all` computes, from the events at which a code changes.
+    """`sweep` over the shifts.
 
     As the shift grows, (w - shift) / scale never grows, and a weight crosses a decision point at
     most once. Where it does follows from a linear equation; rounding cannot displace that by half a
     candidate, so evaluating the nearest candidate decides between it and the next.
     """
-    block, b = unit.shape
+    block = unit.shape[0]
     last = len(factors) - 1
     step = float(factors[-1] - factors[0]) / last
     codes = codes_at(jnp.int32(0))
-    above = above_levels(codes, len(midpoints) + 1)
     bottom = unit.min(0, keepdims=True)
     top = jnp.where(inside(unit, n), unit, -np.inf).max(0, keepdims=True)
     center = (bottom + top) / 2
     points = jnp.asarray(midpoints)
-    n_points = len(midpoints)
-    n_places = (last + 1) * n_points * b
 
-    def place_of(crossed: Array) -> Int32[Array, "block b"]:
-        """Flat [candidate, point, b] index of each weight's next event, n_places if none."""
+    def event(crossed: Array) -> tuple[Array, Array, int]:
         point_index = codes.astype(jnp.int32) - 1 - crossed
         point = jnp.take(points, point_index, mode="clip")
         # x = point where the scale is top - shift, or else where it is shift - bottom.
@@ -182,18 +184,10 @@ def _sweep(
         nearest = jnp.round((shift - float(factors[0])) * (1 / step))
         nearest = jnp.clip(nearest, 0, last).astype(jnp.int32)
         index = nearest + (unit_at(nearest) > point).astype(jnp.int32)
-        happens = (point_index >= 0) & (index <= last)
-        place = (index * n_points + point_index) * b + jnp.arange(b)[None]
-        return jnp.where(happens, place, n_places)
+        return jnp.where(point_index >= 0, index, last + 1), point_index, -1
 
-    # The loop of lax.map keeps XLA from fusing this arithmetic into the (serial) scatter.
-    places = lax.map(place_of, jnp.arange(_crossings(midpoints, float(factors[-1]))))
-    events = jnp.zeros(n_places, above.dtype).at[places.reshape(-1)].add(-1, mode="drop")
-    events = events.reshape(last + 1, n_points, b)
-
-    def step_to(i: Array, carry: tuple[Array, Best]) -> tuple[Array, Best]:
-        above, best = carry
-        above += events[i]
-        return above, better(best, i, histogram_weight(above, n, block))
-
-    return lax.fori_loop(0, last + 1, step_to, (above, worst(n)))[1]
+    above = above_levels(codes, len(midpoints) + 1)
+    n_events = _crossings(midpoints, float(factors[-1]))
+    return sweep(
+        above, event, n_events, last + 1, lambda i, above: (i, histogram_weight(above, n, block)), n
+    )

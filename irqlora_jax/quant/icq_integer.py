@@ -12,18 +12,26 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Int32, Integer
 
 from irqlora_jax.quant.entropy import (
+    FLOAT_MAX,
     FLOAT_TINY,
+    Best,
+    above_levels,
     bits_of,
+    histogram_weight,
     in_chunks,
+    inside,
     masked,
     product,
     quotient,
     require_range,
     spaced,
+    sweep,
     try_all,
+    try_each,
 )
 
 
@@ -49,7 +57,7 @@ def plain_range(
     def plain(w: Array, n: Array | None) -> tuple[Array, Array]:
         return _scale_and_zero(*_limits(masked(w, n, 0), symmetric), bits, symmetric)
 
-    return in_chunks(plain, 2, blocks, valid)
+    return in_chunks(plain, plain, 2, blocks, valid)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "symmetric", "search_range", "steps"))
@@ -76,19 +84,23 @@ def search_range(
     """
     require_range(search_range)
     up, down = (spaced(1.0, 1 + away, steps + 1) for away in (search_range, -search_range))
-    factors = jnp.asarray(np.concatenate([up, down[1:]]))
+    factors = np.concatenate([up, down[1:]])
 
-    def search(w: Array, n: Array | None) -> tuple[Array, Array, Array]:
+    def search(w: Array, n: Array | None, swept: bool) -> tuple[Array, Array, Array]:
         low, high = _limits(masked(w, n, 0), symmetric)
 
         def candidate(i: Array) -> tuple[Array, Array]:
-            factor = factors[i]
+            factor = jnp.asarray(factors)[i]
             limits = product(factor, low), product(factor, high)
             return _scale_and_zero(*limits, bits, symmetric)
 
-        return _best_integer(w, n, bits, factors.shape[0], candidate)
+        sweep_range = None
+        if search_range / steps >= 1e-5:  # candidates differ by far more than a rounding error
+            sweep_range = functools.partial(_sweep_range, w, n, bits, factors, candidate)
+        return _best_integer(w, n, bits, len(factors), candidate, swept, sweep_range)
 
-    return in_chunks(search, 3, blocks, valid)
+    on_cpu = functools.partial(search, swept=True)
+    return in_chunks(on_cpu, functools.partial(search, swept=False), 3, blocks, valid)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "search_range", "steps"))
@@ -120,16 +132,17 @@ def search_zero_point(
     away = away[away > 0]
     moves = jnp.asarray(np.concatenate([[0.0], away, -away]) / unit, jnp.float32)
 
-    def search(w: Array, n: Array | None) -> tuple[Array, Array, Array]:
+    def search(w: Array, n: Array | None, swept: bool) -> tuple[Array, Array, Array]:
         low, high = _limits(masked(w, n, 0), symmetric=False)
         scale, zero = _scale_and_zero(low, high, bits, symmetric=False)
 
         def candidate(i: Array) -> tuple[Array, Array]:
             return scale, jnp.clip(zero + moves[i], 0, 255 / unit)
 
-        return _best_integer(w, n, bits, moves.shape[0], candidate)
+        return _best_integer(w, n, bits, moves.shape[0], candidate, swept)
 
-    return in_chunks(search, 3, blocks, valid)
+    on_cpu = functools.partial(search, swept=True)
+    return in_chunks(on_cpu, functools.partial(search, swept=False), 3, blocks, valid)
 
 
 def _limits(w: Float32[Array, "block b"], symmetric: bool) -> tuple[Array, Array]:
@@ -156,16 +169,96 @@ def _best_integer(
     bits: int,
     n_candidates: int,
     candidate: Callable[[Array], tuple[Array, Array]],
+    swept: bool,
+    sweep_range: Callable[[Callable[[], Best]], Best] | None = None,
 ) -> tuple[Float32[Array, " b"], Float32[Array, " b"], Float32[Array, " b"]]:
     block, b = w.shape
     n = jnp.full(b, block, jnp.int32) if count is None else count
 
-    def codes_at(i: Array) -> Integer[Array, "block b"]:
+    def value_at(i: Array) -> Float32[Array, "block b"]:
         scale, zero = candidate(i)
         whole = jnp.floor(zero)
         # A whole zero point is added after rounding, as in the released code (ties!).
-        codes = jnp.round(quotient(w, scale[None]) + (zero - whole)[None]) + whole[None]
-        return masked(jnp.clip(codes, 0, 2**bits - 1).astype(jnp.int8), count, 0)
+        return jnp.round(quotient(w, scale[None]) + (zero - whole)[None]) + whole[None]
 
-    index, weight = try_all(codes_at, n_candidates, 2**bits, n)
+    def codes_at(i: Array) -> Integer[Array, "block b"]:
+        return masked(jnp.clip(value_at(i), 0, 2**bits - 1).astype(jnp.int8), count, 0)
+
+    def scan() -> Best:
+        return try_each(codes_at, n_candidates, 2**bits, n)
+
+    if not swept:
+        points = [level + 0.5 for level in range(2**bits - 1)]
+        best = try_all(lambda i: masked(value_at(i), count, -np.inf), points, n_candidates, n)
+    elif sweep_range is None:
+        best = scan()
+    else:
+        best = sweep_range(scan)
+    index, weight = best
     return *candidate(index), bits_of(weight, n, block)
+
+
+def _sweep_range(
+    w: Float32[Array, "block b"],
+    count: Int32[Array, " b"] | None,
+    bits: int,
+    factors: Float32[np.ndarray, " candidates"],
+    candidate: Callable[[Array], tuple[Array, Array]],
+    scan: Callable[[], Best],
+) -> Best:
+    """`sweep` over the ranges by rising factor, or `scan` where its conditions do not hold.
+
+    As the range grows, |w / scale| never grows. Where it passes a decision point of the rounding
+    follows from a division, which rounding cannot displace by half a candidate, so evaluating the
+    nearest candidate decides between it and the next. The zero point, -low / scale, is the same at
+    every candidate but for its rounding: where it lies between two whole numbers it may be either.
+    So one more point than there are between the codes is followed, and every candidate reads those
+    of its own zero point.
+    """
+    block, b = w.shape
+    n = jnp.full(b, block, jnp.int32) if count is None else count
+    order = np.argsort(factors)
+    last = len(factors) - 1
+    step = float(factors.max() - factors.min()) / last
+    scales, zeros = jax.vmap(candidate)(jnp.asarray(order))
+    flat_scales, unit = scales.reshape(-1), scales[last // 2]
+    lowest = zeros.min(0)
+    upper = zeros > lowest[None]  # of its two values
+    first = jnp.round(quotient(w, scales[:1])) + lowest[None] + 1
+    codes = masked(jnp.clip(first, 0, 2**bits).astype(jnp.int8), count, 0)
+    inside_ = True if count is None else inside(w, count)
+    columns = jnp.arange(b)[None]
+
+    def event(passed: Array) -> tuple[Array, Array, Array]:
+        falls = w > 0
+        code = codes.astype(jnp.int32)
+        point = jnp.where(falls, code - 1 - passed, code + passed)
+        level = point.astype(jnp.float32) - lowest[None] - 1  # round(w / scale) > level
+        happens = jnp.where(falls, level >= 0, level < 0) & (w != 0) & inside_
+        happens &= (point >= 0) & (point < 2**bits)
+        factor = w / (unit[None] * (level + 0.5))
+        nearest = jnp.round((factor - float(factors.min())) * (1 / step))
+        nearest = jnp.clip(nearest, 0, last).astype(jnp.int32)
+        scale = jnp.take(flat_scales, nearest * b + columns, mode="clip")
+        before = (jnp.round(quotient(w, scale)) > level) == falls
+        index = nearest + before.astype(jnp.int32)
+        return jnp.where(happens, index, last + 1), point, jnp.where(falls, -1, 1)
+
+    def weight_at(i: Array, above: Array) -> tuple[Array, Array]:
+        above = jnp.where(upper[i][None], above[:-1], above[1:])
+        return jnp.asarray(order, jnp.int32)[i], histogram_weight(above, n, block)
+
+    def swept() -> Best:
+        above = above_levels(codes, 2**bits + 1)
+        n_events = _passed(bits, float(factors.max() / factors.min()))
+        return sweep(above, event, n_events, last + 1, weight_at, n)
+
+    usual = (zeros <= lowest[None] + 1) & (scales > 1e-30) & (scales < FLOAT_MAX)
+    return lax.cond(usual.all(), swept, scan)
+
+
+def _passed(bits: int, growth: float) -> int:
+    """How many decision points, 0.5 .. 2**bits - 0.5, one weight can pass while a range grows."""
+    points = np.arange(2**bits) + 0.5
+    ratio = points[None] / points[:, None]
+    return int(((ratio >= 1) & (ratio <= growth * 1.001)).sum(axis=1).max())
