@@ -1,5 +1,6 @@
 """dequant_matmul against the product with the dequantized matrix."""
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from irqlora_jax.config import QuantConfig
-from irqlora_jax.quant.matmul import dequant_matmul
-from irqlora_jax.quant.qtensor import quantize
+from irqlora_jax.quant.matmul import XLA, Implementation, dequant_matmul
+from irqlora_jax.quant.qtensor import quantize, quantized_shape
 
 
 def make(name: str = "nf4", out: int = 24, features: int = 100):
@@ -54,6 +55,68 @@ def test_a_plain_array_is_an_ordinary_operand() -> None:
     gradient = jax.grad(lambda w: (dequant_matmul(x, w) ** 2).sum())(dense)
     expected = jax.grad(lambda w: (jnp.einsum("abi,oi->abo", x, w) ** 2).sum())(dense)
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("features", [512, 488])  # whole blocks, and a broken one
+@pytest.mark.parametrize("name", ["nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2"])
+def test_one_fusion_makes_the_weight(name: str, features: int) -> None:
+    weight = quantized_shape((256, features), QuantConfig(format=name))  # type: ignore[arg-type]
+    x = jax.ShapeDtypeStruct((96, features), jnp.float32)
+    g = jax.ShapeDtypeStruct((96, 256), jnp.float32)
+
+    def backward(g, weight):
+        return jax.vjp(lambda x: dequant_matmul(x, weight), jnp.zeros((96, features)))[1](g)
+
+    for function, operand in ((dequant_matmul, x), (backward, g)):
+        program = hlo.parse(jax.jit(function).lower(operand, weight).compile().as_text())
+        sizes = [(one.kind, kind, n) for one in hlo.stored(program) for kind, n in one.types]
+        # Scales and shifts are decoded on their own (1/64 of the elements); nothing else is large.
+        large = [found for found in sizes if found[2] > 96 * 512]
+        assert large == [("fusion", "f32", 256 * features)]
+
+
+def fake(name: str, reason: str | None) -> Implementation:
+    """One that serves or refuses, and computes something of its own."""
+    return Implementation(
+        name,
+        lambda x, weight: reason,
+        lambda x, weight: x @ weight.dequantize(x.dtype).T * 2,
+        lambda g, weight: g @ weight.dequantize(g.dtype) * 3,
+    )
+
+
+def test_the_first_that_can_serve_does() -> None:
+    x, weight = make()
+    expected = dequant_matmul(x, weight)
+    refuses, serves = fake("mosaic", "it needs another device"), fake("triton", None)
+    y, pull = jax.vjp(lambda x: dequant_matmul(x, weight, None, (refuses, serves, XLA)), x)
+    np.testing.assert_allclose(y, 2 * expected, rtol=1e-6)
+    g = jnp.ones_like(y)
+    np.testing.assert_allclose(pull(g)[0], 3 * (g @ weight.dequantize()), rtol=1e-6)
+    y = dequant_matmul(x, weight, None, (refuses, XLA))
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_one_that_cannot_serve_says_why_and_which_would() -> None:
+    x, weight = make()
+    there = (fake("mosaic", "it needs blocks of 64 on cpu"), fake("triton", None), XLA)
+    with pytest.raises(ValueError, match=r"'mosaic': it needs blocks of 64 on cpu; 'triton' or 'x"):
+        dequant_matmul(x, weight, "mosaic", there)
+    np.testing.assert_array_equal(
+        dequant_matmul(x, weight, "xla", there), dequant_matmul(x, weight)
+    )
+
+
+@pytest.mark.parametrize("name", ["mosaic", "triton"])
+def test_kernels_that_do_not_exist_yet_are_refused(name: str) -> None:
+    message = (
+        rf"'{name}': there is no such kernel .*'xla' serves nf4 of \[out, in\] = \[24, 100\] on cpu"
+    )
+    with pytest.raises(ValueError, match=message):
+        dequant_matmul(*make(), implementation=name)  # type: ignore[arg-type]
+    x, weight = make()
+    with pytest.raises(ValueError, match="takes packed weights, this one is float32"):
+        dequant_matmul(x, weight.dequantize(), implementation=name)  # type: ignore[arg-type]
 
 
 def test_unknown_implementation_is_refused() -> None:

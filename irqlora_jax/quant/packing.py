@@ -18,6 +18,7 @@ Blocks stay apart, so a matrix can be cut between any two of them.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, UInt8
 
 LAYOUT = "planes"
@@ -44,17 +45,15 @@ def unpack(packed: UInt8[Array, "*blocks bytes"], bits: int) -> UInt8[Array, "*b
     return _unpack_plane(packed, bits)
 
 
-def _shifts(bits: int) -> Array:
-    return jnp.arange(0, 8, bits, dtype=jnp.uint8)[:, None]
-
-
 def _pack_plane(codes: Array, bits: int) -> Array:
     parts = codes.reshape(*codes.shape[:-1], 8 // bits, -1)
-    shifts = _shifts(bits).reshape((1,) * (parts.ndim - 2) + (-1, 1))
+    shifts = np.arange(0, 8, bits, dtype=np.uint8).reshape((1,) * (parts.ndim - 2) + (-1, 1))
     return jnp.sum(parts << shifts, axis=-2, dtype=jnp.uint8)  # the fields do not overlap
 
 
 def _unpack_plane(packed: Array, bits: int) -> Array:
-    shifts = _shifts(bits).reshape((1,) * (packed.ndim - 1) + (-1, 1))
-    parts = (packed[..., None, :] >> shifts) & jnp.uint8(2**bits - 1)
-    return parts.reshape(*packed.shape[:-1], -1)
+    # Shifts by numbers, not by an array of them: that would be computed outside of the loop over
+    # the layers, once for each time that it is used in there, and CPUs would then take what is
+    # dequantized with the one and with the other for two different weights.
+    fields = [(packed >> np.uint8(shift)) & np.uint8(2**bits - 1) for shift in range(0, 8, bits)]
+    return jnp.concatenate(fields, axis=-1)

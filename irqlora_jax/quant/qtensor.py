@@ -149,6 +149,12 @@ def quantize(
     return _quantize(weight, shift, config)
 
 
+def quantized_shape(shape: tuple[int, int], config: QuantConfig) -> QTensor:
+    """What `quantize` makes of a matrix of this shape, with jax.ShapeDtypeStruct for its arrays."""
+    weight = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(functools.partial(_quantize, config=config), weight, None)
+
+
 def _encode(
     scaled: Float32[Array, "n size"], fmt: Format, zero: Float32[Array, " n"] | None
 ) -> UInt8[Array, "n size"]:
