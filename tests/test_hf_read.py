@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from small_run import assert_same
 
 from irqlora_jax import hf
 from irqlora_jax.config import QuantConfig
+from irqlora_jax.hf import read
 from irqlora_jax.llama import Llama, LlamaConfig
 from irqlora_jax.quant.qtensor import QTensor, quantize
 
@@ -37,6 +39,7 @@ CONFIG = {
 LLAMA = LlamaConfig.from_dict(CONFIG)
 PLAIN = QuantConfig(format="nf4", block_size=32, calibration="none")
 Q1 = "model.layers.1.self_attn.q_proj.weight"
+Q2 = "model.layers.2.self_attn.q_proj.weight"
 Tensors = dict[str, np.ndarray]
 
 
@@ -357,3 +360,59 @@ def test_faults_without_a_quantizer_are_found_too(tmp_path: Path) -> None:
     put(Q1, math.nan)(write_folder(tmp_path, make_tensors()))
     with pytest.raises(ValueError, match=Q1):
         hf.load_base(tmp_path, None)
+
+
+def read_ahead(folder: Path, names: list[str]) -> Generator[np.ndarray, None, None]:
+    return read._read_ahead(read._find_weights(folder), names)
+
+
+def truncate_all(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:64])
+
+
+@pytest.fixture
+def readers() -> Iterator[None]:
+    """No thread of a reader is left behind."""
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.usefixtures("readers")
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_fault_that_the_reading_thread_meets_is_named(tmp_path: Path, dtype: Any) -> None:
+    """The file is whole when it is looked at, and shorter when the thread comes to it."""
+    folder = write_folder(tmp_path, make_tensors(dtype), shards=4)
+    weights = read_ahead(folder, [Q1, Q2])
+    truncate_all(folder)
+    with pytest.raises(ValueError, match=rf"safetensors: {Q1} cannot be read"):
+        list(weights)
+
+
+@pytest.mark.usefixtures("readers")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_no_thread_outlives_what_stops_the_quantizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def stop(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("irqlora_jax.hf.read.quantize", stop)
+    with pytest.raises(error):
+        hf.load_base(write_folder(tmp_path, make_tensors()), PLAIN)
+
+
+@pytest.mark.usefixtures("readers")
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_tensors_read_ahead_are_those_of_the_file(tmp_path: Path, dtype: Any) -> None:
+    tensors = make_tensors(dtype)
+    folder = write_folder(tmp_path, tensors)
+    names = [name for name in tensors if "proj" in name]
+    seen = 0
+    for name, weight in zip(names, read_ahead(folder, names), strict=True):
+        assert weight.dtype == np.float32
+        np.testing.assert_array_equal(weight, tensors[name])
+        seen += 1
+    assert seen == len(names) == 21
+    assert list(read_ahead(folder, [])) == []

@@ -14,5 +14,6 @@ from irqlora_jax.hf.names import weight_name as weight_name
 from irqlora_jax.hf.read import load_base as load_base
 from irqlora_jax.hf.read import load_tokenizer as load_tokenizer
 from irqlora_jax.hf.read import read_config as read_config
+from irqlora_jax.hf.read import read_values as read_values
 from irqlora_jax.hf.read import snapshot as snapshot
 from irqlora_jax.hf.write import save_model as save_model

@@ -1,12 +1,15 @@
 """LLaMA folders of Hugging Face as trees of this package.
 
-Weights are read one tensor at a time and quantized before the next one is read, so that a model
-needs little more host memory than its packed form. Only safetensors are opened, never pickles.
+Weights are quantized one tensor at a time while a thread reads the next one, so that a model needs
+little more host memory than its packed form. Only safetensors are opened, never pickles.
 """
 
+import contextlib
+import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +60,22 @@ def snapshot(source: str | Path) -> Path:
     if not is_hub_id(source):
         raise FileNotFoundError(f"model = '{source}': no such folder")
     import huggingface_hub
+
+    fetch = functools.partial(huggingface_hub.snapshot_download, allow_patterns=list(_FETCHED))
+    return _fetch(source, fetch)
+
+
+def _fetch(source: str | Path, fetch: Callable[[str], str]) -> Path:
+    """What `fetch` gets from the hub for the id of a model.
+
+    Raises:
+        FileNotFoundError: the hub cannot or will not give it.
+    """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     way_out = "or give a local folder"
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(_FETCHED)))
+        return Path(fetch(str(source)))
     except GatedRepoError:
         reason = "the hub asks you to accept the model's license and to log in with `hf auth login`"
     except RepositoryNotFoundError:
@@ -152,34 +166,73 @@ def _load_layers(
     depth, shapes = config.num_hidden_layers, weight_shapes(config)[0]
     if quant is not None and quant.format == "none":
         quant = None
-    # Every matrix passes through this one buffer: the allocator may keep what is freed.
-    largest = 0 if quant is None else max(map(math.prod, shapes.values()))
-    buffer = _empty((largest,), np.float32)
     stacks: dict[Keys, list[np.ndarray]] = {}  # the leaves of a QTensor, or one float array
     structures: dict[Keys, Any] = {}
+    linear: list[tuple[int, Keys]] = []
     for layer in range(depth):
         for path, shape in shapes.items():
+            if quant is not None and path[-1] in LINEAR_NAMES:
+                linear.append((layer, path))
+                continue
             name = weight_name(path, layer)
-            if quant is None or path[-1] not in LINEAR_NAMES:
-                if path not in stacks:
-                    stacks[path] = [_empty((depth, *shape), FLOATS[found[name].dtype])]
-                    structures[path] = jax.tree.structure(0)
-                read_into(stacks[path][0][layer], found[name], name)
-            else:
-                weight = buffer[: math.prod(shape)].reshape(shape)
-                read_into(weight, found[name], name)
-                packed = quantize(jax.device_put(weight, may_alias=True), quant)
-                leaves, structures[path] = jax.tree.flatten(packed)
-                if path not in stacks:
-                    stacks[path] = [_empty((depth, *leaf.shape), leaf.dtype) for leaf in leaves]
-                for stack, leaf in zip(stacks[path], leaves, strict=True):
-                    stack[layer] = leaf  # waits for the result, so that the buffer is free again
+            if path not in stacks:
+                stacks[path] = [_empty((depth, *shape), FLOATS[found[name].dtype])]
+                structures[path] = jax.tree.structure(0)
+            read_into(stacks[path][0][layer], found[name], name)
             bar.update(math.prod(shape))
+    names = [weight_name(path, layer) for layer, path in linear]
+    with contextlib.closing(_read_ahead(found, names)) as weights:
+        for (layer, path), weight in zip(linear, weights, strict=True):
+            assert quant is not None
+            packed = quantize(jax.device_put(weight, may_alias=True), quant)
+            leaves, structures[path] = jax.tree.flatten(packed)
+            if path not in stacks:
+                stacks[path] = [_empty((depth, *leaf.shape), leaf.dtype) for leaf in leaves]
+            for stack, leaf in zip(stacks[path], leaves, strict=True):
+                stack[layer] = leaf  # waits for the result, so that the buffer is free again
+            bar.update(weight.size)
     layers: Tree = {}
     for path in shapes:
         moved = [_to_device(stacks[path], mesh, path) for _ in range(len(stacks[path]))]
         insert(layers, path, {"weight": jax.tree.unflatten(structures[path], moved)})
     return layers
+
+
+def _read_ahead(
+    found: Mapping[str, Header], names: Sequence[str]
+) -> Generator[np.ndarray, None, None]:
+    """The tensors of these names as float32, each lost when the next one is asked for.
+
+    While the caller works on one, a thread reads the next. There is one buffer of float32 and one
+    in the type of the file, since the allocator may keep what is freed; a float32 file has the
+    first alone, and is not read ahead: a second one would be too much. An error of the thread is
+    raised where its tensor is asked for. Closing the iterator waits for the thread.
+    """
+    headers = [found[name] for name in names]
+    halves = [math.prod(header.shape) for header in headers if header.dtype != "F32"]
+    wide = _empty((max((math.prod(header.shape) for header in headers), default=0),), np.float32)
+    half = _empty((max(halves, default=0),), np.uint16)
+
+    def read(i: int) -> np.ndarray | None:
+        if headers[i].dtype == "F32":
+            return None
+        size, shape = math.prod(headers[i].shape), headers[i].shape
+        weight = half[:size].view(FLOATS[headers[i].dtype]).reshape(shape)
+        read_into(weight, headers[i], names[i])
+        return weight
+
+    with ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
+        ahead = reader.submit(read, 0) if names else None
+        for i, header in enumerate(headers):
+            assert ahead is not None
+            weight = wide[: math.prod(header.shape)].reshape(header.shape)
+            narrow = ahead.result()
+            if narrow is None:
+                read_into(weight, header, names[i])
+            else:
+                weight[...] = narrow
+            ahead = reader.submit(read, i + 1) if i + 1 < len(names) else None
+            yield weight
 
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -204,14 +257,28 @@ def read_config(source: str | Path) -> LlamaConfig:
         FileNotFoundError: no such folder, or no config.json in it.
         ValueError: not a float LLaMA.
     """
-    folder = snapshot(source)
-    values = read_json(folder / "config.json")
+    values = read_values(source)
     if values.get("quantization_config"):
-        raise ValueError(f"{folder}: quantized already; accepted are float weights")
+        raise ValueError(f"{source}: quantized already; accepted are float weights")
     try:
         return LlamaConfig.from_dict(values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder}: {error}") from error
+        raise ValueError(f"{source}: {error}") from error
+
+
+def read_values(source: str | Path) -> Mapping[str, Any]:
+    """config.json of a folder or of a model on the hub, from which nothing else is fetched.
+
+    Raises:
+        FileNotFoundError: no such folder, or no config.json in it.
+        ValueError: no JSON.
+    """
+    if not is_hub_id(source):
+        return read_json(snapshot(source) / "config.json")
+    import huggingface_hub
+
+    fetch = functools.partial(huggingface_hub.hf_hub_download, filename="config.json")
+    return read_json(_fetch(source, fetch))
 
 
 def _find_weights(folder: Path) -> dict[str, Header]:
