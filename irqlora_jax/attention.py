@@ -2,12 +2,13 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from irqlora_jax.devices import compute_capability
 from irqlora_jax.llama_config import LlamaConfig
 
 
@@ -64,21 +65,105 @@ def attend(
     q: Float[Array, "batch seq heads head_dim"],
     k: Float[Array, "batch slots kv_heads head_dim"],
     v: Float[Array, "batch slots kv_heads head_dim"],
-    mask: Bool[Array, "batch_or_1 1 seq slots"],
+    slots: Int[Array, "batch seq"] | None = None,
+    segment_ids: Int[Array, "batch seq"] | None = None,
+    implementation: Literal["xla", "cudnn"] | None = None,
+    chunk: int = 256,
 ) -> Float[Array, "batch seq heads head_dim"]:
-    """Grouped-query attention, its softmax in float32.
+    """Causal grouped-query attention, its softmax in float32.
 
-    Not `jax.nn.dot_product_attention`: that has no float16 on CPUs, and its gradient in half
-    precision breaks under strict promotion of types.
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        slots: of a cache, where each query stands among the keys; it sees those up to its own.
+            None: query i stands in slot i.
+        segment_ids: packed documents; a query sees only those of its own segment. Not with a cache.
+        implementation: "cudnn", the flash attention of NVIDIA's library; "xla", some queries after
+            the others; None, the fastest that can serve.
+        chunk: queries whose scores "xla" holds at one time. More than twice as many are cut up, and
+            their scores computed again in the backward pass: memory grows linearly with `seq`.
+
+    Raises:
+        ValueError: the implementation asked for cannot serve; says why.
     """
+    refusal = None if implementation == "xla" else _cudnn_refusal(q, k, slots, segment_ids)
+    if implementation == "cudnn" and refusal is not None:
+        raise ValueError(f"attention = 'cudnn': {refusal}; accepted here is 'xla' or None")
+    if implementation != "xla" and refusal is None:
+        return _cudnn(q, k, v)
+    batch, seq, *features = q.shape
+    if slots is None:
+        slots = jnp.broadcast_to(jnp.arange(seq)[None, :], (batch, seq))
+    # Heads in front: a product for each of them, of matrices that lie in one piece.
+    keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+
+    def some(queries: tuple[Array, Array, Array | None]) -> Array:
+        q, slots, ids = queries
+        mask = jnp.arange(k.shape[1])[None, None, :] <= slots[:, :, None]
+        if ids is not None:
+            assert segment_ids is not None
+            mask &= ids[:, :, None] == segment_ids[:, None, :]
+        return _plain(q, keys, values, mask)
+
+    if seq <= 2 * chunk:
+        return some((q, slots, segment_ids))
+    count = -(-seq // chunk)
+
+    def cut(x: Array) -> Array:
+        padding = [(0, 0), (0, count * chunk - seq)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, padding, mode="edge")  # copies of the last query: they see something
+        return jnp.swapaxes(x.reshape(batch, count, chunk, *x.shape[2:]), 0, 1)
+
+    y = jax.lax.map(jax.checkpoint(some), jax.tree.map(cut, (q, slots, segment_ids)))
+    return jnp.swapaxes(y, 0, 1).reshape(batch, count * chunk, *features)[:, :seq]
+
+
+def _plain(
+    q: Float[Array, "batch seq heads head_dim"],
+    k: Float[Array, "batch kv_heads slots head_dim"],
+    v: Float[Array, "batch kv_heads slots head_dim"],
+    mask: Bool[Array, "batch seq slots"],
+) -> Float[Array, "batch seq heads head_dim"]:
     batch, seq, heads, head_dim = q.shape
-    grouped = q.reshape(batch, seq, k.shape[2], -1, head_dim)
-    scores: Array = wide_einsum("btkgd,bskd->bkgts", grouped, k)  # type: ignore[assignment]
-    scores = scores / math.sqrt(head_dim)
-    # A query always sees its own slot, so no row of the softmax is empty.
-    weights = jax.nn.softmax(scores, axis=-1, where=mask[:, :, None])
-    y = jnp.einsum("bkgts,bskd->btkgd", weights.astype(v.dtype), v)
-    return y.reshape(batch, seq, heads, head_dim)
+    grouped = q.reshape(batch, seq, k.shape[1], -1, head_dim).transpose(0, 2, 3, 1, 4)
+    scores: Array = wide_einsum("bkgtd,bksd->bkgts", grouped, k)  # type: ignore[assignment]
+    scores = jnp.where(mask[:, None, None], scores * (1 / math.sqrt(head_dim)), -jnp.inf)
+    # A query always sees its own slot, so no row of the softmax is empty. It is divided by its sum
+    # behind the product: then the gradient sums over features, and never over slots.
+    chances = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    y: Array = wide_einsum("bkgts,bksd->bkgtd", chances.astype(v.dtype), v)  # type: ignore[assignment]
+    y = (y / chances.sum(axis=-1, keepdims=True)).astype(q.dtype)
+    return y.transpose(0, 3, 1, 2, 4).reshape(batch, seq, heads, head_dim)
+
+
+def _cudnn(q: Array, k: Array, v: Array) -> Array:
+    with jax.numpy_dtype_promotion("standard"):  # it scales by a float64
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
+def _cudnn_refusal(
+    q: Array, k: Array, slots: Array | None, segment_ids: Array | None
+) -> str | None:
+    """Why cuDNN cannot serve, if it cannot."""
+    device = jax.devices()[0]
+    if (compute_capability(device) or (0, 0)) < (8, 0):
+        needs = "an NVIDIA GPU of compute capability 8.0 or more"
+        return f"it needs {needs}, the device is {device.device_kind}"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 and float16, not {q.dtype}"
+    if q.shape[-1] % 8 or q.shape[-1] > 128:
+        return f"it takes heads of a multiple of 8 up to 128 features, not {q.shape[-1]}"
+    if slots is not None:
+        return "it serves no cache of keys and values"
+    if segment_ids is not None:
+        # Through jax it takes a mask of all pairs of tokens alone, and writes its gradient too.
+        return "it serves no packed rows"
+    try:
+        jax.eval_shape(lambda *x: jax.vjp(_cudnn, *x)[0], q, k, k)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return f"jax {jax.__version__} says: {error}"
+    return None
 
 
 def segment_positions(segment_ids: Int[Array, "batch seq"]) -> Int[Array, "batch seq"]:

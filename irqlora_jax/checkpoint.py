@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ from irqlora_jax.sharding import sharding
 Base = dict[str, Any]
 _VERSION = "2"
 _ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if "Array" in str(f.type))
+_TYPES = {"U8": "uint8", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _STATIC = ("shape", "format", "block_size", "layout")
 
 
@@ -92,14 +93,32 @@ def load_base(path: Path, mesh: Mesh | None = None) -> tuple[Base, LlamaConfig]:
         FileNotFoundError: no such file.
         ValueError: damaged, or not written by `save_base`.
     """
+
+    def read(file: Any, name: str) -> jax.Array:
+        array = file.get_tensor(name)
+        where = None if mesh is None else sharding(mesh, _path(name), array.shape)
+        return jax.device_put(array, where)
+
+    return _read_base(path, read)
+
+
+def base_shapes(path: Path) -> tuple[Base, LlamaConfig]:
+    """As `load_base`, with jax.ShapeDtypeStruct for the arrays: only the header is read."""
+
+    def read(file: Any, name: str) -> jax.ShapeDtypeStruct:
+        part = file.get_slice(name)
+        return jax.ShapeDtypeStruct(part.get_shape(), _TYPES[part.get_dtype()])
+
+    return _read_base(path, read)
+
+
+def _read_base(path: Path, read: Callable[[Any, str], Any]) -> tuple[Base, LlamaConfig]:
     metadata = _read_metadata(path)
     flat: dict[str, Any] = {}
     try:
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118
-                array = file.get_tensor(name)
-                where = None if mesh is None else sharding(mesh, _path(name), array.shape)
-                flat[name] = jax.device_put(array, where)
+                flat[name] = read(file, name)
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged safetensors file ({error})") from error
     for name, fields in json.loads(metadata["quantized"]).items():

@@ -1,5 +1,6 @@
 """The command line: `irqlora train | eval | quantize | export | chat`."""
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +9,7 @@ from irqlora_jax.config import Config, QuantizeConfig, parse_flags
 
 _USAGE = """usage: irqlora COMMAND [--config FILE] [--section.field value ...]
 
-  train      finetune a quantized LLaMA (also: python train.py)
+  train      finetune a quantized LLaMA (also: python train.py); --plan only says whether it fits
   eval       questions, MMLU, perplexity, generation (also: python eval.py)
   quantize   quantize a base once, for many runs to share
   export     write a run as Hugging Face folders: adapter, merged or dequantized
@@ -17,10 +18,31 @@ _USAGE = """usage: irqlora COMMAND [--config FILE] [--section.field value ...]
 irqlora COMMAND --help lists every option with its unit and default."""
 
 
-def _train(config: Any) -> None:
-    from irqlora_jax.train import run
+@dataclasses.dataclass(frozen=True)
+class TrainOptions(Config):
+    __doc__ = Config.__doc__
 
-    run(config)
+    plan: bool | str = False
+    """Only say whether the run fits, and what would: `--plan` for the device at hand, `--plan NAME`
+    for another (t4, 4090, l4, a6000, a100-40, a100-80, h100, h200, ...). The training step is
+    compiled from shapes: no weights are read, nothing is written."""
+
+
+def _train(options: TrainOptions) -> None:
+    fields = (field.name for field in dataclasses.fields(Config))
+    config = Config(**{name: getattr(options, name) for name in fields})
+    if options.plan is False:
+        from irqlora_jax.train import run
+
+        run(config)
+        return
+    from irqlora_jax.footprint import prepare
+    from irqlora_jax.plan import plan
+
+    name = None if options.plan is True else str(options.plan)
+    if name is not None:
+        prepare(config)
+    plan(config, name)
 
 
 def _quantize(config: Any) -> None:
@@ -54,7 +76,7 @@ def _commands() -> dict[str, tuple[type, Callable[[Any], None]]]:
     from irqlora_jax.hf import ExportConfig
 
     return {
-        "train": (Config, _train),
+        "train": (TrainOptions, _train),
         "eval": (EvalConfig, _eval),
         "quantize": (QuantizeConfig, _quantize),
         "export": (ExportConfig, _export),
@@ -73,12 +95,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(_USAGE)
         return 0
+    from irqlora_jax.cache import cache_programs
+
     try:
         commands = _commands()
         if name not in commands:
             raise ValueError(f"{name!r}: accepted is {', '.join(commands)}")
         kind, command = commands[name]
-        command(parse_flags(kind, flags, f"irqlora {name}"))
+        options = parse_flags(kind, flags, f"irqlora {name}")
+        cache_programs()
+        command(options)
     except (ValueError, OSError) as error:
         print(f"irqlora {name}: {error}", file=sys.stderr)
         return 2

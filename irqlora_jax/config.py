@@ -179,10 +179,19 @@ class TrainConfig:
     """AdamW: decoupled weight decay."""
     clip_norm: float | None = 0.3
     """Largest norm of the gradient (null: no clipping)."""
-    compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Type of the activations. float16 (for GPUs without fast bfloat16) scales the loss."""
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the activations; float16 scales the loss. Null: what the device is fastest in,
+    bfloat16, or float16 on GPUs before compute capability 8.0 (such as T4), or float32 on CPUs. A
+    run keeps the type that it began with."""
+    attention: Literal["xla", "cudnn"] | None = None
+    """How attention is computed. Null: by cuDNN's flash attention where it can serve (an NVIDIA GPU
+    of compute capability 8.0 or more, half precision, rows that are not packed), else by XLA, some
+    queries after the others."""
     remat: bool = True
     """Recompute the activations of a layer in the backward pass instead of keeping them."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's moments in pinned memory of the host (QLoRA's paged optimizer): less
+    memory on the device, the same result; a step waits while they travel."""
     loss_chunk: int = 1024
     """Positions whose logits exist at one time when the loss is computed."""
     eval_every: int = 0
@@ -362,9 +371,9 @@ def parse_flags(kind: type[Parsed], argv: Sequence[str], script: str) -> Parsed:
 
 
 def _switches(kind: type, prefix: str = "--") -> Iterator[str]:
-    """The flags that are true or false."""
+    """The flags that are true or false, or may be."""
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.type):
             yield from _switches(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
-        elif field.type is bool:
+        elif field.type in (bool, bool | str):
             yield prefix + field.name

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -14,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from irqlora_jax.checkpoint import write_text
-from irqlora_jax.config import Config, QuantConfig
+from irqlora_jax.config import Config
 from irqlora_jax.data import Example
-from irqlora_jax.llama_config import LlamaConfig
 
 _DATA = "data.json"
 # What may differ between the run that started a folder and the one that goes on with it.
@@ -29,6 +27,8 @@ _MAY_CHANGE = (
     "train.save_every",
     "train.keep_checkpoints",
     "train.early_stopping",
+    "train.offload_optimizer",
+    "train.attention",
 )
 
 
@@ -103,13 +103,6 @@ def check_writable(folder: Path) -> None:
             f"output_dir = '{folder}': nothing can be written there ({error.strerror}); accepted "
             "is a folder that you may write to, on a disk with room"
         ) from error
-
-
-def least_bytes(llama: LlamaConfig, quant: QuantConfig) -> int:
-    """Bytes that a base takes at least: the codes, and embeddings in half precision."""
-    bits = 16 if quant.format == "none" else int(quant.format[-1])
-    linear = llama.num_hidden_layers * sum(map(math.prod, llama.linear_shapes.values()))
-    return linear * bits // 8 + 2 * llama.vocab_size * llama.hidden_size
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -6,12 +6,12 @@ of Hugging Face. A model is a value: it keeps no arrays, so everything is passed
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from irqlora_jax.adapters import METHODS
 from irqlora_jax.attention import (
@@ -28,6 +28,7 @@ from irqlora_jax.sharding import SPLIT_INPUTS, gather, split_activation
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION_NAMES = LINEAR_NAMES[:4]
+AttentionName = Literal["xla", "cudnn"]
 Initializer = Callable[..., Array]
 Cache = dict[str, Array]
 """Keys and values of the tokens seen: "k", "v" [layer, batch, slot, kv_head, head_dim], and
@@ -109,7 +110,7 @@ class AdaptedLinear(nn.Module):
         params = {name: self.param(name, lambda key, name=name: fresh(key)[name]) for name in names}
         dropped = nn.Dropout(adapter.dropout)(x, deterministic=self.deterministic)
         params = gather(params, self.name)
-        y = y + method.apply(params, x, dropped) * (adapter.alpha / adapter.rank)
+        y = y + method.apply(params, x, dropped, adapter.alpha / adapter.rank)
         return split_activation(y, not split_inputs)
 
 
@@ -118,6 +119,7 @@ class _Block(nn.Module):
 
     config: LlamaConfig
     adapter: AdapterConfig | None
+    attention: AttentionName | None
     deterministic: bool
 
     def linear(self, name: str, x: Array) -> Array:
@@ -135,18 +137,18 @@ class Attention(_Block):
         cache: Cache | None,
         layer: Int[Array, ""],
         rope: tuple[Array, Array],
-        positions: Int[Array, "batch seq"],
-        mask: Bool[Array, "batch_or_1 1 seq slots"],
+        slots: Int[Array, "batch seq"] | None,
+        segment_ids: Int[Array, "batch seq"] | None,
     ) -> tuple[Float[Array, "batch seq hidden"], Cache | None]:
         def heads(name: str) -> Array:
             return self.linear(name, x).reshape(*x.shape[:2], -1, self.config.head_dim)
 
         q, k, v = rotate(heads("q_proj"), *rope), rotate(heads("k_proj"), *rope), heads("v_proj")
         if cache is not None:
-            slots = (layer, jnp.arange(x.shape[0])[:, None], positions)
-            cache = {"k": cache["k"].at[slots].set(k), "v": cache["v"].at[slots].set(v)}
+            new = (layer, jnp.arange(x.shape[0])[:, None], slots)
+            cache = {"k": cache["k"].at[new].set(k), "v": cache["v"].at[new].set(v)}
             k, v = cache["k"][layer], cache["v"][layer]
-        y = attend(q, k, v, mask)
+        y = attend(q, k, v, slots, segment_ids, self.attention)
         return self.linear("o_proj", y.reshape(*x.shape[:2], -1)), cache
 
 
@@ -168,19 +170,19 @@ class Layer(_Block):
         carry: tuple[Float[Array, "batch seq hidden"], Cache | None],
         layer: Int[Array, ""],
         rope: tuple[Array, Array],
-        positions: Int[Array, "batch seq"],
-        mask: Bool[Array, "batch_or_1 1 seq slots"],
+        slots: Int[Array, "batch seq"] | None,
+        segment_ids: Int[Array, "batch seq"] | None,
     ) -> tuple[tuple[Float[Array, "batch seq hidden"], Cache | None], None]:
         def norm(name: str, x: Array) -> Array:
             weight = Weight((self.config.hidden_size,), nn.initializers.ones, name=name)()
             return rms_norm(x, weight, self.config.rms_norm_eps)
 
-        settings = (self.config, self.adapter, self.deterministic)
+        settings = (self.config, self.adapter, self.attention, self.deterministic)
         # The cache of all layers is carried and written to in place: stacking new ones would copy.
         x, cache = carry
         x = split_activation(x)
         attention = Attention(*settings, name="self_attn")
-        y, cache = attention(norm("input_layernorm", x), cache, layer, rope, positions, mask)
+        y, cache = attention(norm("input_layernorm", x), cache, layer, rope, slots, segment_ids)
         x = x + y
         x = x + MLP(*settings, name="mlp")(norm("post_attention_layernorm", x))
         return (x, cache), None
@@ -199,6 +201,7 @@ class Llama(nn.Module):
         remat: recompute each layer in the backward pass instead of keeping its activations.
         unroll: layers that one turn of the compiled loop computes. More than 1 compiles longer and
             is faster where layers are tiny.
+        attention: implementation of `attend`; None is the fastest that the device has.
     """
 
     config: LlamaConfig
@@ -206,6 +209,7 @@ class Llama(nn.Module):
     compute_dtype: str = "float32"
     remat: bool = False
     unroll: int = 1
+    attention: AttentionName | None = None
 
     def __call__(
         self,
@@ -309,13 +313,8 @@ class Llama(nn.Module):
             accepted = ", ".join(COMPUTE_DTYPES)
             raise ValueError(f"compute_dtype = {self.compute_dtype!r}: accepted is {accepted}")
         index = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-        mask = jnp.tri(tokens.shape[1], dtype=bool)[None, None]
         if cache is not None:
             positions = index + cache["length"][:, None]
-            seen = jnp.arange(cache["k"].shape[2])[None, None, :] <= positions[:, :, None]
-            mask = seen[:, None]
-        elif segment_ids is not None:
-            mask &= (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
         if positions is None:
             positions = index if segment_ids is None else segment_positions(segment_ids)
         angles = positions[:, :, None].astype(jnp.float32) * rope_frequencies(config)[None, None, :]
@@ -330,11 +329,12 @@ class Llama(nn.Module):
             split_rngs={"params": True, "dropout": True},
             unroll=self.unroll,
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
-        )(config, self.adapter, deterministic, name="layers")
-        slots = None if cache is None else {"k": cache["k"], "v": cache["v"]}
+        )(config, self.adapter, self.attention, deterministic, name="layers")
+        stored = None if cache is None else {"k": cache["k"], "v": cache["v"]}
+        slots = None if cache is None else positions
         numbers = jnp.arange(config.num_hidden_layers)
-        (x, slots), _ = layers((x, slots), numbers, rope, positions, mask)
+        (x, stored), _ = layers((x, stored), numbers, rope, slots, segment_ids)
         norm = Weight((config.hidden_size,), nn.initializers.ones, name="norm")()
         x = rms_norm(x, norm, config.rms_norm_eps)
         head = embeddings if config.tie_word_embeddings else Weight(table, name="lm_head")()
-        return x, head, slots
+        return x, head, stored

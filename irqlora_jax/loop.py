@@ -19,13 +19,13 @@ from jaxtyping import Array, Bool
 from irqlora_jax import report
 from irqlora_jax.checkpoint import Base, Checkpoints
 from irqlora_jax.config import Config
-from irqlora_jax.data import Example, make_batches
+from irqlora_jax.data import Example, ahead, make_batches
 from irqlora_jax.evaluate import Question, evaluation_loss
 from irqlora_jax.llama import Llama
 from irqlora_jax.metrics import MetricsLog
 from irqlora_jax.samples import Samples, answer_samples
-from irqlora_jax.sharding import put_batch, tree_shardings
-from irqlora_jax.step import TrainState, learning_rate, train_step
+from irqlora_jax.sharding import put_batch
+from irqlora_jax.step import TrainState, make_step
 from irqlora_jax.stop import Stop
 
 
@@ -79,13 +79,7 @@ def train(
         *(job.examples, job.config.data, settings.batch_size, job.config.seed),
         job.model.config.max_position_embeddings,
     )
-    advance = jax.jit(
-        functools.partial(
-            train_step, model=job.model, optimizer=job.optimizer, config=job.config.train
-        ),
-        donate_argnums=0,
-        out_shardings=(tree_shardings(job.mesh, state), None),
-    )
+    advance = make_step(job.mesh, state, model=job.model, optimizer=job.optimizer, config=settings)
     bar = tqdm(
         total=settings.steps,
         initial=first,
@@ -98,13 +92,17 @@ def train(
         with tqdm.external_write_mode():
             say(text)
 
+    def prepare(step: int) -> tuple[int, list[int], dict[str, Array]]:
+        return step + 1, batches.indices(step), put_batch(job.mesh, batches[step])
+
     meter = _Meter(job, log, checkpoints, bar)
     early = _patience_is_over(job, log)
-    with bar, Stop() as stop:
-        for step in range(first, first if early else settings.steps):
-            state, metrics = advance(state, base, put_batch(job.mesh, batches[step]))
-            done = step + 1
-            meter.put(done, batches.indices(step), metrics)
+    steps = range(first, first if early else settings.steps)
+    with bar, Stop() as stop, contextlib.closing(ahead(prepare, steps)) as prepared:
+        for done, indices, batch in prepared:
+            meter.mark_start()
+            state, metrics = advance(state, base, batch)
+            meter.put(done, indices, metrics)
             last = done == settings.steps
             evaluates = last or _is_due(settings.eval_every, done)
             saves = last or _is_due(settings.save_every, done)
@@ -176,9 +174,14 @@ def _evaluate(job: Job, variables: dict[str, Any]) -> dict[str, Any]:
 
 
 @jax.jit
-def _all_finite(tree: Any) -> Bool[Array, ""]:
+def _is_finite(x: Array) -> Bool[Array, ""]:
+    return jnp.isfinite(jax.device_put(x, jax.memory.Space.Device)).all()
+
+
+def _all_finite(tree: Any) -> bool:
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
+    # One by one: moments that lie in the memory of the host may not fit on the device together.
+    return bool(jnp.stack([_is_finite(x) for x in floats]).all())
 
 
 def _require_finite(state: TrainState, done: int, checkpoints: Checkpoints) -> None:
@@ -201,10 +204,20 @@ class _Meter:
 
     def __init__(self, job: Job, log: MetricsLog, checkpoints: Checkpoints, bar: Any) -> None:
         self._job, self._log, self._checkpoints, self._bar = job, log, checkpoints, bar
-        self._schedule = learning_rate(job.config.train)
         self._waiting: tuple[int, list[int], dict[str, Array]] | None = None
         self._since: float | None = None  # the first step, which compiles, is not timed
         self._tokens = 0
+        self._fetched = math.inf  # when the host last had to wait for the device
+        self._idle = 0.0
+
+    def mark_start(self) -> None:
+        """To be called right before a step is started.
+
+        If the step before has ended by then, the device has been idle: for how long cannot be told,
+        but not before the host was last seen waiting for it. All of that counts.
+        """
+        if self._waiting is None or self._waiting[2]["loss"].is_ready():  # type: ignore[attr-defined]
+            self._idle += max(0.0, time.perf_counter() - self._fetched)
 
     def put(self, step: int, indices: list[int], metrics: dict[str, Array]) -> None:
         """Takes the metrics of a step that has been started, and fetches those of the one before.
@@ -223,8 +236,9 @@ class _Meter:
         self._fetch()
         started = time.perf_counter()
         yield
+        self._fetched = time.perf_counter()
         if self._since is not None:
-            self._since += time.perf_counter() - started
+            self._since += self._fetched - started
 
     def _fetch(self) -> None:
         if self._waiting is None:
@@ -234,7 +248,7 @@ class _Meter:
         values = {name: float(value) for name, value in metrics.items()}
         self._check(step, indices, values)
         self._bar.update()
-        now = time.perf_counter()
+        now = self._fetched = time.perf_counter()
         if self._since is None:
             self._since = now
         else:
@@ -242,12 +256,14 @@ class _Meter:
         config = self._job.config
         if step % config.log.every and step != config.train.steps:
             return
-        values["learning_rate"] = float(jnp.asarray(self._schedule(step - 1)))
         speed = ""
         if self._tokens:
-            values["tokens_per_second"] = round(self._tokens / max(now - self._since, 1e-9), 1)
+            seconds = max(now - self._since, 1e-9)
+            values["tokens_per_second"] = round(self._tokens / seconds, 1)
+            values["device_share"] = round(max(0.0, 1 - self._idle / seconds), 4)
             speed = f", {values['tokens_per_second']:,.0f} tokens/s"
-        self._since, self._tokens = now, 0
+            speed += f", device {values['device_share']:.0%} busy"
+        self._since, self._tokens, self._idle = now, 0, 0.0
         memory = report.peak_memory()
         values["peak_memory"] = memory
         self._bar.set_postfix_str(

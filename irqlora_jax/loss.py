@@ -57,7 +57,9 @@ def row_cross_entropy(
     def add(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
         hidden, labels, counts = part
         logits = head_logits(hidden, head)
-        label_logits = jnp.take_along_axis(logits, labels[:, :, None], axis=-1)[:, :, 0]
+        # Not taken by index: the gradient would scatter into an array of all logits once more.
+        chosen = jnp.arange(head.shape[0])[None, None, :] == labels[:, :, None]
+        label_logits = jnp.where(chosen, logits, 0).sum(axis=-1)
         nll = jax.nn.logsumexp(logits, axis=-1) - label_logits
         return total + jnp.where(counts, nll, 0).sum(axis=1), None
 

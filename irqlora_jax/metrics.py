@@ -1,4 +1,18 @@
-"""What is measured while training, written down: JSON lines, TensorBoard, Weights & Biases."""
+"""What is measured while training, written down: JSON lines, TensorBoard, Weights & Biases.
+
+Every `log.every` steps:
+    loss                nats per target of the batch
+    grad_norm           of the gradient, before it is clipped
+    targets             tokens of the batch that count in the loss
+    learning_rate       of the step
+    loss_scale          with float16
+    tokens_per_second   since the line before, without evaluations and checkpoints
+    device_share        the least share of that time in which the device had a step to work on:
+                        where a step had ended before the next one was started, all the time counts
+                        as idle since the host last waited for the device
+    peak_memory         bytes, of the device, or of the process on a CPU
+and at evaluations eval_loss (nats per target), eval_seconds, eval_tokens_per_second and samples.
+"""
 
 import dataclasses
 import importlib

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from irqlora_jax.evaluate import Question, evaluation_loss, score_questions
 from irqlora_jax.llama import Llama, LlamaConfig
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.sharding import bytes_by_device
+from irqlora_jax.storage import linears, measure_base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,24 +38,6 @@ class Row:
     accuracy: float | None
     bits: float
     seconds: float | None
-
-
-def linears(base: Base) -> Iterator[Any]:
-    """The linear weights of a base, each stacked over the layers."""
-    for group in ("self_attn", "mlp"):
-        for linear in base["layers"][group].values():
-            yield linear["weight"]
-
-
-def bits_per_weight(base: Base) -> float:
-    """Stored bits per weight of the linear layers."""
-    weights = list(linears(base))
-    logical = [_layers(w) * w.shape[-1] * w.shape[-2] for w in weights]
-    return 8 * sum(w.nbytes for w in weights) / sum(logical)
-
-
-def _layers(weight: Any) -> int:
-    return weight.packed.shape[0] if isinstance(weight, QTensor) else weight.shape[0]
 
 
 def mean_entropy(base: Base) -> float | None:
@@ -85,7 +68,7 @@ def readable_size(size: int) -> str:
 def describe(config: Config, llama: LlamaConfig, base: Base, examples: int, mesh: Mesh) -> str:
     """What is about to happen, in two lines, and with several devices a third one."""
     adapter, train = config.adapter, config.train
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(base))
+    stored = measure_base(base)
     devices = ""
     if mesh.size > 1 or len(jax.devices()) > 1:
         axes = ", ".join(f"{name} {count}" for name, count in mesh.shape.items())
@@ -99,7 +82,7 @@ def describe(config: Config, llama: LlamaConfig, base: Base, examples: int, mesh
         quantized += " with ICQ" if config.quant.calibration == "icq" else " without calibration"
     return (
         f"{config.model}: {llama.num_hidden_layers} layers of {llama.hidden_size}, {quantized}, "
-        f"{bits_per_weight(base):.2f} bits a weight, {readable_size(size)} with embeddings\n"
+        f"{stored.bits:.2f} bits a weight, {readable_size(stored.total)} with embeddings\n"
         f"{adapter.method} of rank {adapter.rank}, {examples:,} examples, {train.steps:,} steps of "
         f"{train.batch_size} on {jax.devices()[0].device_kind}{devices}"
     )
@@ -137,7 +120,7 @@ class Scorer:
             size = max(self.batch_size, 64)
             accuracy = score_questions(model, variables, self.questions, size).accuracy
         base = variables["base"]
-        return Row(name, mean_entropy(base), loss, accuracy, bits_per_weight(base), seconds)
+        return Row(name, mean_entropy(base), loss, accuracy, measure_base(base).bits, seconds)
 
 
 def baselines(

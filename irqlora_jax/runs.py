@@ -13,9 +13,10 @@ import jax
 from irqlora_jax import hf, report
 from irqlora_jax.checkpoint import Checkpoints, load_base, read_base_config, read_source, save_base
 from irqlora_jax.config import Config, QuantConfig, QuantizeConfig
-from irqlora_jax.folder import check_space, check_writable, least_bytes
+from irqlora_jax.folder import check_space, check_writable
 from irqlora_jax.llama import Llama, LlamaConfig
 from irqlora_jax.step import init_state, make_optimizer
+from irqlora_jax.storage import abstract_base, measure_base
 
 BASE_FILE, TOKENIZER = "base.safetensors", "tokenizer"
 _GENERATION = "generation_config.json"
@@ -83,7 +84,7 @@ def load_run(
         config = Config.load(folder / "config.json")
     base, llama = load_base(folder / BASE_FILE)
     source = read_source(folder / BASE_FILE)
-    dtype = compute_dtype or (config.train.compute_dtype if config else "float32")
+    dtype = compute_dtype or (config and config.train.compute_dtype) or "float32"
     if config is None or not adapter:
         model = Llama(llama, compute_dtype=dtype)
         return Run(folder, config, model, {"params": {}, "base": base}, tokenizer, None, source)
@@ -161,7 +162,8 @@ def quantize_model(config: QuantizeConfig, say: Callable[[str], None] = print) -
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output_dir = '{folder}': exists; accepted is a new folder")
     check_writable(folder)
-    check_space(folder, least_bytes(hf.read_config(config.model), config.quant))
+    needed = measure_base(abstract_base(hf.read_config(config.model), config.quant)).total
+    check_space(folder, needed)
     tokenizer = hf.load_tokenizer(config.model)
     base, llama = hf.load_base(config.model, config.quant, progress=config.progress)
     folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +172,7 @@ def quantize_model(config: QuantizeConfig, say: Callable[[str], None] = print) -
     save_base(folder / BASE_FILE, base, llama, config.quant, config.model)
     size = report.readable_size((folder / BASE_FILE).stat().st_size)
     say(
-        f"{report.bits_per_weight(base):.2f} bits a weight, {size} in {folder}; next:\n"
+        f"{measure_base(base).bits:.2f} bits a weight, {size} in {folder}; next:\n"
         f"  irqlora train --config FILE --model {folder}"
     )
 

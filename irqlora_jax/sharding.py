@@ -8,6 +8,7 @@ are copied to all devices.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ SPLIT_INPUTS = ("o_proj", "down_proj")
 Axes = tuple[str, ...]
 
 
-def make_mesh(config: MeshConfig, rows: int) -> Mesh:
+def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the devices of this process.
 
     With `mesh.data` null it takes as many devices as divide the rows.
@@ -35,11 +36,12 @@ def make_mesh(config: MeshConfig, rows: int) -> Mesh:
     Args:
         config: sizes of the axes.
         rows: of the batches that are computed at one time.
+        devices: others than those of this process.
 
     Raises:
         ValueError: more devices than there are; rows that cannot be split.
     """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     inner = config.fsdp * config.tensor
     data = config.data
     if data is None:
@@ -138,12 +140,12 @@ def _fitting(mesh: Mesh | AbstractMesh, size: int, axes: Axes) -> Axes | None:
     return taken or None
 
 
-def sharding(mesh: Mesh, path: Axes, shape: tuple[int, ...]) -> NamedSharding:
+def sharding(mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...]) -> NamedSharding:
     """`spec` on its mesh."""
     return NamedSharding(mesh, spec(mesh, path, shape))
 
 
-def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+def tree_shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """The sharding of every array of a tree (base, adapters or training state)."""
 
     def rule(path: Any, leaf: Any) -> NamedSharding:
@@ -199,6 +201,17 @@ def gather(tree: Any, name: str) -> Any:
 
 def _names(path: Any) -> Axes:
     return tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays, or of shapes; where those have shardings, on each device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.shape
+        if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is not None:
+            shape = leaf.sharding.shard_shape(shape)
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total
 
 
 def bytes_by_device(tree: Any) -> dict[Any, int]:

@@ -8,12 +8,13 @@ from typing import Any, no_type_check
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float32, Int32, UInt32
 
 from irqlora_jax.checkpoint import Base
-from irqlora_jax.config import TrainConfig
+from irqlora_jax.config import AdapterConfig, TrainConfig
 from irqlora_jax.llama import Llama, head_weight
+from irqlora_jax.llama_config import LlamaConfig
 from irqlora_jax.loss import cross_entropy
 from irqlora_jax.sharding import tree_shardings
 
@@ -58,17 +59,26 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW."""
-    adamw = optax.adamw(
+    """AdamW, number by number; clipping, which needs all of them, is part of `train_step`."""
+    return optax.adamw(
         learning_rate(config),
         b1=config.beta1,
         b2=config.beta2,
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
-    if config.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def make_model(llama: LlamaConfig, adapter: AdapterConfig, train: TrainConfig) -> Llama:
+    """The model that a run trains; its type of activations is settled (`devices.resolve`)."""
+    assert train.compute_dtype is not None
+    return Llama(
+        llama,
+        adapter=adapter,
+        compute_dtype=train.compute_dtype,
+        remat=train.remat,
+        attention=train.attention,
+    )
 
 
 def init_state(model: Llama, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
@@ -92,9 +102,28 @@ def make_state(
     )
 
 
-def sharded_state(mesh: Mesh, init: Callable[[], TrainState]) -> TrainState:
-    """A new state, each part made where it belongs."""
-    shardings = tree_shardings(mesh, jax.eval_shape(init))
+def state_shardings(mesh: Mesh | AbstractMesh, state: TrainState, offload: bool) -> TrainState:
+    """Where each array of a state lies.
+
+    Args:
+        mesh: of `make_mesh`.
+        state: arrays, or their shapes.
+        offload: keep the moments of the optimizer in pinned memory of the host.
+    """
+    shardings: TrainState = tree_shardings(mesh, state)
+    if not offload:
+        return shardings
+    host = jax.tree.map(
+        lambda x, where: where.with_memory_kind("pinned_host") if _is_offloaded(x) else where,
+        state.opt_state,
+        shardings.opt_state,
+    )
+    return dataclasses.replace(shardings, opt_state=host)
+
+
+def sharded_state(mesh: Mesh, init: Callable[[], TrainState], offload: bool = False) -> TrainState:
+    """A new state, each part made where it belongs (`state_shardings`)."""
+    shardings = state_shardings(mesh, jax.eval_shape(init), offload)
     return jax.jit(init, out_shardings=shardings)()
 
 
@@ -135,7 +164,7 @@ def train_step(
 
     Returns:
         The next state, and the loss (nats per target), the norm of the gradient before clipping,
-        the number of targets and, with float16, the loss scale.
+        the number of targets, the learning rate and, with float16, the loss scale.
     """
     scaled = config.compute_dtype == "float16"
     scale = state.loss_scale if scaled else jnp.float32(1)
@@ -164,31 +193,103 @@ def train_step(
         ((nll, count), grads), _ = jax.lax.scan(add, zeros, (parts, keys))
     grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
     norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.adapters)
-    new = dataclasses.replace(
-        state,
-        adapters=optax.apply_updates(state.adapters, updates),
-        opt_state=opt_state,
-        step=state.step + 1,
-    )
-    metrics = {"loss": nll / total, "grad_norm": norm, "targets": count}
-    if scaled:
-        new = _after_scaling(state, new, jnp.isfinite(norm))
+    finite = jnp.isfinite(norm) if scaled else None
+
+    def update(grads: Any, opt_state: Any, adapters: Any) -> tuple[Any, Any]:
+        if config.clip_norm is not None:
+            grads = _clip(grads, norm, config.clip_norm)
+        updates, new = optimizer.update(grads, opt_state, adapters)
+        pair = optax.apply_updates(adapters, updates), new
+        if finite is None:
+            return pair
+        return jax.tree.map(functools.partial(jnp.where, finite), pair, (adapters, opt_state))
+
+    if config.offload_optimizer:
+        update = functools.partial(_update_by_layer, update)
+    adapters, opt_state = update(grads, state.opt_state, state.adapters)
+    new = dataclasses.replace(state, adapters=adapters, opt_state=opt_state, step=state.step + 1)
+    rate = jnp.asarray(learning_rate(config)(state.step), jnp.float32)
+    metrics = {"loss": nll / total, "grad_norm": norm, "targets": count, "learning_rate": rate}
+    if finite is not None:
+        new = _adapt_scale(new, finite)
         metrics["loss_scale"] = scale
     return new, metrics
 
 
-def _after_scaling(old: TrainState, new: TrainState, finite: Array) -> TrainState:
-    good = jnp.where(finite, old.good_steps + 1, 0)
-    double = good >= _GOOD_STEPS
-    scale = jnp.where(
-        finite, jnp.where(double, old.loss_scale * 2, old.loss_scale), old.loss_scale / 2
+def make_step(
+    mesh: Mesh | AbstractMesh,
+    state: TrainState,
+    *,
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+) -> Any:
+    """`train_step`, compiled: (state, base, batch) to the next state, in the place of the old one.
+
+    Args:
+        mesh: of `make_mesh`.
+        state: arrays, or their shapes.
+        model, optimizer, config: as `train_step`.
+    """
+    shardings = state_shardings(mesh, state, config.offload_optimizer)
+    return jax.jit(
+        functools.partial(train_step, model=model, optimizer=optimizer, config=config),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
     )
-    keep = lambda a, b: jnp.where(finite, a, b)  # noqa: E731
+
+
+def _clip(grads: Any, norm: Array, largest: float) -> Any:
+    """Gradients, or some of them, where all of them together have this norm."""
+    clip = lambda g: jnp.where(norm < largest, g, g / norm.astype(g.dtype) * largest)  # noqa: E731
+    return jax.tree.map(clip, grads)
+
+
+def _update_by_layer(
+    update: Callable[[Any, Any, Any], tuple[Any, Any]], grads: Any, opt_state: Any, adapters: Any
+) -> tuple[Any, Any]:
+    """`update`, with moments that lie in the memory of the host (`state_shardings`).
+
+    They visit the device a layer at a time, so that they never take room there all at once, and
+    are written back in place. AdamW goes number by number, so the result is the same.
+    """
+
+    def advance(layer: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        def read(x: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+
+        def write(x: Array, y: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(x, y, layer, 0)
+
+        def fetch(x: Array, first: Array) -> Array:
+            # Every layer counts the same step: from the number before it.
+            return jax.device_put(read(x), jax.memory.Space.Device) if x.ndim else first
+
+        def store(x: Array, y: Array) -> Array:
+            y = jax.device_put(y, jax.memory.Space.Host) if _is_offloaded(x) else y
+            return write(x, y) if x.ndim else y
+
+        old = [jax.tree.map(read, tree) for tree in (grads, carry[0])]
+        state = jax.tree.map(fetch, carry[1], opt_state)
+        new, new_state = update(old[0], state, old[1])
+        return jax.tree.map(write, carry[0], new), jax.tree.map(store, carry[1], new_state)
+
+    layers = jax.tree.leaves(adapters)[0].shape[0]
+    return jax.lax.fori_loop(0, layers, advance, (adapters, opt_state))
+
+
+def _is_offloaded(leaf: Any) -> bool:
+    """Whether an array of the optimizer's state is worth moving: a moment of a matrix."""
+    return leaf.ndim > 1
+
+
+def _adapt_scale(new: TrainState, finite: Array) -> TrainState:
+    """The scale of the loss after a step that did or did not overflow."""
+    good = jnp.where(finite, new.good_steps + 1, 0)
+    double = good >= _GOOD_STEPS
+    grown = jnp.where(double, new.loss_scale * 2, new.loss_scale)
     return dataclasses.replace(
         new,
-        adapters=jax.tree.map(keep, new.adapters, old.adapters),
-        opt_state=jax.tree.map(keep, new.opt_state, old.opt_state),
-        loss_scale=jnp.clip(scale, 1, 2.0**24),
+        loss_scale=jnp.clip(jnp.where(finite, grown, new.loss_scale / 2), 1, 2.0**24),
         good_steps=jnp.where(double, 0, good),
     )

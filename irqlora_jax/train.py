@@ -13,6 +13,7 @@ from irqlora_jax import hf, report, runs
 from irqlora_jax.checkpoint import Base, Checkpoints, load_base, save_base, write_text
 from irqlora_jax.config import Config
 from irqlora_jax.data import Example, hold_out, load_examples
+from irqlora_jax.devices import resolve
 from irqlora_jax.evaluate import load_questions
 from irqlora_jax.folder import (
     Fingerprint,
@@ -20,10 +21,8 @@ from irqlora_jax.folder import (
     check_folder,
     check_space,
     fingerprint,
-    least_bytes,
     save_data,
 )
-from irqlora_jax.llama import Llama
 from irqlora_jax.loop import Job, train
 from irqlora_jax.metrics import MetricsLog, check_packages
 from irqlora_jax.samples import read_samples
@@ -31,10 +30,12 @@ from irqlora_jax.sharding import check_mesh, make_mesh
 from irqlora_jax.step import TrainState as TrainState
 from irqlora_jax.step import init_state as init_state
 from irqlora_jax.step import learning_rate as learning_rate
+from irqlora_jax.step import make_model
 from irqlora_jax.step import make_optimizer as make_optimizer
 from irqlora_jax.step import make_state as make_state
 from irqlora_jax.step import sharded_state as sharded_state
 from irqlora_jax.step import train_step as train_step
+from irqlora_jax.storage import abstract_base, measure_base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ def run(config: Config, say: Callable[[str], None] = print) -> RunResult:
         SystemExit: a signal came; 128 + its number (130 for SIGINT, 143 for SIGTERM).
     """
     check_packages(config.log)
+    config = dataclasses.replace(config, train=resolve(config.train, jax.devices()[0]))
     folder = Path(config.output_dir)
     resumed = check_folder(folder, config)
     job = _read_job(config, folder if resumed else config.model)
@@ -78,7 +80,7 @@ def run(config: Config, say: Callable[[str], None] = print) -> RunResult:
     if resumed:
         check_data(folder, config, data)
     elif not runs.is_base(config.model):
-        check_space(folder, least_bytes(job.model.config, config.quant))
+        check_space(folder, measure_base(abstract_base(job.model.config, config.quant)).total)
     with jax.set_mesh(job.mesh):
         started = time.perf_counter()
         base = _read_base(job, folder if resumed else config.model)
@@ -99,7 +101,8 @@ def _finetune(
     job: Job, base: Base, folder: Path, quantize_seconds: float | None, say: Callable[[str], None]
 ) -> RunResult:
     config, model = job.config, job.model
-    state = sharded_state(job.mesh, lambda: init_state(model, job.optimizer, config.seed))
+    offload = config.train.offload_optimizer
+    state = sharded_state(job.mesh, lambda: init_state(model, job.optimizer, config.seed), offload)
     with Checkpoints(folder, config.train.keep_checkpoints) as checkpoints:
         latest = checkpoints.latest()
         if latest is not None:
@@ -166,12 +169,7 @@ def _read_job(config: Config, source: str | Path) -> Job:
             f"model = '{config.model}': its tokenizer gives token {highest}, its embedding has "
             f"{llama.vocab_size} rows; accepted is a tokenizer that belongs to the model"
         )
-    model = Llama(
-        llama,
-        adapter=config.adapter,
-        compute_dtype=config.train.compute_dtype,
-        remat=config.train.remat,
-    )
+    model = make_model(llama, config.adapter, config.train)
     optimizer = make_optimizer(config.train)
     return Job(config, mesh, model, optimizer, examples, eval_examples, questions, samples)
 

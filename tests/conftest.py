@@ -1,6 +1,10 @@
 """Strict arithmetic and several devices for every test."""
 
+import os
 from pathlib import Path
+
+# Before jax reads it: nothing is written into the user's home, by this process or its children.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax
 import pytest

@@ -54,9 +54,13 @@ def test_fold_is_exact(in_features: int, out_features: int, rank: int) -> None:
     }
     x = jax.random.normal(keys[4], (5, in_features))
     with jax.default_matmul_precision("highest"):
-        elastic = np.asarray(iec.apply(params, x, x))
-        folded = np.asarray(lora.apply(iec.fold(params), x, x))
-    assert np.abs(elastic - folded).max() <= 1e-5 * np.abs(elastic).max()
+        u = x @ params["lora_A"].T + params["beta1"] * iec.spread(x, rank)  # eq. 12
+        elastic = u @ params["lora_B"].T + params["beta2"] * iec.spread(u, out_features)  # eq. 13
+        folded = lora.apply(iec.fold(params), x, x)
+        whole = iec.apply(params, x, x)
+        with_dropout = iec.apply(params, x, x + 0, 0.5) * 2  # another array: not folded into A
+    for other in (folded, whole, with_dropout):
+        assert float(jnp.abs(elastic - other).max()) <= 1e-5 * float(jnp.abs(elastic).max())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,5 +1,7 @@
 """Every example comes once per epoch, in batches that are a function of the step alone."""
 
+import contextlib
+import threading
 from collections import Counter
 
 import jax
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irqlora_jax.config import AdapterConfig, DataConfig
-from irqlora_jax.data import Batches, Example, eval_batches, hold_out, make_batches
+from irqlora_jax.data import Batches, Example, ahead, eval_batches, hold_out, make_batches
 from irqlora_jax.data.packing import pack, pad_packed
 from irqlora_jax.llama import Llama, LlamaConfig, head_weight
 from irqlora_jax.loss import cross_entropy
@@ -289,3 +291,46 @@ def test_packed_batches_have_the_loss_and_gradient_of_the_examples():
     one_segment = {"segment_ids": np.ones_like(packed[0]["segment_ids"])}
     merged, _ = loss(variables["params"], packed[0] | one_segment)
     assert abs(float(merged - wanted)) > 1e-2
+
+
+def batch_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+def test_the_next_is_made_while_one_is_used() -> None:
+    made = [threading.Event() for _ in range(4)]
+
+    def make(step: int) -> tuple[int, str]:
+        made[step].set()
+        return step, threading.current_thread().name
+
+    for step, (got, thread) in enumerate(ahead(make, range(4))):
+        assert got == step and thread.startswith("batches")
+        if step < 3:
+            assert made[step + 1].wait(10)
+    assert not batch_threads()
+    assert list(ahead(make, range(0))) == []
+
+
+def test_an_error_in_the_thread_comes_up_as_itself_in_its_place() -> None:
+    def make(step: int) -> int:
+        if step == 2:
+            raise OSError("no such file")
+        return step
+
+    seen = []
+    with pytest.raises(OSError, match="no such file"):
+        for step in ahead(make, range(5)):
+            seen.append(step)
+    assert seen == [0, 1]
+    assert not batch_threads()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_no_thread_is_left_behind(error: type[BaseException]) -> None:
+    with pytest.raises(error), contextlib.closing(ahead(lambda step: step, range(100))) as steps:
+        for step in steps:
+            if step == 3:
+                assert len(batch_threads()) == 1
+                raise error
+    assert not batch_threads()

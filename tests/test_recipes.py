@@ -4,17 +4,16 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from architectures import MODELS
 
 from irqlora_jax.config import Config, MeshConfig, QuantConfig
 from irqlora_jax.llama import Llama
-from irqlora_jax.llama_config import LlamaConfig, RopeScaling
-from irqlora_jax.quant.qtensor import _quantize
 from irqlora_jax.sharding import check_mesh, make_mesh
+from irqlora_jax.storage import abstract_base
 from irqlora_jax.train import init_state, make_optimizer, train_step
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
@@ -22,33 +21,6 @@ pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-def llama(hidden: int, wide: int, layers: int, heads: int, **more: Any) -> LlamaConfig:
-    fields: dict[str, Any] = {"vocab_size": 32000, "num_key_value_heads": heads} | more
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=wide,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        head_dim=hidden // heads,
-        max_position_embeddings=2048,
-        **fields,
-    )
-
-
-# The published architectures. LLaMA2 7B and 13B differ from LLaMA in their context alone.
-MODELS = {
-    "7b": llama(4096, 11008, 32, 32),
-    "13b": llama(5120, 13824, 40, 40),
-    "30b": llama(6656, 17920, 60, 52),
-    "65b": llama(8192, 22016, 80, 64),
-    "llama3": llama(4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128256),
-    "llama3.1": llama(
-        *(4096, 14336, 32, 32),
-        num_key_value_heads=8,
-        vocab_size=128256,
-        rope_scaling=RopeScaling("llama3", 8.0),
-    ),
-}
 PARAMETERS = {"7b": 6.74e9, "13b": 13.02e9, "30b": 32.53e9, "65b": 65.29e9, "llama3": 8.03e9}
 RECIPES = {
     "alpaca-7b": ("7b", "13b"),
@@ -59,39 +31,6 @@ RECIPES = {
     "qlora-alpaca-7b": ("7b",),
     "guanaco-7b": ("7b", "65b"),
 }
-
-
-@functools.cache
-def packed(shape: tuple[int, int], quant: QuantConfig) -> Any:
-    weight = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    return jax.eval_shape(functools.partial(_quantize, config=quant), weight, None)
-
-
-def abstract_base(config: LlamaConfig, quant: QuantConfig) -> Any:
-    def array(*shape: int) -> Any:
-        return {"weight": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
-
-    def stacked(name: str) -> Any:
-        depth = config.num_hidden_layers
-        weight = packed(config.linear_shapes[name], quant)
-        add = lambda x: jax.ShapeDtypeStruct((depth, *x.shape), x.dtype)  # noqa: E731
-        return {"weight": jax.tree.map(add, weight)}
-
-    norm = array(config.num_hidden_layers, config.hidden_size)
-    table = array(config.vocab_size, config.hidden_size)
-    attention = {name: stacked(name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    mlp = {name: stacked(name) for name in ("gate_proj", "up_proj", "down_proj")}
-    return {
-        "embed_tokens": table,
-        "layers": {
-            "self_attn": attention,
-            "mlp": mlp,
-            "input_layernorm": norm,
-            "post_attention_layernorm": norm,
-        },
-        "norm": array(config.hidden_size),
-        "lm_head": table,
-    }
 
 
 def test_the_architectures_have_the_published_sizes() -> None:
@@ -113,7 +52,7 @@ def test_the_step_of_every_recipe_builds_at_full_size(recipe: str, size: str) ->
     model = Llama(
         architecture,
         adapter=config.adapter,
-        compute_dtype=settings.compute_dtype,
+        compute_dtype=settings.compute_dtype or "bfloat16",
         remat=settings.remat,
     )
     optimizer = make_optimizer(settings)

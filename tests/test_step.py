@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_step import LAYERS, SHAPES, step_and_shapes
 
 from irqlora_jax.config import AdapterConfig, QuantConfig, TrainConfig
 from irqlora_jax.llama import Llama, LlamaConfig
@@ -141,3 +143,25 @@ def test_the_step_lowers_for_a_gpu() -> None:
     exported = jax.export.export(step, platforms=["cuda"])(state, base, batch)
     assert exported.platforms == ("cuda",)
     assert "stablehlo.while" in exported.mlir_module()  # the scan over the layers
+
+
+def test_the_backward_scan_dequantizes_each_weight_once() -> None:
+    """The rematerialized forward pass and the gradient of the input share it, and no weight
+    outlives its layer."""
+    step, *shapes = step_and_shapes("float32")
+    program = hlo.parse(jax.jit(step).lower(*shapes).compile().as_text())
+    assert sorted(hlo.dequantized(program, LAYERS).values()) == [7, 7]
+    assert not hlo.stacked_floats(program, LAYERS, SHAPES)
+
+
+def test_a_large_vocabulary_costs_no_full_logits() -> None:
+    """LLaMA3's 128,256 words: logits exist for a chunk of the tokens, the output matrix once."""
+    vocab, hidden, chunk = 128_256, 16, 32
+    llama = dataclasses.replace(
+        LLAMA, vocab_size=vocab, hidden_size=hidden, intermediate_size=24, head_dim=8
+    )
+    step, *shapes = step_and_shapes("float32", llama, rows=2, length=128, chunk=chunk)
+    program = hlo.parse(jax.jit(step).lower(*shapes).compile().as_text())
+    sizes = {n for one in hlo.stored(program) for _, n in one.types}
+    assert max(sizes) == chunk * vocab
+    assert hidden * vocab not in sizes

@@ -317,6 +317,7 @@ def test_the_log_has_what_evaluations_are_about(worsening: Path) -> None:
     assert all(row["grad_norm"] > 0 and row["peak_memory"] > 2**20 for row in steps)
     assert "tokens_per_second" not in steps[0]  # that is when the program was compiled
     assert all(row["tokens_per_second"] > 0 for row in steps[1:])
+    assert all(0 <= row["device_share"] <= 1 for row in steps[1:])
     model = load_run(worsening)
     prompt = model.tokenizer("question what is")["input_ids"]
     eos = model.model.config.eos_token_ids

@@ -41,12 +41,22 @@ def spread(x: Float[Array, "*batch n"], size: int) -> Float[Array, "*batch size"
 
 
 def apply(
-    params: Params, x: Float[Array, "*batch in"], dropped: Float[Array, "*batch in"]
+    params: Params,
+    x: Float[Array, "*batch in"],
+    dropped: Float[Array, "*batch in"],
+    scale: float = 1.0,
 ) -> Float[Array, "*batch out"]:
-    """U2(U1(x)). The connection sees x itself, not what dropout left of it (as released)."""
-    a, b, beta1, beta2 = (params[k].astype(x.dtype) for k in ("lora_A", "lora_B", "beta1", "beta2"))
+    """scale * U2(U1(x)). The connection sees x itself, not what dropout left of it (as released).
+
+    The connections are computed as part of A and B (`fold`), which are smaller than what they pass
+    on: alone, their gradients would read all outputs once more.
+    """
+    pair = fold({name: value.astype(jnp.float32) for name, value in params.items()})
+    if dropped is x:
+        return lora.apply(pair, x, x, scale)
+    a, b, beta1 = (p.astype(x.dtype) for p in (params["lora_A"], pair["lora_B"], params["beta1"]))
     u = split_activation(dropped @ a.T + beta1 * spread(x, a.shape[0]))
-    return u @ b.T + beta2 * spread(u, b.shape[0])
+    return lora.expand(u * scale, b)
 
 
 def fold(params: Params) -> Params:

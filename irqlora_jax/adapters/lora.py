@@ -2,7 +2,7 @@
 
 Every adapter method is one file with the same three functions:
     init(key, in_features, out_features, rank, dtype) -> parameters of one linear layer
-    apply(parameters, x, dropout_x) -> the update of the output, before alpha / rank
+    apply(parameters, x, dropout_x, alpha / rank) -> the update of the output
     fold(parameters) -> the plain pair {"lora_A", "lora_B"} that computes the same update
 """
 
@@ -34,12 +34,35 @@ def init(
 
 
 def apply(
-    params: Params, x: Float[Array, "*batch in"], dropped: Float[Array, "*batch in"]
+    params: Params,
+    x: Float[Array, "*batch in"],
+    dropped: Float[Array, "*batch in"],
+    scale: float = 1.0,
 ) -> Float[Array, "*batch out"]:
-    """B A x. `dropped` is x after dropout, which stands in front of A alone."""
+    """scale * B A x. `dropped` is x after dropout, which stands in front of A alone."""
     del x
     a, b = (params[name].astype(dropped.dtype) for name in ("lora_A", "lora_B"))
-    return split_activation(dropped @ a.T) @ b.T
+    return expand(split_activation(dropped @ a.T) * scale, b)
+
+
+@jax.custom_vjp
+def expand(u: Float[Array, "*batch rank"], b: Float[Array, "out rank"]) -> Array:
+    """u @ b^T. In the gradient of b it is the few features of u that are transposed, where jax
+    itself would have the gradient of all outputs transposed (CPUs do that in memory)."""
+    return u @ b.T
+
+
+def _expand_forward(u: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return u @ b.T, (u, b)
+
+
+def _expand_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    u, b = saved
+    rows, gradients = u.reshape(-1, u.shape[-1]), g.reshape(-1, g.shape[-1])
+    return g @ b, (rows.T @ gradients).T
+
+
+expand.defvjp(_expand_forward, _expand_backward)
 
 
 def fold(params: Params) -> Params:

@@ -1,7 +1,9 @@
 """Examples to batches, of few shapes so that few programs are compiled."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int
@@ -10,6 +12,7 @@ from irqlora_jax.config import DataConfig
 from irqlora_jax.data.examples import Example
 from irqlora_jax.data.packing import pack, pad_packed
 
+Item = TypeVar("Item")
 Batch = dict[str, np.ndarray]
 """{"tokens": int32 [batch, seq], "targets": bool [batch, seq]}, padded on the right; where rows
 hold several examples also "segment_ids": int32 [batch, seq], 1, 2, ... and 0 for padding."""
@@ -115,12 +118,41 @@ def make_batches(
     """
     if not config.packing:
         return Batches(examples, batch_size, seed, group_by_length=config.group_by_length)
-    length = config.packing_length
-    if length is None:
-        pair = config.source_length + config.target_length
-        length = config.sequence_length if config.format == "text" else pair
-        length = min(length, length if max_length is None else max_length)
+    length = longest_row(config, max_length)
     return Batches(examples, batch_size, seed, packing_length=length)
+
+
+def ahead(make: Callable[[int], Item], steps: Iterable[int]) -> Generator[Item, None, None]:
+    """make(step) for every step, each made in a thread while the one before is used.
+
+    What `make` raises comes up where its result would have. Close the iterator, and the thread has
+    ended.
+    """
+    with ThreadPoolExecutor(1, "batches") as worker:
+        waiting: Future[Item] | None = None
+        for step in steps:
+            following = worker.submit(make, step)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
+
+
+def longest_row(config: DataConfig, max_length: int | None = None) -> int:
+    """Tokens, padding included, of the longest row that a batch of this configuration can have.
+
+    Args:
+        config: `packing`, `packing_length`, and the lengths.
+        max_length: tokens that the model can see.
+    """
+    if config.packing and config.packing_length is not None:
+        return config.packing_length
+    pair = config.source_length + config.target_length
+    length = config.sequence_length if config.format == "text" else pair
+    length = min(length, length if max_length is None else max_length)
+    multiple = 64 if length >= 64 else 8
+    return length if config.packing else -(-length // multiple) * multiple
 
 
 def _grouped_order(

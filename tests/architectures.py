@@ -1,0 +1,34 @@
+"""The published LLaMA architectures."""
+
+from typing import Any
+
+from irqlora_jax.llama_config import LlamaConfig, RopeScaling
+
+
+def llama(hidden: int, wide: int, layers: int, heads: int, **more: Any) -> LlamaConfig:
+    fields: dict[str, Any] = {"vocab_size": 32000, "num_key_value_heads": heads} | more
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        head_dim=hidden // heads,
+        max_position_embeddings=2048,
+        **fields,
+    )
+
+
+# LLaMA2 7B and 13B differ from LLaMA in their context alone.
+MODELS = {
+    "7b": llama(4096, 11008, 32, 32),
+    "13b": llama(5120, 13824, 40, 40),
+    "30b": llama(6656, 17920, 60, 52),
+    "65b": llama(8192, 22016, 80, 64),
+    "llama3": llama(4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128256),
+    "llama3.1": llama(
+        *(4096, 14336, 32, 32),
+        num_key_value_heads=8,
+        vocab_size=128256,
+        rope_scaling=RopeScaling("llama3", 8.0),
+    ),
+}

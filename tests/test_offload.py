@@ -1,0 +1,141 @@
+"""The optimizer's moments in the memory of the host: the same numbers from another place."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_run import IEC, LLAMA, PLAIN, assert_same, random_base
+
+from irqlora_jax.checkpoint import Checkpoints
+from irqlora_jax.config import MeshConfig, TrainConfig
+from irqlora_jax.llama import LlamaConfig
+from irqlora_jax.loop import _all_finite
+from irqlora_jax.sharding import make_mesh, put_batch, tree_shardings
+from irqlora_jax.step import init_state, make_model, make_optimizer, make_step, sharded_state
+
+pytestmark = pytest.mark.usefixtures("optimizer_promotion")
+
+TRAIN = TrainConfig(
+    batch_size=4,
+    learning_rate=1e-2,
+    clip_norm=0.01,
+    weight_decay=0.1,
+    warmup_steps=1,
+    compute_dtype="float32",
+)
+EVEN = LlamaConfig.from_dict(LLAMA.to_dict() | {"hidden_size": 48, "head_dim": 16})
+
+
+def kinds(tree: Any) -> set[str]:
+    return {x.sharding.memory_kind for x in jax.tree.leaves(tree) if x.ndim > 1}
+
+
+def make_batch(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, EVEN.vocab_size, (4, 12), dtype=np.int32)
+    return {"tokens": tokens, "targets": rng.random((4, 12)) < 0.7}
+
+
+@functools.cache
+def small_base() -> Any:
+    return random_base(EVEN, PLAIN)
+
+
+class Training:
+    """A few steps on a mesh, with the moments here or there."""
+
+    def __init__(self, settings: TrainConfig, adapter: Any = IEC, mesh: MeshConfig | None = None):
+        self.mesh = make_mesh(mesh or MeshConfig(data=1), 4 // settings.accumulation)
+        self.settings = settings
+        self.model = make_model(EVEN, adapter, settings)
+        self.optimizer = make_optimizer(settings)
+        base = small_base()
+        self.base = jax.device_put(base, tree_shardings(self.mesh, base))
+
+    def state(self) -> Any:
+        start = lambda: init_state(self.model, self.optimizer, 0)  # noqa: E731
+        return sharded_state(self.mesh, start, self.settings.offload_optimizer)
+
+    @functools.cached_property
+    def advance(self) -> Any:
+        shapes = jax.eval_shape(lambda: init_state(self.model, self.optimizer, 0))
+        settings = dict(model=self.model, optimizer=self.optimizer, config=self.settings)
+        return make_step(self.mesh, shapes, **settings)
+
+    def go(self, state: Any, steps: range) -> tuple[Any, list[float]]:
+        losses = []
+        with jax.set_mesh(self.mesh):
+            for step in steps:
+                batch = put_batch(self.mesh, make_batch(step))
+                state, metrics = self.advance(state, self.base, batch)
+                losses.append(float(metrics["loss"]))
+        return state, losses
+
+
+def both(settings: TrainConfig, **more: Any) -> tuple[Training, Training]:
+    away = dataclasses.replace(settings, offload_optimizer=True)
+    return Training(settings, **more), Training(away, **more)
+
+
+@pytest.mark.parametrize("case", ["plain", "accumulation", "bfloat16", "mesh"])
+def test_losses_and_state_are_the_same_bit_by_bit(case: str) -> None:
+    settings, more = TRAIN, {}
+    if case == "accumulation":
+        settings = dataclasses.replace(TRAIN, accumulation=2)
+    elif case == "bfloat16":
+        more = {"adapter": dataclasses.replace(IEC, dtype="bfloat16")}
+    elif case == "mesh":
+        more = {"mesh": MeshConfig(data=1, fsdp=2, tensor=2)}
+    here, away = both(settings, **more)
+    state, losses = here.go(here.state(), range(4))
+    moved, same = away.go(away.state(), range(4))
+    assert same == losses and losses[-1] != losses[0]
+    assert kinds(state.opt_state) == {"device"}
+    assert kinds(moved.opt_state) == {"pinned_host"}
+    assert kinds(moved.adapters) == {"device"}
+    assert_same(moved, state)
+
+
+def test_a_checkpoint_goes_on_from_either_place(tmp_path: Path) -> None:
+    here, away = both(TRAIN)
+    expected, losses = here.go(here.state(), range(4))
+    for first, second in ((here, away), (away, here)):
+        half, begun = first.go(first.state(), range(2))
+        folder = tmp_path / f"{first is here}-{second is here}"
+        with Checkpoints(folder, 1) as checkpoints:
+            checkpoints.save(2, half)
+            checkpoints.wait()
+            restored = checkpoints.restore(2, second.state())
+        assert kinds(restored.opt_state) == kinds(second.state().opt_state)
+        ended, rest = second.go(restored, range(2, 4))
+        assert begun + rest == losses
+        assert_same(ended, expected)
+
+
+def test_a_float16_step_that_overflows_changes_nothing_but_the_scale() -> None:
+    settings = dataclasses.replace(TRAIN, compute_dtype="float16", offload_optimizer=True)
+    training = Training(settings)
+    state, _ = training.go(training.state(), range(2))
+    before = jax.tree.map(np.asarray, state)
+    loud = jax.device_put(jnp.float32(2.0**24), state.loss_scale.sharding)
+    state = dataclasses.replace(state, loss_scale=loud)
+    after, _ = training.go(state, range(2, 3))
+    assert_same(after.adapters, before.adapters)
+    assert_same(after.opt_state, before.opt_state)
+    assert float(after.loss_scale) == 2.0**23 and int(after.step) == 3
+
+
+def test_what_is_not_finite_is_found_in_the_memory_of_the_host() -> None:
+    training = Training(dataclasses.replace(TRAIN, offload_optimizer=True))
+    state = training.state()
+    assert _all_finite(state.opt_state)
+
+    def spoil(x: Any) -> Any:
+        return jax.device_put(np.full(x.shape, np.nan, x.dtype), x.sharding) if x.ndim > 1 else x
+
+    assert not _all_finite(jax.tree.map(spoil, state.opt_state))
