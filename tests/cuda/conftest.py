@@ -1,0 +1,58 @@
+"""GPUs that are not there: programs are compiled for them, never run.
+
+    pytest -n 0 tests/cuda
+
+in an environment with jax-cuda13-plugin and jax-cuda13-pjrt; elsewhere these tests are skipped.
+"""
+
+import shutil
+from typing import Any
+
+import jax
+import pytest
+
+from irqlora_jax.devices import DEVICES, absent_devices
+
+if shutil.which("nvidia-smi") is None:
+    # Else jax looks for the driver, and gives the CUDA plugin up where there is none.
+    jax.config.update("jax_platforms", "cpu")
+
+NAMES = ("h200", "a100-80", "l4", "t4")
+
+
+def absent(name: str, count: int = 1) -> list[Any]:
+    """Devices of `irqlora_jax.devices.DEVICES`; skips the test without the CUDA plugin."""
+    found = absent_devices(DEVICES[name], count)
+    if found is None:
+        pytest.skip("needs jax-cuda13-plugin and jax-cuda13-pjrt")
+    return found
+
+
+@pytest.fixture(params=NAMES)
+def gpu(request: pytest.FixtureRequest) -> Any:
+    """One absent device, of each kind in turn. Compile with `irqlora_jax.devices.OPTIONS`."""
+    return absent(request.param)[0]
+
+
+@pytest.fixture
+def h200() -> Any:
+    """One absent H200."""
+    return absent("h200")[0]
+
+
+@pytest.fixture
+def a100() -> Any:
+    """One absent A100 with 80 GB."""
+    return absent("a100-80")[0]
+
+
+@pytest.fixture
+def l4() -> Any:
+    """One absent L4."""
+    return absent("l4")[0]
+
+
+@pytest.fixture
+def t4() -> Any:
+    """One absent T4."""
+    return absent("t4")[0]

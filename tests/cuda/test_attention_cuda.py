@@ -1,0 +1,42 @@
+"""Attention compiled for GPUs that are not there: cuDNN's where they have it, else XLA's."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from irqlora_jax import attention
+from irqlora_jax.devices import OPTIONS
+
+HEADS, LENGTH = 32, 2048
+SCORES = 4 * HEADS * LENGTH**2  # bytes, of one row
+
+
+def compiled(gpu, function, dtype):
+    """The gradients of a function of q, k and v."""
+    where = jax.sharding.SingleDeviceSharding(gpu)
+    shapes = [
+        jax.ShapeDtypeStruct((1, LENGTH, heads, 128), dtype, sharding=where)
+        for heads in (HEADS, 8, 8)
+    ]
+    gradient = jax.grad(lambda *x: function(*x).astype(jnp.float32).sum(), (0, 1, 2))
+    return jax.jit(gradient).trace(*shapes).lower().compile(compiler_options=OPTIONS)
+
+
+def test_cudnn_compiles_from_ampere_on(gpu) -> None:
+    if gpu.compute_capability == "7.5":
+        pytest.skip("cuDNN's flash attention needs compute capability 8.0")
+    try:
+        program = compiled(gpu, attention._cudnn, jnp.bfloat16)
+    except RuntimeError as error:
+        if "cuDNN is not detected" not in str(error):
+            raise
+        pytest.skip("needs cuDNN")
+    text = program.as_text()
+    assert "__cudnn$fmhaSoftmaxBackward" in text and "exponential" not in text
+    assert program.memory_analysis().temp_size_in_bytes < SCORES / 4
+
+
+def test_xla_holds_the_scores_of_a_chunk_alone(gpu) -> None:
+    half = jnp.float16 if gpu.compute_capability == "7.5" else jnp.bfloat16
+    program = compiled(gpu, attention.attend, half)
+    assert program.memory_analysis().temp_size_in_bytes < SCORES / 2

@@ -1,0 +1,51 @@
+"""dequant_matmul and the training step, compiled for GPUs that are not there."""
+
+import hlo
+import jax
+import jax.numpy as jnp
+import pytest
+from small_step import LAYERS, SHAPES, step_and_shapes
+
+from irqlora_jax.config import QuantConfig
+from irqlora_jax.devices import OPTIONS
+from irqlora_jax.quant.matmul import dequant_matmul
+from irqlora_jax.quant.qtensor import quantized_shape
+
+
+def compile_for(gpu, function, *shapes):
+    """The program for a device, as instructions."""
+    where = jax.sharding.SingleDeviceSharding(gpu)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
+    compiled = jax.jit(function).trace(*shapes).lower().compile(compiler_options=OPTIONS)
+    return hlo.parse(compiled.as_text())
+
+
+@pytest.mark.parametrize("features", [512, 488])  # whole blocks, and a broken one
+@pytest.mark.parametrize("name", ["nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2"])
+def test_one_fusion_makes_the_weight(gpu, name: str, features: int) -> None:
+    """Second-level scales and shifts are decoded in that fusion too."""
+    weight = quantized_shape((256, features), QuantConfig(format=name))  # type: ignore[arg-type]
+    half, kind = (jnp.float16, "f16") if gpu.compute_capability == "7.5" else (jnp.bfloat16, "bf16")
+    x, g = (jax.ShapeDtypeStruct((96, n), half) for n in (features, 256))
+
+    def backward(g, weight):
+        x = jnp.zeros((96, features), g.dtype)
+        return jax.vjp(lambda x: dequant_matmul(x, weight), x)[1](g)
+
+    for function, operand in ((dequant_matmul, x), (backward, g)):
+        program = hlo.stored(compile_for(gpu, function, operand, weight))
+        fusions = [one.types for one in program if one.kind == "fusion"]
+        assert fusions == [((kind, 256 * features),)]
+        # The product takes it as it is: the rest is the result and cuBLAS's workspace.
+        (product,) = (one for one in program if one.kind == "custom-call")
+        assert [n for made, n in product.types if made in hlo.FLOATS] == [
+            96 * (256 if operand is x else features)
+        ]
+
+
+@pytest.mark.usefixtures("optimizer_promotion")
+def test_the_backward_scan_dequantizes_each_weight_once(h200) -> None:
+    """The rematerialized forward pass and the gradient of the input share it."""
+    program = compile_for(h200, *step_and_shapes("bfloat16"))
+    assert sorted(hlo.dequantized(program, LAYERS).values()) == [7, 7]
+    assert not hlo.stacked_floats(program, LAYERS, SHAPES)
