@@ -1,19 +1,63 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in under 9 minutes: does every product agree with float64, how fast are
-# products, searches and the quickstart, how much memory does it take. Tables come last.
-#     benchmarks/gpu_suite.sh
+# All that only a GPU can tell, in under 9 minutes; the limits of the parts add up to 535 s.
+#
+#     benchmarks/gpu_suite.sh             # or PYTHON=... benchmarks/gpu_suite.sh
+#     SMALL=1 benchmarks/gpu_suite.sh     # the same parts at tiny sizes, on a CPU too
+#
+# Beside jax[cuda13], flax, optax, orbax-checkpoint, jaxtyping, safetensors, tqdm and transformers it
+# needs jsonargparse (quickstart), and torch with CUDA, peft and bitsandbytes (the peers). Where
+# those cannot be installed, unpack their wheels into a folder and set PYTHONPATH to it. A part that
+# fails or runs out of time fails the suite, and the others are run all the same.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TQDM_DISABLE=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+export TQDM_DISABLE=1 XLA_PYTHON_CLIENT_PREALLOCATE=false TOKENIZERS_PARALLELISM=false
+python=${PYTHON:-python3}
 out=$(mktemp -d)
-failed=0
-timeout 120 python3 train.py --config configs/quickstart.yaml --output_dir "$out/quickstart" \
-    --log.progress false >"$out/quickstart.txt" 2>&1 || failed=1
-timeout 200 python3 benchmarks/matmul.py >"$out/matmul.md" 2>&1 || failed=1
-timeout 200 python3 benchmarks/search.py --blocks 1048576 >"$out/search.md" 2>&1 || failed=1
-command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.used --format=csv
-for part in quickstart.txt matmul.md search.md; do
-    printf '\n== %s\n' "$part"
-    tail -n 60 "$out/$part"
+trap 'rm -rf "$out"' EXIT
+# What one part has compiled and tried out, the next need not.
+export JAX_COMPILATION_CACHE_DIR=$out/cache
+small=${SMALL:-}
+failed=()
+parts=()
+
+part() { # name, limit in seconds, command; with SMALL set, what stands behind "--small" instead
+    local name=$1 limit=$2 usual=() tiny=() now=usual word
+    shift 2
+    for word in "$@"; do
+        if [ "$word" = --small ]; then now=tiny; else eval "$now+=(\"\$word\")"; fi
+    done
+    [ -n "$small" ] && usual=("${usual[0]}" "${tiny[@]}")
+    parts+=("$name")
+    local start=$SECONDS code=0
+    timeout "$limit" "$python" "${usual[@]}" >"$out/$name.txt" 2>"$out/$name.err" || code=$?
+    local took="$((SECONDS - start)) of $limit s"
+    [ $code = 0 ] || failed+=("$name ($code)")
+    echo "$name: exit code $code, $took" | tee -a "$out/$name.txt" >&2
+}
+
+part matmul 90 benchmarks/matmul.py --peer bitsandbytes --repeats 5 \
+    --small --peer bitsandbytes --repeats 2 --tokens 1 16 --shapes 64x64 128x64
+part attention 25 benchmarks/attention.py \
+    --small --tokens 64 --heads 2 --features 16 --repeats 2
+part search 50 benchmarks/search.py --formats nf4 int4 --blocks 1048576 --peer_blocks 65536 \
+    --small --formats nf4 --blocks 2048 --peer_blocks 512 --turns 1
+part whole_model 40 benchmarks/whole_model.py --size 7b --small --size tiny
+part peak 45 benchmarks/peak.py --size 7b --batch 1 --length 512 --small --size tiny
+part train_step 215 benchmarks/train_step.py --size 7b --peer peft --repeats 5 \
+    --small --size tiny --dtype bfloat16 --peer peft --repeats 2
+part quickstart 70 train.py --config configs/quickstart.yaml --output_dir "$out/quickstart" \
+    --log.progress false \
+    --small --config configs/quickstart.yaml --output_dir "$out/quickstart" --log.progress false \
+    --train.steps 4 --train.eval_every 4 --train.save_every 4 --evaluate.max_questions 50
+
+if command -v nvidia-smi >/dev/null; then
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+fi
+for name in "${parts[@]}"; do
+    printf '\n== %s\n' "$name"
+    tail -n 60 "$out/$name.txt"
+    case " ${failed[*]-} " in *" $name "*) tail -n 15 "$out/$name.err" ;; esac
 done
-exit $failed
+printf '\n%s parts, %s failed: %s\n' "${#parts[@]}" "${#failed[@]}" "${failed[*]-}"
+[ ${#failed[@]} = 0 ]

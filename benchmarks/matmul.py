@@ -1,74 +1,205 @@
-"""dequant_matmul against a plain product with a dense weight of the same type, and against float64.
+"""dequant_matmul against a product with a dense weight of the same type, and against float64.
 
-    python benchmarks/matmul.py [--tokens 512 2048] [--shapes 4096x4096 11008x4096 4096x11008]
+    python benchmarks/matmul.py [--tokens 1 16 256] [--shapes 512x512 1536x512] [--dtype float32]
+    python benchmarks/matmul.py --peer bitsandbytes --peer-python PYTHON
 
-For every format: time of forward and of forward with dX, the ratio to the dense product measured in
-the same run (above 1 is faster), and the relative error of both results against float64 of the
-dequantized weight. A relative error of 1e-2 in bfloat16 is the bound; exit code 1 beyond it.
+Three tables of how time grows: with the tokens, with the size of the matrix, with the bits. Each
+has the time of y = x W^T and of y with dX = g W, the speed relative to the dense product run in
+turns with it (above 1 is faster), and the relative error of y and dX against float64 of the
+dequantized weight. The bound of the error is 1e-2; exit code 1 beyond it.
+
+On a GPU each time is that of several products with weights of their own, more than the L2 cache
+holds, as a model does it: a weight that is still in the cache from the last time would flatter the
+small one. bitsandbytes (NF4, double quantization) is called from Python as PEFT does it, in a
+process of its own.
 """
 
 import argparse
 import functools
+import os
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the peer needs memory too
 
 import jax
 import numpy as np
-from timing import machine, median_seconds
+from peer import Peer
+from timing import Timing, compare, machine, table
+from train_step import quantized
 
 from irqlora_jax.config import QuantConfig
 from irqlora_jax.quant.matmul import dequant_matmul
-from irqlora_jax.quant.qtensor import quantize
+
+FORMATS = ("nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2")
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "tokens": [1, 16, 256, 1024],
+        "shapes": ["512x512", "1536x512", "2048x2048"],
+        "dtype": "float32",
+    },
+    "gpu": {
+        "tokens": [1, 16, 256, 2048, 8192],
+        "shapes": ["1024x1024", "4096x4096", "11008x4096", "4096x11008", "8192x8192"],
+        "dtype": "bfloat16",
+    },
+}
+BEYOND_CACHE = 128e6  # bytes of weights that one time goes through on a GPU
+BOUND = 1e-2
+FORWARD, BOTH = "y", "y and dX"
 
 
-def both(x: jax.Array, g: jax.Array, weight) -> tuple[jax.Array, jax.Array]:
-    """y = x W^T and dX = g W."""
-    y, pull = jax.vjp(lambda x: dequant_matmul(x, weight), x)
-    return y, pull(g)[0]
+def copies(shape: str) -> int:
+    """Weights that a time goes through: of 4 bits, more than the L2 cache holds."""
+    if jax.default_backend() == "cpu":
+        return 1
+    out, features = map(int, shape.split("x"))
+    return max(2, min(16, int(-(-BEYOND_CACHE // (out * features / 2)))))
+
+
+def rounds(tokens: int) -> int:
+    """Times that they are gone through before the end is waited for, so that starting them does
+    not count where products are short."""
+    return 10 if tokens <= 256 else 2
+
+
+@jax.jit
+def forward(x: jax.Array, weights: tuple[Any, ...]) -> list[jax.Array]:
+    return [dequant_matmul(x, weight) for weight in weights]
+
+
+@jax.jit
+def both(x: jax.Array, g: jax.Array, weights: tuple[Any, ...]) -> list[tuple[jax.Array, jax.Array]]:
+    results = []
+    for weight in weights:
+        y, pull = jax.vjp(functools.partial(dequant_matmul, weight=weight), x)
+        results.append((y, pull(g)[0]))
+    return results
+
+
+def repeated(call: Callable[[], Any], times: int) -> Any:
+    """The result of the last call; a device works through them in order."""
+    for _ in range(times - 1):
+        call()
+    return call()
+
+
+class Case:
+    """Products of one shape with so many tokens."""
+
+    def __init__(self, shape: str, tokens: int, dtype: str) -> None:
+        self.shape, self.tokens, self.dtype = shape, tokens, dtype
+        self.out, self.features = map(int, shape.split("x"))
+        self.x = jax.random.normal(jax.random.key(1), (tokens, self.features)).astype(dtype)
+        self.g = jax.random.normal(jax.random.key(2), (tokens, self.out)).astype(dtype)
+        self.weight = jax.random.normal(jax.random.key(0), (self.out, self.features)) * 0.02
+
+    def weights(self, name: str) -> tuple[Any, ...]:
+        """Copies of the weight in a format, each with memory of its own."""
+        if name == "dense":
+            weight: Any = self.weight.astype(self.dtype)
+        else:
+            weight = quantized(self.weight, QuantConfig(format=name, calibration="icq"))  # type: ignore[arg-type]
+        return tuple(jax.tree.map(lambda x: x.copy(), weight) for _ in range(copies(self.shape)))
+
+    def calls(self, weights: tuple[Any, ...]) -> dict[str, Callable[[], Any]]:
+        """What is timed."""
+        return {
+            FORWARD: functools.partial(
+                repeated, functools.partial(forward, self.x, weights), rounds(self.tokens)
+            ),
+            BOTH: functools.partial(
+                repeated, functools.partial(both, self.x, self.g, weights), rounds(self.tokens)
+            ),
+        }
+
+    def errors(self, weights: tuple[Any, ...]) -> tuple[float, float]:
+        """Relative errors of y and dX. A few rows are enough, and float64 is slow."""
+        y, dx = both(self.x, self.g, weights)[0]
+        rows = np.asarray(weights[0].dequantize(), np.float64)
+        return relative_error(y, self.x, rows.T), relative_error(dx, self.g, rows)
+
+
+def relative_error(ours: jax.Array, left: jax.Array, right: np.ndarray) -> float:
+    expected = np.asarray(left[:8], np.float64) @ right
+    difference = np.asarray(ours[:8], np.float64) - expected
+    return float(np.linalg.norm(difference) / np.linalg.norm(expected))
+
+
+def measure(
+    case: Case, formats: Sequence[str], peer: Peer | None, repeats: int
+) -> tuple[list[tuple[str, ...]], float]:
+    """Rows of a table, and the largest error."""
+    weights = {name: case.weights(name) for name in ("dense", *formats)}
+    calls = {
+        (name, what): call
+        for name, variant in weights.items()
+        for what, call in case.calls(variant).items()
+    }
+    if peer is not None:
+        for what in (FORWARD, BOTH):
+            variant = f"{case.shape} {case.tokens} {what}"
+            calls["bitsandbytes nf4", what] = functools.partial(peer.step, variant)
+    times = compare(calls, repeats)
+    count = copies(case.shape) * rounds(case.tokens)
+    rows, worst = [], 0.0
+    for name in dict.fromkeys(name for name, _ in times):
+        cells = [case.shape, str(case.tokens), name]
+        for what in (FORWARD, BOTH):
+            time = times[name, what]
+            each = Timing(tuple(seconds / count for seconds in time.seconds))
+            cells += [each.milliseconds(), time.speedups(times["dense", what])]
+        if name in formats:
+            errors = case.errors(weights[name])
+            worst = max(worst, *errors)
+            cells += [f"{error:.1e}" for error in errors]
+        rows.append((*cells, "", "")[:9])
+    return rows, worst
 
 
 def main() -> int:
-    """Prints the table."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])
-    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"])
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--tokens", type=int, nargs="+", help="tokens of a product")
+    parser.add_argument("--shapes", nargs="+", metavar="OUTxIN")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--peer", choices=["bitsandbytes"])
+    parser.add_argument("--peer-python", default=sys.executable, metavar="PYTHON")
     args = parser.parse_args()
-    worst = 0.0
-    print(f"{machine()}, {args.dtype}\n")
-    columns = ["shape", "tokens", "format", "y, ms", "to dense", "y and dX, ms", "to dense"]
-    columns += ["error y", "error dX"]
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    forward, backward = jax.jit(dequant_matmul), jax.jit(both)
-    for shape in args.shapes:
-        out, features = map(int, shape.split("x"))
-        weight = jax.random.normal(jax.random.key(0), (out, features)) * 0.02
-        for tokens in args.tokens:
-            x = jax.random.normal(jax.random.key(1), (tokens, features)).astype(args.dtype)
-            g = jax.random.normal(jax.random.key(2), (tokens, out)).astype(args.dtype)
-            dense = weight.astype(args.dtype)
-            base = median_seconds(functools.partial(forward, x, dense))
-            base_both = median_seconds(functools.partial(backward, x, g, dense))
-            for name in ("nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2"):
-                q = quantize(weight, QuantConfig(format=name, calibration="none"))  # type: ignore[arg-type]
-                time_y = median_seconds(functools.partial(forward, x, q))
-                time_both = median_seconds(functools.partial(backward, x, g, q))
-                y, dx = backward(x, g, q)
-                # A few rows are enough for the error, and float64 is slow.
-                rows = np.asarray(q.dequantize(), np.float64)
-                errors = []
-                for ours, left, right in ((y, x, rows.T), (dx, g, rows)):
-                    expected = np.asarray(left[:8], np.float64) @ right
-                    difference = np.asarray(ours[:8], np.float64) - expected
-                    errors.append(np.linalg.norm(difference) / np.linalg.norm(expected))
-                worst = max(worst, *errors)
-                print(
-                    f"| {shape} | {tokens} | {name} | {time_y * 1e3:.2f} | {base / time_y:.2f} | "
-                    f"{time_both * 1e3:.2f} | {base_both / time_both:.2f} | {errors[0]:.1e} | "
-                    f"{errors[1]:.1e} |",
-                    flush=True,
-                )
-    print(f"\nlargest relative error {worst:.1e}")
-    return int(worst > 1e-2)
+    defaults = DEFAULTS["cpu" if jax.default_backend() == "cpu" else "gpu"]
+    tokens, shapes = args.tokens or defaults["tokens"], args.shapes or defaults["shapes"]
+    dtype = args.dtype or defaults["dtype"]
+    middle, most = shapes[min(1, len(shapes) - 1)], max(t for t in tokens if t <= 2048)
+    print(f"{machine()}, {dtype}; ms of a product, speed to the dense one", flush=True)
+    plan = {
+        "tokens": [((middle, count), ("nf4",)) for count in tokens],
+        "matrix size": [((shape, most), ("nf4",)) for shape in shapes],
+        "bits": [((middle, most), FORMATS)],
+    }
+    peer = None
+    if args.peer:
+        cases = {case for part in plan.values() for case, _ in part}
+        settings = [(*case, copies(case[0]), rounds(case[1])) for case in sorted(cases)]
+        peer = Peer("peer_bitsandbytes.py", {"cases": settings, "dtype": dtype}, args.peer_python)
+        print(f"Peer: {peer.ready()['versions']}")
+    columns = ("matrix", "tokens", "weight", "y, ms", "to dense", "y and dX, ms", "to dense")
+    columns += ("error of y", "of dX")
+    largest = 0.0
+    for name, part in plan.items():
+        rows = []
+        for (shape, count), formats in part:
+            asked = peer if name != "bits" else None
+            new, worst = measure(Case(shape, count, dtype), formats, asked, args.repeats)
+            rows += new
+            largest = max(largest, worst)
+        print(f"\nGrowth with the {name}\n\n{table(columns, rows)}", flush=True)
+    if peer is not None:
+        peer.close()
+    met = largest <= BOUND
+    print(f"\nlargest relative error {largest:.1e}, must be {BOUND}: {'met' if met else 'MISSED'}")
+    return 0 if met else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,125 @@
+"""What the loop around the training step costs: its wall time against that of the step alone.
+
+    python benchmarks/loop.py [--size cpu] [--turns 7]
+
+`loop.train` runs on synthetic examples with everything a run does between two checkpoints: batches
+are made and sent, metrics are fetched, checked and logged, at every step where a run logs every
+tenth. The step alone has its batch on the device already, and is run in turns with the loop's:
+after every few steps the loop is held while it logs. The step's share of the wall time must be at
+least 98 %: exit code 1 if it is not.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from timing import machine, table
+from train_step import SHIFTED, Ours, add_size, fill_size, random_base, shape
+
+from irqlora_jax.checkpoint import Checkpoints
+from irqlora_jax.config import Config, LogConfig
+from irqlora_jax.conversation import Style
+from irqlora_jax.data import Example
+from irqlora_jax.loop import Job, train
+from irqlora_jax.metrics import MetricsLog, Values
+from irqlora_jax.samples import Samples
+from irqlora_jax.sharding import make_mesh
+
+LEAST = 0.98
+LOOP, ALONE = 4, 3  # steps of a turn
+
+
+class Clock(MetricsLog):
+    """Times the loop's steps by when their metrics come, and the step alone in between."""
+
+    def __init__(self, folder: Path, config: Config, step: Callable[[], object]) -> None:
+        super().__init__(folder, 0, config)
+        self.loop: list[float] = []  # mean seconds of each turn
+        self.alone: list[float] = []  # median seconds before the first turn and after each
+        self._step, self._start = step, 0.0
+
+    def write(self, step: int, values: Values) -> None:
+        """Metrics of a step are there; the next one has been started."""
+        super().write(step, values)
+        now = time.perf_counter()
+        place = step % (LOOP + 2)
+        if place == 2:  # those before were started or finished while the step alone was timed
+            self._start = now
+        if place == 0:
+            self.loop.append((now - self._start) / LOOP)
+        if place == 0 or step == 1:
+            self.alone.append(self._time_alone())
+
+    def _time_alone(self) -> float:
+        self._step()  # waits for the loop's step that has been started
+        times = []
+        for _ in range(ALONE):
+            start = time.perf_counter()
+            self._step()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+
+def make_job(args: argparse.Namespace, ours: Ours, folder: Path) -> Job:
+    """A run of so many steps on examples that all have the full length."""
+    rng, targets = np.random.default_rng(2), np.ones(args.length, bool)
+    rows = rng.integers(0, args.vocab, (16 * args.batch, args.length), np.int32)
+    config = Config(
+        model="random",
+        output_dir=str(folder),
+        quant=SHIFTED,
+        train=ours.settings,
+        log=LogConfig(every=1, progress=False),
+    )
+    return Job(
+        config=config,
+        mesh=make_mesh(config.mesh, args.batch),
+        model=ours.model,
+        optimizer=ours.optimizer,
+        examples=[Example(row, targets) for row in rows],
+        eval_examples=[],
+        questions=[],
+        samples=Samples((), [], Style("text"), None, 0),
+    )
+
+
+def main() -> int:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_size(parser)
+    parser.add_argument("--turns", type=int, default=7)
+    args = fill_size(parser.parse_args())
+    steps = args.turns * (LOOP + 2) + 1
+    ours = Ours(args, random_base(args, SHIFTED), "iec", steps)
+    print(f"{machine()}\n\n{shape(args)}; nf4, ICQ, IEC; {steps} steps of the loop\n")
+    with tempfile.TemporaryDirectory() as name:
+        job = make_job(args, ours, Path(name))
+        with (
+            jax.set_mesh(job.mesh),
+            Checkpoints(Path(name)) as checkpoints,
+            Clock(Path(name), job.config, ours.step) as clock,
+        ):
+            ours.step()  # compiles
+            train(job, ours.base, ours.new_state(), checkpoints, clock, lambda text: None)
+    rows, shares = [], []
+    for before, loop, after in zip(clock.alone, clock.loop, clock.alone[1:], strict=False):
+        alone = (before + after) / 2
+        shares.append(alone / loop)
+        rows.append((f"{alone * 1e3:.1f}", f"{loop * 1e3:.1f}", f"{alone / loop:.1%}"))
+    print(table(("step alone, ms", "step of the loop, ms", "share"), rows))
+    share = statistics.median(shares)
+    print(
+        f"\nshare of the wall time: {share:.1%} ({min(shares):.1%}-{max(shares):.1%}), "
+        f"must be {LEAST:.0%}: {'met' if share >= LEAST else 'MISSED'}"
+    )
+    return 0 if share >= LEAST or args.size == "tiny" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

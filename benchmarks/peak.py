@@ -1,0 +1,90 @@
+"""Device memory that a training step really takes, against what `--plan` says beforehand.
+
+    python benchmarks/peak.py [--size 7b --batch 1 --length 512]
+
+The plan's figure comes from a config.json alone; then three steps are done at these shapes, with
+empty weights, and the device is asked for the most that was in use. They must agree to 5 %; exit
+code 1 if they do not. On a CPU, which keeps no such record, only the plan's figure is printed.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from timing import machine, table
+from train_step import SHIFTED, add_size, fill_size, llama, random_batch, shape
+
+from irqlora_jax.config import AdapterConfig, Config, DataConfig, TrainConfig
+from irqlora_jax.footprint import find_target, measure, read_base_shapes
+from irqlora_jax.sharding import make_mesh
+from irqlora_jax.step import init_state, make_model, make_optimizer, make_step, sharded_state
+
+BOUND = 0.05
+
+
+def main() -> int:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_size(parser)
+    args = fill_size(parser.parse_args())
+    train = TrainConfig(batch_size=args.batch, compute_dtype=args.dtype, remat=args.remat)
+    print(f"{machine()}\n\n{shape(args)}; nf4, ICQ, IEC\n", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        values = llama(args).to_dict() | {"dtype": args.dtype}
+        (Path(name) / "config.json").write_text(json.dumps(values))
+        config = Config(
+            model=name,
+            output_dir="",
+            quant=SHIFTED,
+            adapter=AdapterConfig(rank=args.rank),
+            data=DataConfig(format="text", sequence_length=args.length),
+            train=train,
+        )
+        shapes, architecture = read_base_shapes(config)
+    target = dataclasses.replace(find_target(None, 1), devices=jax.devices()[:1])
+    need = measure(config, shapes, architecture, target)
+    mesh = make_mesh(config.mesh, args.batch)
+    with jax.set_mesh(mesh):
+        model = make_model(architecture, config.adapter, train)
+        optimizer = make_optimizer(train)
+        base = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        state = sharded_state(mesh, lambda: init_state(model, optimizer, 0))
+        step = make_step(mesh, state, model=model, optimizer=optimizer, config=train)
+        stored = peak_bytes()
+        for _ in range(3):
+            state, _ = step(state, base, random_batch(args))
+        jax.block_until_ready(state)
+    seen = peak_bytes()
+    rows = [
+        ("plan: base", need.base.total),
+        ("plan: adapters", need.adapters),
+        ("plan: optimizer state", need.optimizer),
+        ("plan: gradients, activations and temporaries", need.step),
+        ("plan: peak", need.peak),
+    ]
+    if seen is not None and stored is not None:
+        rows += [("measured before the first step: peak", stored), ("measured: peak", seen)]
+    print(table(("", "GiB"), [(what, f"{size / 2**30:.3f}") for what, size in rows]))
+    if seen is None:
+        print("\nnot measured: this device keeps no record of its memory")
+        return 0
+    off = seen / need.peak - 1
+    print(
+        f"\nmeasured to plan: {off:+.1%}, must be within {BOUND:.0%}: "
+        f"{'met' if abs(off) <= BOUND else 'MISSED'}"
+    )
+    return 0 if abs(off) <= BOUND or args.size == "tiny" else 1
+
+
+def peak_bytes() -> int | None:
+    """The most that was in use on the first device since the start."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Another framework's training step in a process of its own, timed in turns with ours.
+
+A peer is a script that ends with `serve(variants)`. It gets its settings as one JSON argument, says
+on its standard output what it is ("versions", "variants", "about"), and then does one step for
+every line it reads. Each process keeps its own threads, memory and packages; the one that is not
+asked sleeps.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Step = Callable[[], float]
+"""One training step, finished when it returns; gives the loss."""
+
+
+class Peer:
+    """A peer seen from the benchmark that compares with it. Close it to end the process."""
+
+    def __init__(self, script: str, settings: Mapping[str, Any], python: str) -> None:
+        """Starts it; its models are built while we build ours."""
+        command = [python, str(Path(__file__).with_name(script)), json.dumps(settings)]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONWARNINGS": "ignore"},
+        )
+        self.losses: dict[str, float] = {}
+
+    def ready(self) -> dict[str, Any]:
+        """Waits until its models are built: "versions", "variants" and "about" each of them.
+
+        Raises:
+            ChildProcessError: it ended before; what it wrote on its standard error says why.
+        """
+        return self._ask("")
+
+    def step(self, variant: str) -> None:
+        """One step of a variant."""
+        self.losses[variant] = self._ask(variant)["loss"]
+
+    def peak_bytes(self) -> int | None:
+        """Device memory it took at most, where its framework knows."""
+        return self._ask("peak")["peak"]
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        answer = self._process.stdout.readline()
+        if not answer:
+            code = self._process.wait()
+            raise ChildProcessError(f"{self._process.args[1]} ended with code {code}")  # type: ignore[index]
+        return json.loads(answer)
+
+
+def serve(
+    variants: Mapping[str, Step],
+    about: Mapping[str, str],
+    versions: str,
+    peak: Callable[[], int | None] = lambda: None,
+) -> None:
+    """Does what `Peer` asks for, until it closes the pipe."""
+    answers = os.fdopen(_OUTPUT, "w")
+    head = {"variants": list(variants), "about": dict(about), "versions": versions}
+    for line in sys.stdin:
+        name = line.strip()
+        if not name:
+            answer: dict[str, Any] = head
+        elif name == "peak":
+            answer = {"peak": peak()}
+        else:
+            answer = {"loss": variants[name]()}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def settings() -> dict[str, Any]:
+    """Those a peer was started with. Call it first: libraries may print on the standard output,
+    which belongs to the answers, so what they print goes to the standard error from here on."""
+    global _OUTPUT
+    _OUTPUT = os.dup(1)
+    os.dup2(2, 1)
+    return json.loads(sys.argv[1])
+
+
+_OUTPUT = 1
