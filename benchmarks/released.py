@@ -3,10 +3,10 @@
 For every candidate the whole tensor is quantized anew; the entropy of each block is a float32 sum
 over the bins, for each of which the codes are repeated and compared with an int64 number, as
 released (bins: 2**bits; the released code, which is for 4 bits only, has 16). A block keeps a
-candidate that is strictly better than all before. NF4
-and FP4 are quantized by bitsandbytes, as released. It has no NF3 and NF2: there the same procedure
-uses torch.bucketize on the midpoints of the code book. The integer search is the loop over the
-factor of the range (AutoGPTQ's quantizer with that loop added). Written from its description.
+candidate that is strictly better than all before. NF4 and FP4 are quantized by bitsandbytes, as
+released. It has no NF3 and NF2: there the same procedure uses torch.bucketize on the midpoints of
+the code book. The integer search is the loop over the factor of the range (AutoGPTQ's quantizer
+with that loop added). Written from its description.
 
 Torch and bitsandbytes (extra `parity`) are imported when a search is made.
 """
@@ -105,7 +105,12 @@ def quantize(centered: Any, name: str) -> Any:
     if name in ("nf4", "fp4"):
         packed, _ = functional.quantize_4bit(centered, blocksize=block, quant_type=name)
         pairs = packed.view(-1, 1)
-        return torch.cat([pairs >> 4, pairs & 15], dim=1).view(-1, block)
+        codes = torch.cat([pairs >> 4, pairs & 15], dim=1).view(-1, block)
+        if name == "fp4" and codes.device.type == "cpu":
+            # On GPUs code 8, FP4's -0, stands for small w < 0; the CPU code gives it to w > 0, and
+            # an exact 0 another code than what is a little larger.
+            codes = torch.where(codes & 7 == 0, (centered < 0).to(torch.uint8) * 8, codes)
+        return codes
     scale = centered.abs().amax(dim=1, keepdim=True).clamp(min=1e-38)
     points = torch.from_numpy(np.asarray(get_format(name).midpoints)).to(centered.device)
     return torch.bucketize(centered * (1 / scale), points, out_int32=True).to(torch.uint8)
