@@ -1,8 +1,9 @@
 """The search that IR-QLoRA's released code makes, as the peer of ours: torch and bitsandbytes.
 
 For every candidate the whole tensor is quantized anew; the entropy of each block is a float32 sum
-over the bins, for each of which the codes are repeated and compared with an int64 number, as
-released (bins: 2**bits; the released code, which is for 4 bits only, has 16). A block keeps a
+over the bins, for each of which the codes are repeated and compared with an int64 number. The
+released code has 16 bins whatever the format; fewer bits need no more than 2**bits, so that number
+can be given, as a procedure that someone might have mended so. A block keeps a
 candidate that is strictly better than all before. NF4 and FP4 are quantized by bitsandbytes, as
 released. It has no NF3 and NF2: there the same procedure uses torch.bucketize on the midpoints of
 the code book. The integer search is the loop over the factor of the range (AutoGPTQ's quantizer
@@ -19,6 +20,7 @@ import numpy as np
 from irqlora_jax.quant.formats import get_format
 
 SIGMA = 1 / 1.8481308  # standard deviation in units of the scale
+BINS = 16
 
 
 def peer_missing() -> str | None:
@@ -31,7 +33,7 @@ def peer_missing() -> str | None:
 
 
 def search_shift(
-    blocks: Any, name: str, search_range: float = 0.1, steps: int = 100
+    blocks: Any, name: str, search_range: float = 0.1, steps: int = 100, bins: int = BINS
 ) -> tuple[Any, Any]:
     """Codes (uint8 tensor [n, block]) at the chosen shifts, and the shifts [n].
 
@@ -40,6 +42,7 @@ def search_shift(
         name: nf4, nf3, nf2 or fp4.
         search_range: lambda of the paper.
         steps: half the number of candidates.
+        bins: of the entropy.
     """
     torch, _ = import_peer()
     middle = blocks.median(dim=1, keepdim=True).values
@@ -50,7 +53,7 @@ def search_shift(
     for factor in torch.linspace(-reach, reach, 2 * steps + 1):
         candidate = middle + factor.to(blocks.device) * spread
         found = quantize(blocks - candidate, name)
-        bits = entropy(found, 2 ** get_format(name).bits)
+        bits = entropy(found, bins)
         wins = bits > best
         best = torch.where(wins, bits, best)
         shift = torch.where(wins, candidate[:, 0], shift)
@@ -59,7 +62,12 @@ def search_shift(
 
 
 def search_range(
-    groups: Any, bits: int, symmetric: bool = False, search_range: float = 0.1, steps: int = 50
+    groups: Any,
+    bits: int,
+    symmetric: bool = False,
+    search_range: float = 0.1,
+    steps: int = 50,
+    bins: int = BINS,
 ) -> tuple[Any, Any]:
     """Codes (uint8 tensor [n, group]) in the chosen ranges, and the scales [n].
 
@@ -69,6 +77,7 @@ def search_range(
         symmetric: fixes the zero point.
         search_range: largest relative change of the range.
         steps: number of candidates above, and below, the plain range.
+        bins: of the entropy.
     """
     torch, _ = import_peer()
     top = 2**bits - 1
@@ -90,7 +99,7 @@ def search_range(
             zero = torch.round(-factor * low / scale)
         found = torch.round(groups / scale[:, None]) + zero[:, None]
         found = found.clamp(0, top).to(torch.uint8)
-        entropies = entropy(found, top + 1)
+        entropies = entropy(found, bins)
         wins = entropies > best
         best = torch.where(wins, entropies, best)
         chosen = torch.where(wins, scale, chosen)
@@ -116,11 +125,11 @@ def quantize(centered: Any, name: str) -> Any:
     return torch.bucketize(centered * (1 / scale), points, out_int32=True).to(torch.uint8)
 
 
-def entropy(codes: Any, n_levels: int) -> Any:
+def entropy(codes: Any, bins: int) -> Any:
     """Entropy of each block in bits, float32 [n], summed over the bins."""
     torch, _ = import_peer()
-    levels = torch.arange(n_levels, device=codes.device)[:, None, None]
-    repeated = codes[None].repeat(n_levels, 1, 1)
+    levels = torch.arange(bins, device=codes.device)[:, None, None]
+    repeated = codes[None].repeat(bins, 1, 1)
     share = (repeated == levels).sum(dim=2) / codes.shape[1]
     return torch.nan_to_num(-share * torch.log2(share), nan=0.0).sum(dim=0)
 

@@ -46,10 +46,12 @@ class Timing:
         """How many times as fast as the other: the median of the ratios of each turn."""
         return statistics.median(self._ratios(other))
 
-    def speedups(self, other: "Timing") -> str:
-        """`speedup` with its spread, for a table."""
-        ratios = self._ratios(other)
-        return f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})"
+    def speedups(self, other: "Timing", scale: float = 1.0) -> str:
+        """`speedup` with its spread, for a table; times `scale`, where ours had more to do."""
+        ratios = [scale * ratio for ratio in self._ratios(other)]
+        digits = 0 if min(ratios) >= 10 else 3
+        low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
+        return f"{middle:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
 
     def _ratios(self, other: "Timing") -> list[float]:
         return [b / a for a, b in zip(self.seconds, other.seconds, strict=True)]

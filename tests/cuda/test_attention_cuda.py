@@ -28,7 +28,7 @@ def test_cudnn_compiles_from_ampere_on(gpu) -> None:
     try:
         program = compiled(gpu, attention._cudnn, jnp.bfloat16)
     except RuntimeError as error:
-        if "cuDNN is not detected" not in str(error):
+        if not str(error).startswith(("cuDNN is not detected", "cuDNN not found")):
             raise
         pytest.skip("needs cuDNN")
     text = program.as_text()
