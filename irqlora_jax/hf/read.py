@@ -203,35 +203,32 @@ def _read_ahead(
 ) -> Generator[np.ndarray, None, None]:
     """The tensors of these names as float32, each lost when the next one is asked for.
 
-    While the caller works on one, a thread reads the next. There is one buffer of float32 and one
-    in the type of the file, since the allocator may keep what is freed; a float32 file has the
-    first alone, and is not read ahead: a second one would be too much. An error of the thread is
-    raised where its tensor is asked for. Closing the iterator waits for the thread.
+    While the caller works on one, a thread reads as many rows of the next as fit into a quarter of
+    the memory of the largest: the rest is read when it is asked for. So there are two buffers in
+    all, since the allocator may keep what is freed. An error of the thread is raised where its
+    tensor is asked for. Closing the iterator waits for the thread.
     """
     headers = [found[name] for name in names]
-    halves = [math.prod(header.shape) for header in headers if header.dtype != "F32"]
-    wide = _empty((max((math.prod(header.shape) for header in headers), default=0),), np.float32)
-    half = _empty((max(halves, default=0),), np.uint16)
+    largest = max((math.prod(header.shape) for header in headers), default=0)
+    wide, waiting = _empty((largest,), np.float32), _empty((largest,), np.uint8)
 
-    def read(i: int) -> np.ndarray | None:
-        if headers[i].dtype == "F32":
-            return None
-        size, shape = math.prod(headers[i].shape), headers[i].shape
-        weight = half[:size].view(FLOATS[headers[i].dtype]).reshape(shape)
-        read_into(weight, headers[i], names[i])
-        return weight
+    def read(i: int) -> np.ndarray:
+        kind, (rows, *rest) = np.dtype(FLOATS[headers[i].dtype]), headers[i].shape
+        row = math.prod(rest) * kind.itemsize
+        rows = min(rows, waiting.size // row)
+        part = waiting[: rows * row].view(kind).reshape(rows, *rest)
+        read_into(part, headers[i], names[i])
+        return part
 
     with ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
         ahead = reader.submit(read, 0) if names else None
         for i, header in enumerate(headers):
             assert ahead is not None
             weight = wide[: math.prod(header.shape)].reshape(header.shape)
-            narrow = ahead.result()
-            if narrow is None:
-                read_into(weight, header, names[i])
-            else:
-                weight[...] = narrow
+            part = ahead.result()
+            weight[: len(part)] = part
             ahead = reader.submit(read, i + 1) if i + 1 < len(names) else None
+            read_into(weight[len(part) :], header, names[i], len(part))
             yield weight
 
 

@@ -43,15 +43,22 @@ def check_float(header: Header, name: str) -> None:
         raise ValueError(f"{header.file}: {name} has type {header.dtype}: accepted is {accepted}")
 
 
-def read_into(out: np.ndarray, header: Header, name: str) -> None:
-    """Copies a tensor of the shape of `out`, part by part, and refuses NaN and infinity."""
+def read_into(out: np.ndarray, header: Header, name: str, first: int = 0) -> None:
+    """Copies rows of a tensor, part by part, and refuses NaN and infinity.
+
+    Args:
+        out: where to; as many rows as are copied.
+        header: of the tensor.
+        name: of the tensor.
+        first: row of the tensor that comes first.
+    """
     rows = max(1, _PART * header.shape[0] // max(1, math.prod(header.shape)))
-    for start in range(0, header.shape[0], rows):
-        stop = min(start + rows, header.shape[0])
+    for start in range(0, out.shape[0], rows):
+        stop = min(start + rows, out.shape[0])
         # Opened for each part: what was read of a mapped file counts as memory until it is closed.
         try:
             with safe_open(header.file, framework="numpy") as tensors:
-                part = tensors.get_slice(name)[start:stop]
+                part = tensors.get_slice(name)[first + start : first + stop]
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{header.file}: {name} cannot be read: {error}") from error
         if not np.isfinite(part).all():
