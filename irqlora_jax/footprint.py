@@ -7,6 +7,8 @@ activations, dequantized weights) is what the compiler says of the real step for
 import contextlib
 import dataclasses
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,10 +211,26 @@ def measure(
         )
         if limit is not None and need.peak > limit:
             return need
-        program = step.trace(state, base, batch).lower().compile(compiler_options=target.options)
+        lowered = step.trace(state, base, batch).lower()
+        with _quiet():
+            program = lowered.compile(compiler_options=target.options)
     found = program.memory_analysis()
     extra = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return dataclasses.replace(need, step=device_bytes(batch) + extra // share)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the compiler itself writes: that a program is larger than the memory."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _is_on_host(x: jax.ShapeDtypeStruct) -> bool:
