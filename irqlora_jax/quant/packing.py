@@ -38,21 +38,11 @@ def pack(codes: UInt8[Array, "*blocks size"], bits: int) -> UInt8[Array, "*block
 
 def unpack(packed: UInt8[Array, "*blocks bytes"], bits: int) -> UInt8[Array, "*blocks size"]:
     """The inverse of `pack`."""
-    return jnp.concatenate(fields(packed, bits), axis=-1)
-
-
-def fields(packed: UInt8[Array, "*blocks bytes"], bits: int) -> list[UInt8[Array, "*blocks part"]]:
-    """The codes of each block in parts of equal length, which follow one another.
-
-    What is computed of every code is better computed part by part: XLA reads a byte of a part as
-    one vector with its neighbors, but looks for every code of the whole where it came from.
-    """
-    if bits != 3:
-        return _fields(packed, bits)
-    split = packed.shape[-1] * 2 // 3
-    low = [half for part in _fields(packed[..., :split], 2) for half in jnp.split(part, 2, axis=-1)]
-    high = _fields(packed[..., split:], 1)
-    return [a | (b << 2) for a, b in zip(low, high, strict=True)]
+    if bits == 3:
+        split = packed.shape[-1] * 2 // 3
+        low, high = packed[..., :split], packed[..., split:]
+        return _unpack_plane(low, 2) | (_unpack_plane(high, 1) << 2)
+    return _unpack_plane(packed, bits)
 
 
 def _pack_plane(codes: Array, bits: int) -> Array:
@@ -61,8 +51,9 @@ def _pack_plane(codes: Array, bits: int) -> Array:
     return jnp.sum(parts << shifts, axis=-2, dtype=jnp.uint8)  # the fields do not overlap
 
 
-def _fields(plane: Array, bits: int) -> list[Array]:
+def _unpack_plane(packed: Array, bits: int) -> Array:
     # Shifts by numbers, not by an array of them: that would be computed outside of the loop over
     # the layers, once for each time that it is used in there, and CPUs would then take what is
     # dequantized with the one and with the other for two different weights.
-    return [(plane >> np.uint8(shift)) & np.uint8(2**bits - 1) for shift in range(0, 8, bits)]
+    fields = [(packed >> np.uint8(shift)) & np.uint8(2**bits - 1) for shift in range(0, 8, bits)]
+    return jnp.concatenate(fields, axis=-1)

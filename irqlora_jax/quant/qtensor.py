@@ -64,8 +64,7 @@ class QTensor:
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*lead out in"]:
         """The weights, computed in float32 and rounded to `dtype` at the end."""
         levels = jnp.asarray(get_format(self.format).table)
-        weights = jnp.concatenate([levels[part] for part in self._parts()], axis=-1)
-        weights = weights * self.scale()[..., None]
+        weights = levels[self._unpacked()] * self.scale()[..., None]
         shift = self.shift()
         if shift is not None:
             weights = weights + shift[..., None]
@@ -73,7 +72,7 @@ class QTensor:
 
     def codes(self) -> UInt8[Array, "*lead out in"]:
         """The codes in logical order."""
-        return self._as_rows(jnp.concatenate(self._parts(), axis=-1))
+        return self._as_rows(self._unpacked())
 
     def scale(self) -> Float32[Array, "*lead out blocks"]:
         """The stored scale of every block (the paper's s, absmax)."""
@@ -109,10 +108,10 @@ class QTensor:
         """Bytes of all arrays."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
-    def _parts(self) -> list[UInt8[Array, "*lead out blocks part"]]:
+    def _unpacked(self) -> UInt8[Array, "*lead out blocks size"]:
         if self.layout != packing.LAYOUT:
             raise ValueError(f"layout = {self.layout!r}: accepted is {packing.LAYOUT!r}")
-        return packing.fields(self.packed, get_format(self.format).bits)
+        return packing.unpack(self.packed, get_format(self.format).bits)
 
     def _as_rows(self, blocks: Array) -> Array:
         rows = blocks.reshape(*blocks.shape[:-2], -1)
