@@ -92,8 +92,8 @@ def _table(config: Config, need: Need, target: Target) -> str:
     if target.compiler == "estimate":
         text += (
             "\nThe base, the adapters and the optimizer are exact; the gradients, activations and "
-            "temporaries are\nestimated with the compiler for CPUs, which put the peak 2 % too low "
-            "to 8 % too high where\nit was checked: install jax-cuda13-plugin to compile for GPUs."
+            "temporaries are\nestimated with the compiler for CPUs, which put the peak 4 % too low "
+            "to 9 % too high where\nit was checked: install jax-cuda13-plugin to compile for GPUs."
         )
     return text
 
