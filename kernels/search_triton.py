@@ -76,12 +76,12 @@ def default_tiles() -> Tiles:
 
 
 def refusal(
-    blocks: Float[Array, "n block"], format: Format | str, device: Any = None
+    blocks: Array | jax.ShapeDtypeStruct, format: Format | str, device: Any = None
 ) -> str | None:
     """Why the kernel cannot serve; None if it can.
 
     Args:
-        blocks: what is to be searched.
+        blocks: what is to be searched, [n, block].
         format: code book.
         device: of jax; None: the first one.
     """
@@ -94,7 +94,7 @@ def refusal(
     return _unserved(blocks, get_format(format) if isinstance(format, str) else format)
 
 
-def _unserved(blocks: Array, format: Format) -> str | None:
+def _unserved(blocks: Array | jax.ShapeDtypeStruct, format: Format) -> str | None:
     if format.integer:
         return f"it takes NormalFloat and FP4 formats, not {format.name}"
     if blocks.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):

@@ -1,0 +1,19 @@
+"""What jax must be told to lower a Triton kernel where there is no GPU."""
+
+import contextlib
+from typing import Any
+
+import jax
+
+
+def abstract_gpu(name: str = "H200") -> contextlib.AbstractContextManager[Any]:
+    """A context in which Pallas lowers for the GPU of that name; before jax 0.11 nothing is needed.
+
+    Args:
+        name: as in "NVIDIA H200".
+    """
+    if jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice(f"NVIDIA {name}", None, "gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("one",), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)

@@ -1,0 +1,174 @@
+"""The search kernel as compiled for GPUs that are not there: resources, rounding, cost."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sass
+from abstract_gpu import abstract_gpu
+from irqlora_jax.kernels.search_triton import refusal, search_shift
+
+from irqlora_jax.devices import DEVICES, OPTIONS, absent_devices
+from irqlora_jax.quant import icq
+from irqlora_jax.quant.entropy import spaced
+from irqlora_jax.quant.formats import get_format
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)
+ROWS = 2**16
+LLAMA_7B = 6.48e9  # weights of its linear layers
+NAMES = {"h200": "H200", "a100-80": "A100", "l4": "L4"}  # as NVIDIA calls them
+
+
+def on(name: str, *shapes: tuple[tuple[int, ...], Any]) -> list[jax.ShapeDtypeStruct]:
+    devices = absent_devices(DEVICES[name])
+    if devices is None:
+        pytest.skip("needs jax-cuda13-plugin and jax-cuda13-pjrt")
+    where = jax.sharding.SingleDeviceSharding(devices[0])
+    return [jax.ShapeDtypeStruct(*shape, sharding=where) for shape in shapes]
+
+
+def compiled(name: str, folder: Path, function: Any, *shapes: Any) -> tuple[Any, list[str]]:
+    """The program, and the texts in PTX of its kernels."""
+    options = OPTIONS | {"xla_dump_to": str(folder), "xla_dump_emitter_re": ".*"}
+    with abstract_gpu(NAMES[name]):
+        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+    program = lowered.compile(compiler_options=options)
+    texts = [path.read_text() for path in folder.glob("*.ptx")]
+    return program, [text for text in texts if ".entry" in text]
+
+
+def kernel(texts: list[str]) -> str:
+    (text,) = [text for text in texts if ".entry search_shift" in text]
+    return text
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt", "block", "dtype", "partial"),
+    [
+        *(("h200", "nf4", 64, "float32", False), ("h200", "fp4", 256, "float16", True)),
+        *(("h200", "nf2", 16, "float32", False), ("a100-80", "nf4", 64, "bfloat16", True)),
+        *(("l4", "nf4", 64, "float32", True), ("l4", "nf3", 128, "float32", False)),
+    ],
+)
+def test_it_fits_into_registers(name, fmt, block, dtype, partial, tmp_path: Path) -> None:
+    shapes = on(name, ((ROWS, block), jnp.dtype(dtype)), ((ROWS,), jnp.int32))[: 1 + partial]
+    program, texts = compiled(
+        name, tmp_path, lambda w, n=None: search_shift(w, fmt, valid=n), *shapes
+    )
+    machine = sass.assemble(kernel(texts), tmp_path)["search_shift"]
+    assert machine.spills == 0
+    # 24 programs of one warp at least on each core of 65536 registers, 6 a scheduler.
+    assert machine.registers <= 80
+    counts = machine.counts
+    assert not any(counts[word] for word in ("LDL", "STL", "LDS", "STS"))
+    # No product is rounded together with a sum: each weight that is judged takes one of either.
+    assert counts["FFMA"] == 0
+    assert counts["FMUL"] >= len(get_format(fmt).midpoints)
+    assert counts["FADD"] >= len(get_format(fmt).midpoints)
+    # The sorted weights, an end to each block, and the sums.
+    assert program.memory_analysis().temp_size_in_bytes < 4 * ROWS * (block + 3) + 2**20
+
+
+def test_reciprocals_are_those_of_the_search_of_xla(tmp_path: Path) -> None:
+    """One divides 1 by the scale, the other takes the reciprocal. The assembler makes the same of
+    both: MUFU.RCP, in between two products with a power of two at the ends of float32."""
+    (blocks,) = on("h200", ((ROWS, 64), jnp.float32))
+    _, ours = compiled("h200", tmp_path / "ours", lambda w: search_shift(w, "nf4"), blocks)
+    _, theirs = compiled("h200", tmp_path / "xla", lambda w: icq.search_shift(w, "nf4"), blocks)
+    text = kernel(ours)
+    assert set(re.findall(r"(?:div|rcp)\.[\w.]+", text)) == {"div.full.f32"}
+    one = set(re.findall(r"mov\.b32\s+(%r\d+), 0f3F800000;", text)) | {"0f3F800000"}
+    assert set(re.findall(r"div\.full\.f32\s+\S+, (\S+),", text)) <= one
+    assert set(re.findall(r"rcp\.[\w.]+", "".join(theirs))) == {"rcp.approx.f32"}
+    assert not any(".ftz" in text for text in (*ours, *theirs))
+    reciprocals = [text for text in theirs if "rcp.approx.f32" in text]
+    assert all("MUFU.RCP" in listing(text, tmp_path) for text in (kernel(ours), *reciprocals))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """Of instructions from `start` to `stop`, the branch back."""
+
+    start: int
+    stop: int
+    text: str
+
+    @property
+    def size(self) -> int:
+        return (self.stop - self.start) // 16 + 1
+
+    def holds(self, other: "Loop") -> bool:
+        return self != other and self.start <= other.start and other.stop <= self.stop
+
+
+def listing(ptx: str, folder: Path) -> str:
+    sass.assemble(ptx, folder)
+    return sass._sass(folder / "code.cubin")
+
+
+def loops(text: str) -> list[Loop]:
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", text, re.M)
+    found = []
+    for address, line in lines:
+        stop = int(address, 16)
+        branch = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", line)
+        if branch and (start := int(branch[1], 16)) < stop:
+            body = [text for at, text in lines if start <= int(at, 16) <= stop]
+            found.append(Loop(start, stop, "\n".join(body)))
+    return found
+
+
+def passes(fmt: str, block: int, dtype: Any, warps: int = 16) -> float:
+    """Passes over the pointers a candidate: one, and as many as one of 32 blocks needs more."""
+    points = get_format(fmt).midpoints
+    w = np.random.default_rng(0).standard_normal((32 * warps, block)).astype(np.float32)
+    w = np.sort(np.asarray(jnp.asarray(w * 0.02).astype(dtype).astype(jnp.float32)), axis=1)
+    median, low, high = w[:, (block - 1) // 2], w[:, :1], w[:, -1:]
+    spread = np.maximum(w[:, -1] - median, median - w[:, 0])
+    factors = spaced(-0.1 / 1.8481308, 0.1 / 1.8481308, 201)
+    below = []
+    for factor in factors:
+        shift = (factor * spread + median)[:, None]
+        unit = (w - shift) / np.maximum(np.abs(high - shift), np.abs(low - shift))
+        below.append((unit[:, :, None] <= points).sum(1))
+    moves = np.diff(below, axis=0)
+    assert (moves >= 0).all()
+    return float(1 + moves.reshape(len(moves), warps, -1).max(2).mean())
+
+
+@pytest.mark.parametrize(("block", "seconds"), [(32, 0.7), (64, 0.4)])
+def test_cost_of_llama_7b(block, seconds, tmp_path: Path) -> None:
+    """On an H200, 132 cores of 4 schedulers that each issue an instruction a clock, at 1.7 GHz."""
+    (blocks,) = on("h200", ((ROWS, block), jnp.float32))
+    _, texts = compiled("h200", tmp_path, lambda w: search_shift(w, "nf4"), blocks)
+    found = loops(listing(kernel(texts), tmp_path))
+    (step,) = [one for one in found if "REDUX" in one.text and "MUFU" not in one.text]
+    (candidate,) = [one for one in found if one.holds(step)]
+    search = 201 * (candidate.size - step.size + passes("nf4", block, jnp.bfloat16) * step.size)
+    # Sorting: each loop over chunks of 8 or pairs of them, as often as it runs.
+    chunks = block // 8
+    levels = chunks.bit_length() - 1
+    sorting = [one for one in found if "STG" in one.text and not any(map(one.holds, found))]
+    first, mirror, halve, finish = sorted(sorting, key=lambda one: one.start)
+    sort = first.size * chunks + levels * (mirror.size * chunks // 2 + finish.size * chunks)
+    sort += levels * (levels - 1) // 2 * halve.size * chunks // 2
+    per_weight = (search + sort) / (32 * block)
+    rate = 132 * 4 * 1.7e9
+    sizes = [one.size for one in (step, candidate, first, mirror, halve, finish)]
+    print(
+        f"block {block}: loops {sizes}, sort {sort}, search {search:.0f}, {per_weight:.1f} a weight"
+    )
+    assert sort < 0.1 * search
+    assert LLAMA_7B * per_weight / rate < seconds
+
+
+def test_older_gpus_are_refused(t4: Any) -> None:
+    found = refusal(jax.ShapeDtypeStruct((8, 64), jnp.float32), "nf4", t4)
+    assert found is not None and "8.0 or more, the device is T4" in found
