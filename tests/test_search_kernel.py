@@ -61,18 +61,24 @@ def test_half_precision(dtype):
 def test_ends_of_float32():
     """Against the form for parallel devices: the one for CPUs does not count where a scale
     overflows."""
-    rng = np.random.default_rng(0)
-    scale = np.float32(2) ** np.linspace(-149, 127, 64).astype(np.float32)
-    blocks = np.clip(rng.standard_normal((64, 16)) * scale[:, None], -FLOAT_MAX, FLOAT_MAX)
-    blocks = blocks.astype(np.float32)
-    blocks[:7] = 0
+    # A program has the large ones, another the small ones.
+    exponents = np.concatenate([np.linspace(127, 60, 32), np.linspace(-149, -60, 32)])
+    normal = np.random.default_rng(0).standard_normal((64, 16))
+    blocks = np.clip(normal * 2.0 ** exponents[:, None], -FLOAT_MAX, FLOAT_MAX).astype(np.float32)
+    blocks[:3] = 0
     blocks[0, :8], blocks[0, 8:] = -FLOAT_MAX, FLOAT_MAX
-    blocks[1, 0] = 1e-40
-    blocks[2] = FLOAT_MAX
-    blocks[3, 5] = -FLOAT_MAX
-    blocks[4] = -0.0
-    blocks[5, ::2] = -0.0
-    blocks[6, :3] = 1e-45, -1e-45, 3e-45
+    blocks[1] = FLOAT_MAX
+    blocks[2, 5] = -FLOAT_MAX
+    blocks[32:36] = 0
+    blocks[32, 0] = 1e-40
+    blocks[33] = -0.0
+    blocks[34, ::2] = -0.0
+    blocks[35, :3] = 1e-45, -1e-45, 3e-45
+    # The scales of some candidates are subnormal, or have an infinite reciprocal, others' are not.
+    sample = normal[36:64]
+    spread = np.abs(sample - np.sort(sample)[:, 7:8]).max(1, keepdims=True)
+    edges = np.finfo(np.float32).tiny * np.array([1, 0.25])
+    blocks[36:64] = sample / spread * np.outer(np.linspace(0.95, 1.06, 14), edges).reshape(-1, 1)
     args = jnp.asarray(blocks), "fp4", 0.1, 100, None
     found = search_shift(*args, interpret=True)
     for one, (_, other) in zip(found, both_forms(icq.search_shift, *args), strict=True):
