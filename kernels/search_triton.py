@@ -44,14 +44,15 @@ from irqlora_jax.quant.entropy import (
     spaced,
 )
 from irqlora_jax.quant.formats import Format, get_format
+from irqlora_jax.quant.icq import SIGMA
 
 try:
-    from irqlora_jax.kernels.sort_columns import sort_columns
     from jax.experimental.pallas import triton as plt
+
+    from irqlora_jax.kernels.sort_columns import sort_columns
 except ImportError:  # a later jax, without this backend: `refusal` says so
     plt = None
 
-_SIGMA = 1 / 1.8481308  # as in irqlora_jax/quant/icq.py
 _BLOCKS = (16, 32, 64, 128, 256)
 
 
@@ -140,7 +141,7 @@ def search_shift(
     if (reason := _unserved(blocks, format)) is not None:
         raise ValueError(f"search_triton: {reason}")
     require_range(search_range)
-    factors = spaced(-search_range * _SIGMA, search_range * _SIGMA, 2 * steps + 1)
+    factors = spaced(-search_range * SIGMA, search_range * SIGMA, 2 * steps + 1)
     n, block = blocks.shape
     if n == 0:
         return jnp.zeros(0, jnp.float32), jnp.zeros(0, jnp.float32)

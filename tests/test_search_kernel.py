@@ -10,10 +10,10 @@ import pytest
 from abstract_gpu import abstract_gpu
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from irqlora_jax.kernels.search_triton import Tiles, refusal, search_shift
 from test_icq import both_forms, make_blocks, make_partial
 
 from irqlora_jax.kernels import sort_columns
+from irqlora_jax.kernels.search_triton import Tiles, refusal, search_shift
 from irqlora_jax.quant import icq
 
 FLOAT_MAX = np.finfo(np.float32).max

@@ -9,6 +9,7 @@ for integers, `entropy.py` what the two share.
 import functools
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -35,16 +36,17 @@ from irqlora_jax.quant.entropy import block_entropy as block_entropy
 from irqlora_jax.quant.formats import Format, get_format
 
 # Standard deviation in units of the scale, from the table of NF4: 1 / Q(0.9677083).
-_SIGMA = 1 / 1.8481308
+SIGMA = 1 / 1.8481308
 
 
-@functools.partial(jax.jit, static_argnames=("format", "search_range", "steps"))
+@functools.partial(jax.jit, static_argnames=("format", "search_range", "steps", "implementation"))
 def search_shift(
     blocks: Float[Array, "n block"],
     format: Format | str,
     search_range: float = 0.1,
     steps: int = 100,
     valid: Int[Array, " n"] | None = None,
+    implementation: Literal["xla", "triton"] | None = None,
 ) -> tuple[Float32[Array, " n"], Float32[Array, " n"]]:
     """Shift (the paper's tau) of every block, and the entropy of the codes that it gives.
 
@@ -58,15 +60,43 @@ def search_shift(
         search_range: lambda of the paper, below 1.
         steps: n of the paper.
         valid: number of real elements in each block (at least 1); None: all.
+        implementation: "triton", one kernel for GPUs (kernels/search_triton.py); "xla"; None: the
+            kernel where it was measured to be faster. Both find the same floats.
+
+    Raises:
+        ValueError: an integer format, a search range outside of (0, 1), or an implementation that
+            cannot serve; says why.
     """
     format = get_format(format) if isinstance(format, str) else format
     if format.integer:
         raise ValueError(f"format = {format.name!r}: accepted is a NormalFloat or FP4 format")
     require_range(search_range)
-    factors = spaced(-search_range * _SIGMA, search_range * _SIGMA, 2 * steps + 1)
+    if _takes_kernel(blocks, format, implementation):
+        from irqlora_jax.kernels import search_triton
+
+        return search_triton.search_shift(blocks, format, search_range, steps, valid)
+    factors = spaced(-search_range * SIGMA, search_range * SIGMA, 2 * steps + 1)
     search = functools.partial(_best_shift, factors=factors, format=format)
     on_cpu = functools.partial(search, swept=True)
     return in_chunks(on_cpu, functools.partial(search, swept=False), 2, blocks, valid)
+
+
+def _takes_kernel(blocks: Array, format: Format, implementation: str | None) -> bool:
+    if implementation not in (None, "xla", "triton"):
+        raise ValueError(f"implementation = {implementation!r}: accepted is 'xla' or 'triton'")
+    if implementation == "xla":
+        return False
+    from irqlora_jax.kernels import search_triton
+    from irqlora_jax.kernels.measured import is_faster
+
+    shape = (0, blocks.shape[1])
+    kind = jax.devices()[0].device_kind
+    if implementation is None and not is_faster("search", "triton", kind, format.name, shape):
+        return False
+    reason = search_triton.refusal(blocks, format)
+    if implementation == "triton" and reason is not None:
+        raise ValueError(f"implementation = 'triton': {reason}; 'xla' serves here")
+    return reason is None
 
 
 def _median(w: Float32[Array, "block b"], count: Int32[Array, " b"]) -> Float32[Array, " b"]:

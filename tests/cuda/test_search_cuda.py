@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import sass
 from abstract_gpu import abstract_gpu
-from irqlora_jax.kernels.search_triton import refusal, search_shift
 
 from irqlora_jax.devices import DEVICES, OPTIONS, absent_devices
+from irqlora_jax.kernels.search_triton import refusal, search_shift
 from irqlora_jax.quant import icq
 from irqlora_jax.quant.entropy import spaced
 from irqlora_jax.quant.formats import get_format
