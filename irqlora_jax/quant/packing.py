@@ -1,4 +1,7 @@
-"""Codes to bytes and back. A block of B codes becomes B * bits / 8 bytes, in planes.
+"""Codes to bytes and back. A block of B codes becomes B * bits / 8 bytes, in one of two layouts.
+
+"planes", for blocks of any multiple of 8 codes. Neighboring codes lie in neighboring bytes, so
+unpacking is a shift and a mask over whole vectors:
 
 4 bits, B/2 bytes:      byte j = code[j] | code[j + B/2] << 4
 
@@ -13,8 +16,35 @@
 3 bits, B/4 + B/8 bytes: the plane of the two low bits as above, then the plane of the high bits,
                         byte j = high[j] | high[j + B/8] << 1 | ... | high[j + 7B/8] << 7
 
-Neighboring codes lie in neighboring bytes, so unpacking is a shift and a mask over whole vectors.
-Blocks stay apart, so a matrix can be cut between any two of them.
+"fragments", for blocks of 64 codes: what a thread of a GPU loads is what it has to hand to the
+tensor cores. In a row of their 16-bit operand, thread c of four has columns 2c, 2c + 1, 2c + 8 and
+2c + 9 of every 16. So the block is cut into 8 cells of 8 codes; cell 2c + h has in slots 0 to 7
+
+    k = 32h + 2c + (0, 1, 8, 9, 16, 17, 24, 25)
+
+and lies before cell 2c + h + 1. The bits of a cell are placed for byte permutes (PRMT), whose
+selectors are the three low bits of the nibbles of half a word:
+
+4 bits, 8 little-endian words of 32 bits. Nibble j has the three low bits of slot j; the high bits
+of slots 0 to 3 end a byte each, which a permute can spread over that byte, those of slots 4 to 7
+come four bits before them:
+
+    bit   31 30-28 27 26-24 23 22-20 19 18-16 15 14-12 11 10-8  7  6-4  3  2-0
+          3h [7  ] 7h [6  ] 2h [5  ] 6h [4  ] 1h [3  ] 5h [2 ]  0h [1 ] 4h [0]
+
+2 bits, 8 half words: a nibble has a slot and that 4 further on.
+
+    bit   15 14  13 12  11 10  9 8  7 6  5 4  3 2  1 0
+          [ 7 ]  [ 3 ]  [ 6 ]  [2]  [5]  [1]  [4]  [0]
+
+3 bits: the 8 half words of the two low bits as above, then 4 half words of the high bits. Half
+word c serves cells 2c and 2c + 1; its nibble i has, from bit 0, slots i and i + 4 of cell 2c + 1,
+then slots i and i + 4 of cell 2c.
+
+    bit   15 .. 12 .. 4     3       2       1       0
+          i = 3 .. 1       [h0 4]  [h0 0]  [h1 4]  [h1 0]   (i = 0)
+
+Blocks stay apart in all of them, so a matrix can be cut between any two.
 """
 
 import jax.numpy as jnp
@@ -22,27 +52,60 @@ import numpy as np
 from jaxtyping import Array, UInt8
 
 LAYOUT = "planes"
+"""What `quantize` makes."""
+
+FRAGMENTS = "fragments"
+LAYOUTS = (LAYOUT, FRAGMENTS)
+FRAGMENT_BLOCK = 64
+"""The block size of "fragments"."""
 
 
 def packed_size(block_size: int, bits: int) -> int:
-    """Bytes of one packed block; `block_size` is a multiple of 8."""
+    """Bytes of one packed block, in every layout; `block_size` is a multiple of 8."""
     return block_size * bits // 8
 
 
-def pack(codes: UInt8[Array, "*blocks size"], bits: int) -> UInt8[Array, "*blocks bytes"]:
-    """Packs each block (last axis) of codes below 2**bits, bits 2, 3 or 4."""
+def pack(
+    codes: UInt8[Array, "*blocks size"], bits: int, layout: str = LAYOUT
+) -> UInt8[Array, "*blocks bytes"]:
+    """Packs each block (last axis) of codes below 2**bits, bits 2, 3 or 4.
+
+    Raises:
+        ValueError: no such layout, or none for blocks of this size.
+    """
+    _check(layout, codes.shape[-1])
+    if layout == FRAGMENTS:
+        return _pack_fragments(codes, bits)
     if bits == 3:
         return jnp.concatenate([_pack_plane(codes & 3, 2), _pack_plane(codes >> 2, 1)], axis=-1)
     return _pack_plane(codes, bits)
 
 
-def unpack(packed: UInt8[Array, "*blocks bytes"], bits: int) -> UInt8[Array, "*blocks size"]:
-    """The inverse of `pack`."""
+def unpack(
+    packed: UInt8[Array, "*blocks bytes"], bits: int, layout: str = LAYOUT
+) -> UInt8[Array, "*blocks size"]:
+    """The inverse of `pack`.
+
+    Raises:
+        ValueError: as `pack`.
+    """
+    _check(layout, packed.shape[-1] * 8 // bits)
+    if layout == FRAGMENTS:
+        return _unpack_fragments(packed, bits)
     if bits == 3:
         split = packed.shape[-1] * 2 // 3
         low, high = packed[..., :split], packed[..., split:]
         return _unpack_plane(low, 2) | (_unpack_plane(high, 1) << 2)
     return _unpack_plane(packed, bits)
+
+
+def _check(layout: str, block_size: int) -> None:
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout = {layout!r}: accepted is {' or '.join(map(repr, LAYOUTS))}")
+    if layout == FRAGMENTS and block_size != FRAGMENT_BLOCK:
+        raise ValueError(
+            f"layout = {layout!r}: accepted are blocks of {FRAGMENT_BLOCK}, these have {block_size}"
+        )
 
 
 def _pack_plane(codes: Array, bits: int) -> Array:
@@ -57,3 +120,46 @@ def _unpack_plane(packed: Array, bits: int) -> Array:
     # dequantized with the one and with the other for two different weights.
     fields = [(packed >> np.uint8(shift)) & np.uint8(2**bits - 1) for shift in range(0, 8, bits)]
     return jnp.concatenate(fields, axis=-1)
+
+
+def _pack_fragments(codes: Array, bits: int) -> Array:
+    lead = codes.shape[:-1]
+    # k = 32 h + 8 p + 2 c + e to c, h, p, e: the slot is 2 p + e.
+    parts = codes.reshape(*lead, 2, 4, 4, 2)
+    parts = jnp.moveaxis(parts, -2, -4)
+    even, odd = parts[..., 0], parts[..., 1]  # [c, h, p]
+    if bits == 4:
+        tops = parts.reshape(*lead, 4, 2, 8) >> 3
+        low = (even & 7) | ((odd & 7) << 4)
+        return (low | (tops[..., :4] << 7) | (tops[..., 4:] << 3)).reshape(*lead, -1)
+    near = (even & 3) | ((odd & 3) << 4)
+    plane = (near[..., :2] | (near[..., 2:] << 2)).reshape(*lead, -1)
+    if bits == 2:
+        return plane
+    tops = (parts >> 2).reshape(*lead, 4, 2, 2, 2, 2)  # c, h, slot // 4, byte, nibble of the byte
+    first, second = tops[..., 0, :, :, :], tops[..., 1, :, :, :]
+    nibbles = second[..., 0, :, :] | (second[..., 1, :, :] << 1)
+    nibbles = nibbles | (first[..., 0, :, :] << 2) | (first[..., 1, :, :] << 3)
+    high = (nibbles[..., 0] | (nibbles[..., 1] << 4)).reshape(*lead, -1)
+    return jnp.concatenate([plane, high], axis=-1)
+
+
+def _unpack_fragments(packed: Array, bits: int) -> Array:
+    lead = packed.shape[:-1]
+    if bits == 4:
+        cells = packed.reshape(*lead, 4, 2, 4)
+        low = jnp.stack([cells & 7, (cells >> 4) & 7], axis=-1)
+        tops = jnp.concatenate([cells >> 7, (cells >> 3) & 1], axis=-1)
+        parts = low | (tops.reshape(low.shape) << 3)
+    else:
+        cells = packed[..., :16].reshape(*lead, 4, 2, 2)
+        near = jnp.stack([cells & 3, (cells >> 4) & 3], axis=-1)
+        far = jnp.stack([(cells >> 2) & 3, cells >> 6], axis=-1)
+        parts = jnp.concatenate([near, far], axis=-2)
+        if bits == 3:
+            high = packed[..., 16:].reshape(*lead, 4, 2)
+            nibbles = jnp.stack([high & 15, high >> 4], axis=-1)  # c, byte, nibble of the byte
+            fields = [(nibbles >> shift) & 1 for shift in (2, 3, 0, 1)]
+            parts = parts | (jnp.stack(fields, axis=-3).reshape(parts.shape) << 2)
+    # c, h, p, e back to h, p, c, e.
+    return jnp.moveaxis(parts, -4, -2).reshape(*lead, -1)

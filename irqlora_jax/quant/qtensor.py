@@ -98,10 +98,22 @@ class QTensor:
         bits = get_format(self.format).bits
 
         def row_entropy(packed: Array) -> Array:
-            return block_entropy(packing.unpack(packed, bits), 2**bits, valid)
+            return block_entropy(packing.unpack(packed, bits, self.layout), 2**bits, valid)
 
         # Some rows at a time, so that the unpacked codes never exist as a whole.
         return jax.lax.map(row_entropy, rows, batch_size=64).reshape(self.packed.shape[:-1])
+
+    def with_layout(self, layout: str) -> "QTensor":
+        """The same weights with their codes arranged in another way, "planes" or "fragments".
+
+        On the way the unpacked codes may exist as a whole, a byte for each.
+
+        Raises:
+            ValueError: no such layout, or none for blocks of this size.
+        """
+        bits = get_format(self.format).bits
+        packed = _repack(self.packed, bits, self.layout, layout)
+        return dataclasses.replace(self, packed=packed, layout=layout)
 
     @property
     def nbytes(self) -> int:
@@ -109,9 +121,7 @@ class QTensor:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
     def _unpacked(self) -> UInt8[Array, "*lead out blocks size"]:
-        if self.layout != packing.LAYOUT:
-            raise ValueError(f"layout = {self.layout!r}: accepted is {packing.LAYOUT!r}")
-        return packing.unpack(self.packed, get_format(self.format).bits)
+        return packing.unpack(self.packed, get_format(self.format).bits, self.layout)
 
     def _as_rows(self, blocks: Array) -> Array:
         rows = blocks.reshape(*blocks.shape[:-2], -1)
@@ -153,6 +163,11 @@ def quantized_shape(shape: tuple[int, int], config: QuantConfig) -> QTensor:
     """What `quantize` makes of a matrix of this shape, with jax.ShapeDtypeStruct for its arrays."""
     weight = jax.ShapeDtypeStruct(shape, jnp.float32)
     return jax.eval_shape(functools.partial(_quantize, config=config), weight, None)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _repack(packed: Array, bits: int, layout: str, target: str) -> Array:
+    return packing.pack(packing.unpack(packed, bits, layout), bits, target)
 
 
 def _encode(
