@@ -49,6 +49,7 @@ class Tiles:
         warp_groups: that multiply, each of them 64 rows of W.
         blocks: quantization blocks of 64 inputs that are copied at once.
         stages: copies on their way or in use.
+        together: steps between two points at which all products are done.
         splits: parts of the inputs that are summed apart.
         band: tiles of W that are computed with the same rows of x before the next ones.
         grid: blocks of the kernel, one for each multiprocessor.
@@ -58,6 +59,7 @@ class Tiles:
     warp_groups: int = 2
     blocks: int = 1
     stages: int = 4
+    together: int = 4
     splits: int = 1
     band: int = 8
     grid: int = MULTIPROCESSORS
@@ -65,7 +67,7 @@ class Tiles:
     def __post_init__(self) -> None:
         if self.batch not in (8, 16, 32, 64, 128, 256):
             raise ValueError(f"batch = {self.batch}: accepted is 8, 16, 32, 64, 128 or 256")
-        for name in ("warp_groups", "blocks", "splits", "band", "grid"):
+        for name in ("warp_groups", "blocks", "together", "splits", "band", "grid"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} = {value}: accepted is 1 or more")
         if self.stages < 2:
@@ -109,8 +111,8 @@ def default_tiles(m: int, n: int, k: int, bits: int, grid: int = MULTIPROCESSORS
         return -(-tiles * splits // grid) * (-(-steps // splits) + 2.0) + 0.1 * splits
 
     splits = min(range(1, min(8, steps) + 1), key=cost) if m <= 256 else 1
-    found = Tiles(batch, blocks=blocks, splits=splits, grid=grid)
-    stages = 8 if batch <= 64 else 4
+    found = Tiles(batch, blocks=blocks, together=4 // blocks, splits=splits, grid=grid)
+    stages = 8 if batch <= 64 else 5
     while stages > 2 and dataclasses.replace(found, stages=stages).shared_memory(bits) > _SHARED:
         stages -= 1
     return dataclasses.replace(found, stages=stages)
@@ -211,7 +213,7 @@ def _product(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    groups, batch = tiles.warp_groups, tiles.batch
+    groups, batch, stages = tiles.warp_groups, tiles.batch, tiles.stages
     line = packing.packed_size(BLOCK, bits)
     grid = (-(-n // tiles.rows), -(-m // batch))
     steps = -(-k // (BLOCK * tiles.blocks * tiles.splits))
@@ -249,9 +251,9 @@ def _product(
                 @pl.loop(0, steps)
                 def _(step):
                     count = turn * steps + step
-                    slot = lax.rem(count, tiles.stages)
+                    slot = lax.rem(count, stages)
 
-                    @pl.when(count >= tiles.stages)
+                    @pl.when(count >= stages)
                     def _():
                         plgpu.barrier_wait(empty.at[slot])
 
@@ -277,28 +279,33 @@ def _product(
             def _(turn):
                 row, column, _, split = origin(turn)
 
-                def accumulate(sums):
-                    @pl.loop(0, steps)
-                    def _(step):
-                        count = turn * steps + step
-                        slot = lax.rem(count, tiles.stages)
+                def products(sums, begin, number):
+                    """Of some steps. The weights of a block are made while the product before it
+                    is computed. All are done at the end: the registers of one that is not may be
+                    given to others by the assembler when the loop starts again."""
+                    for index in range(number):
+                        slot = lax.rem(begin + index, stages)
                         plgpu.barrier_wait(full.at[slot])
                         for block in range(tiles.blocks):
                             piece = codes_s.at[slot, mine, pl.ds(block * line, line)]
                             weights = fragment(piece, scales_s.at[slot, block, mine])
                             inputs = x_s.at[slot, :, pl.ds(block * BLOCK, BLOCK)]
                             plgpu.wgmma(sums, weights, inputs.T)
-                            # The next weights are made while this product is computed; the one
-                            # before it is done, and its copy may be overwritten.
                             plgpu.wgmma_wait(1)
-
-                            @pl.when((step > 0) & (block == 0))
-                            def _():
-                                plgpu.barrier_arrive(empty.at[lax.rem(count - 1, tiles.stages)])
-
+                            if index and not block:
+                                plgpu.barrier_arrive(empty.at[lax.rem(begin + index - 1, stages)])
                     plgpu.wgmma_wait(0)
-                    last = turn * steps + steps - 1
-                    plgpu.barrier_arrive(empty.at[lax.rem(last, tiles.stages)])
+                    plgpu.barrier_arrive(empty.at[lax.rem(begin + number - 1, stages)])
+
+                def accumulate(sums):
+                    begin, together = turn * steps, min(tiles.together, steps)
+
+                    @pl.loop(0, steps // together)
+                    def _(several):
+                        products(sums, begin + several * together, together)
+
+                    if left := steps % together:
+                        products(sums, begin + steps - left, left)
                     return sums[...]
 
                 sums = pl.run_scoped(accumulate, plgpu.ACC((ROWS, batch), jnp.float32))
@@ -321,7 +328,6 @@ def _product(
 
         lax.cond(group == groups, copy, multiply)
 
-    stages = tiles.stages
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(shape, kind),
