@@ -37,7 +37,7 @@ BLOCK = packing.FRAGMENT_BLOCK
 ROWS = 64  # of W that a warp group has
 MULTIPROCESSORS = 132
 _CHUNK = 64  # columns of a tile that leave at once
-_SHARED = 227 << 10  # bytes of shared memory that a block may have
+_SHARED = 224 << 10  # bytes of shared memory for tiles; a block has 3 KiB more for the rest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +96,12 @@ def default_tiles(m: int, n: int, k: int, bits: int, grid: int = MULTIPROCESSORS
         bits: of a code.
         grid: multiprocessors.
     """
-    batch = next((size for size in (8, 16, 32, 64, 128) if m <= size), 256)
-    steps = -(-k // BLOCK)
-    # TMA copies in units of 16 bytes, and 3-bit blocks of 24 come in pairs. With few rows of x the
-    # weight is what is read: lines of 128 bytes then, and many on their way.
-    blocks = 2 if bits == 3 else 1
-    if batch <= 64:
-        blocks = 4
-    steps = -(-steps // blocks)
+    # TMA copies in units of 16 bytes: 3-bit blocks of 24 come in pairs, which leaves too few stages
+    # for the widest tiles. With few rows of x the weight is what is read, in longer lines then.
+    sizes = (8, 16, 32, 64, 128) if bits == 3 else (8, 16, 32, 64, 128, 256)
+    batch = next((size for size in sizes if m <= size), sizes[-1])
+    blocks = 4 if batch <= 64 else 2 if bits == 3 else 1
+    steps = -(-k // (BLOCK * blocks))
     tiles = -(-m // batch) * -(-n // (2 * ROWS))
 
     def cost(splits: int) -> float:
@@ -131,7 +129,9 @@ def refusal(x: Array, weight: QTensor, device: Any = None) -> str | None:
     if weight.block_size != BLOCK:
         return f"it takes blocks of {BLOCK}, this weight has block_size = {weight.block_size}"
     if weight.layout != packing.FRAGMENTS:
-        return f"it takes layout 'fragments', not {weight.layout!r}: weight.with_layout('fragments')"
+        return (
+            f"it takes layout 'fragments', not {weight.layout!r}: weight.with_layout('fragments')"
+        )
     bits = get_format(weight.format).bits
     unit = 2 * BLOCK if bits == 3 else BLOCK
     if weight.shape[1] % unit:
@@ -161,18 +161,20 @@ def matmul(
         return jnp.zeros((*x.shape[:-1], n), x.dtype)
     tiles = tiles or default_tiles(m, n, k, fmt.bits)
     dtype = jnp.dtype(x.dtype).name
-    product = _product(m, n, k, fmt.bits, fmt.levels, dtype, tiles)
+    rows = jnp.pad(rows, ((0, -m % 8), (0, 0)))  # the copies are made of groups of 8 rows
+    product = _product(rows.shape[0], n, k, fmt.bits, fmt.levels, dtype, tiles)
     codes = weight.packed.reshape(n, -1)
     found = product(codes, affine(weight, x.dtype), rows)
     if tiles.splits > 1:
-        found = found.sum(axis=0).T.astype(x.dtype)
+        # One after the other, not as a reduction whose order is the compiler's.
+        found = functools.reduce(jnp.add, list(found)).T.astype(x.dtype)
     return found[:m, :n].reshape(*x.shape[:-1], n)
 
 
 def affine(weight: QTensor, dtype: DTypeLike) -> UInt32[Array, "blocks padded"]:
     """Scale (low half) and shift (high half) of every block, a column for each row of W.
 
-    Columns are padded to a multiple of 8: TMA wants lines of a multiple of 16 bytes.
+    Columns are padded to a multiple of 4: TMA wants lines of a multiple of 16 bytes.
     """
     scale, shift = weight.scale(), weight.shift()
     low = lax.bitcast_convert_type(scale.astype(dtype), jnp.uint16).astype(jnp.uint32)
@@ -180,7 +182,7 @@ def affine(weight: QTensor, dtype: DTypeLike) -> UInt32[Array, "blocks padded"]:
     if shift is not None:
         high = lax.bitcast_convert_type(shift.astype(dtype), jnp.uint16).astype(jnp.uint32)
         both = low | (high << 16)
-    return jnp.pad(both.T, ((0, 0), (0, -both.shape[0] % 8)))
+    return jnp.pad(both.T, ((0, 0), (0, -both.shape[0] % 4)))
 
 
 def _product(
@@ -191,24 +193,20 @@ def _product(
     levels: tuple[float, ...],
     dtype: str,
     tiles: Tiles,
-    fragment: Callable[..., Any] | None = None,
-    interpret: Any = None,
 ) -> Callable[[Array, Array, Array], Array]:
     """The kernel, of codes [n, bytes], `affine` and x [m, k].
 
-    It makes x W^T, [m, n padded to 8], or with several splits their float32 sums, transposed:
-    [splits, n padded to 8, m padded to whole tiles].
+    It makes x W^T, [m, n padded to 64], or with several splits their float32 sums, transposed:
+    [splits, n padded to 64, m padded to whole tiles].
 
     Args:
-        m: rows of x.
+        m: rows of x, a multiple of 8.
         n: outputs.
         k: inputs.
         bits: of a code.
         levels: of the format.
         dtype: of x.
         tiles: how to cut the work.
-        fragment: in place of `_permuted`, for an interpreter.
-        interpret: as in `plgpu.kernel`.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -219,14 +217,14 @@ def _product(
     steps = -(-k // (BLOCK * tiles.blocks * tiles.splits))
     chunk = min(batch, _CHUNK)
     partial = tiles.splits > 1
-    n_padded = n + -n % 8
+    n_padded = n + -n % ROWS
     if partial:
         shape, kind = (tiles.splits, n_padded, grid[1] * batch), jnp.dtype(jnp.float32)
         out_block = (groups, ROWS, chunk)
     else:
         shape, kind = (m, n_padded), jnp.dtype(dtype)
         out_block = (groups, chunk, ROWS)
-    fragment = fragment or _permuted(levels, bits, dtype)
+    fragment = _permuted(levels, bits, dtype)
 
     def body(codes, scales, x, out, codes_s, scales_s, x_s, out_s, full, empty):
         group = lax.axis_index("group")
@@ -347,11 +345,8 @@ def _product(
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
         ],
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=False
-        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name="dequant_matmul",
-        **({} if interpret is None else {"interpret": interpret}),
     )
 
 

@@ -18,9 +18,7 @@ from irqlora_jax.quant.qtensor import quantize, quantized_shape
 def picture(codes: np.ndarray, bits: int) -> bytes:
     """One block by the docstring of `packing`, bit by bit, in Python's integers."""
     columns = (0, 1, 8, 9, 16, 17, 24, 25)
-    cells = [
-        [int(codes[32 * h + 2 * c + k]) for k in columns] for c in range(4) for h in range(2)
-    ]
+    cells = [[int(codes[32 * h + 2 * c + k]) for k in columns] for c in range(4) for h in range(2)]
     made = b""
     for cell in cells:
         if bits == 4:
