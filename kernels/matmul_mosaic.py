@@ -13,11 +13,9 @@ Few rows of x leave too few tiles for all multiprocessors. Then several blocks s
 part of the inputs, and XLA adds their float32 sums in fixed order.
 """
 
-import dataclasses
 import functools
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,93 +25,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt32
 
 from irqlora_jax.devices import compute_capability
-from irqlora_jax.kernels import byte_table
+from irqlora_jax.kernels import mosaic_fragments, mosaic_tiles
 from irqlora_jax.quant import packing
 from irqlora_jax.quant.formats import get_format
 from irqlora_jax.quant.matmul import XLA, Implementation
 from irqlora_jax.quant.qtensor import QTensor
 
-BLOCK = packing.FRAGMENT_BLOCK
-ROWS = 64  # of W that a warp group has
-MULTIPROCESSORS = 132
-_CHUNK = 64  # columns of a tile that leave at once
-_SHARED = 224 << 10  # bytes of shared memory for tiles; a block has 3 KiB more for the rest
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """How the work is cut.
-
-    Attributes:
-        batch: rows of x that a tile has: 8, 16, 32, 64, 128 or 256.
-        warp_groups: that multiply, each of them 64 rows of W.
-        blocks: quantization blocks of 64 inputs that are copied at once.
-        stages: copies on their way or in use.
-        together: steps between two points at which all products are done.
-        splits: parts of the inputs that are summed apart.
-        band: tiles of W that are computed with the same rows of x before the next ones.
-        grid: blocks of the kernel, one for each multiprocessor.
-    """
-
-    batch: int
-    warp_groups: int = 2
-    blocks: int = 1
-    stages: int = 4
-    together: int = 4
-    splits: int = 1
-    band: int = 8
-    grid: int = MULTIPROCESSORS
-
-    def __post_init__(self) -> None:
-        if self.batch not in (8, 16, 32, 64, 128, 256):
-            raise ValueError(f"batch = {self.batch}: accepted is 8, 16, 32, 64, 128 or 256")
-        for name in ("warp_groups", "blocks", "together", "splits", "band", "grid"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} = {value}: accepted is 1 or more")
-        if self.stages < 2:
-            raise ValueError(f"stages = {self.stages}: accepted is 2 or more")
-
-    @property
-    def rows(self) -> int:
-        """Rows of W that a tile has."""
-        return ROWS * self.warp_groups
-
-    def shared_memory(self, bits: int) -> int:
-        """Bytes of shared memory that a block of the kernel takes, but for its barriers."""
-        codes = self.rows * packing.packed_size(BLOCK, bits)
-        stage = self.blocks * (codes + 4 * self.rows + 2 * BLOCK * self.batch)
-        result = self.rows * min(self.batch, _CHUNK) * (4 if self.splits > 1 else 2)
-        return self.stages * stage + result
-
-
-def default_tiles(m: int, n: int, k: int, bits: int, grid: int = MULTIPROCESSORS) -> Tiles:
-    """Tiles for x of [m, k] and W of [n, k].
-
-    Args:
-        m: rows of x.
-        n: outputs.
-        k: inputs.
-        bits: of a code.
-        grid: multiprocessors.
-    """
-    # TMA copies in units of 16 bytes: 3-bit blocks of 24 come in pairs, which leaves too few stages
-    # for the widest tiles. With few rows of x the weight is what is read, in longer lines then.
-    sizes = (8, 16, 32, 64, 128) if bits == 3 else (8, 16, 32, 64, 128, 256)
-    batch = next((size for size in sizes if m <= size), sizes[-1])
-    blocks = 4 if batch <= 64 else 2 if bits == 3 else 1
-    steps = -(-k // (BLOCK * blocks))
-    tiles = -(-m // batch) * -(-n // (2 * ROWS))
-
-    def cost(splits: int) -> float:
-        # Rounds of the grid, times the steps of a tile and what starting and ending one costs.
-        return -(-tiles * splits // grid) * (-(-steps // splits) + 2.0) + 0.1 * splits
-
-    splits = min(range(1, min(8, steps) + 1), key=cost) if m <= 256 else 1
-    found = Tiles(batch, blocks=blocks, together=4 // blocks, splits=splits, grid=grid)
-    stages = 8 if batch <= 64 else 5
-    while stages > 2 and dataclasses.replace(found, stages=stages).shared_memory(bits) > _SHARED:
-        stages -= 1
-    return dataclasses.replace(found, stages=stages)
+Tiles, default_tiles = mosaic_tiles.Tiles, mosaic_tiles.default_tiles
+BLOCK, CHUNK, ROWS = mosaic_tiles.BLOCK, mosaic_tiles.CHUNK, mosaic_tiles.ROWS
 
 
 def refusal(x: Array, weight: QTensor, device: Any = None) -> str | None:
@@ -122,8 +41,10 @@ def refusal(x: Array, weight: QTensor, device: Any = None) -> str | None:
     capability = compute_capability(device)
     if capability != (9, 0):
         return f"it needs compute capability 9.0, {device.device_kind} has {_dotted(capability)}"
-    if len(mesh := jax.sharding.get_abstract_mesh().shape) and math.prod(mesh.values()) > 1:
-        return f"it runs on one device, the mesh has {math.prod(mesh.values())}"
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = [size for name, size in mesh.shape.items() if name not in mesh.manual_axes]
+    if math.prod(sizes) > 1:  # within shard_map all axes are manual
+        return f"it runs on one device, the mesh has {math.prod(sizes)}"
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes x in bfloat16 or float16, this one is {x.dtype}"
     if weight.block_size != BLOCK:
@@ -215,7 +136,7 @@ def _product(
     line = packing.packed_size(BLOCK, bits)
     grid = (-(-n // tiles.rows), -(-m // batch))
     steps = -(-k // (BLOCK * tiles.blocks * tiles.splits))
-    chunk = min(batch, _CHUNK)
+    chunk = min(batch, CHUNK)
     partial = tiles.splits > 1
     n_padded = n + -n % ROWS
     if partial:
@@ -224,7 +145,7 @@ def _product(
     else:
         shape, kind = (m, n_padded), jnp.dtype(dtype)
         out_block = (groups, chunk, ROWS)
-    fragment = _permuted(levels, bits, dtype)
+    fragment = mosaic_fragments.permuted(levels, bits, dtype)
 
     def body(codes, scales, x, out, codes_s, scales_s, x_s, out_s, full, empty):
         group = lax.axis_index("group")
@@ -270,7 +191,7 @@ def _product(
 
         def multiply():
             free = (512 - 40) // groups // 8 * 8
-            plgpu.set_max_registers(min(free, 240), action="increase")
+            plgpu.set_max_registers(min(free, 256), action="increase")
             mine = pl.ds(group * ROWS, ROWS)
 
             @pl.loop(0, rounds)
@@ -356,85 +277,6 @@ def _swizzled(columns: int, bits: int) -> tuple[Any, ...]:
 
     swizzle = plgpu.find_swizzle(columns * bits, "tile")
     return plgpu.TilingTransform((8, swizzle * 8 // bits)), plgpu.SwizzleTransform(swizzle)
-
-
-def _permuted(levels: Sequence[float], bits: int, dtype: str) -> Callable[[Any, Any], Any]:
-    """Of the codes of 64 rows of a block and their `affine`, in shared memory: the weights as the
-    tensor cores take them from registers."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    text = byte_table.dequantize_row(levels, bits, dtype)
-    # A row of a block is shared by four threads: each has so many neighboring bytes of it.
-    plane = {8: plgpu.Layout.WGMMA_UPCAST_4X, 4: plgpu.Layout.WGMMA_8BIT, 2: plgpu.Layout.WGMMA}
-    layouts = {4: (plane[8],), 3: (plane[4], plane[2]), 2: (plane[4],)}[bits]
-    row_layout = plgpu.Layout.WGMMA.reduce(1)
-
-    @plgpu.inline_mgpu(
-        arg_types=(*layouts, row_layout),
-        return_type=plgpu.ShapeDtypeStruct((ROWS, BLOCK), jnp.dtype(dtype), plgpu.Layout.WGMMA),
-    )
-    def permute(_, *arrays):
-        return _inline(text, arrays, dtype)
-
-    def fragment(codes, scales):
-        if bits == 3:
-            from jax.experimental import pallas as pl
-
-            parts = [codes.at[:, pl.ds(0, 16)], codes.at[:, pl.ds(16, 8)]]
-        else:
-            parts = [codes]
-        loaded = [_load(one, layout) for one, layout in zip(parts, layouts, strict=True)]
-        return permute(*loaded, _load(scales, row_layout))
-
-    return fragment
-
-
-def _load(ref: Any, layout: Any) -> Array:
-    """From shared memory. jax 0.10 wants an index, later ones take none."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
-    return plgpu.load(ref, *index, layout=layout, optimized=False)
-
-
-def _inline(text: str, arrays: Sequence[Any], dtype: str) -> Any:
-    """The PTX of `byte_table` on the registers of a thread, for each of its two rows."""
-    import numpy as np
-    from jax.experimental.mosaic import gpu as mgpu
-    from jax.extend.mlir import ir
-    from jax.extend.mlir.dialects import arith, vector
-
-    # jax.extend.mlir has no llvm dialect, and no other one has inline assembly.
-    from jaxlib.mlir.dialects import llvm
-
-    word = ir.IntegerType.get_signless(32)
-    half = ir.BF16Type.get() if dtype == "bfloat16" else ir.F16Type.get()
-    pair = ir.VectorType.get((2,), half)
-
-    def words(register: Any) -> list[Any]:
-        kind = ir.VectorType(register.type)
-        bits = kind.shape[0] * mgpu.bitwidth(kind.element_type)
-        whole = ir.IntegerType.get_signless(min(bits, 32))
-        parts = vector.bitcast(ir.VectorType.get((bits // whole.width,), whole), register)
-        found = [
-            vector.extract(parts, dynamic_position=[], static_position=[i])
-            for i in range(bits // whole.width)
-        ]
-        return found if whole == word else [arith.extui(word, one) for one in found]
-
-    struct = llvm.StructType.get_literal((word,) * 8)
-    layout = mgpu.WGMMA_LAYOUT
-    registers = np.empty(layout.registers_shape((ROWS, BLOCK)), dtype=object)
-    by_row = registers.reshape(8, 2)  # columns in steps of 8, the thread's two rows
-    for row in range(2):
-        held = [one for array in arrays for one in words(array.registers.reshape(2)[row])]
-        constraints = ",".join(["=r"] * 8 + ["r"] * len(held))
-        made = llvm.inline_asm(struct, held, text, constraints)
-        for column in range(8):
-            one = llvm.extractvalue(word, made, [column])
-            vector_of_one = vector.broadcast(ir.VectorType.get((1,), word), one)
-            by_row[column, row] = vector.bitcast(pair, vector_of_one)
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 
 from irqlora_jax.config import QuantConfig
-from irqlora_jax.kernels import byte_table, matmul_mosaic
+from irqlora_jax.kernels import byte_table, matmul_mosaic, mosaic_fragments
 from irqlora_jax.quant import packing
 from irqlora_jax.quant.formats import FORMATS, get_format
 from irqlora_jax.quant.qtensor import quantized_shape
@@ -207,7 +207,7 @@ def test_a_thread_loads_its_operand_of_the_tensor_cores() -> None:
 
 
 def looked_up(levels, bits: int, dtype: str):
-    """As `matmul_mosaic._permuted`, in operations that an interpreter has."""
+    """As `mosaic_fragments.permuted`, in operations that an interpreter has."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def fragment(codes, scales):
@@ -258,7 +258,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(plgpu, "kernel", interpreted)
     monkeypatch.setattr(plgpu, "wgmma", from_shared_memory)
-    monkeypatch.setattr(matmul_mosaic, "_permuted", looked_up)
+    monkeypatch.setattr(mosaic_fragments, "permuted", looked_up)
 
 
 def make(name: str, n: int, k: int):
@@ -359,6 +359,13 @@ def test_refusals_say_why() -> None:
     assert "leading axes (3,)" in refused(packed=jnp.zeros((3, 8, 2, 32), jnp.uint8))
     with jax.set_mesh(jax.make_mesh((2,), ("data",))):
         assert "one device, the mesh has 2" in refused()
+
+        def inside(x):
+            assert refused() == ""
+            return x
+
+        rows = jax.sharding.PartitionSpec("data")
+        jax.eval_shape(jax.shard_map(inside, in_specs=rows, out_specs=rows), x)
 
 
 @pytest.mark.parametrize(

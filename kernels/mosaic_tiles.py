@@ -1,0 +1,87 @@
+"""How the Mosaic kernel cuts its work (`matmul_mosaic.py`)."""
+
+import dataclasses
+
+from irqlora_jax.quant import packing
+
+BLOCK = packing.FRAGMENT_BLOCK
+ROWS = 64  # of W that a warp group has
+CHUNK = 64  # columns of a tile that leave at once
+MULTIPROCESSORS = 132
+SHARED = 224 << 10  # bytes of shared memory for tiles; a block has 3 KiB more for the rest
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How the work is cut.
+
+    Attributes:
+        batch: rows of x that a tile has: 8, 16, 32, 64, 128 or 256.
+        warp_groups: that multiply, each of them 64 rows of W.
+        blocks: quantization blocks of 64 inputs that are copied at once.
+        stages: copies on their way or in use.
+        together: steps between two points at which all products are done.
+        splits: parts of the inputs that are summed apart.
+        band: tiles of W that are computed with the same rows of x before the next ones.
+        grid: blocks of the kernel, one for each multiprocessor.
+    """
+
+    batch: int
+    warp_groups: int = 2
+    blocks: int = 1
+    stages: int = 4
+    together: int = 4
+    splits: int = 1
+    band: int = 8
+    grid: int = MULTIPROCESSORS
+
+    def __post_init__(self) -> None:
+        if self.batch not in (8, 16, 32, 64, 128, 256):
+            raise ValueError(f"batch = {self.batch}: accepted is 8, 16, 32, 64, 128 or 256")
+        for name in ("warp_groups", "blocks", "together", "splits", "band", "grid"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} = {value}: accepted is 1 or more")
+        if self.stages < 2:
+            raise ValueError(f"stages = {self.stages}: accepted is 2 or more")
+
+    @property
+    def rows(self) -> int:
+        """Rows of W that a tile has."""
+        return ROWS * self.warp_groups
+
+    def shared_memory(self, bits: int) -> int:
+        """Bytes of shared memory that a block of the kernel takes, but for its barriers."""
+        codes = self.rows * packing.packed_size(BLOCK, bits)
+        stage = self.blocks * (codes + 4 * self.rows + 2 * BLOCK * self.batch)
+        result = self.rows * min(self.batch, CHUNK) * (4 if self.splits > 1 else 2)
+        return self.stages * stage + result
+
+
+def default_tiles(m: int, n: int, k: int, bits: int, grid: int = MULTIPROCESSORS) -> Tiles:
+    """Tiles for x of [m, k] and W of [n, k].
+
+    Args:
+        m: rows of x.
+        n: outputs.
+        k: inputs.
+        bits: of a code.
+        grid: multiprocessors.
+    """
+    # TMA copies in units of 16 bytes: 3-bit blocks of 24 come in pairs, which leaves too few stages
+    # for the widest tiles. With few rows of x the weight is what is read, in longer lines then.
+    sizes = (8, 16, 32, 64, 128) if bits == 3 else (8, 16, 32, 64, 128, 256)
+    batch = next((size for size in sizes if m <= size), sizes[-1])
+    blocks = 4 if batch <= 64 else 2 if bits == 3 else 1
+    steps = -(-k // (BLOCK * blocks))
+    tiles = -(-m // batch) * -(-n // (2 * ROWS))
+
+    def cost(splits: int) -> float:
+        # Rounds of the grid, times the steps of a tile and what starting and ending one costs.
+        return -(-tiles * splits // grid) * (-(-steps // splits) + 2.0) + 0.1 * splits
+
+    splits = min(range(1, min(8, steps) + 1), key=cost) if m <= 256 else 1
+    found = Tiles(batch, blocks=blocks, together=4 // blocks, splits=splits, grid=grid)
+    stages = 8 if batch <= 64 else 5
+    while stages > 2 and dataclasses.replace(found, stages=stages).shared_memory(bits) > SHARED:
+        stages -= 1
+    return dataclasses.replace(found, stages=stages)
