@@ -15,12 +15,11 @@ BLOCK, ROWS = mosaic_tiles.BLOCK, mosaic_tiles.ROWS
 def permuted(levels: Sequence[float], bits: int, dtype: str) -> Callable[[Any, Any], Any]:
     """Of the codes of 64 rows of a block and their `affine`, in shared memory: the weights as the
     tensor cores take them from registers."""
+    from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     text = byte_table.dequantize_row(levels, bits, dtype)
-    # A row of a block is shared by four threads: each has so many neighboring bytes of it.
-    plane = {8: plgpu.Layout.WGMMA_UPCAST_4X, 4: plgpu.Layout.WGMMA_8BIT, 2: plgpu.Layout.WGMMA}
-    layouts = {4: (plane[8],), 3: (plane[4], plane[2]), 2: (plane[4],)}[bits]
+    layouts = byte_layouts(bits)
     row_layout = plgpu.Layout.WGMMA.reduce(1)
 
     @plgpu.inline_mgpu(
@@ -31,16 +30,33 @@ def permuted(levels: Sequence[float], bits: int, dtype: str) -> Callable[[Any, A
         return _inline(text, arrays, dtype)
 
     def fragment(codes, scales):
-        if bits == 3:
-            from jax.experimental import pallas as pl
-
-            parts = [codes.at[:, pl.ds(0, 16)], codes.at[:, pl.ds(16, 8)]]
-        else:
-            parts = [codes]
+        parts = [codes.at[:, pl.ds(0, 16)], codes.at[:, pl.ds(16, 8)]] if bits == 3 else [codes]
         loaded = [_load(one, layout) for one, layout in zip(parts, layouts, strict=True)]
         return permute(*loaded, _load(scales, row_layout))
 
     return fragment
+
+
+def byte_layouts(bits: int) -> tuple[Any, ...]:
+    """Who loads which bytes of 64 rows of a block, for each plane of the codes.
+
+    The four threads of a row have 8, 4 or 2 neighboring bytes of it each.
+    """
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    if bits == 4:
+        return (plgpu.Layout.WGMMA_UPCAST_4X,)
+    if bits == 2:
+        return (plgpu.Layout.WGMMA_8BIT,)
+    # As WGMMA_8BIT, in halves: that one jax may load by ldmatrix, which needs lines at multiples of
+    # 16 bytes, and blocks of 3 bits have 24.
+    halves = plgpu.Layout.TILED(
+        plgpu.Tiling(((64, 16), (16, 16), (8, 16), (4,), (2,))),
+        warp_dims=(-8,),
+        lane_dims=(-4, -3),
+        vector_dim=-1,
+    )
+    return halves, plgpu.Layout.WGMMA
 
 
 def _load(ref: Any, layout: Any) -> Array:
@@ -65,23 +81,32 @@ def _inline(text: str, arrays: Sequence[Any], dtype: str) -> Any:
     half = ir.BF16Type.get() if dtype == "bfloat16" else ir.F16Type.get()
     pair = ir.VectorType.get((2,), half)
 
-    def words(register: Any) -> list[Any]:
+    def words(row: int, array: Any) -> list[Any]:
+        """The words of a plane that a thread has of one of its two rows."""
+        pieces = array.registers.reshape(2, -1)[row]
+        found = [whole(one) for one in pieces]
+        if len(found) == 2:  # half words
+            high = arith.shli(found[1][0], arith.constant(word, 16))
+            return [arith.ori(found[0][0], high)]
+        return found[0]
+
+    def whole(register: Any) -> list[Any]:
         kind = ir.VectorType(register.type)
         bits = kind.shape[0] * mgpu.bitwidth(kind.element_type)
-        whole = ir.IntegerType.get_signless(min(bits, 32))
-        parts = vector.bitcast(ir.VectorType.get((bits // whole.width,), whole), register)
+        part = ir.IntegerType.get_signless(min(bits, 32))
+        number = bits // part.width
+        parts = vector.bitcast(ir.VectorType.get((number,), part), register)
         found = [
-            vector.extract(parts, dynamic_position=[], static_position=[i])
-            for i in range(bits // whole.width)
+            vector.extract(parts, dynamic_position=[], static_position=[i]) for i in range(number)
         ]
-        return found if whole == word else [arith.extui(word, one) for one in found]
+        return found if part == word else [arith.extui(word, one) for one in found]
 
     struct = llvm.StructType.get_literal((word,) * 8)
     layout = mgpu.WGMMA_LAYOUT
     registers = np.empty(layout.registers_shape((ROWS, BLOCK)), dtype=object)
     by_row = registers.reshape(8, 2)  # columns in steps of 8, the thread's two rows
     for row in range(2):
-        held = [one for array in arrays for one in words(array.registers.reshape(2)[row])]
+        held = [one for array in arrays for one in words(row, array)]
         constraints = ",".join(["=r"] * 8 + ["r"] * len(held))
         made = llvm.inline_asm(struct, held, text, constraints)
         for column in range(8):

@@ -183,7 +183,12 @@ def test_a_thread_loads_its_operand_of_the_tensor_cores() -> None:
     pairs on in just this order."""
     mgpu = pytest.importorskip("jax.experimental.mosaic.gpu")
     result = who(mgpu.WGMMA_LAYOUT, 64, 64)
-    loads = {8: mgpu.WGMMA_LAYOUT_UPCAST_4X, 4: mgpu.WGMMA_LAYOUT_8BIT, 2: mgpu.WGMMA_LAYOUT}
+    sizes = {4: (8,), 3: (4, 2), 2: (4,)}  # bytes that a thread has of a row, for each plane
+    loads = [
+        (size, who(layout.to_mgpu(), 64, 4 * size))
+        for bits, planes in sizes.items()
+        for size, layout in zip(planes, mosaic_fragments.byte_layouts(bits), strict=True)
+    ]
     for warp in range(4):
         for lane in range(32):
             group, c = divmod(lane, 4)
@@ -195,12 +200,12 @@ def test_a_thread_loads_its_operand_of_the_tensor_cores() -> None:
                     assert result[warp, lane, 4 * step + i // 2, i % 2] == (
                         64 * row + 16 * step + column
                     )
-            for size, layout in loads.items():
-                found = who(layout, 64, 4 * size)[warp, lane]
-                for half in range(2):  # the order in which `_inline` pairs bytes with outputs
+            for size, bytes_ in loads:
+                # The order in which `_inline` pairs them with outputs: the rows one by one.
+                for half, found in enumerate(bytes_[warp, lane].reshape(2, size)):
                     row = 16 * warp + group + 8 * half
                     expected = 4 * size * row + size * c + np.arange(size)
-                    np.testing.assert_array_equal(found[half], expected)
+                    np.testing.assert_array_equal(found, expected)
 
 
 # --- the loops ------------------------------------------------------------------------------------
@@ -357,7 +362,8 @@ def test_refusals_say_why() -> None:
     assert "multiples of 64, this weight has 100" in refused(shape=(8, 100))
     assert "multiples of 128, this weight has 192" in refused(shape=(8, 192), format="nf3")
     assert "leading axes (3,)" in refused(packed=jnp.zeros((3, 8, 2, 32), jnp.uint8))
-    with jax.set_mesh(jax.make_mesh((2,), ("data",))):
+    kinds = (jax.sharding.AxisType.Auto,)
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=kinds)):
         assert "one device, the mesh has 2" in refused()
 
         def inside(x):
