@@ -1,0 +1,327 @@
+"""x @ W^T and g @ W with packed W in one kernel each, by the Triton backend of Pallas.
+
+For NVIDIA GPUs of compute capability 8.0 or more. Nothing dequantized is ever written to memory:
+every program dequantizes the tiles that it multiplies, in float32, and rounds them to the type of
+the activations, as the XLA path does. It sums in float32.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from irqlora_jax.kernels.backend_triton import announce, backend, refusal
+from irqlora_jax.kernels.dequantize_triton import Blocks, Field, dequantize
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int32
+
+from irqlora_jax.quant import packing
+from irqlora_jax.quant.formats import get_format
+from irqlora_jax.quant.matmul import Implementation
+from irqlora_jax.quant.qtensor import QTensor
+
+BLOCK_SIZES = (32, 64, 128, 256)
+"""Triton's arrays have powers of two as sizes, and its products at least 16 terms."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """How the work is cut up. All sizes are powers of two.
+
+    Attributes:
+        block_m: rows of x (or g) of a program, at least 16.
+        block_n: rows of W: those of a program of `matmul`, and those of a step of
+            `matmul_transposed`; at least 16.
+        block_k: columns of W: those of a step of `matmul`, and those of a program of
+            `matmul_transposed`. It is rounded up to whole blocks, and to products of 16 terms.
+        splits: parts into which the sum is cut. Each is a program of its own, and the parts are
+            added up in float32 and always in the same order. Any number.
+        num_warps: of a program; 4 make a warp group.
+        num_stages: tiles that are loaded ahead.
+        permute: levels are looked up by byte permutations (PTX), 4 codes at a time, in a table
+            rounded to float16. False, and when interpreted: by selects or by the code itself, from
+            float32.
+    """
+
+    block_m: int = 128
+    block_n: int = 128
+    block_k: int = 64
+    splits: int = 1
+    num_warps: int = 8
+    num_stages: int = 3
+    permute: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("block_m", 16), ("block_n", 16), ("block_k", 1), ("num_warps", 1)):
+            value = getattr(self, name)
+            if value < least or value & (value - 1):
+                raise ValueError(f"{name} = {value}: accepted is a power of two from {least} on")
+        for name in ("splits", "num_stages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: accepted is 1 or more")
+
+
+def default_tiles(m: int, n: int, k: int, bits: int, transposed: bool = False) -> Tiles:
+    """Tiles for m rows of activations and a weight of [n, k].
+
+    Few rows take narrow tiles, and the sum is split until there are two programs for each
+    multiprocessor of a large GPU, as long as the partial sums move fewer bytes than the weight.
+    """
+    rows = max(16, min(128, 1 << (m - 1).bit_length()))
+    wide = rows > 64
+    if transposed:
+        tiles = Tiles(rows, 64 if wide else 32, 128, num_warps=8 if wide else 4)
+        summed, step, apart = n, tiles.block_n, -(-k // tiles.block_k)
+    else:
+        shape = (128, 64) if wide else (64, 128)
+        tiles = Tiles(rows, *shape, num_warps=8 if wide else 4)
+        summed, step, apart = k, tiles.block_k, -(-n // tiles.block_n)
+    programs = -(-m // rows) * apart
+    # A partial sum is written and read, 8 bytes in all.
+    most = min(256 // programs, summed // step // 4, summed * bits // 8 // (8 * m))
+    return dataclasses.replace(tiles, splits=max(1, most))
+
+
+def matmul(
+    x: Float[Array, "*batch in"],
+    weight: QTensor,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> Float[Array, "*batch out"]:
+    """x @ weight^T, summed in float32, in the type of x.
+
+    Args:
+        x: activations, bfloat16 or float16; when interpreted float32 too.
+        weight: one matrix [out, in] in layout "planes", its block size one of `BLOCK_SIZES`.
+        tiles: None for `default_tiles`.
+        interpret: evaluate the kernel by XLA, on any device.
+
+    Raises:
+        ValueError: another type, layout or block size, or a stack of matrices.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out, features = weight.shape
+    bits = get_format(weight.format).bits
+    tiles = tiles or default_tiles(rows.shape[0], out, features, bits)
+    y = _call(_forward_kernel, rows, weight, out, tiles, interpret)
+    return y.reshape(*x.shape[:-1], out)
+
+
+def matmul_transposed(
+    g: Float[Array, "*batch out"],
+    weight: QTensor,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> Float[Array, "*batch in"]:
+    """g @ weight, summed in float32, in the type of g. Arguments as those of `matmul`."""
+    rows = g.reshape(-1, g.shape[-1])
+    out, features = weight.shape
+    bits = get_format(weight.format).bits
+    tiles = tiles or default_tiles(rows.shape[0], out, features, bits, transposed=True)
+    dx = _call(_transposed_kernel, rows, weight, features, tiles, interpret)
+    return dx.reshape(*g.shape[:-1], features)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """What a kernel knows of W and of its tiles at trace time.
+
+    Attributes:
+        blocks: how blocks of W are taken apart.
+        shape: [out, in] of W.
+        row_blocks: blocks of a row of W.
+        tile_blocks: blocks of a row of a tile of W.
+        tiles: as asked for.
+        steps: tiles that one program sums up.
+        splits: programs that share a sum.
+        inline_asm: whether levels are looked up by byte permutations.
+    """
+
+    blocks: Blocks
+    shape: tuple[int, int]
+    row_blocks: int
+    tile_blocks: int
+    tiles: Tiles
+    steps: int
+    splits: int
+    inline_asm: bool
+
+    def columns(self, first: Array | int, field: Field) -> Int32[Array, " columns"]:
+        """The inputs of a field of the tile that begins with block `first`."""
+        width = self.blocks.width
+        lane = jnp.arange(self.tile_blocks * width)
+        # Not `//` and `%`: they care for negative numbers, and the compiler would no longer see
+        # that neighbors are neighbors.
+        block, inside = jax.lax.div(lane, width), jax.lax.rem(lane, width)
+        return (first + block) * self.blocks.block_size + field.start + inside
+
+    def fetch(self, refs: Sequence[Any], rows: Array, first: Array) -> "_Raw":
+        """A tile of W: these rows, and the blocks from `first` on. What lies outside of W repeats
+        its last row or block."""
+        packed_ref, *factor_refs = refs
+        block = jnp.minimum(first + jnp.arange(self.tile_blocks), self.row_blocks - 1)
+        row, block = jnp.minimum(rows, self.shape[0] - 1)[:, None, None], block[None, :, None]
+        width = self.blocks.width
+        byte = jnp.arange(width)[None, None, :]
+        planes = [
+            _load(packed_ref.at[row, block, byte + plane * width])
+            for plane in range(self.blocks.planes)
+        ]
+        return planes, [_load(ref.at[block, row]) for ref in factor_refs]
+
+    def dequantize(self, raw: "_Raw", dtype: Any) -> list[Float[Array, "rows columns"]]:
+        """The fields of a tile of W."""
+        planes, factors = raw
+        scale, shift = factors[0], factors[1] if len(factors) > 1 else None
+        asm = backend().elementwise_inline_asm if self.inline_asm else None
+        return [
+            dequantize(self.blocks, field, planes, scale, shift, dtype, asm)
+            for field in self.blocks.fields
+        ]
+
+
+_Raw = tuple[list[Array], list[Array]]
+"""Of a tile of W: bytes, [rows, blocks, width] for each plane, and scales (and shifts), [rows,
+blocks, 1]."""
+
+
+def _call(
+    kernel: Any, rows: Array, weight: QTensor, features: int, tiles: Tiles, interpret: bool
+) -> Float[Array, "rows features"]:
+    """One of the kernels for all tiles."""
+    if (reason := _unfit(rows, weight, interpret)) is not None:
+        raise ValueError(f"implementation = 'triton': {reason}")
+    if not interpret:
+        announce()
+    out, row_blocks = weight.packed.shape[:2]
+    blocks = Blocks(get_format(weight.format), weight.block_size)
+    tile_blocks = max(tiles.block_k // blocks.block_size, -(-16 // blocks.width), 1)
+    across, down = -(-row_blocks // tile_blocks), -(-out // tiles.block_n)  # tiles of W
+    summed, apart = (across, down) if kernel is _forward_kernel else (down, across)
+    steps = -(-summed // min(tiles.splits, summed))
+    splits = -(-summed // steps)
+    permute = tiles.permute and not interpret
+    cut = _Cut(blocks, weight.shape, row_blocks, tile_blocks, tiles, steps, splits, permute)
+    # Neighboring rows of W lie side by side, as they do in a tile.
+    factors = [one.T for one in (weight.scale(), weight.shift()) if one is not None]
+    count = rows.shape[0]
+    parts = pl.pallas_call(
+        functools.partial(kernel, cut),
+        # Programs that follow one another read the same tiles of W.
+        grid=(-(-count // tiles.block_m), apart, splits),
+        out_shape=jax.ShapeDtypeStruct(
+            (splits, count, features), jnp.float32 if splits > 1 else rows.dtype
+        ),
+        compiler_params=backend().CompilerParams(
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages
+        ),
+        interpret=interpret,
+        name=kernel.__name__.strip("_"),
+    )(rows, weight.packed, *factors)
+    return parts[0] if splits == 1 else parts.sum(axis=0).astype(rows.dtype)
+
+
+def _forward_kernel(cut: _Cut, x_ref: Any, *refs: Any) -> None:
+    """One tile [block_m, block_n] of x @ W^T.
+
+    W is the left factor, [block_n, inputs] x [inputs, block_m]: the tensor cores take that one from
+    registers, where it has been dequantized, and few rows of x cost no more than there are.
+    """
+    *weight_refs, out_ref = refs
+    tiles, inputs = cut.tiles, cut.shape[1]
+    m = pl.program_id(0) * tiles.block_m + jnp.arange(tiles.block_m)
+    n = pl.program_id(1) * tiles.block_n + jnp.arange(tiles.block_n)
+    part = pl.program_id(2)
+    row = jnp.minimum(m, x_ref.shape[0] - 1)[:, None]
+    columns = cut.splits * cut.steps * cut.tile_blocks * cut.blocks.block_size
+
+    def step(i: Array, total: Array) -> Array:
+        first = (part * cut.steps + i) * cut.tile_blocks
+        weights = cut.dequantize(cut.fetch(weight_refs, n, first), x_ref.dtype)
+        for field, w in zip(cut.blocks.fields, weights, strict=True):
+            k = cut.columns(first, field)[None, :]
+            total += _product(
+                w, _load(x_ref.at[row, k], k < inputs if columns > inputs else None).T
+            )
+        return total
+
+    zeros = jnp.zeros((tiles.block_n, tiles.block_m), jnp.float32)
+    _store(out_ref, part, m, n, jax.lax.fori_loop(0, cut.steps, step, zeros).T)
+
+
+def _transposed_kernel(cut: _Cut, g_ref: Any, *refs: Any) -> None:
+    """One tile [block_m, block_k] of g @ W, each field on its own.
+
+    W is summed over its rows, along which its bytes do not lie. So it has to go through shared
+    memory, and it is kept there one step for two reasons: the tensor cores multiply one tile while
+    the next one is dequantized and the one after that is loaded; and the compiler, which would
+    rather let every warp dequantize all that it needs, does not move it across a step.
+    """
+    *weight_refs, out_ref = refs
+    tiles, outputs = cut.tiles, cut.shape[0]
+    m = pl.program_id(0) * tiles.block_m + jnp.arange(tiles.block_m)
+    first = pl.program_id(1) * cut.tile_blocks
+    part = pl.program_id(2)
+    row = jnp.minimum(m, g_ref.shape[0] - 1)[:, None]
+    ragged = cut.splits * cut.steps * tiles.block_n > outputs
+
+    def rows(i: Array | int) -> Array:
+        return (part * cut.steps + i) * tiles.block_n + jnp.arange(tiles.block_n)
+
+    def step(i: Array, carry: Any) -> Any:
+        totals, weights, raw = carry
+        n = rows(i)[None, :]
+        g = _load(g_ref.at[row, n], n < outputs if ragged else None)
+        later = cut.fetch(weight_refs, rows(i + 2), first)
+        totals = [total + _product(g, w) for total, w in zip(totals, weights, strict=True)]
+        return totals, cut.dequantize(raw, g_ref.dtype), later
+
+    wide = (tiles.block_m, cut.tile_blocks * cut.blocks.width)
+    zeros = [jnp.zeros(wide, jnp.float32) for _ in cut.blocks.fields]
+    now, later = (cut.fetch(weight_refs, rows(i), first) for i in range(2))
+    carry = (zeros, cut.dequantize(now, g_ref.dtype), later)
+    totals, _, _ = jax.lax.fori_loop(0, cut.steps, step, carry)
+    for field, total in zip(cut.blocks.fields, totals, strict=True):
+        _store(out_ref, part, m, cut.columns(first, field), total)
+
+
+def _product(a: Array, b: Array) -> Array:
+    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=exact, preferred_element_type=jnp.float32)
+
+
+def _load(at: Any, mask: Array | None = None) -> Array:
+    if mask is None:
+        return backend().load(at)
+    return backend().load(at, mask=jnp.broadcast_to(mask, at.shape), other=0)
+
+
+def _store(ref: Any, part: Array, m: Array, n: Array, values: Array) -> None:
+    inside = (m < ref.shape[1])[:, None] & (n < ref.shape[2])[None, :]
+    at = ref.at[part, m[:, None], n[None, :]]
+    backend().store(at, values.astype(ref.dtype), mask=inside)
+
+
+def _refusal(x: Array, weight: QTensor) -> str | None:
+    """Why it cannot serve, if it cannot."""
+    return refusal() or _unfit(x, weight, interpret=False)
+
+
+def _unfit(x: Array, weight: QTensor, interpret: bool) -> str | None:
+    """Why there is no such kernel, if there is none."""
+    accepted = ("bfloat16", "float16", *(("float32",) if interpret else ()))
+    if x.dtype.name not in accepted:
+        return f"it takes {' and '.join(accepted)}, not {x.dtype}"
+    if weight.layout != packing.LAYOUT:
+        return f"it takes layout {packing.LAYOUT!r}, not {weight.layout!r}"
+    if weight.block_size not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        return f"it takes blocks of {sizes} weights, not {weight.block_size}"
+    if weight.packed.ndim != 3:
+        return f"it takes one matrix, not {weight.packed.shape[:-3]} of them"
+    return None
+
+
+TRITON = Implementation("triton", _refusal, matmul, matmul_transposed)
