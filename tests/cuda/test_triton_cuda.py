@@ -14,7 +14,11 @@ from kernel_shapes import MODELS
 from irqlora_jax.config import QuantConfig
 from irqlora_jax.quant.qtensor import quantized_shape
 
-pytestmark = pytest.mark.filterwarnings("ignore:jax .* deprecates the Triton:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:jax .* deprecates the Triton:FutureWarning"),
+    # pytest forgets what a trace that is still cached asked to be ignored.
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning"),
+]
 
 # By the names of tests/cuda/conftest.py: as jax knows them, and their tensor cores' instruction.
 GPUS = {"a100-80": "NVIDIA A100", "l4": "NVIDIA L4", "h200": "NVIDIA H200"}
