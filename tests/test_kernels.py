@@ -146,6 +146,26 @@ def test_other_block_sizes(name: str, size: int) -> None:
     check(triton("triton"), 5, *random_weight(name, (24, 300), size=size), jnp.bfloat16)
 
 
+@pytest.mark.parametrize("name", ["nf4", "nf3"])
+def test_nothing_is_read_outside_of_an_array(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """On a GPU that is memory of others; interpreted it would be the nearest element."""
+    load = matmul_triton._load
+
+    def strict(at, mask=None):
+        (where,) = at.transforms
+        outside = jnp.zeros(at.shape, bool)
+        for size, index in zip(at.ref.shape, where.indices, strict=True):
+            outside |= jnp.broadcast_to((index < 0) | (index >= size), at.shape)
+        value = load(at, mask)
+        if value.dtype == jnp.uint8:
+            return value  # bytes are read where their scales are
+        return jnp.where(outside if mask is None else outside & mask, jnp.nan, value)
+
+    monkeypatch.setattr(matmul_triton, "_load", strict)
+    # Rows of x, rows of W and blocks of W: none of them fills its tiles.
+    check(triton("strict", COARSE), 5, *random_weight(name, (130, 190)), jnp.float32)
+
+
 def test_what_a_kernel_does_not_write_is_nan() -> None:
     """So the finite results above are written as a whole."""
 
