@@ -187,6 +187,9 @@ class TrainConfig:
     """How attention is computed. Null: by cuDNN's flash attention where it can serve (an NVIDIA GPU
     of compute capability 8.0 or more, half precision, rows that are not packed), else by XLA, some
     queries after the others."""
+    matmul: Literal["xla", "mosaic", "triton"] | None = None
+    """How packed weights are multiplied: by XLA, or by a kernel for GPUs (kernels/README.md). Null:
+    by a kernel where it was measured to be faster, else by XLA."""
     remat: bool = True
     """Recompute the activations of a layer in the backward pass instead of keeping them."""
     offload_optimizer: bool = False

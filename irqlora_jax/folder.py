@@ -29,6 +29,7 @@ _MAY_CHANGE = (
     "train.early_stopping",
     "train.offload_optimizer",
     "train.attention",
+    "train.matmul",
 )
 
 

@@ -23,7 +23,7 @@ from irqlora_jax.attention import (
 )
 from irqlora_jax.config import LINEAR_NAMES, AdapterConfig
 from irqlora_jax.llama_config import LlamaConfig
-from irqlora_jax.quant.matmul import dequant_matmul
+from irqlora_jax.quant.matmul import MatmulName, dequant_matmul
 from irqlora_jax.sharding import SPLIT_INPUTS, gather, split_activation
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -90,6 +90,7 @@ class AdaptedLinear(nn.Module):
 
     shape: tuple[int, int]
     adapter: AdapterConfig | None
+    matmul: MatmulName | None
     deterministic: bool
 
     @nn.compact
@@ -97,7 +98,8 @@ class AdaptedLinear(nn.Module):
         assert self.name is not None
         split_inputs = self.name in SPLIT_INPUTS
         x = split_activation(x, split_inputs)
-        y = dequant_matmul(x, gather(_frozen(self, self.shape), self.name))
+        weight = gather(_frozen(self, self.shape), self.name)
+        y = dequant_matmul(x, weight, self.matmul)
         if self.adapter is None or self.name not in self.adapter.targets:
             return split_activation(y, not split_inputs)
         adapter, (out_features, in_features) = self.adapter, self.shape
@@ -120,11 +122,12 @@ class _Block(nn.Module):
     config: LlamaConfig
     adapter: AdapterConfig | None
     attention: AttentionName | None
+    matmul: MatmulName | None
     deterministic: bool
 
     def linear(self, name: str, x: Array) -> Array:
         shape = self.config.linear_shapes[name]
-        return AdaptedLinear(shape, self.adapter, self.deterministic, name=name)(x)
+        return AdaptedLinear(shape, self.adapter, self.matmul, self.deterministic, name=name)(x)
 
 
 class Attention(_Block):
@@ -177,7 +180,7 @@ class Layer(_Block):
             weight = Weight((self.config.hidden_size,), nn.initializers.ones, name=name)()
             return rms_norm(x, weight, self.config.rms_norm_eps)
 
-        settings = (self.config, self.adapter, self.attention, self.deterministic)
+        settings = (self.config, self.adapter, self.attention, self.matmul, self.deterministic)
         # The cache of all layers is carried and written to in place: stacking new ones would copy.
         x, cache = carry
         x = split_activation(x)
@@ -202,6 +205,7 @@ class Llama(nn.Module):
         unroll: layers that one turn of the compiled loop computes. More than 1 compiles longer and
             is faster where layers are tiny.
         attention: implementation of `attend`; None is the fastest that the device has.
+        matmul: implementation of `dequant_matmul`; None is the fastest that was measured.
     """
 
     config: LlamaConfig
@@ -210,6 +214,7 @@ class Llama(nn.Module):
     remat: bool = False
     unroll: int = 1
     attention: AttentionName | None = None
+    matmul: MatmulName | None = None
 
     def __call__(
         self,
@@ -329,7 +334,7 @@ class Llama(nn.Module):
             split_rngs={"params": True, "dropout": True},
             unroll=self.unroll,
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
-        )(config, self.adapter, self.attention, deterministic, name="layers")
+        )(config, self.adapter, self.attention, self.matmul, deterministic, name="layers")
         stored = None if cache is None else {"k": cache["k"], "v": cache["v"]}
         slots = None if cache is None else positions
         numbers = jnp.arange(config.num_hidden_layers)

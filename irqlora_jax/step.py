@@ -78,6 +78,7 @@ def make_model(llama: LlamaConfig, adapter: AdapterConfig, train: TrainConfig) -
         compute_dtype=train.compute_dtype,
         remat=train.remat,
         attention=train.attention,
+        matmul=train.matmul,
     )
 
 

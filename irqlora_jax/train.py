@@ -23,8 +23,11 @@ from irqlora_jax.folder import (
     fingerprint,
     save_data,
 )
+from irqlora_jax.llama_config import LlamaConfig
 from irqlora_jax.loop import Job, train
 from irqlora_jax.metrics import MetricsLog, check_packages
+from irqlora_jax.quant.matmul import MatmulName, preferred_layout, require
+from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.samples import read_samples
 from irqlora_jax.sharding import check_mesh, make_mesh
 from irqlora_jax.step import TrainState as TrainState
@@ -35,7 +38,7 @@ from irqlora_jax.step import make_optimizer as make_optimizer
 from irqlora_jax.step import make_state as make_state
 from irqlora_jax.step import sharded_state as sharded_state
 from irqlora_jax.step import train_step as train_step
-from irqlora_jax.storage import abstract_base, measure_base
+from irqlora_jax.storage import abstract_base, linears, measure_base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,7 @@ def run(config: Config, say: Callable[[str], None] = print) -> RunResult:
                     raise
                 reason = f"cannot be written ({error.strerror})"
                 raise OSError(f"output_dir = '{folder}': {reason}") from error
+        base = _laid_out(base, config.train.matmul)
         say(report.describe(config, job.model.config, base, len(job.examples), job.mesh))
         return _finetune(job, base, folder, seconds, say)
 
@@ -142,6 +146,35 @@ def _finetune(
     return RunResult(folder, step, best, tuple(rows))
 
 
+def _check_matmul(config: Config, llama: LlamaConfig) -> None:
+    """That `train.matmul` can serve all linear layers."""
+    train = config.train
+    if train.matmul is None:
+        return
+    for stack in linears(abstract_base(llama, config.quant)):
+        weight = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack)
+        if isinstance(weight, QTensor):
+            weight = dataclasses.replace(weight, layout=preferred_layout(train.matmul))
+        rows = train.batch_size // train.accumulation
+        x = jax.ShapeDtypeStruct((rows, weight.shape[1]), train.compute_dtype)
+        try:
+            require(train.matmul, x, weight)
+        except ValueError as error:
+            raise ValueError(f"train.matmul: {error}") from error
+
+
+def _laid_out(base: Base, matmul: MatmulName | None) -> Base:
+    """The base with its codes as `train.matmul` takes them; the file keeps its own layout."""
+    layout = preferred_layout(matmul)
+
+    def lay(leaf: Any) -> Any:
+        if isinstance(leaf, QTensor) and leaf.layout != layout and leaf.block_size == 64:
+            return leaf.with_layout(layout)
+        return leaf
+
+    return jax.tree.map(lay, base, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+
+
 def _read_job(config: Config, source: str | Path) -> Job:
     """Everything but the weights, and so every mistake that can be found before they are read."""
     asked = config.evaluate
@@ -151,6 +184,8 @@ def _read_job(config: Config, source: str | Path) -> Job:
     llama = runs.read_architecture(source, config.quant)
     mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulation)
     check_mesh(mesh, llama, None if config.quant.format == "none" else config.quant.block_size)
+    with jax.set_mesh(mesh):
+        _check_matmul(config, llama)
     tokenizer = runs.read_tokenizer(source)
     examples, eval_examples = _load_data(config, tokenizer, llama.max_position_embeddings)
     if config.train.early_stopping and not eval_examples:

@@ -44,11 +44,15 @@ def _notice() -> None:
     )
 
 
-def refusal() -> str | None:
-    """Why no kernel can run here, if none can: jax, the device, or more than one of them."""
+def refusal(device: Any = None) -> str | None:
+    """Why no kernel can run here, if none can: jax, the device, or more than one of them.
+
+    Args:
+        device: of jax; None: the first one.
+    """
     if backend() is None:
         return f"jax {jax.__version__} has no Triton backend of Pallas any more"
-    device = jax.devices()[0]
+    device = jax.devices()[0] if device is None else device
     if (compute_capability(device) or (0, 0)) < (8, 0):
         needs = "an NVIDIA GPU of compute capability 8.0 or more"
         return f"it needs {needs}, the device is {device.device_kind}"

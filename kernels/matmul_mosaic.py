@@ -28,7 +28,7 @@ from irqlora_jax.devices import compute_capability
 from irqlora_jax.kernels import mosaic_fragments, mosaic_tiles
 from irqlora_jax.quant import packing
 from irqlora_jax.quant.formats import get_format
-from irqlora_jax.quant.matmul import XLA, Implementation
+from irqlora_jax.quant.matmul import XLA, Implementation, was_faster
 from irqlora_jax.quant.qtensor import QTensor
 
 Tiles, default_tiles = mosaic_tiles.Tiles, mosaic_tiles.default_tiles
@@ -298,4 +298,4 @@ def _dotted(capability: tuple[int, int] | None) -> str:
     return "none" if capability is None else ".".join(map(str, capability))
 
 
-MOSAIC = Implementation("mosaic", refusal, matmul, XLA.backward)
+MOSAIC = Implementation("mosaic", refusal, matmul, XLA.backward, was_faster("mosaic"))

@@ -12,15 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from irqlora_jax.kernels.backend_triton import announce, backend, refusal
-from irqlora_jax.kernels.dequantize_triton import Blocks, Field, dequantize
-from irqlora_jax.kernels.tiles_triton import Tiles, default_tiles
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
+from irqlora_jax.kernels.backend_triton import announce, backend, refusal
+from irqlora_jax.kernels.dequantize_triton import Blocks, Field, dequantize
+from irqlora_jax.kernels.tiles_triton import Tiles, default_tiles
 from irqlora_jax.quant import packing
 from irqlora_jax.quant.formats import get_format
-from irqlora_jax.quant.matmul import Implementation
+from irqlora_jax.quant.matmul import Implementation, was_faster
 from irqlora_jax.quant.qtensor import QTensor
 
 BLOCK_SIZES = (32, 64, 128, 256)
@@ -267,4 +267,4 @@ def _unfit(x: Array, weight: QTensor, interpret: bool) -> str | None:
     return None
 
 
-TRITON = Implementation("triton", _refusal, matmul, matmul_transposed)
+TRITON = Implementation("triton", _refusal, matmul, matmul_transposed, was_faster("triton"))

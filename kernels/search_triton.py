@@ -34,7 +34,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32, Int
 
-from irqlora_jax.devices import compute_capability
+from irqlora_jax.kernels import backend_triton
 from irqlora_jax.quant.entropy import (
     FLOAT_MAX,
     bits_of,
@@ -86,13 +86,8 @@ def refusal(
         format: code book.
         device: of jax; None: the first one.
     """
-    if plt is None:
-        return f"it needs the Triton backend of Pallas, which jax {jax.__version__} does not have"
-    device = jax.devices()[0] if device is None else device
-    if (compute_capability(device) or (0, 0)) < (8, 0):
-        needs = "an NVIDIA GPU of compute capability 8.0 or more"
-        return f"it needs {needs}, the device is {device.device_kind}"
-    return _unserved(blocks, get_format(format) if isinstance(format, str) else format)
+    format = get_format(format) if isinstance(format, str) else format
+    return backend_triton.refusal(device) or _unserved(blocks, format)
 
 
 def _unserved(blocks: Array | jax.ShapeDtypeStruct, format: Format) -> str | None:
@@ -149,6 +144,8 @@ def search_shift(
     numbers = jnp.arange(block + 1, dtype=jnp.int32)
     table = histogram_weight(numbers[None], numbers, block)  # of histograms with one count
     inputs = [blocks, jnp.asarray(factors), table] + ([] if valid is None else [count])
+    if not interpret:
+        backend_triton.announce()
     tiles = default_tiles() if tiles is None else tiles
     programs = -(-n // tiles.blocks)
     kernel = functools.partial(

@@ -42,7 +42,8 @@ def compile_kernels(traced: Any, folder: Path) -> tuple[Any, dict[str, Machine]]
         traced: with shapes that lie on a device of `irqlora_jax.devices.absent_devices`.
         folder: an empty one, for files.
     """
-    options = OPTIONS | {"xla_dump_to": str(folder)}
+    # The second one is for XLA of jax 0.12, which otherwise writes no PTX.
+    options = OPTIONS | {"xla_dump_to": str(folder), "xla_dump_emitter_re": "ptx"}
     # XLA compiles Mosaic's kernels on its own, and asks the environment where to leave their PTX.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
@@ -63,7 +64,9 @@ def assemble(ptx: str, folder: Path) -> dict[str, Machine]:
     found = {}
     usage = r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
     usage += r".*?Used (\d+) registers"
-    bodies = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s+Function : |\Z)", _sass(code), re.S))
+    bodies = dict(
+        re.findall(r"Function : (\S+)\n(.*?)(?=\n\s+Function : |\Z)", disassemble(code), re.S)
+    )
     for name, stores, loads, registers in re.findall(usage, log, re.S):
         words = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][A-Z0-9_]*)", bodies[name])
         spills = int(stores) + int(loads)
@@ -115,7 +118,8 @@ def overwritten_operands(machine: Machine) -> list[str]:
     return sorted(found)
 
 
-def _sass(code: Path) -> str:
+def disassemble(code: Path) -> str:
+    """The instructions of all kernels in a file of machine code."""
     return _run("cuobjdump", "-sass", str(code))
 
 

@@ -139,6 +139,16 @@ BAD: dict[str, tuple[Callable[[Case], object], list[str], list[str]]] = {
         ["--mesh.data=4", "--mesh.fsdp=4"],
         ["mesh.data x mesh.fsdp", "16 devices", "there are 8"],
     ),
+    "a kernel for another device": (
+        lambda c: None,
+        ["--train.matmul=triton"],
+        ["train.matmul", "'triton'", "compute capability 8.0", "cpu", "'xla' serves"],
+    ),
+    "a kernel for packed weights": (
+        lambda c: None,
+        ["--train.matmul=mosaic", "--quant.format=none"],
+        ["train.matmul", "'mosaic'", "packed weights", "'xla'"],
+    ),
     "early stopping without evaluation data": (
         lambda c: None,
         ["--train.early_stopping=3"],

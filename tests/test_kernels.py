@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from irqlora_jax.kernels.matmul_triton import Tiles
 from jax.experimental import pallas as pl
 
 from irqlora_jax.config import QuantConfig
 from irqlora_jax.kernels import matmul_triton
+from irqlora_jax.kernels.matmul_triton import Tiles
 from irqlora_jax.quant.formats import FORMATS, get_format
 from irqlora_jax.quant.matmul import XLA
 from irqlora_jax.quant.qtensor import QTensor, quantized_shape

@@ -75,13 +75,14 @@ def test_one_fusion_makes_the_weight(name: str, features: int) -> None:
         assert large == [("fusion", "f32", 256 * features)]
 
 
-def fake(name: str, reason: str | None) -> Implementation:
+def fake(name: str, reason: str | None, faster: bool = True) -> Implementation:
     """One that serves or refuses, and computes something of its own."""
     return Implementation(
         name,
         lambda x, weight: reason,
         lambda x, weight: x @ weight.dequantize(x.dtype).T * 2,
         lambda g, weight: g @ weight.dequantize(g.dtype) * 3,
+        lambda x, weight: faster,
     )
 
 
@@ -95,6 +96,12 @@ def test_the_first_that_can_serve_does() -> None:
     np.testing.assert_allclose(pull(g)[0], 3 * (g @ weight.dequantize()), rtol=1e-6)
     y = dequant_matmul(x, weight, None, (refuses, XLA))
     np.testing.assert_array_equal(y, expected)
+    # One that was not measured to be faster has to be asked for.
+    slow = fake("triton", None, faster=False)
+    y = dequant_matmul(x, weight, None, (refuses, slow, XLA))
+    np.testing.assert_array_equal(y, expected)
+    y = dequant_matmul(x, weight, "triton", (refuses, slow, XLA))
+    np.testing.assert_allclose(y, 2 * expected, rtol=1e-6)
 
 
 def test_one_that_cannot_serve_says_why_and_which_would() -> None:
@@ -108,10 +115,9 @@ def test_one_that_cannot_serve_says_why_and_which_would() -> None:
 
 
 @pytest.mark.parametrize("name", ["mosaic", "triton"])
-def test_kernels_that_do_not_exist_yet_are_refused(name: str) -> None:
-    message = (
-        rf"'{name}': there is no such kernel .*'xla' serves nf4 of \[out, in\] = \[24, 100\] on cpu"
-    )
+def test_kernels_are_refused_on_a_cpu(name: str) -> None:
+    serves = r"'xla' serves nf4 of \[out, in\] = \[24, 100\] on cpu"
+    message = rf"'{name}': .* compute capability .*cpu.*{serves}"
     with pytest.raises(ValueError, match=message):
         dequant_matmul(*make(), implementation=name)  # type: ignore[arg-type]
     x, weight = make()

@@ -40,3 +40,14 @@ def test_no_private_jax_names_and_no_pickles() -> None:
             "trust_remote_code=True",
         ):
             assert forbidden not in text, (source, forbidden)
+
+
+def test_kernels_are_imported_only_where_they_may_be_taken() -> None:
+    """While nothing was measured, a product by XLA needs nothing of Pallas."""
+    code = (
+        "import sys, jax, jax.numpy as jnp, irqlora_jax as irq;"
+        "w = irq.quantize(jnp.ones((8, 64)), irq.QuantConfig(format='nf4'));"
+        "irq.dequant_matmul(jnp.ones((2, 64)), w);"
+        "print([m for m in sys.modules if m.startswith('jax.experimental.pallas')])"
+    )
+    assert python(code) == "[]"

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from irqlora_jax.kernels.matmul_triton import TRITON
-from irqlora_jax.kernels.tiles_triton import Tiles, default_tiles
 from kernel_shapes import MODELS, ROWS
 
 from irqlora_jax.config import QuantConfig
 from irqlora_jax.kernels import backend_triton, dequantize_triton, matmul_triton
+from irqlora_jax.kernels.matmul_triton import TRITON
+from irqlora_jax.kernels.tiles_triton import Tiles, default_tiles
 from irqlora_jax.quant import packing
 from irqlora_jax.quant.formats import FORMATS, get_format
 from irqlora_jax.quant.qtensor import QTensor, quantized_shape

@@ -72,7 +72,7 @@ def search_shift(
         raise ValueError(f"format = {format.name!r}: accepted is a NormalFloat or FP4 format")
     require_range(search_range)
     if _takes_kernel(blocks, format, implementation):
-        from irqlora_jax.kernels import search_triton
+        from irqlora_jax.kernels import search_triton  # type: ignore
 
         return search_triton.search_shift(blocks, format, search_range, steps, valid)
     factors = spaced(-search_range * SIGMA, search_range * SIGMA, 2 * steps + 1)
@@ -86,13 +86,14 @@ def _takes_kernel(blocks: Array, format: Format, implementation: str | None) -> 
         raise ValueError(f"implementation = {implementation!r}: accepted is 'xla' or 'triton'")
     if implementation == "xla":
         return False
-    from irqlora_jax.kernels import search_triton
-    from irqlora_jax.kernels.measured import is_faster
+    from irqlora_jax.kernels.measured import is_faster  # type: ignore
 
     shape = (0, blocks.shape[1])
     kind = jax.devices()[0].device_kind
     if implementation is None and not is_faster("search", "triton", kind, format.name, shape):
         return False
+    from irqlora_jax.kernels import search_triton  # type: ignore
+
     reason = search_triton.refusal(blocks, format)
     if implementation == "triton" and reason is not None:
         raise ValueError(f"implementation = 'triton': {reason}; 'xla' serves here")

@@ -6,13 +6,17 @@ product; it serves everything, and is the reference for every other implementati
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jaxtyping import Array, Float
 
+from irqlora_jax.quant import packing
 from irqlora_jax.quant.qtensor import QTensor
+
+MatmulName = Literal["xla", "mosaic", "triton"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +29,35 @@ class Implementation:
             None if it can.
         forward: of x and W, x @ W^T in the type of x.
         backward: of the gradient g and W, g @ W in the type of g.
+        is_faster: of x and W, whether it was measured to be faster here than XLA's path. Only then
+            is it taken without being asked for.
     """
 
     name: str
     refusal: Callable[[Array, QTensor], str | None]
     forward: Callable[[Array, QTensor], Array]
     backward: Callable[[Array, QTensor], Array]
+    is_faster: Callable[[Array, QTensor], bool]
+
+
+def was_faster(name: str) -> Callable[[Array, QTensor], bool]:
+    """`Implementation.is_faster` by what is committed (kernels/measured.py)."""
+
+    def is_faster(x: Array, weight: QTensor) -> bool:
+        from irqlora_jax.kernels import measured  # type: ignore
+
+        kind, rows = jax.devices()[0].device_kind, math.prod(x.shape[:-1])
+        return measured.is_faster("matmul", name, kind, weight.format, weight.shape, rows)
+
+    return is_faster
 
 
 def _serves_all(x: Array, weight: QTensor) -> None:
     return None
+
+
+def _is_reference(x: Array, weight: QTensor) -> bool:
+    return True
 
 
 def _xla_forward(x: Array, weight: QTensor) -> Array:
@@ -45,16 +68,56 @@ def _xla_backward(g: Array, weight: QTensor) -> Array:
     return g @ weight.dequantize(g.dtype)
 
 
-XLA = Implementation("xla", _serves_all, _xla_forward, _xla_backward)
-IMPLEMENTATIONS = (XLA,)
-"""The fastest first; the last one serves everything."""
+XLA = Implementation("xla", _serves_all, _xla_forward, _xla_backward, _is_reference)
+"""The reference: it serves everything."""
+
+
+def candidates(name: MatmulName | None) -> tuple[Implementation, ...]:
+    """The implementations to choose from, those to be preferred first.
+
+    Kernels are imported only where one is asked for or was measured to be faster somewhere.
+    """
+    from irqlora_jax.kernels.measured import read_measurements  # type: ignore
+
+    if name == "xla" or (name is None and not read_measurements()):
+        return (XLA,)
+    from irqlora_jax.kernels.matmul_mosaic import MOSAIC  # type: ignore
+    from irqlora_jax.kernels.matmul_triton import TRITON  # type: ignore
+
+    return (MOSAIC, TRITON, XLA)
+
+
+def preferred_layout(implementation: MatmulName | None) -> str:
+    """The layout (`packing.py`) that codes should have for an implementation on this device."""
+    if implementation is None:
+        from irqlora_jax.kernels.measured import read_measurements  # type: ignore
+
+        kind = jax.devices()[0].device_kind
+        known = {(m.implementation, m.device) for m in read_measurements() if m.speedup > 1}
+        return packing.FRAGMENTS if ("mosaic", kind) in known else packing.LAYOUT
+    return packing.FRAGMENTS if implementation == "mosaic" else packing.LAYOUT
+
+
+def require(implementation: MatmulName | None, x: Any, weight: Any) -> None:
+    """Checks that an implementation can serve, from shapes alone.
+
+    Raises:
+        ValueError: as `dequant_matmul`.
+    """
+    if isinstance(weight, QTensor):
+        _choose(x, weight, implementation, candidates(implementation))
+    elif implementation not in (None, "xla"):
+        raise ValueError(
+            f"implementation = {implementation!r}: it takes packed weights, this one is "
+            f"{weight.dtype}; accepted here is 'xla' or None"
+        )
 
 
 def dequant_matmul(
     x: Float[Array, "*batch in"],
     weight: QTensor | Float[Array, "out in"],
-    implementation: Literal["xla", "mosaic", "triton"] | None = None,
-    implementations: Sequence[Implementation] = IMPLEMENTATIONS,
+    implementation: MatmulName | None = None,
+    implementations: Sequence[Implementation] | None = None,
 ) -> Float[Array, "*batch out"]:
     """x @ weight^T in the type of x.
 
@@ -64,35 +127,38 @@ def dequant_matmul(
     Args:
         x: activations.
         weight: the matrix, [out, in].
-        implementation: the name of one, or None for the first that can serve.
-        implementations: those there are, the fastest first.
+        implementation: "xla"; "triton" or "mosaic", kernels for GPUs (kernels/README.md); None: a
+            kernel where it can serve and was measured to be faster, else XLA's path.
+        implementations: others than `candidates`.
 
     Raises:
         ValueError: the implementation asked for does not exist or cannot serve; says why, and
             which would.
     """
     if isinstance(weight, QTensor):
+        if implementations is None:
+            implementations = candidates(implementation)
         return _frozen_matmul(_choose(x, weight, implementation, implementations), x, weight)
-    if implementation not in (None, "xla"):
-        raise ValueError(
-            f"implementation = {implementation!r}: it takes packed weights, this one is "
-            f"{weight.dtype}; accepted here is 'xla' or None"
-        )
+    require(implementation, x, weight)
     return x @ weight.astype(x.dtype).T
 
 
 def _choose(
     x: Array, weight: QTensor, name: str | None, implementations: Sequence[Implementation]
 ) -> Implementation:
-    """The implementation of that name, or the first one that can serve."""
+    """The implementation of that name, or the first one that is faster and can serve."""
+    if name is None:
+        return next(
+            one
+            for one in implementations
+            if one.is_faster(x, weight) and one.refusal(x, weight) is None
+        )
     refusals = {one.name: one.refusal(x, weight) for one in implementations}
     serving = [one for one in implementations if refusals[one.name] is None]
-    if name is None:
-        return serving[0]
     for one in serving:
         if one.name == name:
             return one
-    reason = refusals.get(name, "there is no such kernel in this version")
+    reason = refusals.get(name, "there is no such implementation")
     rows, columns = weight.shape
     would = " or ".join(repr(one.name) for one in serving)
     raise ValueError(

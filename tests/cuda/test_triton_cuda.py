@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import pytest
 import sass
 from conftest import absent
-from irqlora_jax.kernels.matmul_triton import TRITON, matmul, matmul_transposed
 from kernel_shapes import MODELS
 
 from irqlora_jax.config import QuantConfig
+from irqlora_jax.kernels.matmul_triton import TRITON, matmul, matmul_transposed
 from irqlora_jax.quant.qtensor import quantized_shape
 
 pytestmark = [
