@@ -183,7 +183,8 @@ def test_a_hub_that_cannot_be_reached(case: Case, capsys, monkeypatch, what: str
     def unreachable(*args, **options):
         raise ConnectionError("Bearer hf_secret")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    for name in ("snapshot_download", "hf_hub_download"):
+        monkeypatch.setattr(huggingface_hub, name, unreachable)
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert train_script.main(case.flags(f"--{what}=somebody/something")) == 2
     _, err = capsys.readouterr()

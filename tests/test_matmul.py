@@ -82,7 +82,7 @@ def fake(name: str, reason: str | None, faster: bool = True) -> Implementation:
         lambda x, weight: reason,
         lambda x, weight: x @ weight.dequantize(x.dtype).T * 2,
         lambda g, weight: g @ weight.dequantize(g.dtype) * 3,
-        lambda x, weight: faster,
+        lambda operation, x, weight: faster,
     )
 
 

@@ -74,6 +74,18 @@ def test_a_measurement_makes_a_kernel_the_default(monkeypatch: pytest.MonkeyPatc
     assert jnp.array_equal(dequant_matmul(x, weight, None, there), 2 * plain)
     assert jnp.array_equal(dequant_matmul(x[:1], weight, None, there), plain[:1])
 
+    # The gradient has a measurement of its own.
+    def slope(x: jax.Array) -> jax.Array:
+        return jax.grad(lambda x: dequant_matmul(x, weight, None, there).sum())(x)
+
+    tripled = dataclasses.replace(doubled, backward=lambda g, w: 3 * XLA.backward(g, w))
+    there = (tripled, XLA)
+    once = slope(x)
+    back = dataclasses.replace(here, operation="matmul_transposed")
+    monkeypatch.setattr(measured, "read_measurements", lambda: (back,))
+    assert jnp.array_equal(slope(x), 3 * once)
+    assert jnp.array_equal(dequant_matmul(x, weight, None, there), plain)
+
 
 def test_codes_are_laid_out_for_mosaic_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert preferred_layout("mosaic") == "fragments"

@@ -17,6 +17,9 @@ from irqlora_jax.quant import packing
 from irqlora_jax.quant.qtensor import QTensor
 
 MatmulName = Literal["xla", "mosaic", "triton"]
+Product = Callable[[Array, QTensor], Array]
+FORWARD, BACKWARD = "matmul", "matmul_transposed"
+"""y = x W^T, and the gradient of x, g W."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,25 +32,26 @@ class Implementation:
             None if it can.
         forward: of x and W, x @ W^T in the type of x.
         backward: of the gradient g and W, g @ W in the type of g.
-        is_faster: of x and W, whether it was measured to be faster here than XLA's path. Only then
-            is it taken without being asked for.
+        is_faster: of an operation ("matmul", or "matmul_transposed" for the gradient), x and W,
+            whether it was measured to be faster here than XLA's path. Only then is it taken without
+            being asked for.
     """
 
     name: str
     refusal: Callable[[Array, QTensor], str | None]
-    forward: Callable[[Array, QTensor], Array]
-    backward: Callable[[Array, QTensor], Array]
-    is_faster: Callable[[Array, QTensor], bool]
+    forward: Product
+    backward: Product
+    is_faster: Callable[[str, Array, QTensor], bool]
 
 
-def was_faster(name: str) -> Callable[[Array, QTensor], bool]:
+def was_faster(name: str) -> Callable[[str, Array, QTensor], bool]:
     """`Implementation.is_faster` by what is committed (kernels/measured.py)."""
 
-    def is_faster(x: Array, weight: QTensor) -> bool:
+    def is_faster(operation: str, x: Array, weight: QTensor) -> bool:
         from irqlora_jax.kernels import measured  # type: ignore
 
         kind, rows = jax.devices()[0].device_kind, math.prod(x.shape[:-1])
-        return measured.is_faster("matmul", name, kind, weight.format, weight.shape, rows)
+        return measured.is_faster(operation, name, kind, weight.format, weight.shape, rows)
 
     return is_faster
 
@@ -56,7 +60,7 @@ def _serves_all(x: Array, weight: QTensor) -> None:
     return None
 
 
-def _is_reference(x: Array, weight: QTensor) -> bool:
+def _is_reference(operation: str, x: Array, weight: QTensor) -> bool:
     return True
 
 
@@ -105,7 +109,12 @@ def require(implementation: MatmulName | None, x: Any, weight: Any) -> None:
         ValueError: as `dequant_matmul`.
     """
     if isinstance(weight, QTensor):
-        _choose(x, weight, implementation, candidates(implementation))
+
+        def serve(x: Array, weight: QTensor) -> Array:
+            _choose(FORWARD, x, weight, implementation, candidates(implementation))
+            return x
+
+        jax.eval_shape(serve, x, weight)
     elif implementation not in (None, "xla"):
         raise ValueError(
             f"implementation = {implementation!r}: it takes packed weights, this one is "
@@ -138,20 +147,26 @@ def dequant_matmul(
     if isinstance(weight, QTensor):
         if implementations is None:
             implementations = candidates(implementation)
-        return _frozen_matmul(_choose(x, weight, implementation, implementations), x, weight)
+        both = (FORWARD, BACKWARD)
+        chosen = [_choose(one, x, weight, implementation, implementations) for one in both]
+        return _frozen_matmul(chosen[0].forward, chosen[1].backward, x, weight)
     require(implementation, x, weight)
     return x @ weight.astype(x.dtype).T
 
 
 def _choose(
-    x: Array, weight: QTensor, name: str | None, implementations: Sequence[Implementation]
+    operation: str,
+    x: Any,
+    weight: QTensor,
+    name: str | None,
+    implementations: Sequence[Implementation],
 ) -> Implementation:
     """The implementation of that name, or the first one that is faster and can serve."""
     if name is None:
         return next(
             one
             for one in implementations
-            if one.is_faster(x, weight) and one.refusal(x, weight) is None
+            if one.is_faster(operation, x, weight) and one.refusal(x, weight) is None
         )
     refusals = {one.name: one.refusal(x, weight) for one in implementations}
     serving = [one for one in implementations if refusals[one.name] is None]
@@ -167,17 +182,19 @@ def _choose(
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _frozen_matmul(chosen: Implementation, x: Array, weight: QTensor) -> Array:
-    return chosen.forward(*_apart(x, weight))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _frozen_matmul(forward: Product, backward: Product, x: Array, weight: QTensor) -> Array:
+    return forward(*_apart(x, weight))
 
 
-def _forward(chosen: Implementation, x: Array, weight: QTensor) -> tuple[Array, QTensor]:
-    return _frozen_matmul(chosen, x, weight), weight
+def _forward(
+    forward: Product, backward: Product, x: Array, weight: QTensor
+) -> tuple[Array, QTensor]:
+    return _frozen_matmul(forward, backward, x, weight), weight
 
 
-def _backward(chosen: Implementation, weight: QTensor, g: Array) -> tuple[Array, None]:
-    return chosen.backward(*_apart(g, weight)), None
+def _backward(forward: Product, backward: Product, weight: QTensor, g: Array) -> tuple[Array, None]:
+    return backward(*_apart(g, weight)), None
 
 
 def _apart(x: Array, weight: QTensor) -> tuple[Array, QTensor]:

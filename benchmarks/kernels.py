@@ -1,0 +1,230 @@
+"""The kernels of kernels/ beside XLA's path and a dense product, in one run, on a GPU.
+
+    python benchmarks/kernels.py [--rows 1 16 2048 4096 8192] [--record kernels/measured.json]
+
+Times of y = x W^T and dX = g W for every implementation that serves, on random data, with weights
+that together are larger than the L2 cache (`matmul.py` says how), in turns; the relative error
+against float64 beside each time. "floor" is the time that the packed weight, the scales and the
+shifts take from memory at `--bandwidth`. Then the ICQ search of many blocks. What must hold of the
+fastest implementation is said below. Exit code 1 if an error is above 1e-2 or a search differs from
+XLA's; kernels that are slower than XLA's path are named.
+
+--record adds to the file what was faster at two neighboring numbers of rows, with device, version
+and date: only such a kernel is ever a default (kernels/measured.py).
+
+On a CPU no kernel serves, and XLA's path stands alone: that checks the script.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import numpy as np
+from matmul import BOUND, FORMATS, Case, copies, relative_error, repeated, rounds
+from timing import Timing, compare, machine, table
+
+from irqlora_jax.kernels.matmul_mosaic import MOSAIC
+from irqlora_jax.kernels.matmul_triton import TRITON
+from irqlora_jax.kernels.measured import Measurement
+from irqlora_jax.kernels.search_triton import refusal as search_refusal
+from irqlora_jax.quant import icq
+from irqlora_jax.quant.matmul import XLA, Implementation
+
+SHAPES = ("4096x4096", "11008x4096", "4096x11008")
+DENSE, FORWARD, TRANSPOSED = "dense", "matmul", "matmul_transposed"
+# By product and rows, speed to the dense product: must, and aim.
+MUST = {
+    FORWARD: {
+        1: (2.0, 3.2),
+        16: (2.0, 2.8),
+        2048: (0.88, 0.95),
+        4096: (0.93, 0.95),
+        8192: (0.96, 0.95),
+    },
+    TRANSPOSED: {2048: (0.85, 0.93), 4096: (0.92, 0.93), 8192: (0.95, 0.93)},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """One implementation beside XLA's path."""
+
+    operation: str
+    implementation: str
+    format: str
+    shape: tuple[int, int]
+    rows: int
+    speedup: float  # over XLA's path
+    to_dense: float
+
+
+def weights_for(one: Implementation, case: Case, weights: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The weights as an implementation takes them, or none if it cannot serve."""
+    layout = "fragments" if one.name == "mosaic" else "planes"
+    if one is not XLA and weights[0].block_size == 64:
+        weights = tuple(weight.with_layout(layout) for weight in weights)
+    reason = one.refusal(case.x, weights[0])
+    if reason is not None:
+        print(f"{one.name}, {case.shape}, {case.tokens} rows: {reason}")
+        return ()
+    return weights
+
+
+def measure(
+    case: Case, name: str, repeats: int, bandwidth: float
+) -> tuple[list[tuple[str, ...]], list[Found], float]:
+    """Rows of the table, what was found, and the largest error."""
+    packed, dense = case.weights(name), case.weights(DENSE)
+    calls: dict[tuple[str, str], Callable[[], Any]] = {}
+    errors: dict[tuple[str, str], float] = {}
+    exact = np.asarray(packed[0].dequantize(), np.float64)
+
+    def add(who: str, what: str, product: Callable, given: jax.Array, weights: Any) -> None:
+        @jax.jit
+        def several(given: jax.Array, weights: Any) -> list[jax.Array]:
+            return [product(given, weight) for weight in weights]
+
+        call = functools.partial(several, given, weights)
+        calls[who, what] = functools.partial(repeated, call, rounds(case.tokens))
+        if who != DENSE:
+            factor = exact.T if what == FORWARD else exact
+            errors[who, what] = relative_error(several(given, weights)[0], given, factor)
+
+    add(DENSE, FORWARD, lambda x, w: x @ w.T, case.x, dense)
+    add(DENSE, TRANSPOSED, lambda g, w: g @ w, case.g, dense)
+    for one in (XLA, TRITON, MOSAIC):
+        if weights := weights_for(one, case, packed):
+            add(one.name, FORWARD, one.forward, case.x, weights)
+            if one is XLA or one.backward is not XLA.backward:
+                add(one.name, TRANSPOSED, one.backward, case.g, weights)
+    times = compare(calls, repeats)
+    count = copies(case.shape) * rounds(case.tokens)
+    floor = packed[0].nbytes / bandwidth
+    rows, found = [], []
+    for (who, what), time in times.items():
+        each = Timing(tuple(seconds / count for seconds in time.seconds))
+        cells = [case.shape, str(case.tokens), name, what, who, each.milliseconds()]
+        cells += [time.speedups(times[DENSE, what]), time.speedups(times[XLA.name, what])]
+        cells += [f"{each.median / floor:.2f}" if who != DENSE else ""]
+        cells += [f"{errors[who, what]:.1e}" if who != DENSE else ""]
+        rows.append(tuple(cells))
+        if who != DENSE:
+            speeds = (time.speedup(times[other, what]) for other in (XLA.name, DENSE))
+            size = (case.out, case.features)
+            found.append(Found(what, who, name, size, case.tokens, *speeds))
+    return rows, found, max(errors.values())
+
+
+def search(names: Sequence[str], blocks: int, repeats: int) -> tuple[bool, list[Found]]:
+    """The ICQ search by its kernel and by XLA; whether they are equal."""
+    w = jax.random.normal(jax.random.key(0), (blocks, 64), "bfloat16") * 0.02
+    equal, found, rows = True, [], []
+    for name in names:
+        calls = {"xla": functools.partial(icq.search_shift, w, name, implementation="xla")}
+        reason = search_refusal(w, name)
+        if reason is None:
+            calls["triton"] = functools.partial(icq.search_shift, w, name, implementation="triton")
+        else:
+            print(f"search, {name}: {reason}")
+        times = compare(calls, repeats)
+        results = {who: [np.asarray(part) for part in call()] for who, call in calls.items()}
+        for who, time in times.items():
+            same = all(map(np.array_equal, results[who], results["xla"]))
+            equal &= same
+            whole = time.median * 6.48e9 / w.size
+            cells = (name, who, f"{w.size / time.median:.2e}", f"{whole:.2f}")
+            rows.append((*cells, time.speedups(times["xla"]), str(same)))
+            if who != "xla":
+                speed = time.speedup(times["xla"])
+                found.append(Found("search", who, name, (0, 64), 0, speed, 0.0))
+    columns = ("format", "search", "weights/s", "LLaMA-7B, s", "to xla", "equal")
+    print(f"\nICQ, {blocks:,} blocks of 64 in bfloat16\n\n{table(columns, rows)}", flush=True)
+    return equal, found
+
+
+def to_record(found: Sequence[Found]) -> list[Measurement]:
+    """What was faster at both of two neighboring numbers of rows (a search: at all)."""
+    kind, today = jax.devices()[0].device_kind, datetime.date.today().isoformat()
+    groups: dict[tuple[Any, ...], list[Found]] = {}
+    for one in (one for one in found if one.implementation != XLA.name):
+        key = one.operation, one.implementation, one.format, one.shape
+        groups.setdefault(key, []).append(one)
+    faster = []
+    for (operation, implementation, fmt, shape), ones in groups.items():
+        ones = sorted(ones, key=lambda one: one.rows)
+        # A single number of rows is a range of its own, and so is every one that was measured.
+        pairs = [*itertools.pairwise(ones), *((one, one) for one in ones)]
+        for low, high in pairs:
+            least = min(low.speedup, high.speedup)
+            if least > 1:
+                place = operation, implementation, kind, fmt, shape, (low.rows, high.rows)
+                faster.append(Measurement(*place, round(least, 3), jax.__version__, today))
+    return faster
+
+
+def main() -> int:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 2048, 4096, 8192])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="OUTxIN")
+    parser.add_argument("--formats", nargs="+", default=["nf4"], choices=FORMATS)
+    parser.add_argument("--more-formats", nargs="*", default=["nf3", "nf2", "int4"])
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--blocks", type=int, default=2**22, help="of the search")
+    parser.add_argument("--search-formats", nargs="*", default=["nf4", "nf3", "nf2", "fp4"])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes/s of the memory")
+    parser.add_argument("--record", metavar="FILE")
+    args = parser.parse_args()
+    print(f"{machine()}, {args.dtype}", flush=True)
+    columns = ("matrix", "rows", "format", "product", "by", "ms", "to dense", "to xla")
+    columns += ("to the floor", "error")
+    plan = [(s, r, f) for s in args.shapes for r in args.rows for f in args.formats]
+    plan += [(args.shapes[0], r, f) for r in args.rows[:3] for f in args.more_formats]
+    found: list[Found] = []
+    largest, lines = 0.0, []
+    for shape, rows, name in plan:
+        case = Case(shape, rows, args.dtype)
+        new, more, worst = measure(case, name, args.repeats, args.bandwidth)
+        found, lines, largest = found + more, lines + new, max(largest, worst)
+        print("\n".join(map(" | ".join, new)), file=sys.stderr, flush=True)
+    equal, searched = search(args.search_formats, args.blocks, args.repeats)
+    found += searched
+    print(f"\n{table(columns, lines)}\n")
+    best: dict[tuple[Any, ...], float] = {}
+    for one in found:
+        key = one.operation, one.shape, one.rows
+        if one.format == "nf4" and one.operation in MUST:
+            best[key] = max(best.get(key, 0.0), one.to_dense)
+    for (operation, shape, rows), speed in best.items():
+        if rows in MUST[operation]:
+            must, aim = MUST[operation][rows]
+            verdict = "met" if speed >= must else "MISSED"
+            print(
+                f"{operation} {shape}, {rows} rows: {speed:.3f} (must {must}, aim {aim}) {verdict}"
+            )
+    for one in found:
+        if one.speedup <= 1 and one.implementation != XLA.name:
+            print(f"slower than XLA's path: {dataclasses.asdict(one)}")
+    if args.record:
+        file = Path(args.record)
+        known = json.loads(file.read_text()) if file.exists() else []
+        known += [dataclasses.asdict(one) for one in to_record(found)]
+        file.write_text(json.dumps(known, indent=1) + "\n")
+    print(f"largest relative error {largest:.1e}, must be {BOUND}; searches equal: {equal}")
+    return 0 if largest <= BOUND and equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
