@@ -110,7 +110,7 @@ class Loop:
 
 def listing(ptx: str, folder: Path) -> str:
     sass.assemble(ptx, folder)
-    return sass._sass(folder / "code.cubin")
+    return sass.disassemble(folder / "code.cubin")
 
 
 def loops(text: str) -> list[Loop]:
