@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# All that only a GPU can tell, in under 9 minutes; the limits of the parts add up to 535 s.
+# All that only a GPU can tell, in two halves of under 9 minutes each: the limits of the parts add up
+# to 535 and 520 s.
 #
 #     benchmarks/gpu_suite.sh             # or PYTHON=... benchmarks/gpu_suite.sh
+#     benchmarks/gpu_suite.sh kernels     # the kernels of kernels/ beside XLA's path
 #     SMALL=1 benchmarks/gpu_suite.sh     # the same parts at tiny sizes, on a CPU too
 #
 # Beside jax[cuda13], flax, optax, orbax-checkpoint, jaxtyping, safetensors, tqdm and transformers it
@@ -36,20 +38,34 @@ part() { # name, limit in seconds, command; with SMALL set, what stands behind "
     echo "$name: exit code $code, $took" | tee -a "$out/$name.txt" >&2
 }
 
-part matmul 90 benchmarks/matmul.py --peer bitsandbytes --repeats 5 \
-    --small --peer bitsandbytes --repeats 2 --tokens 1 16 --shapes 64x64 128x64
-part attention 25 benchmarks/attention.py \
-    --small --tokens 64 --heads 2 --features 16 --repeats 2
-part search 50 benchmarks/search.py --formats nf4 int4 --blocks 1048576 --peer_blocks 65536 \
-    --small --formats nf4 --blocks 2048 --peer_blocks 512 --turns 1
-part whole_model 40 benchmarks/whole_model.py --size 7b --small --size tiny
-part peak 45 benchmarks/peak.py --size 7b --batch 1 --length 512 --small --size tiny
-part train_step 215 benchmarks/train_step.py --size 7b --peer peft --repeats 5 \
-    --small --size tiny --dtype bfloat16 --peer peft --repeats 2
-part quickstart 70 train.py --config configs/quickstart.yaml --output_dir "$out/quickstart" \
-    --log.progress false \
-    --small --config configs/quickstart.yaml --output_dir "$out/quickstart" --log.progress false \
-    --train.steps 4 --train.eval_every 4 --train.save_every 4 --evaluate.max_questions 50
+case ${1:-steps} in
+steps)
+    part matmul 90 benchmarks/matmul.py --peer bitsandbytes --repeats 5 \
+        --small --peer bitsandbytes --repeats 2 --tokens 1 16 --shapes 64x64 128x64
+    part attention 25 benchmarks/attention.py \
+        --small --tokens 64 --heads 2 --features 16 --repeats 2
+    part search 50 benchmarks/search.py --formats nf4 int4 --blocks 1048576 --peer_blocks 65536 \
+        --small --formats nf4 --blocks 2048 --peer_blocks 512 --turns 1
+    part whole_model 40 benchmarks/whole_model.py --size 7b --small --size tiny
+    part peak 45 benchmarks/peak.py --size 7b --batch 1 --length 512 --small --size tiny
+    part train_step 215 benchmarks/train_step.py --size 7b --peer peft --repeats 5 \
+        --small --size tiny --dtype bfloat16 --peer peft --repeats 2
+    part quickstart 70 train.py --config configs/quickstart.yaml --output_dir "$out/quickstart" \
+        --log.progress false \
+        --small --config configs/quickstart.yaml --output_dir "$out/quickstart" --log.progress false \
+        --train.steps 4 --train.eval_every 4 --train.save_every 4 --evaluate.max_questions 50
+    ;;
+kernels)
+    part kernels 400 benchmarks/kernels.py --record "$out/measured.json" \
+        --small --rows 1 16 --shapes 64x64 --more-formats --search-formats nf4 --blocks 1024 \
+        --repeats 2 --record "$out/measured.json"
+    part decode 120 benchmarks/decode.py --size 7b --small --size tiny --slots 16 --repeats 2
+    ;;
+*)
+    echo "$0: '$1': accepted is steps or kernels" >&2
+    exit 2
+    ;;
+esac
 
 if command -v nvidia-smi >/dev/null; then
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
@@ -59,5 +75,6 @@ for name in "${parts[@]}"; do
     tail -n 60 "$out/$name.txt"
     case " ${failed[*]-} " in *" $name "*) tail -n 15 "$out/$name.err" ;; esac
 done
+[ -f "$out/measured.json" ] && printf '\n== kernels/measured.json\n' && cat "$out/measured.json"
 printf '\n%s parts, %s failed: %s\n' "${#parts[@]}" "${#failed[@]}" "${failed[*]-}"
 [ ${#failed[@]} = 0 ]

@@ -15,5 +15,7 @@ def abstract_gpu(name: str = "H200") -> contextlib.AbstractContextManager[Any]:
     if jax.__version_info__ < (0, 11):
         return contextlib.nullcontext()
     device = jax.sharding.AbstractDevice(f"NVIDIA {name}", None, "gpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("one",), abstract_device=device)
+    axes = ("data", "fsdp", "tensor")  # as irqlora_jax/sharding.py names them
+    auto = (jax.sharding.AxisType.Auto,) * len(axes)
+    mesh = jax.sharding.AbstractMesh((1,) * len(axes), axes, auto, abstract_device=device)
     return jax.sharding.use_abstract_mesh(mesh)

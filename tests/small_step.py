@@ -1,5 +1,6 @@
 """A whole training step as a function of shapes alone, to look at what the compiler makes of it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from irqlora_jax.config import AdapterConfig, QuantConfig, TrainConfig
 from irqlora_jax.llama import Llama, LlamaConfig
+from irqlora_jax.quant.matmul import MatmulName, preferred_layout
 from irqlora_jax.quant.qtensor import quantized_shape
 from irqlora_jax.step import init_state, make_optimizer, train_step
 
@@ -27,14 +29,21 @@ SHAPES = tuple(LLAMA.linear_shapes.values())
 
 
 def step_and_shapes(
-    dtype: str, llama: LlamaConfig = LLAMA, rows: int = 2, length: int = 72, chunk: int = 1024
+    dtype: str,
+    llama: LlamaConfig = LLAMA,
+    rows: int = 2,
+    length: int = 72,
+    chunk: int = 1024,
+    matmul: MatmulName | None = None,
 ) -> tuple[Callable[..., Any], Any, Any, Any]:
     """`train_step` of an NF4 model with ICQ and IEC, and the shapes of state, base and batch.
 
-    Embeddings and output matrix are of the type that is computed in, as files have them.
+    Embeddings and output matrix are of the type that is computed in, as files have them; codes lie
+    as `matmul` takes them.
     """
     settings = TrainConfig(batch_size=rows, compute_dtype=dtype, loss_chunk=chunk)  # type: ignore[arg-type]
-    model = Llama(llama, adapter=AdapterConfig(rank=8), compute_dtype=dtype, remat=True)
+    adapter = AdapterConfig(rank=8)
+    model = Llama(llama, adapter=adapter, compute_dtype=dtype, remat=True, matmul=matmul)
     optimizer = make_optimizer(settings)
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     shapes = jax.eval_shape(Llama(llama).init, jax.random.key(0), tokens)["base"]
@@ -45,6 +54,7 @@ def step_and_shapes(
             stacked = lambda x: jax.ShapeDtypeStruct(  # noqa: E731
                 (llama.num_hidden_layers, *x.shape), x.dtype
             )
+            weight = dataclasses.replace(weight, layout=preferred_layout(matmul))
             leaf["weight"] = jax.tree.map(stacked, weight)
     state = jax.eval_shape(lambda: init_state(model, optimizer, 0))
     step = functools.partial(train_step, model=model, optimizer=optimizer, config=settings)

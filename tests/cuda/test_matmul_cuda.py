@@ -4,6 +4,7 @@ import hlo
 import jax
 import jax.numpy as jnp
 import pytest
+from abstract_gpu import abstract_gpu
 from small_step import LAYERS, SHAPES, step_and_shapes
 
 from irqlora_jax.config import QuantConfig
@@ -16,7 +17,8 @@ def compile_for(gpu, function, *shapes):
     """The program for a device, as instructions."""
     where = jax.sharding.SingleDeviceSharding(gpu)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
-    compiled = jax.jit(function).trace(*shapes).lower().compile(compiler_options=OPTIONS)
+    lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+    compiled = lowered.compile(compiler_options=OPTIONS)
     return hlo.parse(compiled.as_text())
 
 
@@ -41,6 +43,26 @@ def test_one_fusion_makes_the_weight(gpu, name: str, features: int) -> None:
         assert [n for made, n in product.types if made in hlo.FLOATS] == [
             96 * (256 if operand is x else features)
         ]
+
+
+@pytest.mark.filterwarnings("ignore:jax .* deprecates the Triton:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.usefixtures("optimizer_promotion")
+@pytest.mark.parametrize("name", ["triton", "mosaic"])
+def test_a_kernel_takes_the_place_of_dequantized_weights(
+    h200, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the whole step, with its scan, rematerialization and gradients. Mosaic's has no gradient
+    of its own, so only the backward scan dequantizes."""
+    step = step_and_shapes("bfloat16", matmul=name)  # type: ignore[arg-type]
+    monkeypatch.setattr(jax, "devices", lambda: [h200])
+    with abstract_gpu():
+        program = compile_for(h200, *step)
+    calls = [one for one in program if one.kind == "custom-call"]
+    assert len(calls) >= 7
+    found = sorted(hlo.dequantized(program, LAYERS).values())
+    assert found == ([] if name == "triton" else [7])
+    assert not hlo.stacked_floats(program, LAYERS, SHAPES)
 
 
 @pytest.mark.usefixtures("optimizer_promotion")
