@@ -9,6 +9,8 @@ shifts take from memory at `--bandwidth`. Then the ICQ search of many blocks. Wh
 fastest implementation is said below. Exit code 1 if an error is above 1e-2 or a search differs from
 XLA's; kernels that are slower than XLA's path are named.
 
+--tune times tiles beside those of each kernel's rule first, and takes the fastest of them.
+
 --record adds to the file what was faster at two neighboring numbers of rows, with device, version
 and date: only such a kernel is ever a default (kernels/measured.py).
 
@@ -34,11 +36,13 @@ import numpy as np
 from matmul import BOUND, FORMATS, Case, copies, relative_error, repeated, rounds
 from timing import Timing, compare, machine, table
 
+from irqlora_jax.kernels import mosaic_tiles, tiles_triton
 from irqlora_jax.kernels.matmul_mosaic import MOSAIC
 from irqlora_jax.kernels.matmul_triton import TRITON
 from irqlora_jax.kernels.measured import Measurement
 from irqlora_jax.kernels.search_triton import refusal as search_refusal
 from irqlora_jax.quant import icq
+from irqlora_jax.quant.formats import get_format
 from irqlora_jax.quant.matmul import XLA, Implementation
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008")
@@ -67,6 +71,7 @@ class Found:
     rows: int
     speedup: float  # over XLA's path
     to_dense: float
+    tiles: dict[str, int]  # that differ from the rule
 
 
 def weights_for(one: Implementation, case: Case, weights: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -81,8 +86,43 @@ def weights_for(one: Implementation, case: Case, weights: tuple[Any, ...]) -> tu
     return weights
 
 
+def alternatives(one: Implementation, what: str, case: Case, weight: Any) -> list[Any]:
+    """Tiles to be timed, those of the rule first."""
+    bits = get_format(weight.format).bits
+    if one is MOSAIC:
+        rule = mosaic_tiles.default_tiles(case.tokens, *weight.shape, bits)
+        return [rule, *mosaic_tiles.neighbors(rule, bits)]
+    rule = tiles_triton.default_tiles(case.tokens, *weight.shape, bits, what == TRANSPOSED)
+    return [rule, *tiles_triton.neighbors(rule)]
+
+
+def tune(one: Implementation, what: str, case: Case, weights: tuple[Any, ...]) -> dict[str, int]:
+    """The fields of the fastest tiles that differ from the rule."""
+    given = case.x if what == FORWARD else case.g
+    product = one.forward if what == FORWARD else one.backward
+    calls: dict[Any, Callable[[], Any]] = {}
+    rule, *others = alternatives(one, what, case, weights[0])
+    for tiles in (rule, *others):
+
+        @jax.jit
+        def several(given: jax.Array, weights: Any, tiles: Any = tiles) -> list[jax.Array]:
+            return [product(given, weight, tiles) for weight in weights]  # type: ignore[call-arg]
+
+        call = functools.partial(several, given, weights)
+        try:
+            jax.block_until_ready(call())
+        except Exception as error:  # the compiler's, of tiles that are too large
+            print(f"{one.name}, {tiles}: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        calls[tiles] = functools.partial(repeated, call, rounds(case.tokens))
+    times = compare(calls, 3)
+    best = min(times, key=lambda tiles: times[tiles].median)
+    fields = dataclasses.asdict(best)
+    return {k: v for k, v in fields.items() if v != getattr(rule, k)}
+
+
 def measure(
-    case: Case, name: str, repeats: int, bandwidth: float
+    case: Case, name: str, repeats: int, bandwidth: float, tuned: bool
 ) -> tuple[list[tuple[str, ...]], list[Found], float]:
     """Rows of the table, what was found, and the largest error."""
     packed, dense = case.weights(name), case.weights(DENSE)
@@ -103,11 +143,22 @@ def measure(
 
     add(DENSE, FORWARD, lambda x, w: x @ w.T, case.x, dense)
     add(DENSE, TRANSPOSED, lambda g, w: g @ w, case.g, dense)
+    tiles: dict[tuple[str, str], dict[str, int]] = {}
     for one in (XLA, TRITON, MOSAIC):
-        if weights := weights_for(one, case, packed):
-            add(one.name, FORWARD, one.forward, case.x, weights)
-            if one is XLA or one.backward is not XLA.backward:
-                add(one.name, TRANSPOSED, one.backward, case.g, weights)
+        if not (weights := weights_for(one, case, packed)):
+            continue
+        for what, product, given in (
+            (FORWARD, one.forward, case.x),
+            (TRANSPOSED, one.backward, case.g),
+        ):
+            if one is not XLA and product is XLA.backward:
+                continue
+            if tuned and one is not XLA:
+                changes = tiles[one.name, what] = tune(one, what, case, weights)
+                rule = alternatives(one, what, case, weights[0])[0]
+                best = dataclasses.replace(rule, **changes)
+                product = functools.partial(product, tiles=best)
+            add(one.name, what, product, given, weights)
     times = compare(calls, repeats)
     count = copies(case.shape) * rounds(case.tokens)
     floor = packed[0].nbytes / bandwidth
@@ -122,7 +173,8 @@ def measure(
         if who != DENSE:
             speeds = (time.speedup(times[other, what]) for other in (XLA.name, DENSE))
             size = (case.out, case.features)
-            found.append(Found(what, who, name, size, case.tokens, *speeds))
+            changes = tiles.get((who, what), {})
+            found.append(Found(what, who, name, size, case.tokens, *speeds, changes))
     return rows, found, max(errors.values())
 
 
@@ -147,7 +199,7 @@ def search(names: Sequence[str], blocks: int, repeats: int) -> tuple[bool, list[
             rows.append((*cells, time.speedups(times["xla"]), str(same)))
             if who != "xla":
                 speed = time.speedup(times["xla"])
-                found.append(Found("search", who, name, (0, 64), 0, speed, 0.0))
+                found.append(Found("search", who, name, (0, 64), 0, speed, 0.0, {}))
     columns = ("format", "search", "weights/s", "LLaMA-7B, s", "to xla", "equal")
     print(f"\nICQ, {blocks:,} blocks of 64 in bfloat16\n\n{table(columns, rows)}", flush=True)
     return equal, found
@@ -169,7 +221,8 @@ def to_record(found: Sequence[Found]) -> list[Measurement]:
             least = min(low.speedup, high.speedup)
             if least > 1:
                 place = operation, implementation, kind, fmt, shape, (low.rows, high.rows)
-                faster.append(Measurement(*place, round(least, 3), jax.__version__, today))
+                tiles = low.tiles if low.tiles == high.tiles else {}
+                faster.append(Measurement(*place, round(least, 3), jax.__version__, today, tiles))
     return faster
 
 
@@ -185,6 +238,7 @@ def main() -> int:
     parser.add_argument("--search-formats", nargs="*", default=["nf4", "nf3", "nf2", "fp4"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes/s of the memory")
+    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--record", metavar="FILE")
     args = parser.parse_args()
     print(f"{machine()}, {args.dtype}", flush=True)
@@ -196,7 +250,7 @@ def main() -> int:
     largest, lines = 0.0, []
     for shape, rows, name in plan:
         case = Case(shape, rows, args.dtype)
-        new, more, worst = measure(case, name, args.repeats, args.bandwidth)
+        new, more, worst = measure(case, name, args.repeats, args.bandwidth, args.tune)
         found, lines, largest = found + more, lines + new, max(largest, worst)
         print("\n".join(map(" | ".join, new)), file=sys.stderr, flush=True)
     equal, searched = search(args.search_formats, args.blocks, args.repeats)

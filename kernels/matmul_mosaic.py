@@ -13,6 +13,7 @@ Few rows of x leave too few tiles for all multiprocessors. Then several blocks s
 part of the inputs, and XLA adds their float32 sums in fixed order.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt32
 
 from irqlora_jax.devices import compute_capability
-from irqlora_jax.kernels import mosaic_fragments, mosaic_tiles
+from irqlora_jax.kernels import measured, mosaic_fragments, mosaic_tiles
 from irqlora_jax.quant import packing
 from irqlora_jax.quant.formats import get_format
 from irqlora_jax.quant.matmul import XLA, Implementation, was_faster
@@ -73,14 +74,18 @@ def matmul(
     Args:
         x: activations.
         weight: in the layout "fragments", in blocks of 64.
-        tiles: how to cut the work, by default `default_tiles`.
+        tiles: how to cut the work; by default as was measured to be the fastest here
+            (`measured.py`), or `default_tiles`.
     """
     rows = x.reshape(-1, x.shape[-1])
     (m, k), n = rows.shape, weight.shape[0]
     fmt = get_format(weight.format)
     if m == 0:
         return jnp.zeros((*x.shape[:-1], n), x.dtype)
-    tiles = tiles or default_tiles(m, n, k, fmt.bits)
+    if tiles is None:
+        kind = jax.devices()[0].device_kind
+        tuned = measured.tuned_tiles("matmul", "mosaic", kind, fmt.name, weight.shape, m)
+        tiles = dataclasses.replace(default_tiles(m, n, k, fmt.bits), **tuned)
     dtype = jnp.dtype(x.dtype).name
     rows = jnp.pad(rows, ((0, -m % 8), (0, 0)))  # the copies are made of groups of 8 rows
     product = _product(rows.shape[0], n, k, fmt.bits, fmt.levels, dtype, tiles)

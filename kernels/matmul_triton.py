@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int32
 
 from irqlora_jax.kernels.backend_triton import announce, backend, refusal
 from irqlora_jax.kernels.dequantize_triton import Blocks, Field, dequantize
+from irqlora_jax.kernels.measured import tuned_tiles
 from irqlora_jax.kernels.tiles_triton import Tiles, default_tiles
 from irqlora_jax.quant import packing
 from irqlora_jax.quant.formats import get_format
@@ -38,16 +39,15 @@ def matmul(
     Args:
         x: activations, bfloat16 or float16; when interpreted float32 too.
         weight: one matrix [out, in] in layout "planes", its block size one of `BLOCK_SIZES`.
-        tiles: None for `default_tiles`.
+        tiles: None for those measured to be the fastest here (`measured.py`), or `default_tiles`.
         interpret: evaluate the kernel by XLA, on any device.
 
     Raises:
         ValueError: another type, layout or block size, or a stack of matrices.
     """
     rows = x.reshape(-1, x.shape[-1])
-    out, features = weight.shape
-    bits = get_format(weight.format).bits
-    tiles = tiles or default_tiles(rows.shape[0], out, features, bits)
+    out, _ = weight.shape
+    tiles = tiles or _tiles("matmul", weight, rows.shape[0])
     y = _call(_forward_kernel, rows, weight, out, tiles, interpret)
     return y.reshape(*x.shape[:-1], out)
 
@@ -60,11 +60,19 @@ def matmul_transposed(
 ) -> Float[Array, "*batch in"]:
     """g @ weight, summed in float32, in the type of g. Arguments as those of `matmul`."""
     rows = g.reshape(-1, g.shape[-1])
-    out, features = weight.shape
-    bits = get_format(weight.format).bits
-    tiles = tiles or default_tiles(rows.shape[0], out, features, bits, transposed=True)
+    _, features = weight.shape
+    tiles = tiles or _tiles("matmul_transposed", weight, rows.shape[0])
     dx = _call(_transposed_kernel, rows, weight, features, tiles, interpret)
     return dx.reshape(*g.shape[:-1], features)
+
+
+def _tiles(operation: str, weight: QTensor, rows: int) -> Tiles:
+    """By rule, but for what was measured to be faster on this device."""
+    bits = get_format(weight.format).bits
+    tiles = default_tiles(rows, *weight.shape, bits, transposed=operation != "matmul")
+    kind = jax.devices()[0].device_kind
+    tuned = tuned_tiles(operation, "triton", kind, weight.format, weight.shape, rows)
+    return dataclasses.replace(tiles, **tuned)
 
 
 @dataclasses.dataclass(frozen=True)

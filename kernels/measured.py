@@ -2,7 +2,8 @@
 
 `measured.json` holds what benchmarks/kernels.py --record found on a GPU, and nothing else. A kernel
 that was not measured for the device, the format, the shape and the number of rows is never the
-default.
+default. With --tune it holds the tiles too that were the fastest there; elsewhere each kernel has a
+rule for them (`default_tiles`).
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ class Measurement:
         speedup: over XLA's path, the least of the two ends.
         jax: version.
         date: of the run, YYYY-MM-DD.
+        tiles: fields of the kernel's `Tiles` that were the fastest; empty: those of its rule.
     """
 
     operation: str
@@ -39,6 +41,7 @@ class Measurement:
     speedup: float
     jax: str
     date: str
+    tiles: dict[str, int] = dataclasses.field(default_factory=dict, hash=False)
 
 
 @functools.cache
@@ -67,11 +70,38 @@ def is_faster(
     measurements: Sequence[Measurement] | None = None,
 ) -> bool:
     """Whether a measurement says that the kernel is faster than XLA's path here."""
+    found = _find(operation, implementation, device, format, shape, rows, measurements)
+    return any(one.speedup > 1 for one in found)
+
+
+def tuned_tiles(
+    operation: str,
+    implementation: str,
+    device: str,
+    format: str,
+    shape: tuple[int, int],
+    rows: int,
+    measurements: Sequence[Measurement] | None = None,
+) -> dict[str, int]:
+    """Fields of the kernel's `Tiles` that were measured to be the fastest here; empty: its rule."""
+    found = _find(operation, implementation, device, format, shape, rows, measurements)
+    return max(found, key=lambda one: one.speedup).tiles if found else {}
+
+
+def _find(
+    operation: str,
+    implementation: str,
+    device: str,
+    format: str,
+    shape: tuple[int, int],
+    rows: int,
+    measurements: Sequence[Measurement] | None,
+) -> list[Measurement]:
     known = read_measurements() if measurements is None else measurements
     wanted = operation, implementation, device, format, shape
-    return any(
-        (m.operation, m.implementation, m.device, m.format, m.shape) == wanted
-        and m.rows[0] <= rows <= m.rows[1]
-        and m.speedup > 1
-        for m in known
-    )
+    return [
+        one
+        for one in known
+        if (one.operation, one.implementation, one.device, one.format, one.shape) == wanted
+        and one.rows[0] <= rows <= one.rows[1]
+    ]

@@ -57,6 +57,24 @@ class Tiles:
         return self.stages * stage + result
 
 
+def neighbors(tiles: Tiles, bits: int) -> list[Tiles]:
+    """Tiles that differ in one respect and fit, to be timed beside them (benchmarks/kernels.py
+    --tune)."""
+    changes: list[dict[str, int]] = [{"band": 4}, {"band": 16}, {"stages": tiles.stages - 1}]
+    changes += [{"blocks": n, "together": max(1, 4 // n)} for n in (1, 2, 4)]
+    changes += [{"splits": 2 * tiles.splits}, {"splits": max(1, tiles.splits // 2)}]
+    changes += [{"batch": size} for size in (64, 128, 256)] if tiles.batch >= 64 else []
+    found = [dataclasses.replace(tiles, **c) for c in changes if c.get("stages", 2) >= 2]
+    pairs = bits == 3  # blocks of 24 bytes come in pairs (`default_tiles`)
+    return [
+        one
+        for one in dict.fromkeys(found)
+        if one != tiles
+        and one.shared_memory(bits) <= SHARED
+        and not (pairs and (one.blocks % 2 or one.batch > 128))
+    ]
+
+
 def default_tiles(m: int, n: int, k: int, bits: int, grid: int = MULTIPROCESSORS) -> Tiles:
     """Tiles for x of [m, k] and W of [n, k].
 

@@ -40,6 +40,16 @@ class Tiles:
                 raise ValueError(f"{name} = {getattr(self, name)}: accepted is 1 or more")
 
 
+def neighbors(tiles: Tiles) -> list[Tiles]:
+    """Tiles that differ in one respect, to be timed beside them (benchmarks/kernels.py --tune)."""
+    changes: list[dict[str, int]] = [{"num_warps": 4}, {"num_warps": 8}]
+    changes += [{"num_stages": stages} for stages in (2, 4, 5)]
+    changes += [{"block_k": 2 * tiles.block_k}, {"block_n": 2 * tiles.block_n}]
+    changes += [{"splits": 2 * tiles.splits}, {"splits": max(1, tiles.splits // 2)}]
+    found = [dataclasses.replace(tiles, **change) for change in changes]
+    return [one for one in dict.fromkeys(found) if one != tiles]
+
+
 def default_tiles(m: int, n: int, k: int, bits: int, transposed: bool = False) -> Tiles:
     """Tiles for m rows of activations and a weight of [n, k].
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from irqlora_jax.config import QuantConfig
-from irqlora_jax.kernels import measured
-from irqlora_jax.kernels.measured import Measurement, is_faster, read_measurements
+from irqlora_jax.kernels import measured, mosaic_tiles, tiles_triton
+from irqlora_jax.kernels.measured import Measurement, is_faster, read_measurements, tuned_tiles
 from irqlora_jax.quant.matmul import XLA, Implementation, dequant_matmul, preferred_layout
 from irqlora_jax.quant.qtensor import quantize
 
@@ -40,6 +40,26 @@ def test_only_what_was_measured_counts(change: dict, rows: int, expected: bool) 
     known = [dataclasses.replace(ONE, **change)]
     asked = "matmul", "mosaic", "NVIDIA H200", "nf4", (4096, 11008)
     assert is_faster(*asked, rows, known) is expected
+
+
+def test_tuned_tiles_are_taken_where_they_were_measured() -> None:
+    tuned = dataclasses.replace(ONE, rows=(16, 16), speedup=3.0, tiles={"stages": 6})
+    asked = "matmul", "mosaic", "NVIDIA H200", "nf4", (4096, 11008)
+    assert tuned_tiles(*asked, 16, [ONE, tuned]) == {"stages": 6}
+    assert tuned_tiles(*asked, 8, [ONE, tuned]) == {}
+    for tiles, others in (
+        (tiles_triton.Tiles(), tiles_triton.neighbors(tiles_triton.Tiles())),
+        *((t, mosaic_tiles.neighbors(t, b)) for t, b in ((mosaic_tiles.Tiles(64), 4),)),
+    ):
+        assert len(others) >= 4 and tiles not in others and len(set(others)) == len(others)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 64, 2048])
+def test_neighbors_of_mosaic_tiles_fit(bits: int, rows: int) -> None:
+    rule = mosaic_tiles.default_tiles(rows, 4096, 4096, bits)
+    others = mosaic_tiles.neighbors(rule, bits)
+    assert others and all(one.shared_memory(bits) <= mosaic_tiles.SHARED for one in others)
 
 
 def test_the_committed_file_is_read_and_a_broken_one_is_named(tmp_path: Path) -> None:
@@ -94,3 +114,18 @@ def test_codes_are_laid_out_for_mosaic_where_it_is_taken(monkeypatch: pytest.Mon
     here = dataclasses.replace(ONE, device=jax.devices()[0].device_kind)
     monkeypatch.setattr(measured, "read_measurements", lambda: (here,))
     assert preferred_layout(None) == "fragments"
+
+
+def test_a_base_is_laid_out_as_the_kernel_takes_it() -> None:
+    """Each matrix that can be; the weights stay the same."""
+    from irqlora_jax import train
+
+    weights = {
+        size: quantize(jax.random.normal(jax.random.key(0), (8, 128)), QuantConfig(block_size=size))
+        for size in (32, 64)
+    }
+    base = {"small": weights[32], "usual": weights[64], "norm": jnp.ones(3)}
+    laid = train._laid_out(base, "mosaic")
+    assert (laid["small"].layout, laid["usual"].layout) == ("planes", "fragments")
+    assert jnp.array_equal(laid["usual"].dequantize(), weights[64].dequantize())
+    assert train._laid_out(laid, "triton")["usual"].layout == "planes"
