@@ -1,8 +1,10 @@
 """GPUs that are not there: programs are compiled for them, never run.
 
-    pytest -n 0 tests/cuda
+    pytest tests/cuda
 
-in an environment with jax-cuda13-plugin and jax-cuda13-pjrt; elsewhere these tests are skipped.
+in an environment with jax-cuda13-plugin and jax-cuda13-pjrt of jax's version and, for the machine code
+of kernels, nvidia-cuda-nvcc, nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm (all installed with
+--no-deps); elsewhere these tests are skipped.
 """
 
 import shutil
