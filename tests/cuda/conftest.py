@@ -2,9 +2,9 @@
 
     pytest tests/cuda
 
-in an environment with jax-cuda13-plugin and jax-cuda13-pjrt of jax's version and, for the machine code
-of kernels, nvidia-cuda-nvcc, nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm (all installed with
---no-deps); elsewhere these tests are skipped.
+in an environment with jax-cuda13-plugin and jax-cuda13-pjrt of jax's version and, for the machine
+code of kernels, nvidia-cuda-nvcc, nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm (all installed
+with --no-deps); elsewhere these tests are skipped.
 """
 
 import shutil
