@@ -222,3 +222,11 @@ def test_the_budgets_hold_by_the_estimate_too(size: str, most: float) -> None:
     found = dataclasses.replace(find_target(None, 1), compiler="estimate", shared=False)
     need = measure(config, abstract_base(MODELS[size], config.quant), MODELS[size], found)
     assert need.peak / 2**30 <= most
+
+
+def test_a_plan_with_a_kernel_is_that_of_xla() -> None:
+    """It is made where the kernel's device may not be."""
+    asked = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, matmul="triton"))
+    base = abstract_base(SMALL, CONFIG.quant)
+    plain, kernel = (measure(one, base, SMALL, target(2**40)) for one in (CONFIG, asked))
+    assert kernel == plain
