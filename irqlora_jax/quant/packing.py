@@ -49,6 +49,7 @@ Blocks stay apart in all of them, so a matrix can be cut between any two.
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, UInt8
 
 LAYOUT = "planes"
@@ -115,11 +116,15 @@ def _pack_plane(codes: Array, bits: int) -> Array:
 
 
 def _unpack_plane(packed: Array, bits: int) -> Array:
-    # Shifts by numbers, not by an array of them: that would be computed outside of the loop over
-    # the layers, once for each time that it is used in there, and CPUs would then take what is
-    # dequantized with the one and with the other for two different weights.
-    fields = [(packed >> np.uint8(shift)) & np.uint8(2**bits - 1) for shift in range(0, 8, bits)]
-    return jnp.concatenate(fields, axis=-1)
+    # Field i is shifted by i, `bits` times over: a product with i would be computed outside of the
+    # loop over the layers, once for each time that it is used in there, and CPUs would then take
+    # what is dequantized with the one and with the other for two different weights.
+    shape = (*packed.shape[:-1], 8 // bits, packed.shape[-1])
+    parts = jnp.broadcast_to(packed[..., None, :], shape)
+    field = lax.broadcasted_iota(jnp.uint8, shape, len(shape) - 2)
+    for _ in range(bits):
+        parts = parts >> field
+    return (parts & np.uint8(2**bits - 1)).reshape(*packed.shape[:-1], -1)
 
 
 def _pack_fragments(codes: Array, bits: int) -> Array:
