@@ -7,6 +7,7 @@ accepted. The fields are documented here and nowhere else; `python train.py --he
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -41,19 +42,25 @@ class QuantConfig:
     """Code book. "none" keeps the weights as they are (plain LoRA)."""
     block_size: int = 64
     """Weights that share a scale and a shift; a multiple of 8."""
-    calibration: Literal["none", "icq"] = "icq"
+    calibration: Literal["none", "icq", "joint"] = "icq"
     """"none": scale from the largest weight. "icq": also the shift (NormalFloat, FP4) or the range
-    (integers) that maximizes the entropy of each block's codes (IR-QLoRA, section 3.2)."""
+    (integers) that maximizes the entropy of each block's codes (IR-QLoRA, section 3.2). "joint":
+    the scale and the shift that maximize entropy - error_weight * error / variance."""
+    error_weight: float = 100.0
+    """Joint only: bits of entropy that a relative squared error of 1 costs. 0: entropy alone; .inf:
+    error alone."""
+    refine_steps: int = 4
+    """Joint only: least-squares steps at the end; a block keeps those by which its error falls."""
     symmetric: bool = False
     """Integers only: zero point fixed in the middle of the codes."""
     search: Literal["range", "zero_point"] = "range"
     """Integers only, what ICQ moves: the "range" as in the released code, or the "zero_point" at a
     fixed scale as in the paper's text."""
     search_range: float = 0.1
-    """lambda of the paper: half-width of the search (NormalFloat: in standard deviations of the
-    block, integers: as a fraction of the block's range)."""
+    """ICQ only, lambda of the paper: half-width of the search (NormalFloat: in standard deviations
+    of the block, integers: as a fraction of the block's range)."""
     search_steps: int | None = None
-    """n of the paper: 2n+1 candidates. Null: 100 for NormalFloat and FP4, 50 for integers."""
+    """ICQ only, n of the paper: 2n+1 candidates. Null: 100, for integers 50."""
     codes_from: Literal["stored", "exact"] = "stored"
     """Statistics that the codes are computed against: the "stored" (rounded) scale and shift, which
     the dequantizer uses, or the "exact" ones, as the released code does (for parity only)."""
@@ -66,6 +73,10 @@ class QuantConfig:
         steps = self.search_steps
         ok = steps is None or steps >= 1
         _require(ok, "quant.search_steps", steps, "a whole number of at least 1, or null")
+        weight = self.error_weight
+        _require(weight >= 0, "quant.error_weight", weight, "a number from 0 to .inf")
+        ok = self.refine_steps >= 0
+        _require(ok, "quant.refine_steps", self.refine_steps, "a whole number of at least 0")
         integer = self.format.startswith("int")
         ok = integer or not self.symmetric
         _require(ok, "quant.symmetric", self.symmetric, f"false with quant.format {self.format}")
@@ -73,6 +84,14 @@ class QuantConfig:
         _require(ok, "quant.search", self.search, f"range with quant.format {self.format}")
         ok = not (self.symmetric and self.search == "zero_point")
         _require(ok, "quant.search", self.search, "range with quant.symmetric true")
+        ok = self.calibration != "joint" or self.search == "range"
+        _require(ok, "quant.search", self.search, "range with quant.calibration joint")
+
+    @property
+    def label(self) -> str:
+        """Format and calibration as a table names them."""
+        how = {"none": "", "icq": " + ICQ", "joint": " + joint"}[self.calibration]
+        return self.format + how if how else f"plain {self.format}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -314,7 +333,8 @@ class Config:
         """
         argv = [f"--config={path}"]
         for name, value in (overrides or {}).items():
-            argv.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+            written = value if isinstance(value, str) else json.dumps(value)
+            argv.append(f"--{name}={'.inf' if value == math.inf else written}")
         return parse_config(argv)
 
 

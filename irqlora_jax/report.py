@@ -77,9 +77,7 @@ def describe(config: Config, llama: LlamaConfig, base: Base, examples: int, mesh
             f"\n{mesh.size} of {len(jax.devices())} devices ({axes}), "
             f"{readable_size(largest)} of the base on each"
         )
-    quantized = config.quant.format
-    if quantized != "none":
-        quantized += " with ICQ" if config.quant.calibration == "icq" else " without calibration"
+    quantized = "unquantized" if config.quant.format == "none" else config.quant.label
     return (
         f"{config.model}: {llama.num_hidden_layers} layers of {llama.hidden_size}, {quantized}, "
         f"{stored.bits:.2f} bits a weight, {readable_size(stored.total)} with embeddings\n"
@@ -136,7 +134,8 @@ def baselines(
     quantized = quant.format != "none"
     others: list[tuple[str, QuantConfig | None]] = [("full precision", None)]
     if quantized and quant.calibration != "none":
-        others.append((f"plain {quant.format}", dataclasses.replace(quant, calibration="none")))
+        plain = dataclasses.replace(quant, calibration="none")
+        others.append((plain.label, plain))
     rows = []
     for name, how in others:
         started = time.perf_counter()
@@ -146,8 +145,7 @@ def baselines(
         rows.append(scorer.row(name, bare, {"params": {}, "base": other}, seconds))
         del other
     if quantized:
-        name = f"{quant.format} + ICQ" if quant.calibration == "icq" else f"plain {quant.format}"
-        rows.append(scorer.row(name, bare, {"params": {}, "base": base}, quantize_seconds))
+        rows.append(scorer.row(quant.label, bare, {"params": {}, "base": base}, quantize_seconds))
     return rows
 
 

@@ -214,7 +214,7 @@ def test_examples_longer_than_the_context_are_counted_and_cut(case: Case, capsys
 def test_a_run_from_the_command_line_and_another_one_in_its_folder(case: Case, capsys) -> None:
     assert train_script.main(case.flags("--data.eval_fraction=0.25")) == 0
     out, _ = capsys.readouterr()
-    assert "nf3 without calibration" in out and "finetuned" in out
+    assert "plain nf3" in out and "finetuned" in out
     assert f"irqlora eval --run {case.output} --task perplexity" in out
     stored = (case.output / "config.json").read_bytes()
     assert train_script.main(case.flags("--adapter.rank=4")) == 2

@@ -94,6 +94,8 @@ class Card:
             quantized = f"quantized to {self.quant.format}"
             if self.quant.calibration == "icq":
                 quantized += " with ICQ (information calibration quantization)"
+            elif self.quant.calibration == "joint":
+                quantized += " with scales and shifts of least error"
         method = "" if self.config is None else self.config.adapter.method
         trained = "an IEC adapter (information elastic connection)" if method == "iec" else "LoRA"
         finetuned = f"{origin}, {quantized}, finetuned with {trained} by irqlora_jax"

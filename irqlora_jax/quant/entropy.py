@@ -177,6 +177,26 @@ def masked(
     return x if count is None else jnp.where(inside(x, count), x, fill)
 
 
+def lower_median(w: Float32[Array, "block b"], count: Int32[Array, " b"]) -> Float32[Array, " b"]:
+    """Lower median of the first `count` elements (padding is +inf), by bisection on the bits."""
+
+    def order(bits: Array) -> Array:  # its own inverse; integers that compare as the floats do
+        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+    keys = order(lax.bitcast_convert_type(w, jnp.int32))
+    rank = (count + 1) // 2
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low & high) + ((low ^ high) >> 1)
+        enough = (keys <= middle[None]).sum(0, dtype=jnp.int32) >= rank
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    ends = keys.min(0), keys.max(0)
+    key, _ = lax.fori_loop(0, 32, halve, ends)
+    return lax.bitcast_convert_type(order(key), jnp.float32)
+
+
 def _small(block: int) -> np.dtype:
     """The narrowest type that counts to `block`; narrow vectors are fast."""
     return np.dtype(np.int8 if block < 128 else np.int16 if block < 32768 else np.int32)

@@ -24,6 +24,7 @@ from irqlora_jax.quant.entropy import (
     histogram_weight,
     in_chunks,
     inside,
+    lower_median,
     masked,
     product,
     require_range,
@@ -100,26 +101,6 @@ def _takes_kernel(blocks: Array, format: Format, implementation: str | None) -> 
     return reason is None
 
 
-def _median(w: Float32[Array, "block b"], count: Int32[Array, " b"]) -> Float32[Array, " b"]:
-    """Lower median of the first `count` elements (padding is +inf), by bisection on the bits."""
-
-    def order(bits: Array) -> Array:  # its own inverse; integers that compare as the floats do
-        return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-    keys = order(lax.bitcast_convert_type(w, jnp.int32))
-    rank = (count + 1) // 2
-
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low & high) + ((low ^ high) >> 1)
-        enough = (keys <= middle[None]).sum(0, dtype=jnp.int32) >= rank
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
-
-    ends = keys.min(0), keys.max(0)
-    key, _ = lax.fori_loop(0, 32, halve, ends)
-    return lax.bitcast_convert_type(order(key), jnp.float32)
-
-
 def _crossings(midpoints: Float32[np.ndarray, " points"], reach: float) -> int:
     """How many decision points one weight can cross while f runs from -reach to reach.
 
@@ -143,7 +124,7 @@ def _best_shift(
     block, b = w.shape
     n = jnp.full(b, block, jnp.int32) if count is None else count
     w = masked(w, count, np.inf)
-    median = _median(w, n)[None]
+    median = lower_median(w, n)[None]
     low, high = w.min(0, keepdims=True), masked(w, count, -np.inf).max(0, keepdims=True)
     spread = jnp.minimum(jnp.maximum(high - median, median - low), FLOAT_MAX)
     table = jnp.asarray(factors, jnp.float32)

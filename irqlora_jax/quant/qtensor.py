@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 
 from irqlora_jax.config import QuantConfig
-from irqlora_jax.quant import icq, icq_integer, packing, stats
+from irqlora_jax.quant import icq, icq_integer, joint, packing, stats
 from irqlora_jax.quant.entropy import block_entropy, quotient
 from irqlora_jax.quant.formats import Format, get_format
 
@@ -202,16 +202,16 @@ def _quantize(weight: Array, shift: Array | None, config: QuantConfig) -> QTenso
         ends = jnp.minimum(in_features - jnp.arange(per_row) * size, size)
         valid = jnp.tile(ends, out_features)
     # From here on `zero` is set for integers and `tau` for shifted NormalFloat and FP4.
-    zero = tau = None
+    scale = zero = tau = None
     if fmt.integer:
         scale, zero = _integer_range(blocks, fmt, config, valid)
-    else:
-        if shift is not None:
-            tau = shift.astype(jnp.float32).reshape(-1)
-        elif config.calibration == "icq":
-            steps = config.search_steps or 100
-            tau, _ = icq.search_shift(blocks, fmt, config.search_range, steps, valid)
-        scale = None
+    elif shift is not None:
+        tau = shift.astype(jnp.float32).reshape(-1)
+    elif config.calibration == "joint":
+        scale, tau = _joint(blocks, fmt, config, valid)
+    elif config.calibration == "icq":
+        steps = config.search_steps or 100
+        tau, _ = icq.search_shift(blocks, fmt, config.search_range, steps, valid)
 
     shift_codes = shift_max = None
     if tau is not None:
@@ -265,9 +265,18 @@ def _integer_range(
     bits, symmetric = fmt.bits, config.symmetric
     if config.calibration == "none":
         return icq_integer.plain_range(blocks, bits, symmetric, valid)
+    if config.calibration == "joint":
+        return _joint(blocks, fmt, config, valid)
     width, steps = config.search_range, config.search_steps or 50
     if config.search == "zero_point":
         found = icq_integer.search_zero_point(blocks, bits, width, steps, valid)
     else:
         found = icq_integer.search_range(blocks, bits, symmetric, width, steps, valid)
     return found[:2]
+
+
+def _joint(
+    blocks: Array, fmt: Format, config: QuantConfig, valid: Array | None
+) -> tuple[Array, Array]:
+    weight, steps = config.error_weight, config.refine_steps
+    return joint.search(blocks, fmt, config.symmetric, weight, steps, valid)

@@ -1,0 +1,243 @@
+"""Joint calibration ("ICQ+"): the scale and the shift of a block that lose the least.
+
+ICQ (`icq.py`) moves the shift of a block and leaves its scale to the largest weight. Here both are
+chosen, for the same storage and the same dequantizer, by entropy - error_weight * error / variance:
+the entropy of the codes in bits, the mean square of what quantizing changes, the variance of the
+block. A weight of 0 is ICQ with a free scale, an infinite one looks at the error alone. On our
+testbed (examples/factworld/README.md) the knowledge that a model keeps follows the error.
+
+A candidate is an interval for the levels to span. First there are 5 centers around the median, each
+with 7 half-widths, and the interval of the plain quantizer; then, twice, the 8 neighbors of the
+best. None is judged as it stands but by the least-squares scale and shift of the codes that it
+gives, which cost three sums over the block. So 52 candidates find what a grid of 21 x 25, each with
+a scan of its own, finds (benchmarks/results/2026-11-25-calibration.md). The best one is refined by
+Lloyd's steps: codes, then least squares.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from irqlora_jax.quant.entropy import (
+    FLOAT_TINY,
+    above_levels,
+    bits_of,
+    histogram_weight,
+    in_chunks,
+    lower_median,
+    masked,
+)
+from irqlora_jax.quant.formats import Format, get_format
+
+
+def _grid(moves: np.ndarray, widths: np.ndarray) -> Float32[np.ndarray, "candidates 2"]:
+    pairs = np.stack(np.meshgrid(moves, widths, indexing="ij"), axis=-1)
+    return pairs.reshape(-1, 2).astype(np.float32)
+
+
+_NEIGHBORS = np.array([-1.0, 0.0, 1.0])
+# Moves of the center in units of max|w - median|, of which 0.541 is a standard deviation, and
+# factors of the half-width: the plain quantizer, around the median, twice around the best.
+_STAGES = (
+    _grid(np.zeros(1), np.ones(1)),
+    _grid(np.linspace(-0.162, 0.162, 5), np.linspace(1.0, 0.4, 7)),
+    _grid(0.04 * _NEIGHBORS, 1 + 0.05 * _NEIGHBORS),
+    _grid(0.02 * _NEIGHBORS, 1 + 0.03 * _NEIGHBORS),
+)
+_CANDIDATES = np.concatenate(_STAGES)
+_AROUND_BEST = len(_STAGES[0]) + len(_STAGES[1]), len(_CANDIDATES) - len(_STAGES[3])
+Found = tuple[Array, Array, Array]  # the best score, its scale and its shift, [1, b]
+# [block, b]: the levels that the codes stand for, their rank; [1, b]: the scale and shift of both.
+Codes = tuple[Array, Array, Array, Array]
+Start = tuple[Array, Array]  # the scale and the shift that candidates surround
+
+
+@functools.partial(jax.jit, static_argnames=("format", "symmetric", "error_weight", "refine_steps"))
+def search(
+    blocks: Float[Array, "n block"],
+    format: Format | str,
+    symmetric: bool = False,
+    error_weight: float = 100.0,
+    refine_steps: int = 4,
+    valid: Int[Array, " n"] | None = None,
+) -> tuple[Float32[Array, " n"], Float32[Array, " n"]]:
+    """Scale and shift of every block; for an integer format its scale and its zero point.
+
+    Zero points are such as can be stored (`stats.encode_zero`), and the scale is the best one for
+    them. With an infinite `error_weight` the squared error of a block is never above that of the
+    plain quantizer, but for rounding.
+
+    Args:
+        blocks: weights.
+        format: code book.
+        symmetric: integers only, fixes the zero point in the middle of the codes.
+        error_weight: bits of entropy that a relative error of 1 costs; 0 to infinity.
+        refine_steps: least-squares steps; a block keeps those by which its error falls.
+        valid: number of real elements in each block (at least 1); None: all.
+
+    Raises:
+        ValueError: a negative error weight or number of steps.
+    """
+    format = get_format(format) if isinstance(format, str) else format
+    if not error_weight >= 0:
+        raise ValueError(f"error_weight = {error_weight!r}: accepted is a number from 0 to .inf")
+    if refine_steps < 0:
+        raise ValueError(f"refine_steps = {refine_steps!r}: accepted is 0 or more")
+
+    def work(w: Array, count: Array | None, staged: bool) -> tuple[Array, Array]:
+        return _search(w, count, format, symmetric, error_weight, refine_steps, staged)
+
+    on_cpu = functools.partial(work, staged=True)
+    return in_chunks(on_cpu, functools.partial(work, staged=False), 2, blocks, valid)
+
+
+def _search(
+    w: Float32[Array, "block b"],
+    count: Int32[Array, " b"] | None,
+    format: Format,
+    symmetric: bool,
+    error_weight: float,
+    refine_steps: int,
+    staged: bool,
+) -> tuple[Float32[Array, " b"], Float32[Array, " b"]]:
+    block, b = w.shape
+    n = jnp.full(b, block, jnp.int32) if count is None else count
+    size = n.astype(jnp.float32)[None]  # as all numbers of a block: [1, b]
+    levels = np.sort(format.table)
+    middle, half = (levels[0] + levels[-1]) / 2, (levels[-1] - levels[0]) / 2
+
+    # All is done in units of max|w - median|, and halves keep even that from overflowing. Integers
+    # stay where they are, since their zero points are codes of 0, and their range includes 0.
+    center = lower_median(masked(w, count, np.inf), n)[None]
+    low = masked(w, count, np.inf).min(0, keepdims=True)
+    high = masked(w, count, -np.inf).max(0, keepdims=True)
+    if format.integer:
+        low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+    origin = jnp.zeros_like(center) if format.integer else center
+    reach = jnp.maximum(high / 2 - center / 2, center / 2 - low / 2)
+    unit = jnp.where(reach > FLOAT_TINY, reach, 1)
+
+    def in_units(x: Array) -> Array:
+        return (x / 2 - origin / 2) / unit
+
+    u = masked(in_units(w), count, 0)
+    low, high, center, nothing = map(in_units, (low, high, center, jnp.zeros_like(low)))
+    mean, squares = _total(u) / size, _total(u * u)
+    variance = squares - size * mean**2
+
+    def codes_of(scale: Array, shift: Array) -> Codes:
+        x = (u - shift) * (1 / jnp.where(scale == 0, 1, scale))
+        level, rank = jnp.full(u.shape, levels[0], jnp.float32), jnp.zeros(u.shape, jnp.int8)
+        for point, step in zip(format.midpoints, np.diff(levels), strict=True):
+            level += jnp.where(x > point, step, 0)
+            rank += (x > point).astype(jnp.int8)
+        return masked(level, count, 0), masked(rank, count, 0), scale, shift
+
+    def zero_point(scale: Array, shift: Array) -> Array:
+        if symmetric:
+            return jnp.full_like(scale, 2 ** (format.bits - 1))
+        parts = 2 ** (8 - format.bits)
+        exact = -shift / jnp.where(scale == 0, 1, scale)
+        return jnp.clip(jnp.round(exact * parts) / parts, 0, 255 / parts)
+
+    def fit(level: Array, start: Array) -> Found:
+        """Error, negative, scale and shift of least squares; equal levels leave the scale alone."""
+        total, square, cross = _total(level), _total(level * level), _total(level * u)
+        spread, covariance = square - total * total / size, cross - total * mean
+        flat = spread <= 1e-6 * jnp.maximum(square, 1)
+        scale = jnp.where(flat, start, covariance / jnp.where(flat, 1, spread))
+        shift = mean - scale * total / size
+        if not format.integer:
+            return scale * (2 * covariance - scale * spread) - variance, scale, shift
+        zero = zero_point(scale, shift)
+        square += zero * (size * zero - 2 * total)
+        cross -= zero * mean * size
+        scale = jnp.where(square > 0, cross / jnp.where(square > 0, square, 1), start)
+        return scale * (2 * cross - scale * square) - squares, scale, -zero * scale
+
+    def score(error: Array, rank: Array) -> Array:
+        relative = error / jnp.where(variance > 0, variance, 1)
+        if math.isinf(error_weight):
+            return -relative
+        above = above_levels(rank, len(levels))
+        entropy = bits_of(histogram_weight(above, n, block), n, block)[None]
+        return entropy - error_weight * relative
+
+    def judge(codes: Codes, best: Found) -> Found:
+        level, rank, scale, shift = codes
+        found = fit(level, scale)
+        if format.integer:  # rounding its zero point may make the fit worse than what it came from
+            error = _total(masked(u - (level * scale + shift), count, 0) ** 2)
+            found = _where_better(found, (-error, scale, shift))
+        return _where_better((score(-found[0], rank), *found[1:]), best)
+
+    plain: Start = jnp.maximum(high - nothing, nothing - low) / half, nothing
+    around: Start = jnp.full((1, b), 1 / half), center - middle / half
+    if format.integer:
+        scale = plain[0] if symmetric else (high - low) / (2 * half)
+        zero = jnp.round(-low / jnp.where(scale == 0, 1, scale))  # whole, as in `plain_range`
+        plain = scale, -zero_point(scale, -zero * scale) * scale
+    if symmetric:
+        around = plain
+
+    def codes_at(i: Array, start: Start) -> Codes:
+        scale, shift = start
+        move, width = jnp.asarray(_CANDIDATES)[i]
+        shift = shift + move + middle * (1 - width) * scale
+        scale = width * scale
+        if format.integer:
+            shift = -zero_point(scale, shift) * scale
+        return codes_of(scale, shift)
+
+    def start_of(i: Array, start: Start, best: Found) -> Start:
+        restarts = (i == _AROUND_BEST[0]) | (i == _AROUND_BEST[1])
+        scale, shift = (jnp.where(restarts, b, s) for b, s in zip(best[1:], start, strict=True))
+        return jnp.where(i == 1, around[0], scale), jnp.where(i == 1, around[1], shift)
+
+    def direct(i: Array, carry: tuple[Start, Found]) -> tuple[Start, Found]:
+        start = start_of(i, *carry)
+        return start, judge(codes_at(i, start), carry[1])
+
+    def by_stages(i: Array, carry: tuple[Codes, Start, Found]) -> tuple[Codes, Start, Found]:
+        best = judge(carry[0], carry[2])
+        i = jnp.minimum(i + 1, len(_CANDIDATES) - 1)
+        start = start_of(i, carry[1], best)
+        return codes_at(i, start), start, best
+
+    best = jnp.full((1, b), -jnp.inf), *plain
+    if staged:  # codes reach their use as a carry, so that a CPU computes them once, not every sum
+        carry = codes_of(*plain), plain, best
+        scale, shift = lax.fori_loop(0, len(_CANDIDATES), by_stages, carry)[2][1:]
+    else:
+        scale, shift = lax.fori_loop(0, len(_CANDIDATES), direct, (plain, best))[1][1:]
+
+    def errors(scale: Array, shift: Array) -> tuple[Array, Array]:
+        level = codes_of(scale, shift)[0]
+        return level, _total(masked(u - (level * scale + shift), count, 0) ** 2)
+
+    def refine(_: Array, now: tuple[Array, Found]) -> tuple[Array, Found]:
+        level, found = now
+        _, scale, shift = fit(level, found[1])
+        level, error = errors(scale, shift)
+        return level, _where_better((-error, scale, shift), found)
+
+    level, error = errors(scale, shift)
+    _, (_, scale, shift) = lax.fori_loop(0, refine_steps, refine, (level, (-error, scale, shift)))
+    if format.integer:
+        return jnp.maximum(scale * unit * 2, FLOAT_TINY)[0], zero_point(scale, shift)[0]
+    return (scale * unit * 2)[0], (shift * unit * 2 + origin)[0]
+
+
+def _total(x: Float32[Array, "block b"]) -> Float32[Array, "1 b"]:
+    return x.sum(0, keepdims=True)
+
+
+def _where_better(new: Found, old: Found) -> Found:
+    wins = new[0] > old[0]
+    first, second, third = (jnp.where(wins, a, b) for a, b in zip(new, old, strict=True))
+    return first, second, third
