@@ -168,6 +168,10 @@ class Start:
     """Squared error of all linear weights, adapters included, over their squared norm."""
 
 
+# Compiled, and by name, so that all matrices of a shape and format share a program.
+_dequantize, _entropy = jax.jit(QTensor.dequantize), jax.jit(QTensor.entropy)
+
+
 def prepare(base: Any, quant: QuantConfig, adapter: AdapterConfig | None, key: jax.Array) -> Start:
     """Quantizes the linear layers, and computes the adapters that depend on what that loses."""
     if quant.format == "none":
@@ -182,10 +186,10 @@ def prepare(base: Any, quant: QuantConfig, adapter: AdapterConfig | None, key: j
     for group in ("self_attn", "mlp"):
         floats[group] = {}
         for name, linear in packed["layers"][group].items():
-            weight: QTensor = linear["weight"]
-            exact, stored = base["layers"][group][name]["weight"], weight.dequantize()
+            weight = linear["weight"]
+            exact, stored = base["layers"][group][name]["weight"], _dequantize(weight)
             floats[group][name] = {"weight": stored}
-            entropies.append(np.asarray(weight.entropy()).ravel())
+            entropies.append(np.asarray(_entropy(weight)).ravel())
             residual = exact - stored
             if adapters is not None:
                 pair = adapters["layers"][group][name]
