@@ -361,14 +361,14 @@ def plan(
                     yield Run(method, stored, seed, rate)
 
 
-def parse() -> argparse.Namespace:
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     here = [name for name, method in METHODS.items() if method.available()]
-    words = functools.partial(parser.add_argument, nargs="+")
-    words("--methods", choices=METHODS, default=here, help="rows (default: all there are)")
-    words("--formats", choices=FORMATS, help=f"(default: {' '.join(FORMATS)})")
-    words("--rates", type=float, help="learning rates to choose from (default: 5e-4 1e-3 2e-3)")
+    several = functools.partial(parser.add_argument, nargs="+")
+    several("--methods", choices=METHODS, default=here, help="rows (default: all there are)")
+    several("--formats", choices=FORMATS, help=f"(default: {' '.join(FORMATS)})")
+    several("--rates", type=float, help="learning rates to choose from (default: 5e-4 1e-3 2e-3)")
     parser.add_argument("--seeds", type=int, help="at least 2 (default: 5)")
     parser.add_argument("--steps", type=int, help="of a finetune (default: 400)")
     parser.add_argument("--questions", type=int, help="of the test (default: all)")
@@ -379,15 +379,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("runs/factworld-ablation"), help="folder to write"
     )
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Runs what is missing, then prints and writes the tables and the plot."""
     # As in pretrain.py: one core, and figures that do not depend on how many there are.
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     os.environ.setdefault("XLA_FLAGS", flags)
-    args = parse()
+    args = parse(words)
     file = args.output / "results.jsonl"
     if args.report:
         settings, results = comparison.read(file)

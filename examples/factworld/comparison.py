@@ -324,7 +324,7 @@ def _interval(pair: Difference, digits: int) -> str:
 
 
 def plot(settings: Settings, results: Results, file: Path) -> None:
-    """Differences to QLoRA in multiple choice, the best on top: mean, interval and each seed.
+    """Finetunes against QLoRA's in multiple choice, the best on top: mean, interval, each seed.
 
     Raises:
         ImportError: matplotlib is not installed (the extra "notebook" has it).
@@ -334,7 +334,8 @@ def plot(settings: Settings, results: Results, file: Path) -> None:
     matplotlib.use("agg")
     from matplotlib.figure import Figure
 
-    found = rows(results, settings)
+    tuned = {run: figures for run, figures in results.items() if run.rate is not None}
+    found = rows(tuned, settings)
     formats = [f for f in dict.fromkeys(f for f, _ in found) if (f, REFERENCE) in found]
     widths = sorted({bits_of(f) for f in formats}, reverse=True)
     kinds = list(dict.fromkeys(f[:-1] for f in formats))
