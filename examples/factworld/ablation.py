@@ -1,0 +1,427 @@
+"""IR-QLoRA's parts, one by one, against each other: 4, 3 and 2 bits, several seeds, paired.
+
+    python examples/factworld/ablation.py            # all of it, an hour of one core
+    python examples/factworld/ablation.py --small    # under 5 minutes on 2 cores
+    python examples/factworld/ablation.py --report   # tables and plot of what has been run
+
+A seed is a base of its own (initialization and documents), a permutation that cuts it into other
+blocks, new adapters and another order of the data. Every finished run is a line of
+runs/factworld-ablation/results.jsonl and is never repeated: stop it at any time, start it again.
+"""
+
+import argparse
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import comparison
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import world as factworld
+from comparison import Results, Run, Settings, chosen_rate
+from draws import quantized
+from permute import permute
+from pretrain import RECIPES, pretrain, save_base
+from tqdm import tqdm
+
+from irqlora_jax import hf
+from irqlora_jax.config import AdapterConfig, DataConfig, QuantConfig, TrainConfig
+from irqlora_jax.data import Batches, load_examples
+from irqlora_jax.evaluate import evaluation_loss, load_questions, score_questions
+from irqlora_jax.llama import Llama
+from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.step import make_state, train_step
+
+FORMATS = ("nf4", "int4", "nf3", "int3", "nf2", "int2")
+BATCH, RANK, ALPHA = 64, 8, 16.0
+VALIDATION_SHARE = 1 / 3  # of the held-out entities; the test asks about the others
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What differs between the rows of the table."""
+
+    quant: Mapping[str, Any]
+    """Fields of QuantConfig, beside the format; format "none" is full precision."""
+    adapter: Mapping[str, Any] | None
+    """Fields of AdapterConfig, beside rank and alpha. None: not finetuned."""
+    frozen: tuple[str, ...] = ()
+    """Trained numbers that stay at 0."""
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing is quantized: one run per seed instead of one per format."""
+        return self.quant.get("format") == "none"
+
+    def available(self) -> bool:
+        """Whether the library knows all fields and their values."""
+        return _accepts(QuantConfig, self.quant) and _accepts(AdapterConfig, self.adapter or {})
+
+
+_PLAIN, _ICQ = {"calibration": "none"}, {"calibration": "icq"}
+_ERROR = {"calibration": "joint", "error_weight": float("inf")}
+_LORA, _IEC = {"method": "lora"}, {"method": "iec"}
+METHODS = {
+    "full": Method({"format": "none"}, None),
+    "full+lora": Method({"format": "none"}, _LORA),
+    "plain": Method(_PLAIN, None),
+    "qlora": Method(_PLAIN, _LORA),
+    "icq": Method(_ICQ, _LORA),
+    "iec": Method(_PLAIN, _IEC),
+    "u1": Method(_PLAIN, _IEC, frozen=("beta2",)),
+    "u2": Method(_PLAIN, _IEC, frozen=("beta1",)),
+    "ir-qlora": Method(_ICQ, _IEC),
+    "joint": Method({"calibration": "joint"}, _LORA),
+    "error": Method(_ERROR, _LORA),
+    "error+loftq": Method(_ERROR, _LORA | {"init": "loftq", "loftq_iterations": 3}),
+}
+
+
+def _accepts(config: type, fields: Mapping[str, Any]) -> bool:
+    hints = get_type_hints(config)
+    return all(
+        name in hints and (get_origin(hints[name]) is not Literal or value in get_args(hints[name]))
+        for name, value in fields.items()
+    )
+
+
+# --------------------------------------------------------------------------------------- the data
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Questions and answers as tokens. Three disjoint sets of entities."""
+
+    train: list
+    validation: list
+    test: list
+    loss: list
+    """Facts of the test's entities that the test does not ask about, for the evaluation loss."""
+
+
+def load_data(tokenizer: Any, questions: int | None = None) -> Data:
+    """The committed files; `questions` limits those of the test, and half as many validate."""
+    world, folder = factworld.make_world(), factworld.FOLDER / "data"
+    entity_of = {tuple(name): index for index, name in enumerate(world.names.tolist())}
+    held_out = 1 - factworld.FINETUNE_SHARE
+    last = round((factworld.FINETUNE_SHARE + VALIDATION_SHARE * held_out) * world.entities)
+
+    def validates(tokens: Sequence[int]) -> bool:
+        entity = entity_of[
+            int(tokens[6]), int(tokens[7])
+        ]  # <s> question what is NOUN of FIRST LAST
+        return entity % world.entities < last
+
+    pairs = DataConfig(format="input_output")
+    train, loss = (
+        load_examples(str(folder / f"{name}.jsonl"), pairs, tokenizer) for name in ("train", "eval")
+    )
+    asked = load_questions(str(folder / "questions.jsonl"), tokenizer)
+    validation = [question for question in asked if validates(question.prompt)]
+    test = [question for question in asked if not validates(question.prompt)]
+    return Data(
+        train=train,
+        validation=validation[: questions and questions // 2],
+        test=test[:questions],
+        loss=[example for example in loss if not validates(example.tokens)],
+    )
+
+
+def base_folder(name: str, seed: int, ready: Path | None, output: Path) -> Path:
+    """The folder of a base; pretrains it into `output` unless it is here, in `ready` or there."""
+    if seed == RECIPES[name].seed:
+        return factworld.FOLDER / f"base-{name}"
+    target = output / "bases" / f"{name}-{seed}"
+    for folder in (ready / target.name if ready else target, target):
+        if (folder / "model.safetensors").is_file():
+            return folder
+    tqdm.write(f"pretraining {target}")
+    world = factworld.make_world()
+    base, config, _ = pretrain(dataclasses.replace(RECIPES[name], seed=seed), world)
+    partial = target.with_suffix(".partial")
+    save_base(partial, base, config, world)
+    os.replace(partial, target)
+    return target
+
+
+# ---------------------------------------------------------------------------------------- one run
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a finetune begins with."""
+
+    base: Any
+    """Float32 weights, those that the quantized ones stand for. `dequant_matmul` computes the same
+    with the packed ones; like this, one compiled program serves all formats."""
+    adapters: Any
+    """Or None, where a method starts from those of `Llama.init_adapters`."""
+    entropy: float | None
+    """Of the codes, bits, mean over the blocks."""
+    error: float
+    """Squared error of all linear weights, adapters included, over their squared norm."""
+
+
+# Compiled, and by name, so that all matrices of a shape and format share a program.
+_dequantize, _entropy = jax.jit(QTensor.dequantize), jax.jit(QTensor.entropy)
+
+
+def prepare(base: Any, quant: QuantConfig, adapter: AdapterConfig | None, key: jax.Array) -> Start:
+    """Quantizes the linear layers, and computes the adapters that depend on what that loses."""
+    if quant.format == "none":
+        return Start(base, None, None, 0.0)
+    adapters = None
+    if getattr(adapter, "init", "default") == "loftq":
+        packed, adapters = _loftq(base, quant, adapter, key)
+    else:
+        packed = quantized(base, quant)
+    entropies, lost, norm = [], 0.0, 0.0
+    floats = dict(packed["layers"])
+    for group in ("self_attn", "mlp"):
+        floats[group] = {}
+        for name, linear in packed["layers"][group].items():
+            weight = linear["weight"]
+            exact, stored = base["layers"][group][name]["weight"], _dequantize(weight)
+            floats[group][name] = {"weight": stored}
+            entropies.append(np.asarray(_entropy(weight)).ravel())
+            residual = exact - stored
+            if adapters is not None:
+                pair = adapters["layers"][group][name]
+                residual -= ALPHA / RANK * pair["lora_B"] @ pair["lora_A"]
+            lost += float((residual**2).sum())
+            norm += float((exact**2).sum())
+    entropy = float(np.concatenate(entropies).mean())
+    return Start(packed | {"layers": floats}, adapters, entropy, lost / norm)
+
+
+def _loftq(base: Any, quant: QuantConfig, adapter: Any, key: jax.Array) -> tuple[Any, Any]:
+    """Base and adapters that together are close to the weights (LoftQ), matrix by matrix."""
+    from irqlora_jax.adapters.loftq import loftq
+
+    layers, adapters = dict(base["layers"]), {}
+    for group in ("self_attn", "mlp"):
+        layers[group], adapters[group] = {}, {}
+        for name, linear in base["layers"][group].items():
+            parts = []
+            for weight in linear["weight"]:
+                key, own = jax.random.split(key)
+                scaling = adapter.alpha / adapter.rank
+                parts.append(
+                    loftq(weight, quant, adapter.rank, scaling, adapter.loftq_iterations, own)
+                )
+            weights, a, b = (
+                jax.tree.map(lambda *x: jnp.stack(x), *p) for p in zip(*parts, strict=True)
+            )
+            layers[group][name] = {"weight": weights}
+            adapters[group][name] = {"lora_A": a, "lora_B": b}
+    return base | {"layers": layers}, {"layers": adapters}
+
+
+@functools.partial(jax.jit, static_argnames=("model", "config"))
+def finetune(
+    base: Any, adapters: Any, batches: Any, rate: jax.Array, trained: Any, model: Any, config: Any
+) -> tuple[Any, jax.Array]:
+    """All steps of `train_step`. Rate and mask are arguments: one program serves all methods.
+
+    Args:
+        base: frozen weights.
+        adapters: to start from.
+        batches: "tokens" and "targets", [steps, batch, seq].
+        rate: of learning.
+        trained: 1 or 0 for each leaf of `adapters`; what is not trained has no part in the norm
+            that clips the gradient either.
+        model: with the adapters' method.
+        config: the rest of the optimization.
+
+    Returns:
+        The adapters, and the loss of every step.
+    """
+    mask = optax.stateless(lambda grads, _: jax.tree.map(jnp.multiply, grads, trained))
+    adam = optax.adamw(rate, config.beta1, config.beta2, config.eps, weight_decay=0.0)
+    optimizer = optax.chain(mask, optax.clip_by_global_norm(config.clip_norm), adam)
+    settings = dataclasses.replace(config, clip_norm=None)  # the chain clips, behind the mask
+    advance = functools.partial(train_step, model=model, optimizer=optimizer, config=settings)
+
+    def step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
+        state, metrics = advance(state, base, batch)
+        return state, metrics["loss"]
+
+    state = make_state(adapters, optimizer, jax.random.key(0))
+    state, losses = jax.lax.scan(step, state, batches)
+    return state.adapters, losses
+
+
+def measure(model: Llama, variables: Any, data: Data) -> dict[str, Any]:
+    """What the model knows of validation and test entities, and the loss on the latter."""
+    found = {}
+    for part, questions in (("validation", data.validation), ("test", data.test)):
+        scores = score_questions(model, variables, questions, 512)
+        found[part] = {
+            "accuracy": scores.accuracy,
+            "by_subject": scores.by_subject,
+            "recall": scores.recall,
+            "bits_per_fact": scores.bits_per_fact,
+        }
+    found["test"]["loss"] = evaluation_loss(model, variables, data.loss, 128)
+    return found
+
+
+class Bench:
+    """Runs methods; keeps bases, prepared weights and batches that several runs have in common."""
+
+    def __init__(self, settings: Settings, ready: Path | None, output: Path) -> None:
+        self.settings = settings
+
+        @functools.lru_cache(maxsize=1)
+        def base(seed: int) -> tuple[Any, Any]:
+            number = seed % settings.bases if settings.bases else seed
+            weights, config = hf.load_base(base_folder(settings.base, number, ready, output), None)
+            return jax.jit(permute, static_argnums=1)(weights, config, jax.random.key(seed)), config
+
+        @functools.lru_cache(maxsize=1)
+        def batches(seed: int) -> dict[str, np.ndarray]:
+            drawn = Batches(self.data.train, BATCH, seed, multiple=4)
+            parts = [drawn[step] for step in range(settings.steps)]
+            return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+        @functools.lru_cache(maxsize=8)
+        def prepared(seed: int, quant: QuantConfig, adapter: AdapterConfig | None) -> Start:
+            return prepare(base(seed)[0], quant, adapter, jax.random.key(seed))
+
+        self._base, self._batches, self._prepared = base, batches, prepared
+
+    @functools.cached_property
+    def data(self) -> Data:
+        tokenizer = hf.load_tokenizer(factworld.FOLDER / f"base-{self.settings.base}")
+        return load_data(tokenizer, self.settings.questions)
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """The figures of one run."""
+        started, method = time.perf_counter(), METHODS[run.method]
+        quant = QuantConfig(**({"format": run.format} | dict(method.quant)))
+        _, config = self._base(run.seed)
+        adapter = None
+        if method.adapter is not None:
+            adapter = AdapterConfig(rank=RANK, alpha=ALPHA, **method.adapter)
+        # Methods that begin alike share what was prepared.
+        start = self._prepared(
+            run.seed, quant, adapter if "init" in (method.adapter or {}) else None
+        )
+        figures: dict[str, Any] = {"entropy": start.entropy, "error": start.error}
+        adapters, model = {}, Llama(config, unroll=config.num_hidden_layers, matmul="xla")
+        if adapter is not None and run.rate is not None:
+            plain = AdapterConfig(method=adapter.method, rank=RANK, alpha=ALPHA)
+            model = model.clone(adapter=plain)
+            adapters = start.adapters or model.init_adapters(jax.random.key(run.seed))
+            trained = jax.tree_util.tree_map_with_path(
+                lambda path, _: jnp.float32(path[-1].key not in method.frozen), adapters
+            )
+            train = TrainConfig(
+                steps=self.settings.steps, batch_size=BATCH, compute_dtype="float32", remat=False
+            )
+            adapters, losses = finetune(
+                *(start.base, adapters, self._batches(run.seed), jnp.float32(run.rate), trained),
+                model=model,
+                config=train,
+            )
+            sizes = jax.tree.map(lambda x, mask: x.size * int(mask), adapters, trained)
+            figures["trained"] = sum(jax.tree.leaves(sizes))
+            figures["train_loss"] = float(losses[-50:].mean())
+        figures |= measure(model, {"params": adapters, "base": start.base}, self.data)
+        return figures | {"seconds": round(time.perf_counter() - started, 2)}
+
+
+# ------------------------------------------------------------------------------------ all of them
+
+
+def plan(
+    settings: Settings, methods: Sequence[str], formats: Sequence[str], seeds: int, results: Results
+) -> Iterator[Run]:
+    """The runs in their order. The first seeds try all rates; the others, which have to be asked
+    for later, take the rate that `results` then say was best on the validation entities."""
+    for seed in range(seeds):
+        for place, name in enumerate(formats):
+            for method in methods:
+                if METHODS[method].full and place > 0:
+                    continue
+                stored = "none" if METHODS[method].full else name
+                if METHODS[method].adapter is None:
+                    rates: tuple[float | None, ...] = (None,)
+                elif seed < settings.tuning_seeds:
+                    rates = settings.rates
+                else:
+                    rates = (chosen_rate(results, settings, method, stored),)
+                for rate in rates:
+                    yield Run(method, stored, seed, rate)
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    here = [name for name, method in METHODS.items() if method.available()]
+    several = functools.partial(parser.add_argument, nargs="+")
+    several("--methods", choices=METHODS, default=here, help="rows (default: all there are)")
+    several("--formats", choices=FORMATS, help=f"(default: {' '.join(FORMATS)})")
+    several("--rates", type=float, help="learning rates to choose from (default: 5e-4 1e-3 2e-3)")
+    parser.add_argument("--seeds", type=int, help="at least 2 (default: 5)")
+    parser.add_argument("--steps", type=int, help="of a finetune (default: 400)")
+    parser.add_argument("--questions", type=int, help="of the test (default: all)")
+    parser.add_argument("--base", choices=RECIPES, default="small", help="for 2 bits: large")
+    parser.add_argument("--bases", type=Path, help="folder with ready bases, small-1 and so on")
+    parser.add_argument("--small", action="store_true", help="2 seeds of 1 base, few steps")
+    parser.add_argument("--report", action="store_true", help="tables and plot, no runs")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/factworld-ablation"), help="folder to write"
+    )
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Runs what is missing, then prints and writes the tables and the plot."""
+    # As in pretrain.py: one core, and figures that do not depend on how many there are.
+    flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    os.environ.setdefault("XLA_FLAGS", flags)
+    args = parse(words)
+    file = args.output / "results.jsonl"
+    if args.report:
+        settings, results = comparison.read(file)
+        comparison.report(settings, results, args.output)
+        return
+    for name in args.methods:
+        if not METHODS[name].available():
+            raise SystemExit(f"--methods {name}: this version of the library does not have it")
+    small = args.small
+    settings = Settings(
+        base=args.base,
+        bases=1 if small else None,
+        steps=args.steps or (60 if small else 400),
+        rates=tuple(sorted(args.rates or ((1e-3, 2e-3) if small else (5e-4, 1e-3, 2e-3)))),
+        tuning_seeds=1 if small else 2,
+        questions=args.questions or (1024 if small else None),
+    )
+    formats = args.formats or (("nf4", "nf3", "nf2") if small else FORMATS)
+    results = comparison.resume(file, settings)
+    order = functools.partial(
+        plan, settings, args.methods, formats, args.seeds or (2 if small else 5)
+    )
+    bench = Bench(settings, args.bases, args.output)
+    with tqdm(total=sum(1 for _ in order({})), unit="run", smoothing=0.05) as bar:
+        for run in order(results):
+            bar.set_description(" ".join(str(part) for part in run if part is not None))
+            if run not in results:
+                results[run] = bench.run(run)
+                comparison.append(file, run, results[run])
+            else:
+                bar.initial += 1  # what is only read again says nothing about the time left
+            bar.update()
+    comparison.report(settings, results, args.output)
+
+
+if __name__ == "__main__":
+    main()
