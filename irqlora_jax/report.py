@@ -80,11 +80,12 @@ def describe(config: Config, llama: LlamaConfig, base: Base, examples: int, mesh
     quantized = config.quant.format
     if quantized != "none":
         quantized += " with ICQ" if config.quant.calibration == "icq" else " without calibration"
+    start = " from LoftQ" if adapter.init == "loftq" else ""
     return (
         f"{config.model}: {llama.num_hidden_layers} layers of {llama.hidden_size}, {quantized}, "
         f"{stored.bits:.2f} bits a weight, {readable_size(stored.total)} with embeddings\n"
-        f"{adapter.method} of rank {adapter.rank}, {examples:,} examples, {train.steps:,} steps of "
-        f"{train.batch_size} on {jax.devices()[0].device_kind}{devices}"
+        f"{adapter.method} of rank {adapter.rank}{start}, {examples:,} examples, {train.steps:,} "
+        f"steps of {train.batch_size} on {jax.devices()[0].device_kind}{devices}"
     )
 
 
@@ -130,23 +131,42 @@ def baselines(
     mesh: Mesh,
     scorer: Scorer,
     quantize_seconds: float | None,
+    start: dict[str, Any] | None = None,
 ) -> list[Row]:
-    """Scores what a run came from: the full-precision model and its quantized forms."""
+    """Scores what a run came from: the full-precision model and its quantized forms.
+
+    With LoftQ the last of them is base and pair together, and the quantizer alone, which has
+    another base, comes before.
+
+    Args:
+        config: of the run.
+        model: with its adapter.
+        base: of the run.
+        mesh: that it lies on.
+        scorer: how to measure.
+        quantize_seconds: that reading and quantizing took, if it was done.
+        start: the adapters that the training started from, with LoftQ.
+    """
     quant, bare = config.quant, model.clone(adapter=None)
     quantized = quant.format != "none"
+    name = f"{quant.format} + ICQ" if quant.calibration == "icq" else f"plain {quant.format}"
     others: list[tuple[str, QuantConfig | None]] = [("full precision", None)]
     if quantized and quant.calibration != "none":
         others.append((f"plain {quant.format}", dataclasses.replace(quant, calibration="none")))
+    if start is not None:
+        others.append((name, quant))
     rows = []
-    for name, how in others:
+    for other_name, how in others:
         started = time.perf_counter()
         other, _ = hf.load_base(config.model, how, mesh=mesh)
         jax.block_until_ready(other)
         seconds = time.perf_counter() - started
-        rows.append(scorer.row(name, bare, {"params": {}, "base": other}, seconds))
+        rows.append(scorer.row(other_name, bare, {"params": {}, "base": other}, seconds))
         del other
-    if quantized:
-        name = f"{quant.format} + ICQ" if quant.calibration == "icq" else f"plain {quant.format}"
+    if start is not None:
+        variables = {"params": start, "base": base}
+        rows.append(scorer.row(f"{name} + LoftQ", model, variables, quantize_seconds))
+    elif quantized:
         rows.append(scorer.row(name, bare, {"params": {}, "base": base}, quantize_seconds))
     return rows
 
