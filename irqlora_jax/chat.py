@@ -22,7 +22,8 @@ class ChatConfig:
     run: str
     """Folder of a run, of irqlora quantize, or of a Hugging Face LLaMA."""
     baseline: bool = False
-    """Leave the adapter out: the quantized model before its finetune."""
+    """Leave the adapter out: the quantized model before its finetune (with LoftQ that has the pair
+    that it began with)."""
     checkpoint: Literal["last", "best"] | int = "last"
     """Which adapter of a run: the newest, that of the best evaluation loss, or that of a step."""
     system: str = ""

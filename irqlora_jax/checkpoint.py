@@ -47,13 +47,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_base(
-    path: Path, base: Base, config: LlamaConfig, quant: QuantConfig, source: str | None = None
+    path: Path,
+    base: Base,
+    config: LlamaConfig,
+    quant: QuantConfig,
+    source: str | None = None,
+    *,
+    loftq: bool = False,
 ) -> None:
     """Writes base, architecture and how it was quantized into one safetensors file.
 
     A QTensor becomes one tensor an array (`NAME.packed`, `NAME.scale_codes`, ...) and an entry of
     the metadata that holds its shape, format, block size and layout. `source` is the folder or the
-    id of the model that it was made from.
+    id of the model that it was made from; `loftq` marks a base that is incomplete without the
+    adapters fitted to it.
     """
     tensors: dict[str, np.ndarray] = {}
     static: dict[str, Any] = {}
@@ -72,6 +79,7 @@ def save_base(
         "quant": json.dumps(dataclasses.asdict(quant)),
         "quantized": json.dumps(static),
         "source": json.dumps(source),
+        "loftq": json.dumps(loftq),
     }
     aside = path.with_name(path.name + ".part")
     try:
@@ -155,6 +163,15 @@ def read_source(path: Path) -> str | None:
     return json.loads(_read_metadata(path).get("source", "null"))
 
 
+def is_loftq(path: Path) -> bool:
+    """Whether a base is incomplete without the adapters that LoftQ fitted to it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_base`.
+    """
+    return json.loads(_read_metadata(path).get("loftq", "false"))
+
+
 def _read_metadata(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; is this the folder of a finished run?")
@@ -183,14 +200,15 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """Which checkpoints orbax leaves: the newest and the best."""
+    """Which checkpoints orbax leaves: the newest, the best, and what LoftQ started from (step 0):
+    the finetune is measured against it."""
 
     newest: int
     losses: Mapping[int, float]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*steps[-self.newest :], _best(self.losses)}
+        kept = {0, *steps[-self.newest :], _best(self.losses)}
         return [step in kept for step in steps]
 
 

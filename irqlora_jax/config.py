@@ -110,12 +110,21 @@ class AdapterConfig:
     """Names of the adapted linear layers."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which adapters and optimizer state are kept."""
+    init: Literal["default", "loftq"] = "default"
+    """Where the training starts. "default": the update is 0. "loftq": the quantized weights and the
+    pair are fitted to the weights together (LoftQ), so that the update corrects most of what
+    quantization costs; the base then belongs to this run alone. In Python: `hf.load_loftq`."""
+    loftq_iterations: int = 3
+    """Turns of LoftQ, of which the best is kept."""
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "adapter.rank", self.rank, "a whole number of at least 1")
         _require(self.alpha > 0, "adapter.alpha", self.alpha, "a positive number")
         _require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "0 <= dropout < 1")
         _require(len(self.targets) > 0, "adapter.targets", self.targets, "at least one name")
+        turns = self.loftq_iterations
+        ok = turns >= 1
+        _require(ok, "adapter.loftq_iterations", turns, "a whole number of at least 1")
         for name in self.targets:
             _require(name in LINEAR_NAMES, "adapter.targets", name, ", ".join(LINEAR_NAMES))
 
@@ -221,7 +230,8 @@ class TrainConfig:
     save_every: int = 0
     """Steps between checkpoints (0: only at the end)."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept, beside the one with the best evaluation loss; others are deleted."""
+    """Newest checkpoints kept, beside the one with the best evaluation loss and, of LoftQ, that of
+    step 0; others are deleted."""
     early_stopping: int = 0
     """End after so many evaluations in a row without a better loss (0: never)."""
 
@@ -323,6 +333,11 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     log: LogConfig = LogConfig()
+
+    def __post_init__(self) -> None:
+        # LoftQ corrects the error of the quantizer.
+        ok = self.quant.format != "none" or self.adapter.init == "default"
+        _require(ok, "adapter.init", self.adapter.init, "default with quant.format none")
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> "Config":

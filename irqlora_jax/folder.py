@@ -52,13 +52,18 @@ def _resumes(folder: Path, config: Config) -> bool:
     # A run writes its configuration last, so these alone are what a broken start left.
     leftover = {"tokenizer", "base.safetensors", "base.safetensors.part", "config.json.part"}
     leftover |= {_DATA, f"{_DATA}.part"}
-    if not folder.exists() or {path.name for path in folder.iterdir()} <= leftover:
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if "base.safetensors" in found and _holds_start(folder / "checkpoints"):
+        leftover.add("checkpoints")
+    if found <= leftover:
         return False
     stored_file = folder / "config.json"
     if not stored_file.is_file():
         raise ValueError(f"output_dir = '{folder}': holds other files; accepted is a new folder")
-    stored = _flatten(json.loads(stored_file.read_text(encoding="utf-8")))
-    asked = _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+    # A run of an earlier version was made with the defaults of the fields that it had not.
+    stored = _settings(Config("", ""))
+    stored |= _flatten(json.loads(stored_file.read_text(encoding="utf-8")))
+    asked = _settings(config)
     may_change = _MAY_CHANGE
     if config.train.schedule == "constant":
         may_change += ("train.steps",)
@@ -69,6 +74,17 @@ def _resumes(folder: Path, config: Config) -> bool:
                 f"{asked.get(name)!r} here); accepted is a new folder, or the same configuration"
             )
     return True
+
+
+def _holds_start(checkpoints: Path) -> bool:
+    """Whether there is nothing but the checkpoint of step 0 (of LoftQ), or what became of it."""
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    return all(name.partition(".")[0] == "0" for name in names)
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """The fields by their dotted names, as they come back from a file."""
+    return _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

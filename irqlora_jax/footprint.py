@@ -144,8 +144,9 @@ def read_base_shapes(config: Config) -> tuple[Base, LlamaConfig]:
     header of a quantized base).
 
     Raises:
-        FileNotFoundError, ValueError: as `runs.read_architecture`.
+        FileNotFoundError, ValueError: as `runs.check_model` and `runs.read_architecture`.
     """
+    runs.check_model(config)
     llama = runs.read_architecture(config.model, config.quant)
     if runs.is_base(config.model):
         return base_shapes(Path(config.model) / runs.BASE_FILE)

@@ -282,8 +282,15 @@ class Llama(nn.Module):
         return {"k": k, "v": v, "length": jnp.zeros((batch,), jnp.int32)}
 
     @nn.nowrap
-    def init_adapters(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """Fresh adapters, of zero effect. A layer's values depend on the key and its place only."""
+    def init_adapters(
+        self, key: PRNGKeyArray, pairs: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Fresh adapters, of zero effect. A layer's values depend on the key and its place only.
+
+        Args:
+            key: of the random values.
+            pairs: those of `hf.load_loftq`, to start from instead.
+        """
         adapter = self.adapter
         if adapter is None:
             return {}
@@ -300,7 +307,8 @@ class Llama(nn.Module):
                 return init(key, shape[1], shape[0], adapter.rank, adapter.dtype)
 
             group = "self_attn" if name in ATTENTION_NAMES else "mlp"
-            tree.setdefault(group, {})[name] = jax.vmap(fresh)(layers)
+            start = {} if pairs is None else pairs["layers"][group][name]
+            tree.setdefault(group, {})[name] = jax.vmap(fresh)(layers) | start
         return {"layers": tree}
 
     @nn.compact

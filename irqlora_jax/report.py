@@ -78,11 +78,12 @@ def describe(config: Config, llama: LlamaConfig, base: Base, examples: int, mesh
             f"{readable_size(largest)} of the base on each"
         )
     quantized = "unquantized" if config.quant.format == "none" else config.quant.label
+    start = " from LoftQ" if adapter.init == "loftq" else ""
     return (
         f"{config.model}: {llama.num_hidden_layers} layers of {llama.hidden_size}, {quantized}, "
         f"{stored.bits:.2f} bits a weight, {readable_size(stored.total)} with embeddings\n"
-        f"{adapter.method} of rank {adapter.rank}, {examples:,} examples, {train.steps:,} steps of "
-        f"{train.batch_size} on {jax.devices()[0].device_kind}{devices}"
+        f"{adapter.method} of rank {adapter.rank}{start}, {examples:,} examples, {train.steps:,} "
+        f"steps of {train.batch_size} on {jax.devices()[0].device_kind}{devices}"
     )
 
 
@@ -128,14 +129,30 @@ def baselines(
     mesh: Mesh,
     scorer: Scorer,
     quantize_seconds: float | None,
+    start: dict[str, Any] | None = None,
 ) -> list[Row]:
-    """Scores what a run came from: the full-precision model and its quantized forms."""
+    """Scores what a run came from: the full-precision model and its quantized forms.
+
+    With LoftQ the last of them is base and pair together, and the quantizer alone, which has
+    another base, comes before.
+
+    Args:
+        config: of the run.
+        model: with its adapter.
+        base: of the run.
+        mesh: that it lies on.
+        scorer: how to measure.
+        quantize_seconds: that reading and quantizing took, if it was done.
+        start: the adapters that the training started from, with LoftQ.
+    """
     quant, bare = config.quant, model.clone(adapter=None)
     quantized = quant.format != "none"
     others: list[tuple[str, QuantConfig | None]] = [("full precision", None)]
     if quantized and quant.calibration != "none":
         plain = dataclasses.replace(quant, calibration="none")
         others.append((plain.label, plain))
+    if start is not None:
+        others.append((quant.label, quant))
     rows = []
     for name, how in others:
         started = time.perf_counter()
@@ -144,7 +161,10 @@ def baselines(
         seconds = time.perf_counter() - started
         rows.append(scorer.row(name, bare, {"params": {}, "base": other}, seconds))
         del other
-    if quantized:
+    if start is not None:
+        variables = {"params": start, "base": base}
+        rows.append(scorer.row(f"{quant.label} + LoftQ", model, variables, quantize_seconds))
+    elif quantized:
         rows.append(scorer.row(quant.label, bare, {"params": {}, "base": base}, quantize_seconds))
     return rows
 

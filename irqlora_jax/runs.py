@@ -11,7 +11,14 @@ from typing import Any, Literal
 import jax
 
 from irqlora_jax import hf, report
-from irqlora_jax.checkpoint import Checkpoints, load_base, read_base_config, read_source, save_base
+from irqlora_jax.checkpoint import (
+    Checkpoints,
+    is_loftq,
+    load_base,
+    read_base_config,
+    read_source,
+    save_base,
+)
 from irqlora_jax.config import Config, QuantConfig, QuantizeConfig
 from irqlora_jax.folder import check_space, check_writable
 from irqlora_jax.llama import Llama, LlamaConfig
@@ -59,7 +66,8 @@ def load_run(
 
     Args:
         folder: which.
-        adapter: False leaves the adapter of a run out: the quantized model before its finetune.
+        adapter: False leaves the adapter of a run out: the quantized model before its finetune. One
+            of LoftQ has the pair that it began with (step 0).
         checkpoint: which adapter of a run.
         compute_dtype: type of the activations (default: that of the run, else float32).
 
@@ -85,6 +93,8 @@ def load_run(
     base, llama = load_base(folder / BASE_FILE)
     source = read_source(folder / BASE_FILE)
     dtype = compute_dtype or (config and config.train.compute_dtype) or "float32"
+    if config is not None and config.adapter.init == "loftq" and not adapter:
+        adapter, checkpoint = True, 0
     if config is None or not adapter:
         model = Llama(llama, compute_dtype=dtype)
         return Run(folder, config, model, {"params": {}, "base": base}, tokenizer, None, source)
@@ -115,6 +125,30 @@ def read_checkpoint(value: str | int) -> Which:
 def is_base(source: str | Path) -> bool:
     """Whether `source` is a folder with a quantized base: of `irqlora quantize`, or of a run."""
     return (Path(source) / BASE_FILE).is_file()
+
+
+def check_model(config: Config) -> None:
+    """Refuses a quantized base that a new run cannot start from.
+
+    Raises:
+        ValueError: LoftQ is asked for, or the base was made by LoftQ for another run.
+    """
+    if not is_base(config.model):
+        return
+    file = Path(config.model) / BASE_FILE
+    source = read_source(file)
+    origin = "the model that it was made from" + (f" ('{source}')" if source else "")
+    if config.adapter.init == "loftq":
+        raise ValueError(
+            f"adapter.init = 'loftq': needs the full-precision weights; model = '{config.model}' "
+            f"holds a quantized base only; accepted is {origin}, which LoftQ quantizes itself"
+        )
+    if is_loftq(file):
+        raise ValueError(
+            f"model = '{config.model}': its base was quantized by LoftQ for the adapter of that "
+            f"run, and is incomplete without it; accepted is {origin}, or a folder of irqlora "
+            "quantize"
+        )
 
 
 def read_architecture(source: str | Path, quant: QuantConfig) -> LlamaConfig:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, no_type_check
 
 import jax
@@ -82,10 +82,15 @@ def make_model(llama: LlamaConfig, adapter: AdapterConfig, train: TrainConfig) -
     )
 
 
-def init_state(model: Llama, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """New adapters and an empty optimizer."""
+def init_state(
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    pairs: Mapping[str, Any] | None = None,
+) -> TrainState:
+    """New adapters, from `pairs` where they are given (`hf.load_loftq`), and an empty optimizer."""
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
-    adapters = model.init_adapters(init_key)
+    adapters = model.init_adapters(init_key, pairs)
     return make_state(adapters, optimizer, dropout_key)
 
 
@@ -122,10 +127,12 @@ def state_shardings(mesh: Mesh | AbstractMesh, state: TrainState, offload: bool)
     return dataclasses.replace(shardings, opt_state=host)
 
 
-def sharded_state(mesh: Mesh, init: Callable[[], TrainState], offload: bool = False) -> TrainState:
-    """A new state, each part made where it belongs (`state_shardings`)."""
-    shardings = state_shardings(mesh, jax.eval_shape(init), offload)
-    return jax.jit(init, out_shardings=shardings)()
+def sharded_state(
+    mesh: Mesh, init: Callable[..., TrainState], offload: bool = False, *arrays: Any
+) -> TrainState:
+    """A new state `init(*arrays)`, each part made where it belongs (`state_shardings`)."""
+    shardings = state_shardings(mesh, jax.eval_shape(init, *arrays), offload)
+    return jax.jit(init, out_shardings=shardings)(*arrays)
 
 
 def loss_sum(

@@ -1,7 +1,9 @@
 """A whole run: reads, quantizes, finetunes, evaluates and saves."""
 
 import dataclasses
+import functools
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +80,8 @@ def run(config: Config, say: Callable[[str], None] = print) -> RunResult:
     config = dataclasses.replace(config, train=resolve(config.train, jax.devices()[0]))
     folder = Path(config.output_dir)
     resumed = check_folder(folder, config)
+    if not resumed:
+        runs.check_model(config)
     job = _read_job(config, folder if resumed else config.model)
     data = fingerprint(job.examples, job.eval_examples)
     if resumed:
@@ -86,16 +90,17 @@ def run(config: Config, say: Callable[[str], None] = print) -> RunResult:
         check_space(folder, measure_base(abstract_base(job.model.config, config.quant)).total)
     with jax.set_mesh(job.mesh):
         started = time.perf_counter()
-        base = _read_base(job, folder if resumed else config.model)
+        base, pairs = _read_base(job, folder if resumed else config.model)
         seconds = None if resumed or runs.is_base(config.model) else time.perf_counter() - started
         if not resumed:
             try:
-                _begin_folder(folder, job, base, data)
+                _begin_folder(folder, job, base, pairs, data)
             except OSError as error:
                 if error.strerror is None:  # a sentence already
                     raise
                 reason = f"cannot be written ({error.strerror})"
                 raise OSError(f"output_dir = '{folder}': {reason}") from error
+        del pairs
         base = _laid_out(base, config.train.matmul)
         say(report.describe(config, job.model.config, base, len(job.examples), job.mesh))
         return _finetune(job, base, folder, seconds, say)
@@ -111,7 +116,8 @@ def _finetune(
         latest = checkpoints.latest()
         if latest is not None:
             state = checkpoints.restore(latest, state)
-            say(f"going on from step {latest} of {folder}")
+            if latest > 0:  # else it is what LoftQ began with
+                say(f"going on from step {latest} of {folder}")
         started = time.perf_counter()
         with MetricsLog(folder, latest or 0, config, say) as log:
             ended = train(job, base, state, checkpoints, log, say)
@@ -132,7 +138,10 @@ def _finetune(
         )
         rows = []
         if config.evaluate.baselines:
-            rows = report.baselines(config, model, base, job.mesh, scorer, quantize_seconds)
+            start = None
+            if config.adapter.init == "loftq":
+                start = checkpoints.restore(0, state).adapters
+            rows = report.baselines(config, model, base, job.mesh, scorer, quantize_seconds, start)
         name = f"{rows[-1].model}, finetuned" if rows else "finetuned"
         variables = {"params": state.adapters, "base": base}
         rows.append(scorer.row(name, model, variables, seconds, loss))
@@ -231,23 +240,45 @@ def _load_data(
     return hold_out(examples, data.eval_fraction, config.seed)
 
 
-def _read_base(job: Job, source: str | Path) -> Base:
+def _read_base(job: Job, source: str | Path) -> tuple[Base, Base | None]:
+    """The base and, for a new run with LoftQ, the pairs that belong to it."""
+    config, pairs = job.config, None
+    progress = config.log.progress
     if runs.is_base(source):
         base, _ = load_base(Path(source) / runs.BASE_FILE, job.mesh)
+    elif config.adapter.init == "loftq":
+        key = jax.random.key(config.seed)
+        base, pairs, _ = hf.load_loftq(
+            source, config.quant, config.adapter, key, mesh=job.mesh, progress=progress
+        )
     else:
-        progress = job.config.log.progress
-        base, _ = hf.load_base(source, job.config.quant, mesh=job.mesh, progress=progress)
-    return jax.block_until_ready(base)
+        base, _ = hf.load_base(source, config.quant, mesh=job.mesh, progress=progress)
+    return jax.block_until_ready((base, pairs))
 
 
-def _begin_folder(folder: Path, job: Job, base: Base, data: Fingerprint) -> None:
+def _begin_folder(
+    folder: Path, job: Job, base: Base, pairs: Base | None, data: Fingerprint
+) -> None:
     config = job.config
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a start that broke off
     runs.save_tokenizer(job.samples.tokenizer, config.model, folder)
     if runs.is_base(config.model):
         runs.link_base(config.model, folder)
     else:
-        save_base(folder / runs.BASE_FILE, base, job.model.config, config.quant, config.model)
+        file, loftq = folder / runs.BASE_FILE, pairs is not None
+        save_base(file, base, job.model.config, config.quant, config.model, loftq=loftq)
+    if pairs is not None:
+        _save_start(folder, job, pairs)
     save_data(folder, data)
     # The configuration comes last: it marks a folder that can be resumed.
     write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+
+
+def _save_start(folder: Path, job: Job, pairs: Base) -> None:
+    """The checkpoint of step 0: pairs are not made again, so a run has them before it begins."""
+    config = job.config
+    init = functools.partial(init_state, job.model, job.optimizer, config.seed)
+    state = sharded_state(job.mesh, init, config.train.offload_optimizer, pairs)
+    with Checkpoints(folder, config.train.keep_checkpoints) as checkpoints:
+        checkpoints.save(0, state)

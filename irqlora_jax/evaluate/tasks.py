@@ -32,7 +32,8 @@ class EvalConfig:
     """"mmlu": 57 subjects of multiple choice. "questions" or "factworld": multiple-choice questions
     from a file. "perplexity": of a text file. "generate": answers to prompts."""
     baseline: bool = False
-    """Leave the adapter out: the quantized model before its finetune."""
+    """Leave the adapter out: the quantized model before its finetune (with LoftQ that has the pair
+    that it began with)."""
     checkpoint: Literal["last", "best"] | int = "last"
     """Which adapter of a run: the newest, that of the best evaluation loss, or that of a step."""
     output: str | None = None

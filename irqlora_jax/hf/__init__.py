@@ -12,6 +12,7 @@ from irqlora_jax.hf.names import adapter_name as adapter_name
 from irqlora_jax.hf.names import linear_path as linear_path
 from irqlora_jax.hf.names import weight_name as weight_name
 from irqlora_jax.hf.read import load_base as load_base
+from irqlora_jax.hf.read import load_loftq as load_loftq
 from irqlora_jax.hf.read import load_tokenizer as load_tokenizer
 from irqlora_jax.hf.read import read_config as read_config
 from irqlora_jax.hf.read import read_values as read_values

@@ -16,8 +16,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
 
-from irqlora_jax.config import LINEAR_NAMES, QuantConfig
+from irqlora_jax.adapters.loftq import loftq
+from irqlora_jax.adapters.lora import Params
+from irqlora_jax.config import LINEAR_NAMES, AdapterConfig, QuantConfig
 from irqlora_jax.hf.names import INDEX, SINGLE, Keys, Tree, insert, some, weight_name, weight_shapes
 from irqlora_jax.hf.tensors import (
     FLOATS,
@@ -28,12 +31,15 @@ from irqlora_jax.hf.tensors import (
     read_json,
 )
 from irqlora_jax.llama_config import LlamaConfig
-from irqlora_jax.quant.qtensor import quantize
+from irqlora_jax.quant.formats import get_format
+from irqlora_jax.quant.qtensor import QTensor, quantize
 from irqlora_jax.sharding import sharding
 
 # "consolidated.safetensors" and "original/" repeat the weights under other names: not fetched.
 _FETCHED = ("model*.safetensors", "*.json", "tokenizer*", "*.jinja")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+Maker = Callable[[Keys, int, jax.Array], tuple[QTensor, Params]]
+"""What becomes of a linear weight, from its path and its layer, and the pair that belongs to it."""
 
 
 def is_hub_id(source: str | Path) -> bool:
@@ -133,6 +139,60 @@ def load_base(
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: what is wrong with which file.
     """
+
+    def make(path: Keys, layer: int, weight: jax.Array) -> tuple[QTensor, Params]:
+        assert quant is not None
+        return quantize(weight, quant), {}
+
+    kept = quant is None or quant.format == "none"
+    base, _, config = _load(source, None if kept else make, mesh, progress)
+    return base, config
+
+
+def load_loftq(
+    source: str | Path,
+    quant: QuantConfig,
+    adapter: AdapterConfig,
+    key: PRNGKeyArray,
+    *,
+    mesh: Mesh | None = None,
+    progress: bool = False,
+) -> tuple[Tree, Tree, LlamaConfig]:
+    """As `load_base`, with the targets of an adapter quantized by LoftQ (`adapters/loftq.py`).
+
+    Args:
+        source: local folder, or id on the hub.
+        quant: how the linear layers are stored.
+        adapter: targets, rank, alpha, type and turns of the pairs.
+        key: of the random directions that the singular values of large layers are found with.
+        mesh: devices to split weights and pairs over (default: all on the first device).
+        progress: show a bar.
+
+    Returns:
+        The frozen weights, the pairs lora_A and lora_B for `Llama.init_adapters`, both stacked over
+        the layers, and the architecture.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError, ValueError: as `load_base`; format "none".
+    """
+    get_format(quant.format)
+    rank, turns = adapter.rank, adapter.loftq_iterations
+
+    def make(path: Keys, layer: int, weight: jax.Array) -> tuple[QTensor, Params]:
+        if path[-1] not in adapter.targets:
+            return quantize(weight, quant), {}
+        place = jax.random.fold_in(key, LINEAR_NAMES.index(path[-1]))
+        own = jax.random.fold_in(place, layer)
+        packed, a, b = loftq(weight, quant, rank, adapter.alpha / rank, turns, own, adapter.dtype)
+        return packed, {"lora_A": a, "lora_B": b}
+
+    return _load(source, make, mesh, progress)
+
+
+def _load(
+    source: str | Path, make: Maker | None, mesh: Mesh | None, progress: bool
+) -> tuple[Tree, Tree, LlamaConfig]:
+    """The base, the pairs that `make` gave, and the architecture."""
     from tqdm import tqdm
 
     folder = snapshot(source)
@@ -145,33 +205,33 @@ def load_base(
     with tqdm(
         total=total, desc="Loading", unit=" weights", unit_scale=True, disable=not progress
     ) as bar:
-        base: Tree = {"layers": _load_layers(found, config, quant, mesh, bar)}
+        layers, pairs = _load_layers(found, config, make, mesh, bar)
+        base: Tree = {"layers": layers}
         for path, shape in single.items():
             name = weight_name(path)
             weight = _empty(shape, FLOATS[found[name].dtype])
             read_into(weight, found[name], name)
             insert(base, path, {"weight": _to_device([weight], mesh, path)})
             bar.update(math.prod(shape))
-    return base, config
+    return base, {"layers": pairs}, config
 
 
 def _load_layers(
     found: Mapping[str, Header],
     config: LlamaConfig,
-    quant: QuantConfig | None,
+    make: Maker | None,
     mesh: Mesh | None,
     bar: Any,
-) -> Tree:
-    """Fills arrays on the host, stacked over the layers, and moves them to the device."""
+) -> tuple[Tree, Tree]:
+    """The layers and their pairs. Fills arrays on the host, stacked over the layers, and moves them
+    to the device."""
     depth, shapes = config.num_hidden_layers, weight_shapes(config)[0]
-    if quant is not None and quant.format == "none":
-        quant = None
     stacks: dict[Keys, list[np.ndarray]] = {}  # the leaves of a QTensor, or one float array
     structures: dict[Keys, Any] = {}
     linear: list[tuple[int, Keys]] = []
     for layer in range(depth):
         for path, shape in shapes.items():
-            if quant is not None and path[-1] in LINEAR_NAMES:
+            if make is not None and path[-1] in LINEAR_NAMES:
                 linear.append((layer, path))
                 continue
             name = weight_name(path, layer)
@@ -183,19 +243,29 @@ def _load_layers(
     names = [weight_name(path, layer) for layer, path in linear]
     with contextlib.closing(_read_ahead(found, names)) as weights:
         for (layer, path), weight in zip(linear, weights, strict=True):
-            assert quant is not None
-            packed = quantize(jax.device_put(weight, may_alias=True), quant)
-            leaves, structures[path] = jax.tree.flatten(packed)
-            if path not in stacks:
-                stacks[path] = [_empty((depth, *leaf.shape), leaf.dtype) for leaf in leaves]
-            for stack, leaf in zip(stacks[path], leaves, strict=True):
-                stack[layer] = leaf  # waits for the result, so that the buffer is free again
+            assert make is not None
+            packed, pair = make(path, layer, jax.device_put(weight, may_alias=True))
+            parts = {path: packed} | {(*path, name): x for name, x in pair.items()}
+            for place, part in parts.items():
+                leaves, structures[place] = jax.tree.flatten(part)
+                if place not in stacks:
+                    stacks[place] = [_empty((depth, *leaf.shape), leaf.dtype) for leaf in leaves]
+                for stack, leaf in zip(stacks[place], leaves, strict=True):
+                    stack[layer] = leaf  # waits for the result, so that the buffer is free again
             bar.update(weight.size)
+
+    def moved(place: Keys) -> Any:
+        arrays = [_to_device(stacks[place], mesh, place) for _ in range(len(stacks[place]))]
+        return jax.tree.unflatten(structures[place], arrays)
+
     layers: Tree = {}
+    pairs: Tree = {}
     for path in shapes:
-        moved = [_to_device(stacks[path], mesh, path) for _ in range(len(stacks[path]))]
-        insert(layers, path, {"weight": jax.tree.unflatten(structures[path], moved)})
-    return layers
+        insert(layers, path, {"weight": moved(path)})
+    for place in stacks:
+        if place not in shapes:
+            insert(pairs, place, moved(place))
+    return layers, pairs
 
 
 def _read_ahead(

@@ -1,0 +1,126 @@
+"""LoftQ: a start at which a quantized layer and its pair together are close to the weights, where
+LoRA's own leaves the whole error of the quantizer (Li et al., ICLR 2024, algorithm 1).
+
+In turns, Q = quantize(W - s B A) and then s B A = the best approximation of rank r of W - Q, with
+s = alpha / rank and Q as it is stored: its codes, scales and shifts. The first Q is that of W.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, PRNGKeyArray
+
+from irqlora_jax.config import QuantConfig
+from irqlora_jax.quant.qtensor import QTensor, quantize
+
+EXACT_UP_TO = 512
+"""Layers whose smaller side is no longer, or no longer than 8 times the rank, have all their
+singular values computed; beyond it that takes too long."""
+OVERSAMPLING, POWER_ITERATIONS = 10, 4
+_wide = functools.partial(jnp.matmul, precision="highest")  # GPUs would round float32 to TF32
+
+
+def loftq(
+    weight: Float[Array, "out in"],
+    config: QuantConfig,
+    rank: int,
+    scaling: float,
+    iterations: int,
+    key: PRNGKeyArray,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[QTensor, Float[Array, "rank in"], Float[Array, "out rank"]]:
+    """Q, lora_A and lora_B with W ~ Q + scaling * lora_B lora_A.
+
+    Of all turns that of the least Frobenius error is kept, Q and the pair fitted to it: the error
+    need not fall from turn to turn. It is never above that of the quantizer alone, whose Q is the
+    first. Singular values that are 0 give rows of A and columns of B that are 0, and so without a
+    gradient: those beyond the smaller side of the layer, and all of them where nothing is to be
+    corrected.
+
+    Args:
+        weight: W (float32, bfloat16 or float16).
+        config: how it is quantized, in any way that `quantize` knows.
+        rank: r.
+        scaling: s, what the update is multiplied by: alpha / rank.
+        iterations: turns.
+        key: of the directions that `randomized_svd` begins with; without effect on small layers.
+        dtype: of the pair. What is lost to its rounding the next turn quantizes.
+
+    Raises:
+        ValueError: no turn, no rank; what `quantize` refuses.
+    """
+    for name, value in (("iterations", iterations), ("rank", rank)):
+        if value < 1:
+            raise ValueError(f"{name} = {value}: accepted is a whole number of at least 1")
+    scale = jnp.float32(scaling)
+    quantized = quantize(weight, config)
+    best, least = None, jnp.inf
+    for turn in range(iterations):
+        turn_key = jax.random.fold_in(key, turn)
+        a, b = _fit(weight, quantized, scale, turn_key, rank, jnp.dtype(dtype))
+        rest = _rest(weight, a, b, scale)
+        error = float(_distance(rest, quantized))
+        if best is None or error < least:
+            best, least = (quantized, a, b), error
+        if turn + 1 < iterations:
+            quantized = quantize(rest, config)
+        del rest  # a whole matrix, of which the next turn needs another
+    assert best is not None
+    return best
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "dtype"))
+def _fit(
+    weight: Array, quantized: QTensor, scale: Array, key: Array, rank: int, dtype: DTypeLike
+) -> tuple[Array, Array]:
+    """The pair of least error for a given Q, the roots of its singular values on both sides."""
+    error, small = weight.astype(jnp.float32) - quantized.dequantize(), min(weight.shape)
+    if small <= max(EXACT_UP_TO, 8 * rank):
+        u, s, v = exact_svd(error, rank)
+    else:
+        u, s, v = randomized_svd(error, rank, key)
+    root, spare = jnp.sqrt(s / scale), rank - s.size
+    a = jnp.pad(root[:, None] * v, ((0, spare), (0, 0)))
+    b = jnp.pad(u * root[None, :], ((0, 0), (0, spare)))
+    return a.astype(dtype), b.astype(dtype)
+
+
+@jax.jit
+def _rest(weight: Array, a: Array, b: Array, scale: Array) -> Array:
+    """W - s B A, what is left to quantize."""
+    update = _wide(b.astype(jnp.float32), a.astype(jnp.float32) * scale)
+    return weight.astype(jnp.float32) - update
+
+
+@jax.jit
+def _distance(rest: Array, quantized: QTensor) -> Float32[Array, ""]:
+    return jnp.sqrt(jnp.sum((rest - quantized.dequantize()) ** 2))
+
+
+def exact_svd(x: Float32[Array, "m n"], rank: int) -> tuple[Array, Array, Array]:
+    """U [m, k], S [k] and V [k, n] of the largest k = min(rank, m, n) singular values."""
+    u, s, v = jnp.linalg.svd(x, full_matrices=False)
+    return u[:, :rank], s[:rank], v[:rank]
+
+
+def randomized_svd(
+    x: Float32[Array, "m n"], rank: int, key: PRNGKeyArray
+) -> tuple[Array, Array, Array]:
+    """`exact_svd`, but that what it leaves of x may be 1 % larger (Halko et al. 2011, 4.4 and 5.1).
+
+    A basis of a few more than `rank` random directions is turned towards the largest singular
+    values by power iterations; x is then decomposed inside of it. The bound is of Frobenius norms,
+    and measured, for ranks up to an eighth of the smaller side (tests/test_loftq.py): at its
+    tightest for the errors of quantizers, whose singular values hardly fall.
+    """
+    size = min(rank + OVERSAMPLING, *x.shape)
+    basis = jax.random.normal(key, (x.shape[1], size))
+    for _ in range(POWER_ITERATIONS):
+        basis, _ = jnp.linalg.qr(_wide(x, basis))
+        basis, _ = jnp.linalg.qr(_wide(x.T, basis))
+    # x in the basis of its inputs: [m, size]. The second QR leaves a square to decompose.
+    left, square = jnp.linalg.qr(_wide(x, basis))
+    u, s, v = jnp.linalg.svd(square)
+    return _wide(left, u[:, :rank]), s[:rank], _wide(v[:rank], basis.T)
