@@ -28,11 +28,14 @@ from irqlora_jax.hf.tensors import (
     read_json,
 )
 from irqlora_jax.llama_config import LlamaConfig
-from irqlora_jax.quant.qtensor import quantize
+from irqlora_jax.quant.qtensor import QTensor, quantize
 from irqlora_jax.sharding import sharding
 
 # "consolidated.safetensors" and "original/" repeat the weights under other names: not fetched.
 _FETCHED = ("model*.safetensors", "*.json", "tokenizer*", "*.jinja")
+Watch = Callable[[int, str, np.ndarray, QTensor], None]
+"""Told of every quantized matrix: layer, projection, the float32 weights, and what became of them.
+The weights are overwritten when it returns."""
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -118,6 +121,7 @@ def load_base(
     *,
     mesh: Mesh | None = None,
     progress: bool = False,
+    watch: Watch | None = None,
 ) -> tuple[Tree, LlamaConfig]:
     """Reads a LLaMA and quantizes its linear layers; the head and the embeddings stay as they are.
 
@@ -126,6 +130,7 @@ def load_base(
         quant: how; None or format "none" keeps the weights in the type of the file.
         mesh: devices to split the weights over (default: all on the first device).
         progress: show a bar.
+        watch: called with every matrix that was quantized.
 
     Returns:
         The frozen weights, stacked over the layers, and the architecture.
@@ -145,7 +150,7 @@ def load_base(
     with tqdm(
         total=total, desc="Loading", unit=" weights", unit_scale=True, disable=not progress
     ) as bar:
-        base: Tree = {"layers": _load_layers(found, config, quant, mesh, bar)}
+        base: Tree = {"layers": _load_layers(found, config, quant, mesh, bar, watch)}
         for path, shape in single.items():
             name = weight_name(path)
             weight = _empty(shape, FLOATS[found[name].dtype])
@@ -161,6 +166,7 @@ def _load_layers(
     quant: QuantConfig | None,
     mesh: Mesh | None,
     bar: Any,
+    watch: Watch | None,
 ) -> Tree:
     """Fills arrays on the host, stacked over the layers, and moves them to the device."""
     depth, shapes = config.num_hidden_layers, weight_shapes(config)[0]
@@ -185,6 +191,8 @@ def _load_layers(
         for (layer, path), weight in zip(linear, weights, strict=True):
             assert quant is not None
             packed = quantize(jax.device_put(weight, may_alias=True), quant)
+            if watch is not None:
+                watch(layer, path[-1], weight, packed)
             leaves, structures[path] = jax.tree.flatten(packed)
             if path not in stacks:
                 stacks[path] = [_empty((depth, *leaf.shape), leaf.dtype) for leaf in leaves]
