@@ -28,6 +28,7 @@ from irqlora_jax.loop import Job, train
 from irqlora_jax.metrics import MetricsLog, check_packages
 from irqlora_jax.quant.matmul import MatmulName, preferred_layout, require
 from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.report.write import save_environment, try_to_write
 from irqlora_jax.samples import read_samples
 from irqlora_jax.sharding import check_mesh, make_mesh
 from irqlora_jax.step import TrainState as TrainState
@@ -86,11 +87,11 @@ def run(config: Config, say: Callable[[str], None] = print) -> RunResult:
         check_space(folder, measure_base(abstract_base(job.model.config, config.quant)).total)
     with jax.set_mesh(job.mesh):
         started = time.perf_counter()
-        base = _read_base(job, folder if resumed else config.model)
+        base, survey = _read_base(job, folder if resumed else config.model)
         seconds = None if resumed or runs.is_base(config.model) else time.perf_counter() - started
         if not resumed:
             try:
-                _begin_folder(folder, job, base, data)
+                _begin_folder(folder, job, base, survey, data)
             except OSError as error:
                 if error.strerror is None:  # a sentence already
                     raise
@@ -107,6 +108,7 @@ def _finetune(
     config, model = job.config, job.model
     offload = config.train.offload_optimizer
     state = sharded_state(job.mesh, lambda: init_state(model, job.optimizer, config.seed), offload)
+    save_environment(folder, job.mesh)
     with Checkpoints(folder, config.train.keep_checkpoints) as checkpoints:
         latest = checkpoints.latest()
         if latest is not None:
@@ -142,6 +144,7 @@ def _finetune(
             rows.append(scorer.row(name, model, variables, None, checkpoints.loss(best)))
     write_text(folder / "results.json", json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
     say(report.table(rows))
+    try_to_write(folder, say)
     say(report.next_commands(config))
     return RunResult(folder, step, best, tuple(rows))
 
@@ -231,16 +234,19 @@ def _load_data(
     return hold_out(examples, data.eval_fraction, config.seed)
 
 
-def _read_base(job: Job, source: str | Path) -> Base:
+def _read_base(job: Job, source: str | Path) -> tuple[Base, dict[str, Any] | None]:
+    """The base, and of one that is quantized here, what that did to the weights."""
     if runs.is_base(source):
         base, _ = load_base(Path(source) / runs.BASE_FILE, job.mesh)
-    else:
-        progress = job.config.log.progress
-        base, _ = hf.load_base(source, job.config.quant, mesh=job.mesh, progress=progress)
-    return jax.block_until_ready(base)
+        return jax.block_until_ready(base), None
+    progress = job.config.log.progress
+    base, _, survey = runs.quantize_base(source, job.config.quant, mesh=job.mesh, progress=progress)
+    return jax.block_until_ready(base), survey
 
 
-def _begin_folder(folder: Path, job: Job, base: Base, data: Fingerprint) -> None:
+def _begin_folder(
+    folder: Path, job: Job, base: Base, survey: dict[str, Any] | None, data: Fingerprint
+) -> None:
     config = job.config
     folder.mkdir(parents=True, exist_ok=True)
     runs.save_tokenizer(job.samples.tokenizer, config.model, folder)
@@ -248,6 +254,7 @@ def _begin_folder(folder: Path, job: Job, base: Base, data: Fingerprint) -> None
         runs.link_base(config.model, folder)
     else:
         save_base(folder / runs.BASE_FILE, base, job.model.config, config.quant, config.model)
+        runs.save_survey(folder, survey)
     save_data(folder, data)
     # The configuration comes last: it marks a folder that can be resumed.
     write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
