@@ -3,10 +3,13 @@
     RUN/config.json        the configuration
     RUN/data.json          number and hash of the examples
     RUN/base.safetensors   the quantized base, stored once; its metadata says how to read it
+    RUN/quantization.json  what that did to the weights, beside the plain quantizer
     RUN/tokenizer/         as Hugging Face writes it
     RUN/checkpoints/STEP/  orbax: adapters, optimizer state, step, random key, evaluation loss
     RUN/metrics.jsonl      a line every few steps (tensorboard/ and wandb/: the same, when asked)
+    RUN/environment.json   device and versions, of the newest part of the training
     RUN/results.json       the scores
+    RUN/report.html        all of it to look at
 
 Nothing is ever written in place: a file is written aside and moved when it is complete.
 """

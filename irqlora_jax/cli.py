@@ -1,4 +1,4 @@
-"""The command line: `irqlora train | eval | quantize | export | chat`."""
+"""The command line: `irqlora train | eval | report | quantize | export | chat`."""
 
 import dataclasses
 import sys
@@ -11,6 +11,7 @@ _USAGE = """usage: irqlora COMMAND [--config FILE] [--section.field value ...]
 
   train      finetune a quantized LLaMA (also: python train.py); --plan only says whether it fits
   eval       questions, MMLU, perplexity, generation (also: python eval.py)
+  report     write the page about a run again
   quantize   quantize a base once, for many runs to share
   export     write a run as Hugging Face folders: adapter, merged or dequantized
   chat       talk to a model in the terminal
@@ -57,6 +58,12 @@ def _eval(config: Any) -> None:
     evaluate_run(config)
 
 
+def _report(config: Any) -> None:
+    from irqlora_jax.report.write import report
+
+    report(config)
+
+
 def _export(config: Any) -> None:
     from irqlora_jax.hf import export
 
@@ -74,10 +81,12 @@ def _commands() -> dict[str, tuple[type, Callable[[Any], None]]]:
     from irqlora_jax.chat import ChatConfig
     from irqlora_jax.evaluate.tasks import EvalConfig
     from irqlora_jax.hf import ExportConfig
+    from irqlora_jax.report.write import ReportConfig
 
     return {
         "train": (TrainOptions, _train),
         "eval": (EvalConfig, _eval),
+        "report": (ReportConfig, _report),
         "quantize": (QuantizeConfig, _quantize),
         "export": (ExportConfig, _export),
         "chat": (ChatConfig, _chat),

@@ -51,7 +51,7 @@ def check_folder(folder: Path, config: Config) -> bool:
 def _resumes(folder: Path, config: Config) -> bool:
     # A run writes its configuration last, so these alone are what a broken start left.
     leftover = {"tokenizer", "base.safetensors", "base.safetensors.part", "config.json.part"}
-    leftover |= {_DATA, f"{_DATA}.part"}
+    leftover |= {_DATA, f"{_DATA}.part", "quantization.json", "quantization.json.part"}
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if "base.safetensors" in found and _holds_start(folder / "checkpoints"):
         leftover.add("checkpoints")

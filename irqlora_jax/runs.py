@@ -9,23 +9,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.sharding import Mesh
 
 from irqlora_jax import hf, report
 from irqlora_jax.checkpoint import (
+    Base,
     Checkpoints,
     is_loftq,
     load_base,
     read_base_config,
     read_source,
     save_base,
+    write_text,
 )
 from irqlora_jax.config import Config, QuantConfig, QuantizeConfig
 from irqlora_jax.folder import check_space, check_writable
 from irqlora_jax.llama import Llama, LlamaConfig
+from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.quant.survey import Surveyed, summarize, survey
 from irqlora_jax.step import init_state, make_optimizer
 from irqlora_jax.storage import abstract_base, measure_base
 
 BASE_FILE, TOKENIZER = "base.safetensors", "tokenizer"
+SURVEY_FILE = "quantization.json"
 _GENERATION = "generation_config.json"
 
 Which = Literal["last", "best"] | int
@@ -176,7 +182,9 @@ def read_tokenizer(source: str | Path) -> Any:
 
 
 def link_base(source: str | Path, folder: Path) -> None:
-    """Gives a run its base without a second copy, where the file system can."""
+    """Gives a run its base without a second copy, where the file system can, and its survey."""
+    if (Path(source) / SURVEY_FILE).is_file():
+        shutil.copyfile(Path(source) / SURVEY_FILE, folder / SURVEY_FILE)
     aside = folder / f"{BASE_FILE}.part"
     aside.unlink(missing_ok=True)
     try:
@@ -186,8 +194,29 @@ def link_base(source: str | Path, folder: Path) -> None:
     os.replace(aside, folder / BASE_FILE)
 
 
+def quantize_base(
+    source: str | Path, quant: QuantConfig, *, mesh: Mesh | None = None, progress: bool = False
+) -> tuple[Base, LlamaConfig, dict[str, Any] | None]:
+    """`hf.load_base`, and what the quantization did to the weights: `quant.survey.summarize`, or
+    None where nothing is quantized."""
+    found: list[Surveyed] = []
+
+    def watch(layer: int, name: str, weight: jax.Array, packed: QTensor) -> None:
+        found.append(survey(layer, name, weight, packed, quant))
+
+    base, llama = hf.load_base(source, quant, mesh=mesh, progress=progress, watch=watch)
+    return base, llama, summarize(found, quant) if found else None
+
+
+def save_survey(folder: Path, summary: dict[str, Any] | None) -> None:
+    """Writes quantization.json, if there is anything to say."""
+    if summary is not None:
+        write_text(folder / SURVEY_FILE, json.dumps(summary) + "\n")
+
+
 def quantize_model(config: QuantizeConfig, say: Callable[[str], None] = print) -> None:
-    """Writes base.safetensors and tokenizer/ into a new folder, for many runs to share.
+    """Writes base.safetensors, quantization.json and tokenizer/ into a new folder, for many runs to
+    share.
 
     Raises:
         ValueError, OSError: bad input, in one sentence; nothing is overwritten then.
@@ -199,9 +228,10 @@ def quantize_model(config: QuantizeConfig, say: Callable[[str], None] = print) -
     needed = measure_base(abstract_base(hf.read_config(config.model), config.quant)).total
     check_space(folder, needed)
     tokenizer = hf.load_tokenizer(config.model)
-    base, llama = hf.load_base(config.model, config.quant, progress=config.progress)
+    base, llama, summary = quantize_base(config.model, config.quant, progress=config.progress)
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, config.model, folder)
+    save_survey(folder, summary)
     # The base comes last: it marks a whole folder.
     save_base(folder / BASE_FILE, base, llama, config.quant, config.model)
     size = report.readable_size((folder / BASE_FILE).stat().st_size)

@@ -30,6 +30,7 @@ from irqlora_jax.loop import Job, train
 from irqlora_jax.metrics import MetricsLog, check_packages
 from irqlora_jax.quant.matmul import MatmulName, preferred_layout, require
 from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.report.write import save_environment, try_to_write
 from irqlora_jax.samples import read_samples
 from irqlora_jax.sharding import check_mesh, make_mesh
 from irqlora_jax.step import TrainState as TrainState
@@ -90,11 +91,11 @@ def run(config: Config, say: Callable[[str], None] = print) -> RunResult:
         check_space(folder, measure_base(abstract_base(job.model.config, config.quant)).total)
     with jax.set_mesh(job.mesh):
         started = time.perf_counter()
-        base, pairs = _read_base(job, folder if resumed else config.model)
+        base, pairs, survey = _read_base(job, folder if resumed else config.model)
         seconds = None if resumed or runs.is_base(config.model) else time.perf_counter() - started
         if not resumed:
             try:
-                _begin_folder(folder, job, base, pairs, data)
+                _begin_folder(folder, job, base, pairs, survey, data)
             except OSError as error:
                 if error.strerror is None:  # a sentence already
                     raise
@@ -112,6 +113,7 @@ def _finetune(
     config, model = job.config, job.model
     offload = config.train.offload_optimizer
     state = sharded_state(job.mesh, lambda: init_state(model, job.optimizer, config.seed), offload)
+    save_environment(folder, job.mesh)
     with Checkpoints(folder, config.train.keep_checkpoints) as checkpoints:
         latest = checkpoints.latest()
         if latest is not None:
@@ -151,6 +153,7 @@ def _finetune(
             rows.append(scorer.row(name, model, variables, None, checkpoints.loss(best)))
     write_text(folder / "results.json", json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
     say(report.table(rows))
+    try_to_write(folder, say)
     say(report.next_commands(config))
     return RunResult(folder, step, best, tuple(rows))
 
@@ -240,9 +243,10 @@ def _load_data(
     return hold_out(examples, data.eval_fraction, config.seed)
 
 
-def _read_base(job: Job, source: str | Path) -> tuple[Base, Base | None]:
-    """The base and, for a new run with LoftQ, the pairs that belong to it."""
-    config, pairs = job.config, None
+def _read_base(job: Job, source: str | Path) -> tuple[Base, Base | None, dict[str, Any] | None]:
+    """The base; for a new run with LoftQ the pairs that belong to it; of a base that is quantized
+    here in one step, what that did to the weights."""
+    config, pairs, survey = job.config, None, None
     progress = config.log.progress
     if runs.is_base(source):
         base, _ = load_base(Path(source) / runs.BASE_FILE, job.mesh)
@@ -252,12 +256,17 @@ def _read_base(job: Job, source: str | Path) -> tuple[Base, Base | None]:
             source, config.quant, config.adapter, key, mesh=job.mesh, progress=progress
         )
     else:
-        base, _ = hf.load_base(source, config.quant, mesh=job.mesh, progress=progress)
-    return jax.block_until_ready((base, pairs))
+        base, _, survey = runs.quantize_base(source, config.quant, mesh=job.mesh, progress=progress)
+    return *jax.block_until_ready((base, pairs)), survey
 
 
 def _begin_folder(
-    folder: Path, job: Job, base: Base, pairs: Base | None, data: Fingerprint
+    folder: Path,
+    job: Job,
+    base: Base,
+    pairs: Base | None,
+    survey: dict[str, Any] | None,
+    data: Fingerprint,
 ) -> None:
     config = job.config
     folder.mkdir(parents=True, exist_ok=True)
@@ -268,6 +277,7 @@ def _begin_folder(
     else:
         file, loftq = folder / runs.BASE_FILE, pairs is not None
         save_base(file, base, job.model.config, config.quant, config.model, loftq=loftq)
+        runs.save_survey(folder, survey)
     if pairs is not None:
         _save_start(folder, job, pairs)
     save_data(folder, data)

@@ -78,6 +78,9 @@ def test_a_base_is_quantized_once_and_shared(base: Path, tmp_path: Path, capsys)
         for folder in (run, direct)
     ]
     assert losses[0] == losses[1] != []
+    # What quantization did to the weights is measured once, too.
+    surveys = [(folder / "quantization.json").read_text() for folder in (base, run, direct)]
+    assert surveys[0] == surveys[1] == surveys[2] and json.loads(surveys[0])["sampled"] == 212_992
     # One file on the disk, however many runs share it.
     assert (run / "base.safetensors").stat().st_ino == (base / "base.safetensors").stat().st_ino
 
@@ -96,6 +99,13 @@ def test_a_base_is_quantized_once_and_shared(base: Path, tmp_path: Path, capsys)
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("run", "merged")
     )
     assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-4)
+
+    page = (run / "report.html").read_text()  # of the end of the training
+    succeed("report", f"--run={run}", f"--output={tmp_path / 'page.html'}")
+    assert (tmp_path / "page.html").read_text() == page
+    assert "4 layers of 64" in page and "Left out" not in page
+    succeed("report", f"--run={base}")
+    assert "4 layers of 64" in (base / "report.html").read_text()
 
 
 def test_a_base_is_used_as_it_was_made(base: Path, tmp_path: Path, capsys) -> None:
@@ -117,7 +127,7 @@ def test_a_folder_is_never_quantized_into_twice(base: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["trian"], ["trian", "train, eval, quantize, export, chat"]),
+        (["trian"], ["trian", "train, eval, report, quantize, export, chat"]),
         (["train"], ["model", "irqlora train --help"]),
         (["quantize", "--model=a", "--output_dir=b", "--quant.fromat=nf4"], ["--quant.fromat"]),
         (["quantize", "--model=nowhere", "--output_dir=b"], ["nowhere", "no such folder"]),
@@ -125,6 +135,7 @@ def test_a_folder_is_never_quantized_into_twice(base: Path, capsys) -> None:
         (["export", "--run=a", "--output_dir=b", "--kind=gguf"], ["kind", "gguf", "merged"]),
         (["chat", "--run=nowhere"], ["nowhere"]),
         (["eval", "--run=nowhere", "--task=mmlu", "--mmlu=x"], ["nowhere"]),
+        (["report", "--run=nowhere"], ["nowhere", "the folder of a run"]),
     ],
 )
 def test_bad_commands(
@@ -140,7 +151,7 @@ def test_bad_commands(
 def test_help_lists_the_commands_and_every_option(capsys) -> None:
     assert cli.main([]) == 0
     out, _ = capsys.readouterr()
-    for command in ("train", "eval", "quantize", "export", "chat"):
+    for command in ("train", "eval", "report", "quantize", "export", "chat"):
         assert f"\n  {command} " in out
         with pytest.raises(SystemExit) as exit_:
             cli.main([command, "--help"])
@@ -152,7 +163,7 @@ def test_help_lists_the_commands_and_every_option(capsys) -> None:
             for part in text.split("\n  --")[1:]
             if "CONFIG" not in part.split("\n")[0] and not part.startswith("print_config")
         ]
-        assert len(options) >= 4
+        assert len(options) >= (2 if command == "report" else 4)
         for option in (" ".join(option.split()) for option in options):
             # What it means, its type, and its default or that it must be given.
             assert "(type: " in option or "(required, type: " in option, option

@@ -39,6 +39,8 @@ class QuestionScores:
     where the questions do not say it."""
     truncated: int = 0
     """Questions whose prompt was cut on the left to fit into the context."""
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Number of questions of each subject."""
 
     @property
     def subject_mean(self) -> float:
@@ -208,6 +210,7 @@ def score_questions(
         bits_per_fact=bits,
         accuracy_norm=None if normalized is None else float(np.mean(normalized)),
         truncated=sum(q.prompt != old.prompt for q, old in zip(asked, questions, strict=True)),
+        counts={subject: len(values) for subject, values in subjects.items()},
     )
 
 

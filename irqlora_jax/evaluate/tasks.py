@@ -17,6 +17,7 @@ from irqlora_jax.evaluate.prompts import Sampling, answer_all, read_prompts
 from irqlora_jax.evaluate.questions import load_questions, score_questions
 from irqlora_jax.generate import generate
 from irqlora_jax.report import aligned
+from irqlora_jax.report.write import try_to_write
 from irqlora_jax.runs import Run, load_run, read_checkpoint
 
 Say = Callable[[str], None]
@@ -127,6 +128,8 @@ def evaluate_run(asked: EvalConfig, say: Say = print) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     result = results.describe(run, asked) | {"seconds": round(seconds, 3)} | scores
     results.write_result(_summary(asked, path), result, say)
+    if run.config is not None and path.parent == run.folder:
+        try_to_write(run.folder, say)
     if asked.task == "mmlu":
         forget(_kept(path), len(scores["counts"]))
     return result

@@ -37,6 +37,9 @@ from irqlora_jax.sharding import sharding
 
 # "consolidated.safetensors" and "original/" repeat the weights under other names: not fetched.
 _FETCHED = ("model*.safetensors", "*.json", "tokenizer*", "*.jinja")
+Watch = Callable[[int, str, jax.Array, QTensor], None]
+"""Told of every quantized matrix: layer, projection, the float32 weights, and what became of them.
+The weights are overwritten when it returns."""
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 Maker = Callable[[Keys, int, jax.Array], tuple[QTensor, Params]]
 """What becomes of a linear weight, from its path and its layer, and the pair that belongs to it."""
@@ -124,6 +127,7 @@ def load_base(
     *,
     mesh: Mesh | None = None,
     progress: bool = False,
+    watch: Watch | None = None,
 ) -> tuple[Tree, LlamaConfig]:
     """Reads a LLaMA and quantizes its linear layers; the head and the embeddings stay as they are.
 
@@ -132,6 +136,7 @@ def load_base(
         quant: how; None or format "none" keeps the weights in the type of the file.
         mesh: devices to split the weights over (default: all on the first device).
         progress: show a bar.
+        watch: called with every matrix that was quantized.
 
     Returns:
         The frozen weights, stacked over the layers, and the architecture.
@@ -142,7 +147,10 @@ def load_base(
 
     def make(path: Keys, layer: int, weight: jax.Array) -> tuple[QTensor, Params]:
         assert quant is not None
-        return quantize(weight, quant), {}
+        packed = quantize(weight, quant)
+        if watch is not None:
+            watch(layer, path[-1], weight, packed)
+        return packed, {}
 
     kept = quant is None or quant.format == "none"
     base, _, config = _load(source, None if kept else make, mesh, progress)

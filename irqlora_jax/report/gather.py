@@ -1,0 +1,191 @@
+"""All that a folder knows of its run, each piece on its own: what is missing or broken is None."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+from irqlora_jax import runs
+from irqlora_jax.checkpoint import base_shapes, read_base_config, read_source
+from irqlora_jax.config import Config
+from irqlora_jax.llama import Llama
+from irqlora_jax.llama_config import LlamaConfig
+from irqlora_jax.sharding import device_bytes
+from irqlora_jax.step import init_state, make_optimizer
+from irqlora_jax.storage import Storage, measure_base
+
+ENVIRONMENT_FILE = "environment.json"
+Piece = TypeVar("Piece")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What is trained.
+
+    Attributes:
+        weights: their number.
+        adapters: bytes of them.
+        optimizer: bytes of its state.
+    """
+
+    weights: int
+    adapters: int
+    optimizer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """Pieces of a run; None or empty where the folder does not have them.
+
+    Attributes:
+        name: of the folder.
+        source: the model that the base was made from.
+        settings: the configuration, as config.json has it.
+        quant: how the base was quantized.
+        llama: the architecture.
+        storage: what the base takes.
+        trained: what adapters and optimizer take.
+        survey: of the quantization (`quant.survey.summarize`).
+        metrics: the lines of metrics.jsonl.
+        results: the rows of results.json.
+        evaluations: what every eval-*.json says, by "eval-..."
+        environment: device and versions of the training.
+        problems: sentences about files that are there but cannot be used.
+    """
+
+    name: str
+    source: str | None
+    settings: Mapping[str, Any] | None
+    quant: Mapping[str, Any] | None
+    llama: LlamaConfig | None
+    storage: Storage | None
+    trained: Trained | None
+    survey: Mapping[str, Any] | None
+    metrics: Sequence[Mapping[str, Any]]
+    results: Sequence[Mapping[str, Any]]
+    evaluations: Mapping[str, Mapping[str, Any]]
+    environment: Mapping[str, Any] | None
+    problems: Sequence[str]
+
+
+def gather(folder: Path) -> Findings:
+    """Reads the folder of a run, or of `irqlora quantize`. Weights stay where they are.
+
+    Raises:
+        FileNotFoundError: neither a configuration nor a base is there.
+    """
+    base, problems = folder / runs.BASE_FILE, []
+    if not base.is_file() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"run = '{folder}': no config.json and no {runs.BASE_FILE} there; accepted is the "
+            "folder of a run, or of irqlora quantize"
+        )
+
+    def attempt(name: str, read: Callable[[Path], Piece]) -> Piece | None:
+        if not (folder / name).is_file():
+            return None
+        try:
+            return read(folder / name)
+        except Exception as error:  # old or damaged files may hold anything
+            problems.append(f"{name} cannot be used: {_sentence(error)}")
+            return None
+
+    stored = attempt(runs.BASE_FILE, read_base_config)
+    llama, quant = stored or (None, None)
+    settings = attempt("config.json", _read_dict)
+    trained = None
+    if llama is not None and settings is not None:
+        known = llama
+        trained = attempt("config.json", lambda file: _measure_trained(Config.load(file), known))
+    evaluations = {
+        file.stem: attempt(file.name, _read_dict) for file in sorted(folder.glob("eval-*.json"))
+    }
+    return Findings(
+        name=folder.resolve().name,
+        source=attempt(runs.BASE_FILE, read_source) or (settings or {}).get("model"),
+        settings=settings,
+        quant=(settings or {}).get("quant") if quant is None else dataclasses.asdict(quant),
+        llama=llama,
+        storage=attempt(runs.BASE_FILE, lambda file: measure_base(base_shapes(file)[0])),
+        trained=trained,
+        survey=attempt(runs.SURVEY_FILE, _read_dict),
+        metrics=attempt("metrics.jsonl", read_metrics) or [],
+        results=attempt("results.json", _read_rows) or [],
+        evaluations={name: one for name, one in evaluations.items() if one is not None},
+        environment=attempt(ENVIRONMENT_FILE, _read_dict),
+        problems=problems,
+    )
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _read_dict(file: Path) -> dict[str, Any]:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise ValueError("no list of JSON objects")
+    return found
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines that are whole and have a step, in the order of the steps."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:  # the last line of a run that was cut off
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return sorted(rows, key=lambda row: row["step"])
+
+
+def course(
+    metrics: Sequence[Mapping[str, Any]], name: str, most: int = 200
+) -> tuple[list[float], list[float | None]]:
+    """Steps and values of a metric.
+
+    Args:
+        metrics: lines of metrics.jsonl.
+        name: of the metric.
+        most: points; of more lines each point is the mean of some that follow one another.
+
+    Returns:
+        The steps (of several: the last of them), and the values, None where one is not finite.
+    """
+    found = [(row["step"], _finite(row[name])) for row in metrics if name in row]
+    size = max(1, math.ceil(len(found) / most))
+    steps, values = [], []
+    for start in range(0, len(found), size):
+        part = found[start : start + size]
+        known = [value for _, value in part if value is not None]
+        steps.append(float(part[-1][0]))
+        values.append(sum(known) / len(known) if known else None)
+    return steps, values
+
+
+def _finite(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _measure_trained(config: Config, llama: LlamaConfig) -> Trained:
+    model = Llama(llama, adapter=config.adapter)
+    optimizer = make_optimizer(config.train)
+    state = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.adapters))
+    return Trained(weights, device_bytes(state.adapters), device_bytes(state.opt_state))

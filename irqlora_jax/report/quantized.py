@@ -1,0 +1,144 @@
+"""Sections about what quantization did to the weights."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from irqlora_jax.quant.formats import FORMATS, Format
+from irqlora_jax.quant.survey import bin_edges
+from irqlora_jax.report.gather import Findings
+from irqlora_jax.report.markup import Markup, join, tag
+from irqlora_jax.report.svg import Axis, Line, Series, columns, grouped, line_plot, round_ends
+
+
+def calibration_name(name: str) -> str:
+    """A calibration as people write it."""
+    return {"none": "no calibration", "icq": "ICQ", "joint": "joint calibration"}.get(name, name)
+
+
+def entropy(found: Findings) -> Markup:
+    """Entropy of the codes by layer, before and after the calibration."""
+    survey = found.survey or {}
+    kinds = _kinds(found)
+    if not kinds:
+        return Markup()
+    by_kind = {name: survey[key]["entropy"] for name, key in kinds}
+    names = list(next(iter(by_kind.values())))
+    axis = _shared_axis("entropy (bits)", by_kind)
+    plots = [
+        _by_layer(
+            "Mean of all projections",
+            axis,
+            {
+                name: [sum(column) / len(column) for column in zip(*values.values(), strict=True)]
+                for name, values in by_kind.items()
+            },
+        )
+    ]
+    for name in names:
+        plots.append(_by_layer(name, axis, {kind: v[name] for kind, v in by_kind.items()}))
+    bits = FORMATS[survey["format"]].bits
+    note = (
+        f"Mean entropy of the codes in a block, of at most {bits} bits, by layer, counted from 0. "
+        f"{_sampled(survey)} All plots have the same scale."
+    )
+    return join(tag("p", note, class_="note"), tag("div", *plots, class_="grid2"))
+
+
+def quantization(found: Findings) -> Markup:
+    """Codes, shifts and errors."""
+    survey, kinds = found.survey or {}, _kinds(found)
+    if not kinds:
+        return Markup()
+    fmt = FORMATS[survey["format"]]
+    plots = [_codes_plot(survey, kinds, fmt), _shifts_plot(survey, kinds, fmt)]
+    by_kind = {
+        name: {part: [100 * v for v in values] for part, values in survey[key]["error"].items()}
+        for name, key in kinds
+    }
+    axis = _shared_axis("relative error (%)", by_kind)
+    for part in next(iter(by_kind.values())):
+        values = {kind: errors[part] for kind, errors in by_kind.items()}
+        plots.append(_by_layer(f"Error of {part}", axis, values))
+    note = (
+        "Relative error: norm of what the quantization changed, in parts of the norm of the "
+        "weights. The error plots have one scale."
+    )
+    return join(tag("p", note, class_="note"), tag("div", *plots, class_="grid2"))
+
+
+def _shared_axis(label: str, by_kind: Mapping[str, Mapping[str, Sequence[float]]]) -> Axis:
+    """One scale for many plots, so that they can be compared."""
+    found = [v for parts in by_kind.values() for values in parts.values() for v in values]
+    return Axis(label, *round_ends(min(found), max(found)))
+
+
+def _kinds(found: Findings) -> list[tuple[str, str]]:
+    """Names of what was surveyed, and their keys in the survey."""
+    survey = found.survey or {}
+    name = survey.get("calibration", "none")
+    names = (("plain", "plain"), (calibration_name(name), "calibrated"))
+    return [(label, key) for label, key in names if key in survey]
+
+
+def _sampled(survey: Mapping[str, Any]) -> str:
+    share = survey["sampled"] / survey["weights"]
+    if share == 1:
+        return "Of all weights."
+    return f"Of {share:.1%} of the weights, in whole rows that lie evenly apart."
+
+
+def _by_layer(title: str, axis: Axis, values: Mapping[str, Sequence[float]]) -> Markup:
+    depth = len(next(iter(values.values())))
+    layers, marks = list(map(float, range(depth))), depth <= 40
+    lines = [Line(one.name, one.y, one.kind, layers, marks) for one in _series(values)]
+    return line_plot(title, Axis("layer", whole=True), axis, lines)
+
+
+def _series(values: Mapping[str, Sequence[float | None]]) -> list[Series]:
+    """The plain quantizer is drawn as the second kind, what is calibrated as the first."""
+    return [Series(name, y, 1 if name == "plain" else 0) for name, y in values.items()]
+
+
+def _codes_plot(survey: Mapping[str, Any], kinds: Sequence[tuple[str, str]], fmt: Format) -> Markup:
+    shares = {}
+    for name, key in kinds:
+        counts = [survey[key]["codes"][code] for code in fmt.order]
+        shares[name] = [100 * count / sum(counts) for count in counts]
+    digits = 0 if fmt.integer else 2
+    labels = [f"{fmt.levels[code]:.{digits}f}" for code in fmt.order]
+    return grouped(
+        f"How often each level of {fmt.name} is used",
+        Axis("level" if fmt.integer else "level (units of the scale)"),
+        Axis("weights (%)"),
+        labels,
+        _series(shares),
+        ("all alike", 100 / len(labels)),
+    )
+
+
+def _shifts_plot(
+    survey: Mapping[str, Any], kinds: Sequence[tuple[str, str]], fmt: Format
+) -> Markup:
+    found = {name: survey[key]["shifts"] for name, key in kinds if "shifts" in survey[key]}
+    if not found:
+        return Markup()
+    edges = bin_edges(fmt.name)
+    used = [i for counts in found.values() for i, count in enumerate(counts) if count]
+    first, last = min(used), max(used)
+    if not fmt.integer:  # as far to the left as to the right of 0, around which a bin lies
+        middle = len(edges) // 2 - 1
+        reach = min(middle, max(middle - first, last - middle) + 1)
+        first, last = middle - reach, middle + reach
+    size = max(1, (last + 1 - first) // 48)
+    last += 1
+    starts = list(range(first, last, size))
+    shares = {
+        name: [100 * sum(counts[s : min(s + size, last)]) / sum(counts) for s in starts]
+        for name, counts in found.items()
+    }
+    limits = [float(edges[s]) for s in starts] + [float(edges[last])]
+    if fmt.integer:
+        title, label = "Zero points of the blocks", "zero point (codes)"
+    else:
+        title, label = "Shifts of the blocks", "shift (units of the scale)"
+    return columns(title, Axis(label), Axis("blocks (%)"), limits, _series(shares))

@@ -1,0 +1,278 @@
+"""The sections of the page, each a function of what was found; nothing where it has no figures."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from irqlora_jax.quant.formats import FORMATS
+from irqlora_jax.report.figure import table
+from irqlora_jax.report.gather import Findings, course
+from irqlora_jax.report.markup import Markup, join, tag
+from irqlora_jax.report.quantized import calibration_name
+from irqlora_jax.report.scores import readable_size
+from irqlora_jax.report.svg import Axis, Bar, Line, bars, line_plot
+
+_METHODS = {"lora": "LoRA", "iec": "LoRA with IEC"}
+
+
+def headline(found: Findings) -> Markup:
+    """Model, format, calibration, adapter and result, a sentence each."""
+    parts = [
+        ("model", _model_sentence(found)),
+        ("format", _format_sentence(found)),
+        ("calibration", _calibration_sentence(found)),
+        ("adapter", _adapter_sentence(found)),
+        ("result", _result_sentence(found)),
+    ]
+    cells = [tag("dt", name) + tag("dd", text) for name, text in parts if text]
+    return tag("dl", *map(Markup, cells)) if cells else Markup()
+
+
+def _model_sentence(found: Findings) -> str:
+    llama = found.llama
+    size = ""
+    if llama is not None:
+        size = (
+            f"a LLaMA with {llama.num_hidden_layers} layers of {llama.hidden_size}"
+            f", a vocabulary of {llama.vocab_size:,}"
+        )
+    if found.storage is not None:
+        size += f" and {_many(found.storage.weights)} weights in its linear layers"
+    return ": ".join(part for part in (found.source, size) if part) + "."
+
+
+def _format_sentence(found: Findings) -> str:
+    quant = found.quant
+    if quant is None:
+        return ""
+    if quant["format"] == "none":
+        return "Not quantized."
+    levels = 2 ** FORMATS[quant["format"]].bits
+    text = f"{quant['format']}, {levels} levels, in blocks of {quant['block_size']} weights"
+    if found.storage is not None:
+        text += f": {found.storage.bits:.2f} bits a weight with scales and shifts"
+    return f"{text}."
+
+
+def _calibration_sentence(found: Findings) -> str:
+    if found.quant is None or found.quant["format"] == "none":
+        return ""
+    name = calibration_name(found.quant["calibration"])
+    survey = found.survey or {}
+    if "plain" not in survey:
+        return _sentence(name)
+    bits = FORMATS[survey["format"]].bits
+    plain = survey["plain"]["mean_entropy"]
+    if "calibrated" not in survey:
+        return f"{_sentence(name)[:-1]}; mean entropy of the codes {plain:.3f} of {bits} bits."
+    after = survey["calibrated"]["mean_entropy"]
+    return _sentence(
+        f"{name}: mean entropy of the codes {plain:.3f} before and {after:.3f} after, "
+        f"of {bits} bits"
+    )
+
+
+def _adapter_sentence(found: Findings) -> str:
+    settings = found.settings
+    if settings is None:
+        return ""
+    adapter = settings["adapter"]
+    method = _METHODS.get(adapter["method"], adapter["method"])
+    places = f"{len(adapter['targets'])} projections of every layer"
+    text = f"{method}, rank {adapter['rank']}, alpha {adapter['alpha']:g}, on {places}"
+    if found.trained is not None:
+        text += f": {_many(found.trained.weights)} trained weights"
+    return f"{text}."
+
+
+def _result_sentence(found: Findings) -> str:
+    before, after = before_and_after(found.results)
+    if after is None:
+        return ""
+    parts = []
+    for name, form in (("loss", "{:.4f} nats a token"), ("accuracy", "{:.1%}")):
+        value = after.get(name)
+        if value is None:
+            continue
+        label = "evaluation loss" if name == "loss" else name
+        old = None if before is None else before.get(name)
+        text = f"{label} {form.format(value)}"
+        if old is not None:
+            plain = form.split(" ")[0].format(old)
+            text = f"{label} from {plain} to {form.format(value)}"
+        parts.append(text)
+    steps = [row["step"] for row in found.metrics]
+    ending = f" after {steps[-1]:,} steps" if steps else ""
+    return _sentence(" and ".join(parts) + ending) if parts else ""
+
+
+def before_and_after(
+    rows: Sequence[Mapping[str, Any]],
+) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """The quantized model before and after its finetune, of the rows of results.json."""
+    before = [row for row in rows if "finetuned" not in row["model"]]
+    after = [row for row in rows if "finetuned" in row["model"]]
+    return (before[-1] if before else None), (after[0] if after else None)
+
+
+def results(found: Findings) -> Markup:
+    """The table at the end of a run."""
+    forms = {
+        "model": "{}",
+        "entropy": "{:.3f}",
+        "loss": "{:.4f}",
+        "accuracy": "{:.1%}",
+        "bits": "{:.2f}",
+        "seconds": "{:.1f}",
+    }
+    heads = {
+        "entropy": "entropy (bits)",
+        "loss": "loss (nats/token)",
+        "bits": "bits a weight",
+        "seconds": "time (s)",
+    }
+    rows = [
+        ["-" if row.get(name) is None else form.format(row[name]) for name, form in forms.items()]
+        for row in found.results
+    ]
+    return table([heads.get(name, name) for name in forms], rows)
+
+
+def training(found: Findings) -> Markup:
+    """Courses of loss, learning rate, gradient, speed and memory."""
+    metrics, steps = found.metrics, Axis("step", low=0.0, whole=True)
+    plots = [_loss_plot(metrics, steps)]
+    courses = (
+        ("Learning rate", "learning_rate", "learning rate", 1.0),
+        ("Norm of the gradient, before it is clipped", "grad_norm", "norm", 1.0),
+        ("Speed", "tokens_per_second", "tokens/s", 1.0),
+        ("Share of the time the device was busy", "device_share", "share (%)", 0.01),
+        ("Peak memory", "peak_memory", "memory (GiB)", 2.0**30),
+        ("Loss scale of float16", "loss_scale", "scale", 1.0),
+    )
+    for title, name, label, unit in courses:
+        x, values = course(metrics, name)
+        y = [None if value is None else value / unit for value in values]
+        plots.append(line_plot(title, steps, Axis(label, 0.0), [Line(label, y, 0, x, False)]))
+    plots = [plot for plot in plots if plot]
+    return tag("div", *plots, class_="grid2") if plots else Markup()
+
+
+def _loss_plot(metrics: Sequence[Mapping[str, Any]], steps: Axis) -> Markup:
+    lines = [Line("training", y, 0, x, False) for x, y in [course(metrics, "loss")] if x]
+    lines += [
+        Line("evaluation", y, 1, x, len(x) <= 40) for x, y in [course(metrics, "eval_loss")] if x
+    ]
+    return line_plot("Loss", steps, Axis("nats a token"), lines)
+
+
+def memory(found: Findings) -> Markup:
+    """What is stored while training, and the peak that was seen."""
+    parts: list[tuple[str, int]] = []
+    if found.storage is not None:
+        stored = found.storage
+        parts += [
+            ("base: codes", stored.codes),
+            ("base: scales", stored.scales),
+            ("base: shifts", stored.shifts),
+            ("base: embeddings, head and norms", stored.rest),
+        ]
+    if found.trained is not None:
+        away = (found.settings or {}).get("train", {}).get("offload_optimizer")
+        parts.append(("adapters", found.trained.adapters))
+        parts.append((f"optimizer{' (on the host)' if away else ''}", found.trained.optimizer))
+    parts = [(name, size) for name, size in parts if size]
+    if not parts:
+        return Markup()
+    total = sum(size for _, size in parts)
+    largest = max(size for _, size in parts)
+    units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+    unit, name = next((one for one in units if largest >= one[0]), units[-1])
+    rows = [(part, [Bar(size / unit)]) for part, size in parts]
+    plot = bars("What is stored", Axis(f"memory ({name})"), rows, [(name, 0)], "{:,.3g}")
+    text = f"{readable_size(total)} in all, before gradients and activations."
+    peaks = [v for v in course(found.metrics, "peak_memory")[1] if v is not None]
+    if peaks:
+        where = (found.environment or {}).get("platform")
+        whose = "The process took" if where == "cpu" else "The device held"
+        text += f" {whose} {readable_size(int(max(peaks)))} at most while training."
+    return join(tag("p", text), tag("div", plot, class_="grid2"))
+
+
+def repeat(found: Findings) -> Markup:
+    """Device, versions, commands and the whole configuration."""
+    parts, commands = [_environment(found)], []
+    if found.settings is not None:
+        commands.append("irqlora train --config config.json --output_dir NEW_FOLDER")
+        commands += [
+            _eval_command(one)
+            for one in found.evaluations.values()
+            if isinstance(one.get("settings"), dict)
+        ]
+        note = (
+            "config.json is the configuration below, and the file of that name in the folder of "
+            "the run."
+        )
+        parts += [tag("p", note, class_="note"), tag("pre", "\n".join(commands))]
+        written = json.dumps(found.settings, indent=1, ensure_ascii=False)
+        parts.append(tag("details", tag("summary", "configuration"), tag("pre", written)))
+    elif found.quant is not None and found.source:
+        flags = " ".join(
+            f"--quant.{name}={shlex.quote(str(value))}"
+            for name, value in found.quant.items()
+            if value is not None
+        )
+        source = shlex.quote(found.source)
+        command = f"irqlora quantize --model {source} --output_dir NEW_FOLDER {flags}"
+        parts.append(tag("pre", command))
+    return join(*parts)
+
+
+def _environment(found: Findings) -> Markup:
+    known = found.environment
+    if known is None:
+        return Markup()
+    device = known["device"]
+    if known.get("devices", 1) > 1:
+        device = f"{known['devices']} times {device}"
+    versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
+    parts = [
+        ("device", device),
+        ("system", known.get("system")),
+        ("started", known.get("started")),
+        ("versions", versions),
+    ]
+    return tag("dl", *(join(tag("dt", name), tag("dd", text)) for name, text in parts if text))
+
+
+def _eval_command(one: Mapping[str, Any]) -> str:
+    """The command of an evaluation, on the new folder, with all settings that are not defaults."""
+    from irqlora_jax.evaluate.tasks import EvalConfig
+
+    flags = ["--run", "NEW_FOLDER", "--task", str(one["settings"]["task"])]
+    defaults = {
+        name: field.default
+        for name, field in EvalConfig.__dataclass_fields__.items()
+        if name not in ("run", "task", "output", "progress")
+    }
+    for name, default in defaults.items():
+        value = one["settings"].get(name, default)
+        if value == default or (default == () and not value):
+            continue
+        if value is True:
+            flags.append(f"--{name}")
+        else:
+            flags += [f"--{name}", json.dumps(value) if isinstance(value, list) else str(value)]
+    return shlex.join(["irqlora", "eval", *flags])
+
+
+def _many(count: int) -> str:
+    for size, name in ((10**9, "billion"), (10**6, "million")):
+        if count >= size:
+            return f"{count / size:.3g} {name}"
+    return f"{count:,}"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
