@@ -11,7 +11,10 @@ is a sum over a table of integers. What comes out is the index of the best candi
 the block, of which XLA makes scale and zero point as in its own search. The sorted pointers of
 `search_triton.py` would save little: a code takes no comparisons here, and half the candidates.
 
-COST
+Cost, from the instructions compiled for an H200 (tests/cuda/test_search_cuda.py): for 32 blocks of
+32 in int4, 101 candidates of 111 instructions and 142 for each 8 weights: 67 instructions of a warp
+a weight, or 0.49 s for LLaMA-7B at the rate of issue; int3 0.39 s, int2 0.38 s. The kernel has not
+run on a GPU.
 """
 
 import dataclasses

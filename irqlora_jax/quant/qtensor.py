@@ -144,6 +144,9 @@ def quantize(
 ) -> QTensor:
     """Quantizes a matrix (float32, bfloat16 or float16).
 
+    The weights are read twice, by the search and for the codes. A search cannot write the codes:
+    they belong to the stored scale and shift, which depend on 256 blocks and on the matrix's mean.
+
     Args:
         weight: the matrix.
         config: format, block size and calibration.
