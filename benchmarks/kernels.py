@@ -36,16 +36,16 @@ import numpy as np
 from matmul import BOUND, FORMATS, Case, copies, relative_error, repeated, rounds
 from timing import Timing, compare, machine, table
 
-from irqlora_jax.kernels import mosaic_tiles, tiles_triton
+from irqlora_jax.kernels import mosaic_tiles, search_integer_triton, search_triton, tiles_triton
 from irqlora_jax.kernels.matmul_mosaic import MOSAIC
 from irqlora_jax.kernels.matmul_triton import TRITON
 from irqlora_jax.kernels.measured import Measurement
-from irqlora_jax.kernels.search_triton import refusal as search_refusal
-from irqlora_jax.quant import icq
+from irqlora_jax.quant import icq, icq_integer
 from irqlora_jax.quant.formats import get_format
 from irqlora_jax.quant.matmul import XLA, Implementation
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008")
+SEARCHES = ("nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2")
 DENSE, FORWARD, TRANSPOSED = "dense", "matmul", "matmul_transposed"
 # By product and rows, speed to the dense product: must, and aim.
 MUST = {
@@ -180,13 +180,21 @@ def measure(
 
 def search(names: Sequence[str], blocks: int, repeats: int) -> tuple[bool, list[Found]]:
     """The ICQ search by its kernel and by XLA; whether they are equal."""
-    w = jax.random.normal(jax.random.key(0), (blocks, 64), "bfloat16") * 0.02
+    normal = jax.random.normal(jax.random.key(0), (blocks, 64), "bfloat16") * 0.02
     equal, found, rows = True, [], []
     for name in names:
-        calls = {"xla": functools.partial(icq.search_shift, w, name, implementation="xla")}
-        reason = search_refusal(w, name)
+        fmt = get_format(name)
+        if fmt.integer:
+            w = normal.reshape(-1, 32)
+            call = functools.partial(icq_integer.search_range, w, fmt.bits, False)
+            reason = search_integer_triton.refusal(w, fmt.bits)
+        else:
+            w = normal
+            call = functools.partial(icq.search_shift, w, name)
+            reason = search_triton.refusal(w, name)
+        calls = {"xla": functools.partial(call, implementation="xla")}
         if reason is None:
-            calls["triton"] = functools.partial(icq.search_shift, w, name, implementation="triton")
+            calls["triton"] = functools.partial(call, implementation="triton")
         else:
             print(f"search, {name}: {reason}")
         times = compare(calls, repeats)
@@ -199,9 +207,10 @@ def search(names: Sequence[str], blocks: int, repeats: int) -> tuple[bool, list[
             rows.append((*cells, time.speedups(times["xla"]), str(same)))
             if who != "xla":
                 speed = time.speedup(times["xla"])
-                found.append(Found("search", who, name, (0, 64), 0, speed, 0.0, {}))
+                found.append(Found("search", who, name, (0, w.shape[1]), 0, speed, 0.0, {}))
     columns = ("format", "search", "weights/s", "LLaMA-7B, s", "to xla", "equal")
-    print(f"\nICQ, {blocks:,} blocks of 64 in bfloat16\n\n{table(columns, rows)}", flush=True)
+    title = f"ICQ, {blocks:,} blocks of 64 (integers: twice as many of 32) in bfloat16"
+    print(f"\n{title}\n\n{table(columns, rows)}", flush=True)
     return equal, found
 
 
@@ -235,7 +244,7 @@ def main() -> int:
     parser.add_argument("--more-formats", nargs="*", default=["nf3", "nf2", "int4"])
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
     parser.add_argument("--blocks", type=int, default=2**22, help="of the search")
-    parser.add_argument("--search-formats", nargs="*", default=["nf4", "nf3", "nf2", "fp4"])
+    parser.add_argument("--search-formats", nargs="*", default=SEARCHES)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes/s of the memory")
     parser.add_argument("--tune", action="store_true")

@@ -9,6 +9,7 @@ nvidia-cuda-nvdisasm.
 """
 
 import dataclasses
+import functools
 import os
 import sys
 import tempfile
@@ -28,7 +29,8 @@ from timing import table, versions
 
 from irqlora_jax.config import QuantConfig
 from irqlora_jax.devices import DEVICES, absent_devices
-from irqlora_jax.kernels import matmul_mosaic, matmul_triton, search_triton
+from irqlora_jax.kernels import matmul_mosaic, matmul_triton, search_integer_triton, search_triton
+from irqlora_jax.quant.icq_integer import range_candidates
 from irqlora_jax.quant.qtensor import quantized_shape
 
 GPUS = ("a100-80", "l4", "h200")  # an H100 takes the programs of an H200
@@ -52,7 +54,13 @@ def kernels_of(gpu: str, function: Callable[..., Any], *shapes: Any) -> dict[str
 
 def row(gpu: str, name: str, fmt: str, count: Any, found: dict[str, sass.Machine]) -> list[tuple]:
     """One line for the kernel itself, none where XLA had it from before."""
-    names = ("forward_kernel", "transposed_kernel", "dequant_matmul", "search_shift")
+    names = (
+        "forward_kernel",
+        "transposed_kernel",
+        "dequant_matmul",
+        "search_shift",
+        "search_integer",
+    )
     ours = [one for key, one in found.items() if any(name in key for name in names)]
     if not ours:
         return []
@@ -86,6 +94,11 @@ def main() -> None:
             blocks = jax.ShapeDtypeStruct((2**16, 64), jnp.bfloat16)
             found = kernels_of(gpu, lambda w, fmt=fmt: search_triton.search_shift(w, fmt), blocks)
             rows += row(gpu, "search", fmt, "", found)
+        for bits in (4, 3, 2):
+            blocks = jax.ShapeDtypeStruct((2**16, 32), jnp.bfloat16)
+            candidates = range_candidates(bits, False, 0.1, 50)
+            search = functools.partial(search_integer_triton.search, candidates=candidates)
+            rows += row(gpu, "search", f"int{bits}", "", kernels_of(gpu, search, blocks))
         print(f"{gpu} done", file=sys.stderr, flush=True)
     print(f"{versions()}; weights [{OUT}, {FEATURES}], bfloat16\n")
     columns = ("GPU", "kernel", "format", "rows", "registers", "spills", "tensor cores")

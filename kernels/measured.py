@@ -20,7 +20,8 @@ class Measurement:
     """A kernel beside XLA's path, in one run.
 
     Attributes:
-        operation: "matmul" (y = x W^T), "matmul_transposed" (dX = g W) or "search" (ICQ's shifts).
+        operation: "matmul" (y = x W^T), "matmul_transposed" (dX = g W) or "search" (ICQ's
+            shifts, or the ranges of integers).
         implementation: as asked for, "mosaic" or "triton".
         device: `device_kind` of jax.
         format: of the codes.

@@ -93,6 +93,11 @@ def refusal(
 def _unserved(blocks: Array | jax.ShapeDtypeStruct, format: Format) -> str | None:
     if format.integer:
         return f"it takes NormalFloat and FP4 formats, not {format.name}"
+    return unserved_blocks(blocks)
+
+
+def unserved_blocks(blocks: Array | jax.ShapeDtypeStruct) -> str | None:
+    """What no search kernel takes of blocks [n, block], if anything."""
     if blocks.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"it takes float32, bfloat16 and float16, not {blocks.dtype}"
     n, block = blocks.shape
@@ -115,8 +120,9 @@ def search_shift(
     *,
     tiles: Tiles | None = None,
     interpret: bool = False,
-) -> tuple[Float32[Array, " n"], Float32[Array, " n"]]:
-    """Shift of every block, and the entropy of the codes that it gives: `icq.search_shift`.
+) -> tuple[Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"]]:
+    """Shift of every block, the entropy of the codes that it gives, and the least and the largest
+    weight: `icq.shift_and_ends`.
 
     Needs a buffer of 4 bytes a weight while it runs.
 
@@ -139,7 +145,8 @@ def search_shift(
     factors = spaced(-search_range * SIGMA, search_range * SIGMA, 2 * steps + 1)
     n, block = blocks.shape
     if n == 0:
-        return jnp.zeros(0, jnp.float32), jnp.zeros(0, jnp.float32)
+        empty = jnp.zeros(0, jnp.float32)
+        return empty, empty, empty, empty
     count = jnp.full(n, block, jnp.int32) if valid is None else valid.astype(jnp.int32)
     numbers = jnp.arange(block + 1, dtype=jnp.int32)
     table = histogram_weight(numbers[None], numbers, block)  # of histograms with one count
@@ -158,14 +165,17 @@ def search_shift(
     )
     row = pl.BlockSpec((tiles.blocks,), lambda i: (i,))
     column = pl.BlockSpec((None, block + 1, tiles.blocks), lambda i: (i, 0, 0))
-    shift, weight, _ = pl.pallas_call(
+    each = [
+        jax.ShapeDtypeStruct((programs * tiles.blocks,), dtype)
+        for dtype in (jnp.float32, jnp.int32, jnp.float32, jnp.float32)
+    ]
+    shift, weight, low, high, _ = pl.pallas_call(
         kernel,
         grid=(programs,),
-        in_specs=[_whole(x.shape) for x in inputs],
-        out_specs=[row, row, column],
+        in_specs=[whole(x.shape) for x in inputs],
+        out_specs=[row] * len(each) + [column],
         out_shape=[
-            jax.ShapeDtypeStruct((programs * tiles.blocks,), jnp.float32),
-            jax.ShapeDtypeStruct((programs * tiles.blocks,), jnp.int32),
+            *each,
             jax.ShapeDtypeStruct((programs, block + 1, tiles.blocks), jnp.float32),
         ],
         compiler_params=plt.CompilerParams(num_warps=tiles.warps, num_stages=1),
@@ -173,10 +183,11 @@ def search_shift(
         name="search_shift",
     )(*inputs)
     # XLA turns the sums into bits, as in its own search.
-    return shift[:n], bits_of(weight[:n], count, block)
+    return shift[:n], bits_of(weight[:n], count, block), low[:n], high[:n]
 
 
-def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
+def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
+    """All of an array, for every program."""
     return pl.BlockSpec(shape, lambda i: (0,) * len(shape))
 
 
@@ -199,7 +210,7 @@ def _kernel(
     A product is never rounded together with a sum: `product` keeps the compiler from it where a sum
     follows, and elsewhere products are only compared.
     """
-    *valid_ref, shift_ref, weight_ref, sorted_ref = refs
+    *valid_ref, shift_ref, weight_ref, low_ref, high_ref, sorted_ref = refs
     n_blocks, block = blocks_ref.shape
     lane = lax.iota(jnp.int32, tiles.blocks)
     mine = pl.program_id(0) * tiles.blocks + lane
@@ -300,3 +311,4 @@ def _kernel(
         found = lax.cond(rough.astype(jnp.int32).max() > 0, count_each, walk)
     shift_ref[...] = jnp.clip(found[0], -FLOAT_MAX, FLOAT_MAX)
     weight_ref[...] = found[1]
+    low_ref[...], high_ref[...] = low, high

@@ -61,7 +61,8 @@ def block_entropy(
 
 
 def quotient(x: Float32[Array, "..."], divisor: Float32[Array, "..."] | float) -> Array:
-    """x / divisor (> 0), correctly rounded.
+    """x / divisor (> 0) as the device divides: correctly rounded on a CPU, within 2 units in the
+    last place on a GPU (`div.full.f32`).
 
     XLA turns a division by a constant or by a broadcast array into a product with its reciprocal,
     and w / (a / b) into w * b / a. The bound, which never binds, keeps it from that. It matters:
@@ -73,6 +74,41 @@ def quotient(x: Float32[Array, "..."], divisor: Float32[Array, "..."] | float) -
 def require_range(search_range: float) -> None:
     if not 0 < search_range < 1:
         raise ValueError(f"search_range = {search_range!r}: accepted is a number between 0 and 1")
+
+
+def takes_kernel(
+    operation: str,
+    format: str,
+    block: int,
+    implementation: str | None,
+    refusal: Callable[[], str | None],
+) -> bool:
+    """Whether a search is the kernel's: it was asked for, or measured to be faster, and serves.
+
+    Args:
+        operation: as in kernels/measured.json.
+        format: name of the code book.
+        block: weights of a block.
+        implementation: "triton", "xla" or None.
+        refusal: says why the kernel cannot serve, if it cannot.
+
+    Raises:
+        ValueError: no such implementation, or one that was asked for and cannot serve; says why.
+    """
+    if implementation not in (None, "xla", "triton"):
+        raise ValueError(f"implementation = {implementation!r}: accepted is 'xla' or 'triton'")
+    if implementation == "xla":
+        return False
+    if implementation is None:
+        from irqlora_jax.kernels.measured import is_faster  # type: ignore
+
+        kind = jax.devices()[0].device_kind
+        if not is_faster(operation, "triton", kind, format, (0, block)):
+            return False
+    reason = refusal()
+    if implementation == "triton" and reason is not None:
+        raise ValueError(f"implementation = 'triton': {reason}; 'xla' serves here")
+    return reason is None
 
 
 def spaced(start: float, stop: float, n: int) -> Float32[np.ndarray, " n"]:

@@ -30,6 +30,7 @@ from irqlora_jax.quant.entropy import (
     require_range,
     spaced,
     sweep,
+    takes_kernel,
     try_all,
     try_each,
 )
@@ -68,37 +69,38 @@ def search_shift(
         ValueError: an integer format, a search range outside of (0, 1), or an implementation that
             cannot serve; says why.
     """
+    return shift_and_ends(blocks, format, search_range, steps, valid, implementation)[:2]
+
+
+@functools.partial(jax.jit, static_argnames=("format", "search_range", "steps", "implementation"))
+def shift_and_ends(
+    blocks: Float[Array, "n block"],
+    format: Format | str,
+    search_range: float = 0.1,
+    steps: int = 100,
+    valid: Int[Array, " n"] | None = None,
+    implementation: Literal["xla", "triton"] | None = None,
+) -> tuple[Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"]]:
+    """`search_shift`, and the least and the largest weight of every block, which decide its scale:
+    the quantizer need not read the weights for them."""
     format = get_format(format) if isinstance(format, str) else format
     if format.integer:
         raise ValueError(f"format = {format.name!r}: accepted is a NormalFloat or FP4 format")
     require_range(search_range)
-    if _takes_kernel(blocks, format, implementation):
+
+    def refusal() -> str | None:
+        from irqlora_jax.kernels import search_triton  # type: ignore
+
+        return search_triton.refusal(blocks, format)
+
+    if takes_kernel("search", format.name, blocks.shape[1], implementation, refusal):
         from irqlora_jax.kernels import search_triton  # type: ignore
 
         return search_triton.search_shift(blocks, format, search_range, steps, valid)
     factors = spaced(-search_range * SIGMA, search_range * SIGMA, 2 * steps + 1)
     search = functools.partial(_best_shift, factors=factors, format=format)
     on_cpu = functools.partial(search, swept=True)
-    return in_chunks(on_cpu, functools.partial(search, swept=False), 2, blocks, valid)
-
-
-def _takes_kernel(blocks: Array, format: Format, implementation: str | None) -> bool:
-    if implementation not in (None, "xla", "triton"):
-        raise ValueError(f"implementation = {implementation!r}: accepted is 'xla' or 'triton'")
-    if implementation == "xla":
-        return False
-    from irqlora_jax.kernels.measured import is_faster  # type: ignore
-
-    shape = (0, blocks.shape[1])
-    kind = jax.devices()[0].device_kind
-    if implementation is None and not is_faster("search", "triton", kind, format.name, shape):
-        return False
-    from irqlora_jax.kernels import search_triton  # type: ignore
-
-    reason = search_triton.refusal(blocks, format)
-    if implementation == "triton" and reason is not None:
-        raise ValueError(f"implementation = 'triton': {reason}; 'xla' serves here")
-    return reason is None
+    return in_chunks(on_cpu, functools.partial(search, swept=False), 4, blocks, valid)
 
 
 def _crossings(midpoints: Float32[np.ndarray, " points"], reach: float) -> int:
@@ -120,7 +122,7 @@ def _best_shift(
     factors: np.ndarray,
     format: Format,
     swept: bool,
-) -> tuple[Float32[Array, " b"], Float32[Array, " b"]]:
+) -> tuple[Float32[Array, " b"], Float32[Array, " b"], Float32[Array, " b"], Float32[Array, " b"]]:
     block, b = w.shape
     n = jnp.full(b, block, jnp.int32) if count is None else count
     w = masked(w, count, np.inf)
@@ -161,7 +163,7 @@ def _best_shift(
         coarse = (spread > 0) & (jnp.abs(median) * 2.0**-22 > step * spread)
         index, weight = lax.cond(coarse.any(), scan, swept_)
     shift = jnp.clip(shift_at(index[None])[0], -FLOAT_MAX, FLOAT_MAX)
-    return shift, bits_of(weight, n, block)
+    return shift, bits_of(weight, n, block), low[0], high[0]
 
 
 def _sweep(

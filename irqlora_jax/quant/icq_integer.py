@@ -6,8 +6,10 @@
 `entropy.py` says by which rules candidates are compared.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +32,12 @@ from irqlora_jax.quant.entropy import (
     require_range,
     spaced,
     sweep,
+    takes_kernel,
     try_all,
     try_each,
 )
+
+Implementation = Literal["xla", "triton"] | None
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "symmetric"))
@@ -60,7 +65,9 @@ def plain_range(
     return in_chunks(plain, plain, 2, blocks, valid)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "symmetric", "search_range", "steps"))
+@functools.partial(
+    jax.jit, static_argnames=("bits", "symmetric", "search_range", "steps", "implementation")
+)
 def search_range(
     blocks: Float[Array, "n block"],
     bits: int,
@@ -68,6 +75,7 @@ def search_range(
     search_range: float = 0.1,
     steps: int = 50,
     valid: Int[Array, " n"] | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"]]:
     """Scale, whole zero point and entropy of every block: the search of the released code.
 
@@ -81,35 +89,27 @@ def search_range(
         search_range: largest relative change of the range, below 1.
         steps: number of candidates above, and below, the plain range.
         valid: number of real elements in each block (at least 1); None: all.
+        implementation: "triton", one kernel for GPUs (kernels/search_integer_triton.py); "xla";
+            None: the kernel where it was measured to be faster. Both find the same floats.
+
+    Raises:
+        ValueError: a search range outside of (0, 1), or an implementation that cannot serve; says
+            why.
     """
-    require_range(search_range)
-    up, down = (spaced(1.0, 1 + away, steps + 1) for away in (search_range, -search_range))
-    factors = np.concatenate([up, down[1:]])
-
-    def search(w: Array, n: Array | None, swept: bool) -> tuple[Array, Array, Array]:
-        low, high = _limits(masked(w, n, 0), symmetric)
-
-        def candidate(i: Array) -> tuple[Array, Array]:
-            factor = jnp.asarray(factors)[i]
-            limits = product(factor, low), product(factor, high)
-            return _scale_and_zero(*limits, bits, symmetric)
-
-        sweep_range = None
-        if search_range / steps >= 1e-5:  # candidates differ by far more than a rounding error
-            sweep_range = functools.partial(_sweep_range, w, n, bits, factors, candidate)
-        return _best_integer(w, n, bits, len(factors), candidate, swept, sweep_range)
-
-    on_cpu = functools.partial(search, swept=True)
-    return in_chunks(on_cpu, functools.partial(search, swept=False), 3, blocks, valid)
+    candidates = range_candidates(bits, symmetric, search_range, steps)
+    # Candidates that differ by far more than a rounding error.
+    swept = search_range / steps >= 1e-5
+    return _search("search", blocks, candidates, valid, implementation, swept)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "search_range", "steps"))
+@functools.partial(jax.jit, static_argnames=("bits", "search_range", "steps", "implementation"))
 def search_zero_point(
     blocks: Float[Array, "n block"],
     bits: int,
     search_range: float = 0.1,
     steps: int = 50,
     valid: Int[Array, " n"] | None = None,
+    implementation: Implementation = None,
 ) -> tuple[Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"]]:
     """Scale, zero point and entropy of every block: the search of the paper's text (appendix A.2).
 
@@ -124,29 +124,91 @@ def search_zero_point(
         search_range: largest change of the zero point, as a fraction of the range.
         steps: candidates in each direction; representable numbers that fall together count once.
         valid: number of real elements in each block (at least 1); None: all.
+        implementation: as of `search_range`.
+
+    Raises:
+        ValueError: as `search_range`.
     """
+    candidates = zero_point_candidates(bits, search_range, steps)
+    return _search("search_zero_point", blocks, candidates, valid, implementation, swept=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """What a search tries: `at(low, high, number)` is the scale and the zero point of a candidate.
+
+    Attributes:
+        bits: width of a code.
+        symmetric: whether `low` and `high`, the ends of the plain range, are.
+        numbers: one a candidate, a factor of the range or a move of the zero point.
+        at: the fourth argument rounds to whole numbers.
+    """
+
+    bits: int
+    symmetric: bool
+    numbers: Float32[np.ndarray, " candidates"]
+    at: Callable[..., tuple[Float32[Array, " b"], Float32[Array, " b"]]]
+
+
+def range_candidates(bits: int, symmetric: bool, search_range: float, steps: int) -> Candidates:
+    """Those of `search_range`."""
+    require_range(search_range)
+    up, down = (spaced(1.0, 1 + away, steps + 1) for away in (search_range, -search_range))
+
+    def at(low: Array, high: Array, factor: Array, rounded: Callable = jnp.round) -> tuple:
+        ends = product(factor, low), product(factor, high)
+        return _scale_and_zero(*ends, bits, symmetric, rounded)
+
+    return Candidates(bits, symmetric, np.concatenate([up, down[1:]]), at)
+
+
+def zero_point_candidates(bits: int, search_range: float, steps: int) -> Candidates:
+    """Those of `search_zero_point`."""
     require_range(search_range)
     unit = 2 ** (8 - bits)
     reach = search_range * (2**bits - 1) * unit
     away = np.unique(np.floor(reach * np.arange(1, steps + 1) / steps + 1e-9))
     away = away[away > 0]
-    moves = jnp.asarray(np.concatenate([[0.0], away, -away]) / unit, jnp.float32)
+    moves = (np.concatenate([[0.0], away, -away]) / unit).astype(np.float32)
 
-    def search(w: Array, n: Array | None, swept: bool) -> tuple[Array, Array, Array]:
-        low, high = _limits(masked(w, n, 0), symmetric=False)
-        scale, zero = _scale_and_zero(low, high, bits, symmetric=False)
+    def at(low: Array, high: Array, move: Array, rounded: Callable = jnp.round) -> tuple:
+        scale, zero = _scale_and_zero(low, high, bits, False, rounded)
+        return scale, jnp.clip(zero + move, 0, 255 / unit)
 
-        def candidate(i: Array) -> tuple[Array, Array]:
-            return scale, jnp.clip(zero + moves[i], 0, 255 / unit)
+    return Candidates(bits, False, moves, at)
 
-        return _best_integer(w, n, bits, moves.shape[0], candidate, swept)
 
-    on_cpu = functools.partial(search, swept=True)
-    return in_chunks(on_cpu, functools.partial(search, swept=False), 3, blocks, valid)
+def _search(
+    operation: str,
+    blocks: Float[Array, "n block"],
+    candidates: Candidates,
+    valid: Int[Array, " n"] | None,
+    implementation: Implementation,
+    swept: bool,
+) -> tuple[Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"]]:
+    def refusal() -> str | None:
+        from irqlora_jax.kernels import search_integer_triton  # type: ignore
+
+        return search_integer_triton.refusal(blocks, candidates.bits)
+
+    name = f"int{candidates.bits}"
+    if takes_kernel(operation, name, blocks.shape[1], implementation, refusal):
+        from irqlora_jax.kernels import search_integer_triton  # type: ignore
+
+        return search_integer_triton.search(blocks, candidates, valid)
+    best = functools.partial(_best_integer, candidates=candidates, swept=swept)
+    on_cpu = functools.partial(best, on_cpu=True)
+    return in_chunks(on_cpu, functools.partial(best, on_cpu=False), 3, blocks, valid)
 
 
 def _limits(w: Float32[Array, "block b"], symmetric: bool) -> tuple[Array, Array]:
-    low, high = jnp.minimum(w.min(0), 0), jnp.maximum(w.max(0), 0)
+    return limits(jnp.minimum(w.min(0), 0), jnp.maximum(w.max(0), 0), symmetric)
+
+
+def limits(
+    low: Float32[Array, " b"], high: Float32[Array, " b"], symmetric: bool
+) -> tuple[Float32[Array, " b"], Float32[Array, " b"]]:
+    """The plain range of blocks, from their least weight or 0 and their largest or 0."""
     if symmetric:
         high = jnp.maximum(-low, high)
         low = jnp.where(low < 0, -high, low)
@@ -155,25 +217,33 @@ def _limits(w: Float32[Array, "block b"], symmetric: bool) -> tuple[Array, Array
 
 
 def _scale_and_zero(
-    low: Float32[Array, " b"], high: Float32[Array, " b"], bits: int, symmetric: bool
+    low: Float32[Array, " b"],
+    high: Float32[Array, " b"],
+    bits: int,
+    symmetric: bool,
+    rounded: Callable[[Array], Array] = jnp.round,
 ) -> tuple[Float32[Array, " b"], Float32[Array, " b"]]:
     scale = jnp.maximum(quotient(high - low, 2.0**bits - 1), FLOAT_TINY)
     if symmetric:
         return scale, jnp.full_like(scale, 2 ** (bits - 1))
-    return scale, jnp.round(quotient(-low, scale))
+    return scale, rounded(quotient(-low, scale))
 
 
 def _best_integer(
     w: Float32[Array, "block b"],
     count: Int32[Array, " b"] | None,
-    bits: int,
-    n_candidates: int,
-    candidate: Callable[[Array], tuple[Array, Array]],
+    *,
+    candidates: Candidates,
     swept: bool,
-    sweep_range: Callable[[Callable[[], Best]], Best] | None = None,
+    on_cpu: bool,
 ) -> tuple[Float32[Array, " b"], Float32[Array, " b"], Float32[Array, " b"]]:
     block, b = w.shape
+    bits, n_candidates = candidates.bits, len(candidates.numbers)
     n = jnp.full(b, block, jnp.int32) if count is None else count
+    ends = _limits(masked(w, count, 0), candidates.symmetric)
+
+    def candidate(i: Array) -> tuple[Array, Array]:
+        return candidates.at(*ends, jnp.asarray(candidates.numbers)[i])
 
     def value_at(i: Array) -> Float32[Array, "block b"]:
         scale, zero = candidate(i)
@@ -187,13 +257,13 @@ def _best_integer(
     def scan() -> Best:
         return try_each(codes_at, n_candidates, 2**bits, n)
 
-    if not swept:
+    if not on_cpu:
         points = [level + 0.5 for level in range(2**bits - 1)]
         best = try_all(lambda i: masked(value_at(i), count, -np.inf), points, n_candidates, n)
-    elif sweep_range is None:
-        best = scan()
+    elif swept:
+        best = _sweep_range(w, count, bits, candidates.numbers, candidate, scan)
     else:
-        best = sweep_range(scan)
+        best = scan()
     index, weight = best
     return *candidate(index), bits_of(weight, n, block)
 

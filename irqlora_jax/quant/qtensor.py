@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import no_type_check
 
 import jax
@@ -143,6 +144,9 @@ def quantize(
 ) -> QTensor:
     """Quantizes a matrix (float32, bfloat16 or float16).
 
+    The weights are read twice, by the search and for the codes. A search cannot write the codes:
+    they belong to the stored scale and shift, which depend on 256 blocks and on the matrix's mean.
+
     Args:
         weight: the matrix.
         config: format, block size and calibration.
@@ -195,23 +199,24 @@ def _quantize(weight: Array, shift: Array | None, config: QuantConfig) -> QTenso
     out_features, in_features = weight.shape
     per_row = -(-in_features // size)
     pad = per_row * size - in_features
-    rows = jnp.pad(weight.astype(jnp.float32), ((0, 0), (0, pad)))
-    blocks = rows.reshape(-1, size)
+    # The search reads the weights as they are, so that no copy of them in float32 need exist.
+    narrow = jnp.pad(weight, ((0, 0), (0, pad))).reshape(-1, size)
+    blocks = narrow.astype(jnp.float32)
     valid = None
     if pad:
         ends = jnp.minimum(in_features - jnp.arange(per_row) * size, size)
         valid = jnp.tile(ends, out_features)
     # From here on `zero` is set for integers and `tau` for shifted NormalFloat and FP4.
-    scale = zero = tau = None
+    scale = zero = tau = ends = None
     if fmt.integer:
-        scale, zero = _integer_range(blocks, fmt, config, valid)
+        scale, zero = _integer_range(narrow, fmt, config, valid)
     elif shift is not None:
         tau = shift.astype(jnp.float32).reshape(-1)
     elif config.calibration == "joint":
-        scale, tau = _joint(blocks, fmt, config, valid)
+        scale, tau = _joint(narrow, fmt, config, valid)
     elif config.calibration == "icq":
         steps = config.search_steps or 100
-        tau, _ = icq.search_shift(blocks, fmt, config.search_range, steps, valid)
+        tau, _, *ends = icq.shift_and_ends(narrow, fmt, config.search_range, steps, valid)
 
     shift_codes = shift_max = None
     if tau is not None:
@@ -220,7 +225,7 @@ def _quantize(weight: Array, shift: Array | None, config: QuantConfig) -> QTenso
             tau = stats.decode_groups(shift_codes, shift_max, none)
     if scale is None:
         # With stored codes the scale belongs to the stored shift too.
-        scale = _largest(blocks, tau, valid)
+        scale = _largest(_ends(blocks, valid) if ends is None else ends, tau)
     scale_codes, scale_max, scale_offset = stats.encode_groups(scale, center=True)
     if config.codes_from == "stored":
         scale = stats.decode_groups(scale_codes, scale_max, scale_offset)
@@ -246,16 +251,19 @@ def _quantize(weight: Array, shift: Array | None, config: QuantConfig) -> QTenso
     )
 
 
-def _largest(blocks: Array, tau: Array | None, valid: Array | None) -> Array:
-    """max|w - tau| of every block. Rounding is monotonic, so the two ends of a block decide it;
-    subtracting from all of them would need a second copy of the matrix."""
+def _ends(blocks: Array, valid: Array | None) -> tuple[Array, Array]:
+    """The least and the largest weight of every block."""
     low, high = blocks, blocks
     if valid is not None:
         inside = jnp.arange(blocks.shape[1])[None, :] < valid[:, None]
         low, high = jnp.where(inside, blocks, jnp.inf), jnp.where(inside, blocks, -jnp.inf)
-    low, high = low.min(axis=1), high.max(axis=1)
-    if tau is not None:
-        low, high = low - tau, high - tau
+    return low.min(axis=1), high.max(axis=1)
+
+
+def _largest(ends: Sequence[Array], tau: Array | None) -> Array:
+    """max|w - tau| of every block. Rounding is monotonic, so the two ends of a block decide it;
+    subtracting from all of them would need a second copy of the matrix."""
+    low, high = ends if tau is None else (end - tau for end in ends)
     return jnp.maximum(-low, high)
 
 

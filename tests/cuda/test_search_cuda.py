@@ -13,8 +13,9 @@ import sass
 from abstract_gpu import abstract_gpu
 
 from irqlora_jax.devices import DEVICES, OPTIONS, absent_devices
+from irqlora_jax.kernels import search_integer_triton
 from irqlora_jax.kernels.search_triton import refusal, search_shift
-from irqlora_jax.quant import icq
+from irqlora_jax.quant import icq, icq_integer
 from irqlora_jax.quant.entropy import spaced
 from irqlora_jax.quant.formats import get_format
 
@@ -44,9 +45,18 @@ def compiled(name: str, folder: Path, function: Any, *shapes: Any) -> tuple[Any,
     return program, [text for text in texts if ".entry" in text]
 
 
-def kernel(texts: list[str]) -> str:
-    (text,) = [text for text in texts if ".entry search_shift" in text]
+def kernel(texts: list[str], entry: str = "search_shift") -> str:
+    (text,) = [text for text in texts if f".entry {entry}" in text]
     return text
+
+
+def search_integer(bits: int, symmetric: bool | None) -> Any:
+    """The kernel's search of the range, or with None that of the zero point."""
+    if symmetric is None:
+        candidates = icq_integer.zero_point_candidates(bits, 0.1, 50)
+    else:
+        candidates = icq_integer.range_candidates(bits, symmetric, 0.1, 50)
+    return lambda w, n=None: search_integer_triton.search(w, candidates, n)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +177,62 @@ def test_cost_of_llama_7b(block, seconds, tmp_path: Path) -> None:
     )
     assert sort < 0.1 * search
     assert LLAMA_7B * per_weight / rate < seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "symmetric", "block", "dtype", "partial"),
+    [
+        *(("h200", 4, False, 32, "bfloat16", False), ("h200", 4, None, 64, "float32", True)),
+        *(("a100-80", 3, True, 64, "float32", True), ("l4", 2, False, 256, "float16", True)),
+        ("l4", 4, False, 256, "bfloat16", True),
+    ],
+)
+def test_integers_fit_into_registers(
+    name, bits, symmetric, block, dtype, partial, tmp_path: Path
+) -> None:
+    shapes = on(name, ((ROWS, block), jnp.dtype(dtype)), ((ROWS,), jnp.int32))[: 1 + partial]
+    program, texts = compiled(name, tmp_path, search_integer(bits, symmetric), *shapes)
+    machine = sass.assemble(kernel(texts, "search_integer"), tmp_path)["search_integer"]
+    print(f"{name}, int{bits}, {symmetric}: {machine.registers} registers")
+    assert machine.spills == 0
+    assert machine.registers <= 64  # 32 programs of one warp on each core
+    counts = machine.counts
+    assert not any(counts[word] for word in ("LDL", "STL", "LDS", "STS"))
+    assert counts["FFMA"] == 0  # no product is rounded together with a sum
+    # The copy of the weights, and the index, the sum and the ends.
+    assert program.memory_analysis().temp_size_in_bytes < 4 * ROWS * (block + 6) + 2**20
+
+
+def test_quotients_of_integers_are_those_of_the_search_of_xla(tmp_path: Path) -> None:
+    """Of the same instruction, which does not round correctly on a GPU."""
+    (blocks,) = on("h200", ((ROWS, 32), jnp.bfloat16))
+    _, ours = compiled("h200", tmp_path / "ours", search_integer(4, False), blocks)
+    _, theirs = compiled(
+        *("h200", tmp_path / "xla"), lambda w: icq_integer.search_range(w, 4, False), blocks
+    )
+    for texts in (ours, theirs):
+        assert set(re.findall(r"(?:div|rcp)\.[\w.]+", "".join(texts))) == {"div.full.f32"}
+        assert not any(".ftz" in text for text in texts)
+
+
+@pytest.mark.parametrize(("bits", "block"), [(4, 32), (4, 64), (3, 32), (2, 32)])
+def test_cost_of_llama_7b_in_integers(bits, block, tmp_path: Path) -> None:
+    """As above; every thread takes the same path."""
+    (blocks,) = on("h200", ((ROWS, block), jnp.bfloat16))
+    _, texts = compiled("h200", tmp_path, search_integer(bits, False), blocks)
+    found = loops(listing(kernel(texts, "search_integer"), tmp_path))
+    (candidate,) = [one for one in found if any(map(one.holds, found))]
+    (count,) = [one for one in found if candidate.holds(one)]
+    (copy,) = [one for one in found if one not in (candidate, count)]
+    turns = block // 8
+    search = 101 * (candidate.size - count.size + turns * count.size)
+    per_weight = (search + turns * copy.size) / (32 * block)
+    seconds = LLAMA_7B * per_weight / (132 * 4 * 1.7e9)
+    print(
+        f"int{bits}, block {block}: candidate {candidate.size - count.size}, 8 weights"
+        f" {count.size}, copy {copy.size}: {per_weight:.1f} a weight, {seconds:.2f} s"
+    )
+    assert seconds < 0.6
 
 
 def test_older_gpus_are_refused(t4: Any) -> None:
