@@ -51,7 +51,7 @@ class Factors:
     def fetch(
         self, load: Load, refs: Sequence[Any], row: Int32[Array, "rows 1 1"], block: Array
     ) -> list[Array]:
-        """What is stored of some blocks [1, blocks, 1] of some rows; all of it [rows, blocks, 1]."""
+        """What is stored of these blocks, [1, blocks, 1], of these rows: [rows, blocks, 1] each."""
         if self.decoded:
             return [load(ref.at[block, row]) for ref in refs]
         # Codes lie as blocks do, maxima one for each group of them.
