@@ -1,7 +1,7 @@
 """How the work of a Triton kernel is cut into tiles."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Tiles:
     num_warps: int = 8
     num_stages: int = 3
     permute: bool = True
-    decode: Literal["kernel", "xla"] = "kernel"
+    decode: str = "kernel"
 
     def __post_init__(self) -> None:
         for name, least in (("block_m", 16), ("block_n", 16), ("block_k", 1), ("num_warps", 1)):
