@@ -18,8 +18,7 @@ from timing import compare, machine, table
 from train_step import FLOAT, SHIFTED, add_size, fill_size, llama, random_base
 
 from irqlora_jax.llama import Llama
-from irqlora_jax.quant.matmul import preferred_layout, require
-from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.quant.matmul import laid_out, require
 
 STEPS = 16
 
@@ -42,15 +41,6 @@ def decoder(args: argparse.Namespace, base: dict[str, Any], matmul: Any) -> Call
         return jax.lax.scan(advance, start, None, length=STEPS)[1]
 
     return functools.partial(run, base, cache)
-
-
-def laid_out(base: dict[str, Any], matmul: Any) -> dict[str, Any]:
-    """Codes in the layout that an implementation takes."""
-
-    def lay(leaf: Any) -> Any:
-        return leaf.with_layout(preferred_layout(matmul)) if isinstance(leaf, QTensor) else leaf
-
-    return jax.tree.map(lay, base, is_leaf=lambda leaf: isinstance(leaf, QTensor))
 
 
 def refusal(base: dict[str, Any], matmul: Any, dtype: str) -> str | None:

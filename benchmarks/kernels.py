@@ -71,7 +71,7 @@ class Found:
     rows: int
     speedup: float  # over XLA's path
     to_dense: float
-    tiles: dict[str, int]  # that differ from the rule
+    tiles: dict[str, Any]  # that differ from the rule
 
 
 def weights_for(one: Implementation, case: Case, weights: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -96,7 +96,7 @@ def alternatives(one: Implementation, what: str, case: Case, weight: Any) -> lis
     return [rule, *tiles_triton.neighbors(rule)]
 
 
-def tune(one: Implementation, what: str, case: Case, weights: tuple[Any, ...]) -> dict[str, int]:
+def tune(one: Implementation, what: str, case: Case, weights: tuple[Any, ...]) -> dict[str, Any]:
     """The fields of the fastest tiles that differ from the rule."""
     given = case.x if what == FORWARD else case.g
     product = one.forward if what == FORWARD else one.backward
@@ -143,7 +143,7 @@ def measure(
 
     add(DENSE, FORWARD, lambda x, w: x @ w.T, case.x, dense)
     add(DENSE, TRANSPOSED, lambda g, w: g @ w, case.g, dense)
-    tiles: dict[tuple[str, str], dict[str, int]] = {}
+    tiles: dict[tuple[str, str], dict[str, Any]] = {}
     for one in (XLA, TRITON, MOSAIC):
         if not (weights := weights_for(one, case, packed)):
             continue

@@ -259,7 +259,8 @@ def _update_by_layer(
     """`update`, with moments that lie in the memory of the host (`state_shardings`).
 
     They visit the device a layer at a time, so that they never take room there all at once, and
-    are written back in place. AdamW goes number by number, so the result is the same.
+    are written back in place. AdamW goes number by number, so the result is the same, but for how a
+    compiler rounds: it may fuse either product of b1 mu + (1 - b1) g with the sum.
     """
 
     def advance(layer: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:

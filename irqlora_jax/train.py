@@ -28,7 +28,7 @@ from irqlora_jax.folder import (
 from irqlora_jax.llama_config import LlamaConfig
 from irqlora_jax.loop import Job, train
 from irqlora_jax.metrics import MetricsLog, check_packages
-from irqlora_jax.quant.matmul import MatmulName, preferred_layout, require
+from irqlora_jax.quant.matmul import laid_out, preferred_layout, require
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.report.write import save_environment, try_to_write
 from irqlora_jax.samples import read_samples
@@ -102,7 +102,8 @@ def run(config: Config, say: Callable[[str], None] = print) -> RunResult:
                 reason = f"cannot be written ({error.strerror})"
                 raise OSError(f"output_dir = '{folder}': {reason}") from error
         del pairs
-        base = _laid_out(base, config.train.matmul)
+        # The file keeps its own layout.
+        base = laid_out(base, config.train.matmul)
         say(report.describe(config, job.model.config, base, len(job.examples), job.mesh))
         return _finetune(job, base, folder, seconds, say)
 
@@ -173,18 +174,6 @@ def _check_matmul(config: Config, llama: LlamaConfig) -> None:
             require(train.matmul, x, weight)
         except ValueError as error:
             raise ValueError(f"train.matmul: {error}") from error
-
-
-def _laid_out(base: Base, matmul: MatmulName | None) -> Base:
-    """The base with its codes as `train.matmul` takes them; the file keeps its own layout."""
-    layout = preferred_layout(matmul)
-
-    def lay(leaf: Any) -> Any:
-        if isinstance(leaf, QTensor) and leaf.layout != layout and leaf.block_size == 64:
-            return leaf.with_layout(layout)
-        return leaf
-
-    return jax.tree.map(lay, base, is_leaf=lambda leaf: isinstance(leaf, QTensor))
 
 
 def _read_job(config: Config, source: str | Path) -> Job:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int32
 
 from irqlora_jax.kernels.backend_triton import announce, backend, refusal
 from irqlora_jax.kernels.dequantize_triton import Blocks, Field, dequantize
+from irqlora_jax.kernels.factors_triton import Factors
 from irqlora_jax.kernels.measured import tuned_tiles
 from irqlora_jax.kernels.tiles_triton import Tiles, default_tiles
 from irqlora_jax.quant import packing
@@ -81,8 +82,8 @@ class _Cut:
 
     Attributes:
         blocks: how blocks of W are taken apart.
+        factors: where their scales and shifts come from.
         shape: [out, in] of W.
-        row_blocks: blocks of a row of W.
         tile_blocks: blocks of a row of a tile of W.
         tiles: as asked for.
         steps: tiles that one program sums up.
@@ -91,8 +92,8 @@ class _Cut:
     """
 
     blocks: Blocks
+    factors: Factors
     shape: tuple[int, int]
-    row_blocks: int
     tile_blocks: int
     tiles: Tiles
     steps: int
@@ -112,7 +113,8 @@ class _Cut:
         """A tile of W: these rows, and the blocks from `first` on. What lies outside of W repeats
         its last row or block."""
         packed_ref, *factor_refs = refs
-        block = jnp.minimum(first + jnp.arange(self.tile_blocks), self.row_blocks - 1)
+        last = self.factors.row_blocks - 1
+        block = jnp.minimum(first + jnp.arange(self.tile_blocks), last)
         row, block = jnp.minimum(rows, self.shape[0] - 1)[:, None, None], block[None, :, None]
         width = self.blocks.width
         byte = jnp.arange(width)[None, None, :]
@@ -120,12 +122,14 @@ class _Cut:
             _load(packed_ref.at[row, block, byte + plane * width])
             for plane in range(self.blocks.planes)
         ]
-        return planes, [_load(ref.at[block, row]) for ref in factor_refs]
+        return planes, self.factors.fetch(_load, factor_refs, row, block)
 
-    def dequantize(self, raw: "_Raw", dtype: Any) -> list[Float[Array, "rows columns"]]:
+    def dequantize(
+        self, refs: Sequence[Any], raw: "_Raw", dtype: Any
+    ) -> list[Float[Array, "rows columns"]]:
         """The fields of a tile of W."""
-        planes, factors = raw
-        scale, shift = factors[0], factors[1] if len(factors) > 1 else None
+        planes, stored = raw
+        scale, shift = self.factors.decode(_load, refs[1:], stored)
         asm = backend().elementwise_inline_asm if self.inline_asm else None
         return [
             dequantize(self.blocks, field, planes, scale, shift, dtype, asm)
@@ -134,8 +138,7 @@ class _Cut:
 
 
 _Raw = tuple[list[Array], list[Array]]
-"""Of a tile of W: bytes, [rows, blocks, width] for each plane, and scales (and shifts), [rows,
-blocks, 1]."""
+"""Of a tile of W: bytes, [rows, blocks, width] for each plane, and what `Factors` reads."""
 
 
 def _call(
@@ -154,9 +157,9 @@ def _call(
     steps = -(-summed // min(tiles.splits, summed))
     splits = -(-summed // steps)
     permute = tiles.permute and not interpret
-    cut = _Cut(blocks, weight.shape, row_blocks, tile_blocks, tiles, steps, splits, permute)
-    # Neighboring rows of W lie side by side, as they do in a tile.
-    factors = [one.T for one in (weight.scale(), weight.shift()) if one is not None]
+    shifted = weight.shift_codes is not None
+    factors = Factors(blocks.format, row_blocks, shifted, tiles.decode == "xla")
+    cut = _Cut(blocks, factors, weight.shape, tile_blocks, tiles, steps, splits, permute)
     count = rows.shape[0]
     parts = pl.pallas_call(
         functools.partial(kernel, cut),
@@ -170,7 +173,7 @@ def _call(
         ),
         interpret=interpret,
         name=kernel.__name__.strip("_"),
-    )(rows, weight.packed, *factors)
+    )(rows, weight.packed, *factors.operands(weight))
     return parts[0] if splits == 1 else parts.sum(axis=0).astype(rows.dtype)
 
 
@@ -190,7 +193,7 @@ def _forward_kernel(cut: _Cut, x_ref: Any, *refs: Any) -> None:
 
     def step(i: Array, total: Array) -> Array:
         first = (part * cut.steps + i) * cut.tile_blocks
-        weights = cut.dequantize(cut.fetch(weight_refs, n, first), x_ref.dtype)
+        weights = cut.dequantize(weight_refs, cut.fetch(weight_refs, n, first), x_ref.dtype)
         for field, w in zip(cut.blocks.fields, weights, strict=True):
             k = cut.columns(first, field)[None, :]
             total += _product(
@@ -227,12 +230,12 @@ def _transposed_kernel(cut: _Cut, g_ref: Any, *refs: Any) -> None:
         g = _load(g_ref.at[row, n], n < outputs if ragged else None)
         later = cut.fetch(weight_refs, rows(i + 2), first)
         totals = [total + _product(g, w) for total, w in zip(totals, weights, strict=True)]
-        return totals, cut.dequantize(raw, g_ref.dtype), later
+        return totals, cut.dequantize(weight_refs, raw, g_ref.dtype), later
 
     wide = (tiles.block_m, cut.tile_blocks * cut.blocks.width)
     zeros = [jnp.zeros(wide, jnp.float32) for _ in cut.blocks.fields]
     now, later = (cut.fetch(weight_refs, rows(i), first) for i in range(2))
-    carry = (zeros, cut.dequantize(now, g_ref.dtype), later)
+    carry = (zeros, cut.dequantize(weight_refs, now, g_ref.dtype), later)
     totals, _, _ = jax.lax.fori_loop(0, cut.steps, step, carry)
     for field, total in zip(cut.blocks.fields, totals, strict=True):
         _store(out_ref, part, m, cut.columns(first, field), total)

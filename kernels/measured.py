@@ -11,6 +11,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 FILE = Path(__file__).parent / "measured.json"
 
@@ -42,7 +43,7 @@ class Measurement:
     speedup: float
     jax: str
     date: str
-    tiles: dict[str, int] = dataclasses.field(default_factory=dict, hash=False)
+    tiles: dict[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
 
 @functools.cache
@@ -61,7 +62,7 @@ def read_measurements(file: Path = FILE) -> tuple[Measurement, ...]:
         raise ValueError(f"{file}: not a list of measurements: {error}") from error
 
 
-def is_faster(
+def fastest(
     operation: str,
     implementation: str,
     device: str,
@@ -69,40 +70,27 @@ def is_faster(
     shape: tuple[int, int],
     rows: int = 0,
     measurements: Sequence[Measurement] | None = None,
-) -> bool:
-    """Whether a measurement says that the kernel is faster than XLA's path here."""
-    found = _find(operation, implementation, device, format, shape, rows, measurements)
-    return any(one.speedup > 1 for one in found)
-
-
-def tuned_tiles(
-    operation: str,
-    implementation: str,
-    device: str,
-    format: str,
-    shape: tuple[int, int],
-    rows: int,
-    measurements: Sequence[Measurement] | None = None,
-) -> dict[str, int]:
-    """Fields of the kernel's `Tiles` that were measured to be the fastest here; empty: its rule."""
-    found = _find(operation, implementation, device, format, shape, rows, measurements)
-    return max(found, key=lambda one: one.speedup).tiles if found else {}
-
-
-def _find(
-    operation: str,
-    implementation: str,
-    device: str,
-    format: str,
-    shape: tuple[int, int],
-    rows: int,
-    measurements: Sequence[Measurement] | None,
-) -> list[Measurement]:
+) -> Measurement | None:
+    """Where the kernel was faster than XLA's path here, by the most; None: nowhere."""
     known = read_measurements() if measurements is None else measurements
     wanted = operation, implementation, device, format, shape
-    return [
+    found = [
         one
         for one in known
         if (one.operation, one.implementation, one.device, one.format, one.shape) == wanted
         and one.rows[0] <= rows <= one.rows[1]
+        and one.speedup > 1
     ]
+    return max(found, key=lambda one: one.speedup, default=None)
+
+
+def is_faster(*place: Any) -> bool:
+    """Whether a measurement says that the kernel is faster; arguments of `fastest`."""
+    return fastest(*place) is not None
+
+
+def tuned_tiles(*place: Any) -> dict[str, Any]:
+    """Fields of the kernel's `Tiles` that were the fastest, none for its rule; arguments of
+    `fastest`."""
+    found = fastest(*place)
+    return found.tiles if found else {}

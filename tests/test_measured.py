@@ -11,7 +11,13 @@ import pytest
 from irqlora_jax.config import QuantConfig
 from irqlora_jax.kernels import measured, mosaic_tiles, tiles_triton
 from irqlora_jax.kernels.measured import Measurement, is_faster, read_measurements, tuned_tiles
-from irqlora_jax.quant.matmul import XLA, Implementation, dequant_matmul, preferred_layout
+from irqlora_jax.quant.matmul import (
+    XLA,
+    Implementation,
+    dequant_matmul,
+    laid_out,
+    preferred_layout,
+)
 from irqlora_jax.quant.qtensor import quantize
 
 ONE = Measurement(
@@ -118,14 +124,12 @@ def test_codes_are_laid_out_for_mosaic_where_it_is_taken(monkeypatch: pytest.Mon
 
 def test_a_base_is_laid_out_as_the_kernel_takes_it() -> None:
     """Each matrix that can be; the weights stay the same."""
-    from irqlora_jax import train
-
     weights = {
         size: quantize(jax.random.normal(jax.random.key(0), (8, 128)), QuantConfig(block_size=size))
         for size in (32, 64)
     }
     base = {"small": weights[32], "usual": weights[64], "norm": jnp.ones(3)}
-    laid = train._laid_out(base, "mosaic")
+    laid = laid_out(base, "mosaic")
     assert (laid["small"].layout, laid["usual"].layout) == ("planes", "fragments")
     assert jnp.array_equal(laid["usual"].dequantize(), weights[64].dequantize())
-    assert train._laid_out(laid, "triton")["usual"].layout == "planes"
+    assert laid_out(laid, "triton")["usual"].layout == "planes"

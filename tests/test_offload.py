@@ -16,7 +16,14 @@ from irqlora_jax.config import MeshConfig, TrainConfig
 from irqlora_jax.llama import LlamaConfig
 from irqlora_jax.loop import _all_finite
 from irqlora_jax.sharding import make_mesh, put_batch, tree_shardings
-from irqlora_jax.step import init_state, make_model, make_optimizer, make_step, sharded_state
+from irqlora_jax.step import (
+    init_state,
+    learning_rate,
+    make_model,
+    make_optimizer,
+    make_step,
+    sharded_state,
+)
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
@@ -28,6 +35,8 @@ TRAIN = TrainConfig(
     warmup_steps=1,
     compute_dtype="float32",
 )
+EXACT = jax.__version_info__ < (0, 11)
+"""Whether the compiler rounds the update of a layer as it rounds that of all of them."""
 EVEN = LlamaConfig.from_dict(LLAMA.to_dict() | {"hidden_size": 48, "head_dim": 16})
 
 
@@ -83,7 +92,13 @@ def both(settings: TrainConfig, **more: Any) -> tuple[Training, Training]:
 
 
 @pytest.mark.parametrize("case", ["plain", "accumulation", "bfloat16", "mesh"])
-def test_losses_and_state_are_the_same_bit_by_bit(case: str) -> None:
+def test_a_step_is_the_same_but_for_roundings(case: str) -> None:
+    """From the same state each: with jax 0.10 the next one is the same bit by bit.
+
+    b1 mu + (1 - b1) g has two products, either of which a compiler may fuse with the sum. Later
+    ones choose for each program, and so differ in the last bit of a term. From there on Adam, which
+    divides small gradients by their size, divides their roundings too.
+    """
     settings, more = TRAIN, {}
     if case == "accumulation":
         settings = dataclasses.replace(TRAIN, accumulation=2)
@@ -92,13 +107,51 @@ def test_losses_and_state_are_the_same_bit_by_bit(case: str) -> None:
     elif case == "mesh":
         more = {"mesh": MeshConfig(data=1, fsdp=2, tensor=2)}
     here, away = both(settings, **more)
-    state, losses = here.go(here.state(), range(4))
-    moved, same = away.go(away.state(), range(4))
-    assert same == losses and losses[-1] != losses[0]
-    assert kinds(state.opt_state) == {"device"}
-    assert kinds(moved.opt_state) == {"pinned_host"}
-    assert kinds(moved.adapters) == {"device"}
-    assert_same(moved, state)
+    state, moved = here.state(), away.state()
+    losses = []
+    for step in range(4):
+        old = jax.tree.map(np.array, state)  # the step takes its place
+        moved = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), old, moved)
+        state, there = here.go(state, range(step, step + 1))
+        moved, same = away.go(moved, range(step, step + 1))
+        assert same == there
+        losses += same
+        assert kinds(state.opt_state) == {"device"}
+        assert kinds(moved.opt_state) == {"pinned_host"}
+        assert kinds(moved.adapters) == {"device"}
+        if EXACT:
+            assert_same(moved, state)
+        for one in zip(*map(moments, (old, state, moved)), strict=True):
+            for rate, last, a, b in zip((TRAIN.beta1, TRAIN.beta2), *one, strict=True):
+                kept = rate * wide(last)
+                terms = np.abs(kept) + np.abs(wide(a) - kept)
+                assert (np.abs(wide(a) - wide(b)) <= 2 * jnp.finfo(a.dtype).eps * terms).all()
+        check_adapters(state, old.adapters, step)
+        check_adapters(moved, old.adapters, step)
+    assert losses[-1] != losses[0]
+
+
+def moments(state: Any) -> Any:
+    adam = state.opt_state[0]
+    return zip(jax.tree.leaves(adam.mu), jax.tree.leaves(adam.nu), strict=True)
+
+
+def wide(x: Any) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+def check_adapters(state: Any, before: Any, step: int) -> None:
+    """Against float64, from those before the step and the moments after it."""
+    rate = float(learning_rate(TRAIN)(step))
+    old, new = jax.tree.leaves(before), jax.tree.leaves(state.adapters)
+    for w, found, (mu, nu) in zip(map(wide, old), new, moments(state), strict=True):
+        first = wide(mu) / (1 - TRAIN.beta1 ** (step + 1))
+        second = wide(nu) / (1 - TRAIN.beta2 ** (step + 1))
+        scaled, decay = first / (np.sqrt(second) + TRAIN.eps), TRAIN.weight_decay * w
+        unit = jnp.finfo(found.dtype).eps
+        # 1 - b2^t has lost the leading digits of 1.
+        allowed = (4 * unit + 2e-4) * rate * (np.abs(scaled) + np.abs(decay)) + 2 * unit * np.abs(w)
+        assert (np.abs(wide(found) - (w - rate * (scaled + decay))) <= allowed).all()
 
 
 def test_a_checkpoint_goes_on_from_either_place(tmp_path: Path) -> None:
@@ -106,15 +159,20 @@ def test_a_checkpoint_goes_on_from_either_place(tmp_path: Path) -> None:
     expected, losses = here.go(here.state(), range(4))
     for first, second in ((here, away), (away, here)):
         half, begun = first.go(first.state(), range(2))
+        saved = jax.tree.map(np.array, half)
         folder = tmp_path / f"{first is here}-{second is here}"
         with Checkpoints(folder, 1) as checkpoints:
             checkpoints.save(2, half)
             checkpoints.wait()
             restored = checkpoints.restore(2, second.state())
         assert kinds(restored.opt_state) == kinds(second.state().opt_state)
+        assert_same(restored, saved)
         ended, rest = second.go(restored, range(2, 4))
-        assert begun + rest == losses
-        assert_same(ended, expected)
+        if EXACT:
+            assert begun + rest == losses
+            assert_same(ended, expected)
+        else:
+            np.testing.assert_allclose(begun + rest, losses, rtol=1e-6)
 
 
 def test_a_float16_step_that_overflows_changes_nothing_but_the_scale() -> None:

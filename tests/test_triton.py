@@ -220,10 +220,17 @@ def test_refuses_a_jax_without_the_backend(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("block_m", 8), ("block_n", 48), ("block_k", 0), ("num_warps", 3), ("splits", 0)],
+    [
+        ("block_m", 8),
+        ("block_n", 48),
+        ("block_k", 0),
+        ("num_warps", 3),
+        ("splits", 0),
+        ("decode", "x"),
+    ],
 )
-def test_tiles_name_what_they_do_not_accept(field: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"{field} = {value}: accepted is "):
+def test_tiles_name_what_they_do_not_accept(field: str, value: int | str) -> None:
+    with pytest.raises(ValueError, match=f"{field} = {value!r}: accepted is "):
         Tiles(**{field: value})
 
 
@@ -235,6 +242,7 @@ def test_default_tiles_fill_a_large_gpu_where_partial_sums_are_small() -> None:
             apart = shape.features if transposed else shape.out
             width = tiles.block_k if transposed else tiles.block_n
             programs = -(-rows // tiles.block_m) * -(-apart // width) * tiles.splits
+            assert tiles.decode == ("kernel" if rows <= 64 else "xla")
             assert tiles.splits == 1 or programs <= 256
             assert tiles.splits == 1 or tiles.splits * rows * 8 <= summed * bits / 8
             if rows <= 16:

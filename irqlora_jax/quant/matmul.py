@@ -102,6 +102,19 @@ def preferred_layout(implementation: MatmulName | None) -> str:
     return packing.FRAGMENTS if implementation == "mosaic" else packing.LAYOUT
 
 
+def laid_out(tree: Any, implementation: MatmulName | None) -> Any:
+    """A tree of arrays and QTensors with the codes of those that have several layouts (blocks of
+    64) as `preferred_layout` says."""
+    layout = preferred_layout(implementation)
+
+    def lay(leaf: Any) -> Any:
+        if isinstance(leaf, QTensor) and leaf.layout != layout and leaf.block_size == 64:
+            return leaf.with_layout(layout)
+        return leaf
+
+    return jax.tree.map(lay, tree, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+
+
 def require(implementation: MatmulName | None, x: Any, weight: Any) -> None:
     """Checks that an implementation can serve, from shapes alone.
 

@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import hlo
 import jax
 import jax.numpy as jnp
 import pytest
@@ -64,9 +65,13 @@ def test_tensor_cores_and_no_spills(tmp_path, gpu, name, product, rows, shape) -
     # Levels are found by permutations: no load of a table, and no tree of selects.
     assert machine.counts["PRMT"] > 0
     assert machine.counts["FSEL"] == 0
-    # Besides its operands and its result the program holds scales, shifts and partial sums.
+    # Besides its operands and its result the program holds partial sums, and for many rows scales
+    # and shifts; for few of them the kernel decodes those itself.
     memory = program.memory_analysis()
     assert memory.temp_size_in_bytes < shape.out * shape.features
+    fusions = [one for one in hlo.parse(program.as_text()) if one.kind == "fusion"]
+    scales = ("f32", shape.out * shape.features // 64)
+    assert any(scales in one.types for one in fusions) is (rows == 2048)
 
 
 def test_every_warp_dequantizes_its_own_share(tmp_path) -> None:
