@@ -9,10 +9,10 @@ the terms, and XLA adds their float32 sums in fixed order.
 The result is computed as its transpose: then W is the operand that has 64 rows, and x or g the one
 whose size may be as small as 8. In W x^T the operand W comes from the registers in which it is
 made. In W^T g^T the sum goes over the rows of W, and registers have it the wrong way around; the
-tensor cores can turn an operand that they read from shared memory. So each warp group stores the
-64 x 64 weights it made there, for itself alone, in three places in turn: one is written while the
-tensor cores read another, and the third is what separates the warps of the group, of which one may
-know that the product before is done, and write, before the others do.
+tensor cores can turn an operand that they read from shared memory. So each warp group stores the 64
+x 64 weights it made there, for itself alone, in three places in turn: one is written while the
+tensor cores read another. The third is for warps that are behind: one may know that the product
+before is done, and write on, earlier than the other warps of its group.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ from irqlora_jax.quant import packing
 
 def product(
     m: int,
-    out: int,
+    width: int,
     terms: int,
     bits: int,
     levels: tuple[float, ...],
@@ -38,15 +38,15 @@ def product(
     tiles: Tiles,
     transposed: bool = False,
 ) -> Callable[[Array, Array, Array], Array]:
-    """The kernel, of codes [rows of W, bytes], `affine` and x [m, terms].
+    """The kernel, of codes [rows of W, bytes], `affine` and x [m, terms padded to 64].
 
-    It makes x W^T or, transposed, x W: [m, out padded to 64], or with several splits their float32
-    sums, transposed: [splits, out padded to 64, m padded to whole tiles].
+    It makes x W^T or, transposed, x W: [m, width padded to 64], or with several splits their
+    float32 sums, transposed: [splits, width padded to 64, m padded to whole tiles].
 
     Args:
         m: rows of x, a multiple of 8.
-        out: columns of the result: rows of W, or its columns.
-        terms: of each sum: columns of W, or its rows.
+        width: columns of the result: rows of W or, transposed, its columns.
+        terms: of each sum: columns of W or, transposed, its rows.
         bits: of a code.
         levels: of the format.
         dtype: of x.
@@ -61,11 +61,11 @@ def product(
 
     groups, batch, stages = tiles.warp_groups, tiles.batch, tiles.stages
     line = packing.packed_size(BLOCK, bits)
-    grid = (-(-out // tiles.rows), -(-m // batch))
+    grid = (-(-width // tiles.width), -(-m // batch))
     steps = -(-terms // (BLOCK * tiles.blocks * tiles.splits))
     chunk = min(batch, CHUNK)
     partial = tiles.splits > 1
-    padded = out + -out % ROWS
+    padded = width + -width % ROWS
     if partial:
         shape, kind = (tiles.splits, padded, grid[1] * batch), jnp.dtype(jnp.float32)
         out_block = (groups, ROWS, chunk)
@@ -117,13 +117,13 @@ def product(
                     down, across = of_weight(own, term)
                     rows = pl.ds(down * BLOCK, high * BLOCK)
                     bytes_ = pl.ds(across * line, wide * line)
-                    terms = pl.ds(term * BLOCK, tiles.blocks * BLOCK)
+                    taken = pl.ds(term * BLOCK, tiles.blocks * BLOCK)
                     arrived = full.at[slot]
                     plgpu.copy_gmem_to_smem(codes.at[rows, bytes_], codes_s.at[slot], arrived)
                     plgpu.copy_gmem_to_smem(
                         scales.at[pl.ds(across, wide), rows], scales_s.at[slot], arrived
                     )
-                    plgpu.copy_gmem_to_smem(x.at[pl.ds(row, batch), terms], x_s.at[slot], arrived)
+                    plgpu.copy_gmem_to_smem(x.at[pl.ds(row, batch), taken], x_s.at[slot], arrived)
 
         def weights(step, block):
             """Of 64 rows and columns of W, as the tensor cores take them."""

@@ -1,11 +1,11 @@
-"""How the Mosaic kernel cuts its work (`matmul_mosaic.py`)."""
+"""How the Mosaic kernels cut their work (`mosaic_product.py`)."""
 
 import dataclasses
 
 from irqlora_jax.quant import packing
 
 BLOCK = packing.FRAGMENT_BLOCK
-ROWS = 64  # of W that a warp group has
+ROWS = 64  # of the operand W or W^T that a warp group has
 CHUNK = 64  # columns of a tile that leave at once
 PLACES = 3  # in shared memory for weights that a warp group made (dX)
 MULTIPROCESSORS = 132
@@ -17,13 +17,13 @@ class Tiles:
     """How the work is cut.
 
     Attributes:
-        batch: rows of x that a tile has: 8, 16, 32, 64, 128 or 256.
-        warp_groups: that multiply, each of them 64 rows of W.
-        blocks: quantization blocks of 64 inputs that are copied at once.
+        batch: rows of x or g that a tile has: 8, 16, 32, 64, 128 or 256.
+        warp_groups: that multiply, each of them 64 rows of W or, in dX, 64 columns.
+        blocks: of 64 terms of the sums that are copied at once.
         stages: copies on their way or in use.
         together: steps between two points at which all products are done.
-        splits: parts of the inputs that are summed apart.
-        band: tiles of W that are computed with the same rows of x before the next ones.
+        splits: parts of the terms that are summed apart.
+        band: tiles of W that are computed with the same rows of x or g before the next ones.
         grid: blocks of the kernel, one for each multiprocessor.
     """
 
@@ -46,15 +46,15 @@ class Tiles:
             raise ValueError(f"stages = {self.stages}: accepted is 2 or more")
 
     @property
-    def rows(self) -> int:
-        """Rows of W that a tile has."""
+    def width(self) -> int:
+        """Rows of W that a tile has or, in dX, columns."""
         return ROWS * self.warp_groups
 
     def shared_memory(self, bits: int, transposed: bool = False) -> int:
         """Bytes of shared memory that a block of the kernel takes, but for its barriers."""
-        codes = self.rows * packing.packed_size(BLOCK, bits)
-        stage = self.blocks * (codes + 4 * self.rows + 2 * BLOCK * self.batch)
-        result = self.rows * min(self.batch, CHUNK) * (4 if self.splits > 1 else 2)
+        codes = self.width * packing.packed_size(BLOCK, bits)
+        stage = self.blocks * (codes + 4 * self.width + 2 * BLOCK * self.batch)
+        result = self.width * min(self.batch, CHUNK) * (4 if self.splits > 1 else 2)
         places = PLACES * self.warp_groups * 2 * ROWS * BLOCK if transposed else 0
         return self.stages * stage + result + places
 

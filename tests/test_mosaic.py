@@ -280,7 +280,7 @@ def test_default_tiles_fit_and_keep_the_multiprocessors_busy(bits: int, transpos
             assert tiles.shared_memory(bits, transposed) + (3 << 10) <= 227 << 10
             assert tiles.stages * tiles.blocks >= (3 if transposed else 4)
             out, terms = (k, n) if transposed else (n, k)
-            tasks = -(-m // tiles.batch) * -(-out // tiles.rows) * tiles.splits
+            tasks = -(-m // tiles.batch) * -(-out // tiles.width) * tiles.splits
             rounds = -(-tasks // tiles.grid)
             assert tasks / (rounds * tiles.grid) >= 0.6, (m, n, k, tiles)
             steps = -(-terms // (64 * tiles.blocks))

@@ -1,6 +1,7 @@
 """The Mosaic kernels, compiled for Hopper GPUs that are not there: what a thread executes."""
 
 import collections
+import itertools
 import re
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def test_machine_code(
     offsets = [int(one, 16) for one in re.findall(r"0x[0-9a-f]+", " ".join(addresses))]
     assert not any(offset % 16 for offset in offsets)
     if product == DX:  # 16 pairs of weights of a thread, and then its part of the result
-        assert counts["STS"] == 16 * blocks + tiles.batch // 4
+        assert counts["STS"] + 4 * counts["STSM"] == 16 * blocks + tiles.batch // 4
     # As many permutes as the table says (8 pairs, 8 to 16 look-ups, 2 masks, each for 2 rows, and 2
     # to double scale and shift), and a few for addresses. A level of FP4 and its negative have the
     # same low byte, so the assembler looks these up once.
@@ -89,6 +90,13 @@ def test_machine_code(
     assert counts["SHFL"] <= transposed + 8
 
     assert sass.overwritten_operands(kernel) == [] and not kernel.serialized
+    if m == 2048 and steps % together == 0:
+        # What is issued from one product of 64 x batch x 64 to the next. A scheduler has a warp of
+        # each of two warp groups, whose products take the tensor cores 4 * batch cycles.
+        lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(\S.*?);", kernel.code)
+        ends = [i for i, line in enumerate(lines) if re.search(r"HGMMA.*gsb0", line)]
+        longest = max(end - start for start, end in itertools.pairwise(ends))
+        assert 2 * longest <= 0.6 * 4 * tiles.batch
     # No dequantized weight, and no copy of the codes: they go to the kernel as they are.
     stored = [made for one in hlo.stored(hlo.parse(compiled.as_text())) for made in one.types]
     assert {kind for kind, size in stored if size >= n * k} == set()
