@@ -88,11 +88,11 @@ def weights_for(one: Implementation, case: Case, weights: tuple[Any, ...]) -> tu
 
 def alternatives(one: Implementation, what: str, case: Case, weight: Any) -> list[Any]:
     """Tiles to be timed, those of the rule first."""
-    bits = get_format(weight.format).bits
+    bits, transposed = get_format(weight.format).bits, what == TRANSPOSED
     if one is MOSAIC:
-        rule = mosaic_tiles.default_tiles(case.tokens, *weight.shape, bits)
-        return [rule, *mosaic_tiles.neighbors(rule, bits)]
-    rule = tiles_triton.default_tiles(case.tokens, *weight.shape, bits, what == TRANSPOSED)
+        rule = mosaic_tiles.default_tiles(case.tokens, *weight.shape, bits, transposed)
+        return [rule, *mosaic_tiles.neighbors(rule, bits, transposed)]
+    rule = tiles_triton.default_tiles(case.tokens, *weight.shape, bits, transposed)
     return [rule, *tiles_triton.neighbors(rule)]
 
 
@@ -151,8 +151,6 @@ def measure(
             (FORWARD, one.forward, case.x),
             (TRANSPOSED, one.backward, case.g),
         ):
-            if one is not XLA and product is XLA.backward:
-                continue
             if tuned and one is not XLA:
                 changes = tiles[one.name, what] = tune(one, what, case, weights)
                 rule = alternatives(one, what, case, weights[0])[0]

@@ -88,8 +88,12 @@ def main() -> None:
                     found = kernels_of(gpu, function, given, weight)
                     rows += row(gpu, name, fmt, count, found)
                 if DEVICES[gpu].capability == (9, 0):
-                    found = kernels_of(gpu, matmul_mosaic.matmul, x, fragments)
-                    rows += row(gpu, "mosaic, y", fmt, count, found)
+                    for name, function, given in (
+                        ("mosaic, y", matmul_mosaic.matmul, x),
+                        ("mosaic, dX", matmul_mosaic.matmul_transposed, g),
+                    ):
+                        found = kernels_of(gpu, function, given, fragments)
+                        rows += row(gpu, name, fmt, count, found)
         for fmt in ("nf4", "nf3", "nf2", "fp4"):
             blocks = jax.ShapeDtypeStruct((2**16, 64), jnp.bfloat16)
             found = kernels_of(gpu, lambda w, fmt=fmt: search_triton.search_shift(w, fmt), blocks)

@@ -27,12 +27,15 @@ class Machine:
         spills: bytes that a thread stores in memory and loads again for lack of registers.
         counts: instructions by their first word, such as HGMMA, HMMA, PRMT.
         code: its instructions as text.
+        serialized: whether the assembler lets each tensor core product (HGMMA) finish before the
+            next instruction, since it cannot tell who uses its registers.
     """
 
     registers: int
     spills: int
     counts: collections.Counter[str]
     code: str
+    serialized: bool = False
 
 
 def compile_kernels(traced: Any, folder: Path) -> tuple[Any, dict[str, Machine]]:
@@ -70,24 +73,26 @@ def assemble(ptx: str, folder: Path) -> dict[str, Machine]:
     for name, stores, loads, registers in re.findall(usage, log, re.S):
         words = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][A-Z0-9_]*)", bodies[name])
         spills = int(stores) + int(loads)
-        found[name] = Machine(int(registers), spills, collections.Counter(words), code=bodies[name])
+        counts = collections.Counter(words)
+        found[name] = Machine(int(registers), spills, counts, bodies[name], "C7510" in log)
     return found
 
 
 def overwritten_operands(machine: Machine) -> list[str]:
-    """Instructions that write a register that a tensor core product in flight (HGMMA) reads.
+    """Instructions that write a register that a tensor core product in flight (HGMMA) reads, or
+    that read or write one in which it sums.
 
-    Such a product reads its operand in registers at any time until the wait for its group
-    (WARPGROUP.DEPBAR). All paths through the kernel are followed.
+    Such a product uses its registers at any time until the wait for its group (WARPGROUP.DEPBAR).
+    All paths through the kernel are followed.
     """
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", machine.code)
     code = [(int(address, 16), re.sub(r"^@!?U?P\w+ +", "", text), text) for address, text in lines]
     at = {address: i for i, (address, _, _) in enumerate(code)}
+    nothing: _Registers = (frozenset(), frozenset())
     found: set[str] = set()
     seen: set[tuple[Any, ...]] = set()
     # Where to go on, groups in flight and products of the group not yet closed, by registers.
-    paths: list[tuple[int, tuple[frozenset[int], ...], frozenset[int]]]
-    paths = [(0, (), frozenset())]
+    paths: list[tuple[int, tuple[_Registers, ...], _Registers]] = [(0, (), nothing)]
     while paths:
         state = i, flying, open_ = paths.pop()
         if i >= len(code) or state in seen:
@@ -95,19 +100,26 @@ def overwritten_operands(machine: Machine) -> list[str]:
         seen.add(state)
         _, text, whole = code[i]
         word = text.split()[0]
-        if word.startswith("HGMMA"):
-            if operand := re.match(r"\S+ R\d+, R(\d+),", text):
-                open_ |= set(range(int(operand[1]), int(operand[1]) + 4))
+        if product := re.match(r"HGMMA\.64x(\d+)x16\.F32\S* R(\d+), (?:R(\d+),)?", text):
+            columns, total, operand = (int(one or 0) for one in product.groups())
+            operands, sums = open_
+            if operand:
+                operands |= set(range(operand, operand + 4))
+            open_ = operands, sums | set(range(total, total + columns // 2))
             if "gsb0" in text:
-                flying, open_ = (*flying, open_), frozenset()
+                flying, open_ = (*flying, open_), nothing
         elif word == "WARPGROUP.DEPBAR.LE":
             left = int(text.rsplit(",", 1)[1], 16)
             flying = flying[len(flying) - left :] if left < len(flying) else flying
-        elif target := re.match(r"(?!ST|SYNCS|BAR|BRA)\S+ (?:P\w+, )?R(\d+)\b", text):
-            width = 4 if ".128" in word else 2 if re.search(r"\.64|WIDE|CS2R$", word) else 1
-            written = set(range(int(target[1]), int(target[1]) + width))
-            if any(written & registers for registers in (*flying, open_)):
-                found.add(whole)
+        else:
+            used = {int(one) for one in re.findall(r"\bR(\d+)\b", text)}
+            written: set[int] = set()
+            if target := re.match(r"(?!ST|SYNCS|BAR|BRA)\S+ (?:P\w+, )?R(\d+)\b", text):
+                width = 4 if ".128" in word else 2 if re.search(r"\.64|WIDE|CS2R$", word) else 1
+                written = set(range(int(target[1]), int(target[1]) + width))
+            for operands, sums in (*flying, open_):
+                if written & operands or (written | used) & sums:
+                    found.add(whole)
         jump = re.search(r"0x([0-9a-f]+)$", text) if word.startswith("BRA") else None
         if jump:
             paths.append((at[int(jump[1], 16)], flying, open_))
@@ -116,6 +128,10 @@ def overwritten_operands(machine: Machine) -> list[str]:
         ):
             paths.append((i + 1, flying, open_))
     return sorted(found)
+
+
+_Registers = tuple[frozenset[int], frozenset[int]]
+"""Of a product: those of its operand, and those of its sums."""
 
 
 def disassemble(code: Path) -> str:

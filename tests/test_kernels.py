@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from mosaic_interpreter import interpreted
 
 from irqlora_jax.config import QuantConfig
-from irqlora_jax.kernels import matmul_triton
+from irqlora_jax.kernels import matmul_mosaic, matmul_triton, mosaic_tiles
 from irqlora_jax.kernels.matmul_triton import Tiles
 from irqlora_jax.quant.formats import FORMATS, get_format
 from irqlora_jax.quant.matmul import XLA
@@ -39,7 +40,21 @@ def triton(name: str, tiles: Tiles | None = None) -> Adapter:
     )
 
 
-ADAPTERS = (Adapter("xla", XLA.forward, XLA.backward), triton("triton"))
+def mosaic() -> Adapter:
+    """In the interpreter of jax 0.12; elsewhere its tests are skipped."""
+
+    def product(function: Callable, x: jax.Array, weight: QTensor) -> jax.Array:
+        if x.dtype == jnp.float32:
+            pytest.skip("it takes x in bfloat16 or float16")
+        with interpreted(detect_races=False):
+            tiles = mosaic_tiles.Tiles(32, grid=2, together=1, stages=2, blocks=2)
+            return function(x, weight.with_layout("fragments"), tiles)
+
+    products = matmul_mosaic.matmul, matmul_mosaic.matmul_transposed
+    return Adapter("mosaic", *(functools.partial(product, one) for one in products))
+
+
+ADAPTERS = (Adapter("xla", XLA.forward, XLA.backward), triton("triton"), mosaic())
 BATCHES = (1, 5, 16, 33)
 SHAPES = ((24, 100), (96, 488), (130, 192), (64, 256))
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)

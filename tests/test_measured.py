@@ -60,12 +60,14 @@ def test_tuned_tiles_are_taken_where_they_were_measured() -> None:
         assert len(others) >= 4 and tiles not in others and len(set(others)) == len(others)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["y", "dX"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("rows", [1, 64, 2048])
-def test_neighbors_of_mosaic_tiles_fit(bits: int, rows: int) -> None:
-    rule = mosaic_tiles.default_tiles(rows, 4096, 4096, bits)
-    others = mosaic_tiles.neighbors(rule, bits)
-    assert others and all(one.shared_memory(bits) <= mosaic_tiles.SHARED for one in others)
+def test_neighbors_of_mosaic_tiles_fit(bits: int, rows: int, transposed: bool) -> None:
+    rule = mosaic_tiles.default_tiles(rows, 4096, 4096, bits, transposed)
+    others = mosaic_tiles.neighbors(rule, bits, transposed)
+    taken = [one.shared_memory(bits, transposed) for one in others]
+    assert others and max(taken) <= mosaic_tiles.SHARED
 
 
 def test_the_committed_file_is_read_and_a_broken_one_is_named(tmp_path: Path) -> None:

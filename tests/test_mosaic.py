@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax import lax
+from mosaic_interpreter import HALVES, interpreted
 
 from irqlora_jax.config import QuantConfig
 from irqlora_jax.kernels import byte_table, matmul_mosaic, mosaic_fragments
@@ -18,7 +18,6 @@ from irqlora_jax.quant.formats import FORMATS, get_format
 from irqlora_jax.quant.qtensor import quantized_shape
 
 Tiles = matmul_mosaic.Tiles
-HALVES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 HOPPER = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H200")
 
 
@@ -211,61 +210,6 @@ def test_a_thread_loads_its_operand_of_the_tensor_cores() -> None:
 # --- the loops ------------------------------------------------------------------------------------
 
 
-def looked_up(levels, bits: int, dtype: str):
-    """As `mosaic_fragments.permuted`, in operations that an interpreter has."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    def fragment(codes, scales):
-        codes = packing.unpack(codes[...], bits, "fragments")
-        both = scales[...]
-        # The interpreter's detector of races wants this between reads and a copy over them.
-        plgpu.commit_smem()
-        low, high = ((both >> shift).astype(jnp.uint16) for shift in (np.uint32(0), np.uint32(16)))
-        scale, shift = (
-            lax.bitcast_convert_type(one, jnp.dtype(dtype)).astype(jnp.float32)
-            for one in (low, high)
-        )
-        found = jnp.zeros(codes.shape, jnp.float32)
-        for i, level in enumerate(np.asarray(levels, HALVES[dtype]).astype(np.float32)):
-            found = jnp.where(codes == i, level, found)
-        return (found * scale[:, None] + shift[:, None]).astype(dtype)
-
-    return fragment
-
-
-@pytest.fixture
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels run on the CPU, a thread for each warp group, with a detector of races."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        pytest.skip("the interpreter of this jax knows neither edges nor transposed operands")
-    kernel, wgmma, copies = plgpu.kernel, plgpu.wgmma, []
-
-    def interpreted(body, *, scratch_types, num_threads, **options):
-        def with_copies(*refs):
-            copies.append(refs[-1])
-            body(*refs[:-1])
-
-        return kernel(
-            with_copies,
-            scratch_types=[*scratch_types, plgpu.SMEM((num_threads, 64, 64), jnp.bfloat16)],
-            num_threads=num_threads,
-            interpret=plgpu.InterpretGPUParams(detect_races=True),
-            **options,
-        )
-
-    def from_shared_memory(sums, weights, inputs):
-        # The interpreter has no operands in registers.
-        mine = copies[-1].at[lax.axis_index("group")]
-        mine[...] = weights
-        wgmma(sums, mine, inputs)
-
-    monkeypatch.setattr(plgpu, "kernel", interpreted)
-    monkeypatch.setattr(plgpu, "wgmma", from_shared_memory)
-    monkeypatch.setattr(mosaic_fragments, "permuted", looked_up)
-
-
 def make(name: str, n: int, k: int):
     """A weight of random bits: all codes, scales and shifts that there are."""
     shape = quantized_shape((n, k), QuantConfig(format=name))  # type: ignore[arg-type]
@@ -286,23 +230,29 @@ CASES = {
     # Rows and columns of x and W that fill no tile; several tiles for a block, slots used again.
     "edges": ("nf4", 20, 136, 192, Tiles(16, grid=2, together=2, stages=2)),
     "one row": ("nf4", 1, 72, 320, Tiles(8, grid=3, blocks=2, together=1, stages=2, splits=2)),
-    "chunks": ("nf3", 70, 64, 256, Tiles(128, grid=1, warp_groups=1, blocks=2, stages=2)),
+    "chunks": ("nf3", 70, 64, 192, Tiles(128, grid=1, blocks=2, stages=2)),
     # A block of the grid has nothing to do, a part of the inputs is empty.
     "idle": ("int2", 9, 64, 192, Tiles(16, grid=4, warp_groups=1, blocks=2, splits=3, stages=2)),
 }
 
 
-@pytest.mark.usefixtures("interpreter")
 @pytest.mark.parametrize("case", list(CASES))
 def test_loops(case: str) -> None:
-    """All tiles, steps, parts and edges, against the product in float64."""
+    """All tiles, steps, parts and edges of both products, against float64."""
     name, m, n, k, tiles = CASES[case]
     weight = make(name, n, k)
-    x = jax.random.normal(jax.random.key(1), (m, k)).astype(jnp.bfloat16)
-    found = np.asarray(matmul_mosaic.matmul(x, weight, tiles), np.float64)
-    assert found.shape == (m, n)
-    expected = np.asarray(x, np.float64) @ np.asarray(weight.dequantize(), np.float64).T
-    assert np.abs(found - expected).max() <= 8e-3 * np.abs(expected).max()
+    dense = np.asarray(weight.dequantize(), np.float64)
+    for product, factor in (
+        (matmul_mosaic.matmul, dense.T),
+        (matmul_mosaic.matmul_transposed, dense),
+    ):
+        x = jax.random.normal(jax.random.key(1), (m, len(factor))).astype(jnp.bfloat16)
+        with interpreted():
+            found = np.asarray(product(x, weight, tiles), np.float64)
+        assert found.shape == (m, factor.shape[1])
+        expected = np.asarray(x, np.float64) @ factor
+        # Not `error > ..`, which NaN would pass.
+        assert np.abs(found - expected).max() <= 8e-3 * np.abs(expected).max()
 
 
 # --- what it is given -----------------------------------------------------------------------------
@@ -321,17 +271,19 @@ def test_affine(name: str, dtype) -> None:
     np.testing.assert_array_equal(high, np.asarray(weight.shift().astype(dtype)).T)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["y", "dX"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_default_tiles_fit_and_keep_the_multiprocessors_busy(bits: int) -> None:
+def test_default_tiles_fit_and_keep_the_multiprocessors_busy(bits: int, transposed: bool) -> None:
     for m in (1, 5, 16, 33, 64, 100, 256, 2048, 8192):
         for n, k in ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (32000, 6656)):
-            tiles = matmul_mosaic.default_tiles(m, n, k, bits)
-            assert tiles.shared_memory(bits) + (3 << 10) <= 227 << 10
-            assert tiles.stages * tiles.blocks >= 4
-            tasks = -(-m // tiles.batch) * -(-n // tiles.rows) * tiles.splits
+            tiles = matmul_mosaic.default_tiles(m, n, k, bits, transposed)
+            assert tiles.shared_memory(bits, transposed) + (3 << 10) <= 227 << 10
+            assert tiles.stages * tiles.blocks >= (3 if transposed else 4)
+            out, terms = (k, n) if transposed else (n, k)
+            tasks = -(-m // tiles.batch) * -(-out // tiles.width) * tiles.splits
             rounds = -(-tasks // tiles.grid)
             assert tasks / (rounds * tiles.grid) >= 0.6, (m, n, k, tiles)
-            steps = -(-k // (64 * tiles.blocks))
+            steps = -(-terms // (64 * tiles.blocks))
             assert tiles.splits <= steps
             # No part of the inputs is empty.
             assert (tiles.splits - 1) * -(-steps // tiles.splits) < steps
@@ -344,6 +296,11 @@ def test_tiles_are_checked() -> None:
         Tiles(8, stages=1)
     with pytest.raises(ValueError, match="splits = 0: accepted is 1"):
         Tiles(8, splits=0)
+    weight, x = make("nf3", 128, 128), jnp.zeros((8, 128), jnp.bfloat16)
+    with pytest.raises(ValueError, match="blocks = 1: accepted with 3 bits is a multiple of 2"):
+        matmul_mosaic.matmul(x, weight, Tiles(8))
+    with pytest.raises(ValueError, match="warp_groups = 1: accepted with 3 bits is a multiple"):
+        matmul_mosaic.matmul_transposed(x, weight, Tiles(8, warp_groups=1))
 
 
 def test_refusals_say_why() -> None:
@@ -359,8 +316,6 @@ def test_refusals_say_why() -> None:
     assert "this one is float32" in refused(x=jnp.zeros((2, 128)))
     assert "weight.with_layout('fragments')" in refused(layout="planes")
     assert "block_size = 32" in refused(block_size=32)
-    assert "multiples of 64, this weight has 100" in refused(shape=(8, 100))
-    assert "multiples of 128, this weight has 192" in refused(shape=(8, 192), format="nf3")
     assert "leading axes (3,)" in refused(packed=jnp.zeros((3, 8, 2, 32), jnp.uint8))
     kinds = (jax.sharding.AxisType.Auto,)
     with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=kinds)):
@@ -384,10 +339,15 @@ def test_refusals_say_why() -> None:
     ],
 )
 def test_lowers_for_cuda(name: str, m: int, dtype) -> None:
-    """One call of the kernel, and its result has the shape and the type of x @ W^T."""
-    weight = make(name, 200, 384)
-    x = jax.ShapeDtypeStruct((2, m, 384), dtype)
-    lowered = jax.jit(matmul_mosaic.matmul).trace(x, weight).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("@mosaic_gpu") == 1
-    (out,) = jax.tree.leaves(lowered.out_info)
-    assert (out.shape, out.dtype) == ((2, m, 200), dtype)
+    """One call of a kernel each, and the result has the shape and the type of x @ W^T or g @ W."""
+    n, k = 200, 388
+    weight = make(name, n, k)
+    for product, columns, out in (
+        (matmul_mosaic.MOSAIC.forward, k, n),
+        (matmul_mosaic.MOSAIC.backward, n, k),
+    ):
+        x = jax.ShapeDtypeStruct((2, m, columns), dtype)
+        lowered = jax.jit(product).trace(x, weight).lower(lowering_platforms=("cuda",))
+        assert lowered.as_text().count("@mosaic_gpu") == 1
+        (found,) = jax.tree.leaves(lowered.out_info)
+        assert (found.shape, found.dtype) == ((2, m, out), dtype)

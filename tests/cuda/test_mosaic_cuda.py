@@ -1,6 +1,7 @@
-"""The Mosaic kernel, compiled for Hopper GPUs that are not there: what a thread executes."""
+"""The Mosaic kernels, compiled for Hopper GPUs that are not there: what a thread executes."""
 
-import functools
+import collections
+import itertools
 import re
 from pathlib import Path
 
@@ -17,44 +18,54 @@ from irqlora_jax.quant.formats import get_format
 from irqlora_jax.quant.qtensor import quantized_shape
 
 SHAPES = {"q": (4096, 4096), "up": (11008, 4096), "down": (4096, 11008), "65B": (8192, 8192)}
+Y, DX = "y", "dX"
 # XLA compiles a kernel of Mosaic once in a process, so no two tests may have the same one.
 CASES = [
-    *(("h200", "nf4", shape, m) for shape in SHAPES for m in (1, 16, 2048)),
-    *(("h200", name, "q", m) for name in ("nf3", "nf2", "int4") for m in (1, 2048)),
-    *(("h100", "nf4", "q", m) for m in (33, 300)),
+    *(("h200", Y, "nf4", shape, m) for shape in SHAPES for m in (1, 16, 2048)),
+    *(("h200", Y, name, "q", m) for name in ("nf3", "nf2", "int4") for m in (1, 2048)),
+    *(("h100", Y, "nf4", "q", m) for m in (33, 300)),
+    *(("h200", DX, "nf4", shape, m) for shape in SHAPES for m in (16, 2048)),
+    *(("h200", DX, name, "q", m) for name in ("nf3", "nf2", "fp4") for m in (1, 2048)),
+    *(("h100", DX, "nf4", "q", m) for m in (33, 300)),
 ]
 
 
-def compile_(device: str, name: str, shape: str, m: int, folder: Path, tiles=None):
+def compile_(
+    device: str, product: str, name: str, shape: str, m: int, folder: Path, dtype=jnp.bfloat16
+):
     """The program, and the machine code of its kernel."""
     where = jax.sharding.SingleDeviceSharding(absent(device)[0])
     n, k = SHAPES[shape]
     config = QuantConfig(format=name)  # type: ignore[arg-type]
     weight = jax.eval_shape(lambda w: w.with_layout("fragments"), quantized_shape((n, k), config))
-    shapes = jax.ShapeDtypeStruct((m, k), jnp.bfloat16), weight
+    shapes = jax.ShapeDtypeStruct((m, k if product == Y else n), dtype), weight
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes)
-    matmul = jax.jit(functools.partial(matmul_mosaic.matmul, tiles=tiles))
-    compiled, kernels = sass.compile_kernels(matmul.trace(*shapes), folder)
+    matmul = matmul_mosaic.matmul if product == Y else matmul_mosaic.matmul_transposed
+    compiled, kernels = sass.compile_kernels(jax.jit(matmul).trace(*shapes), folder)
     (kernel,) = (one for key, one in kernels.items() if key.startswith("dequant_matmul"))
     return compiled, kernel
 
 
-@pytest.mark.parametrize(("device", "name", "shape", "m"), CASES)
-def test_machine_code(device: str, name: str, shape: str, m: int, tmp_path: Path) -> None:
-    compiled, kernel = compile_(device, name, shape, m, tmp_path)
+@pytest.mark.parametrize(("device", "product", "name", "shape", "m"), CASES)
+def test_machine_code(
+    device: str, product: str, name: str, shape: str, m: int, tmp_path: Path
+) -> None:
+    compiled, kernel = compile_(device, product, name, shape, m, tmp_path)
     (n, k), bits = SHAPES[shape], get_format(name).bits
-    tiles = matmul_mosaic.default_tiles(m, n, k, bits)
+    tiles = matmul_mosaic.default_tiles(m, n, k, bits, product == DX)
     assert kernel.spills == 0
     # 3 warp groups of 128 threads start with a third of the registers each, and then exchange them.
     assert kernel.registers == 168
     counts = kernel.counts
     assert counts["LDL"] == counts["STL"] == counts["LDG"] == 0
 
-    steps = -(-k // (64 * tiles.blocks * tiles.splits))
+    steps = -(-(k if product == Y else n) // (64 * tiles.blocks * tiles.splits))
     together = min(tiles.together, steps)
     blocks = tiles.blocks * (together + steps % together)
-    # A product of 64 x batch x 16 at a time, and pairs of the 32 weights that a thread has of it.
-    products = re.findall(rf"HGMMA\.64x{tiles.batch}x16\.F32\.BF16 R\d+, R\d+,", kernel.code)
+    # A product of 64 x batch x 16 at a time, and pairs of the 32 weights that a thread has of it:
+    # from registers, or from shared memory, turned by the tensor cores.
+    operand = r"R\d+, " if product == Y else r"gdesc\[UR\d+\]\.tnspA, "
+    products = re.findall(rf"HGMMA\.64x{tiles.batch}x16\.F32\.BF16 R\d+, {operand}", kernel.code)
     assert len(products) == counts["HGMMA"] == 4 * blocks
     assert counts["HFMA2"] == 16 * blocks
     # Two rows of a thread: its codes, and scale with shift. One ldmatrix may serve both rows; it
@@ -66,25 +77,60 @@ def test_machine_code(device: str, name: str, shape: str, m: int, tmp_path: Path
     assert len(addresses) == counts["LDSM"]
     offsets = [int(one, 16) for one in re.findall(r"0x[0-9a-f]+", " ".join(addresses))]
     assert not any(offset % 16 for offset in offsets)
+    if product == DX:  # 16 pairs of weights of a thread, and then its part of the result
+        assert counts["STS"] + 4 * counts["STSM"] == 16 * blocks + tiles.batch // 4
     # As many permutes as the table says (8 pairs, 8 to 16 look-ups, 2 masks, each for 2 rows, and 2
-    # to double scale and shift), and a few for addresses.
+    # to double scale and shift), and a few for addresses. A level of FP4 and its negative have the
+    # same low byte, so the assembler looks these up once.
     permutes = {4: 2 * (8 + 16 + 4 + 2), 3: 2 * (8 + 8 + 2), 2: 2 * (8 + 8 + 2)}[bits]
+    permutes -= 8 if name == "fp4" else 0
     assert permutes * blocks <= counts["PRMT"] <= permutes * blocks + 4 * blocks + 72
     # Shuffles transpose the result, one for a register of pairs; the rest choose a thread.
     transposed = 0 if tiles.splits > 1 else tiles.batch // 4
     assert counts["SHFL"] <= transposed + 8
 
-    assert sass.overwritten_operands(kernel) == []
+    assert sass.overwritten_operands(kernel) == [] and not kernel.serialized
+    if m == 2048 and steps % together == 0:
+        # What is issued from one product of 64 x batch x 64 to the next. A scheduler has a warp of
+        # each of two warp groups, whose products take the tensor cores 4 * batch cycles.
+        lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(\S.*?);", kernel.code)
+        ends = [i for i, line in enumerate(lines) if re.search(r"HGMMA.*gsb0", line)]
+        longest = max(end - start for start, end in itertools.pairwise(ends))
+        assert 2 * longest <= 0.6 * 4 * tiles.batch
     # No dequantized weight, and no copy of the codes: they go to the kernel as they are.
     stored = [made for one in hlo.stored(hlo.parse(compiled.as_text())) for made in one.types]
     assert {kind for kind, size in stored if size >= n * k} == set()
     assert ("u8", n * k * bits // 8) not in stored
 
 
-def test_operands_in_flight_are_found(tmp_path: Path) -> None:
-    """What `overwritten_operands` looks for, in code that has it."""
-    _, kernel = compile_("h200", "nf4", "q", 1000, tmp_path)
+@pytest.mark.parametrize("product", [Y, DX])
+def test_float16(product: str, tmp_path: Path) -> None:
+    _, kernel = compile_("h200", product, "int4", "q", 4096, tmp_path, jnp.float16)
+    assert (kernel.registers, kernel.spills, kernel.serialized) == (168, 0, False)
+    assert len(re.findall(r"HGMMA\.64x256x16\.F32 R", kernel.code)) == kernel.counts["HGMMA"]
+    assert sass.overwritten_operands(kernel) == []
+
+
+@pytest.mark.parametrize("product", [Y, DX])
+def test_registers_of_products_in_flight_are_found(product: str, tmp_path: Path) -> None:
+    """What `overwritten_operands` looks for, in code that has it: sums rounded too early."""
+    _, kernel = compile_("h200", product, "nf4", "q", 1000, tmp_path)
     lines = kernel.code.split("WARPGROUP.DEPBAR.LE gsb0, 0x0")
     assert len(lines) > 1
     never = sass.Machine(0, 0, kernel.counts, "WARPGROUP.DEPBAR.LE gsb0, 0x1".join(lines))
-    assert sass.overwritten_operands(never)
+    assert any("F2FP" in one for one in sass.overwritten_operands(never))
+
+
+def test_operands_in_flight_are_found() -> None:
+    code = """
+        /*0000*/ HGMMA.64x8x16.F32.BF16 R24, R4, gdesc[UR4], R24, gsb0 ;
+        /*0010*/ HGMMA.64x8x16.F32.BF16 R24, R8, gdesc[UR4], R24, gsb0 ;
+        /*0020*/ WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0030*/ PRMT R7, R9, 0x5140, R3 ;
+        /*0040*/ PRMT R11, R9, 0x5140, R3 ;
+        /*0050*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0060*/ PRMT R10, R24, 0x5140, R3 ;
+        /*0070*/ EXIT ;
+    """
+    machine = sass.Machine(0, 0, collections.Counter(), code)
+    assert sass.overwritten_operands(machine) == ["PRMT R11, R9, 0x5140, R3"]
