@@ -49,24 +49,6 @@ MODEL = Llama(
 )
 TEXT = "the cat sat on the mat and the answer is red or green, dark blue at night."
 WORDS = np.array(TEXT.split(" "))
-    [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "mat",
-        "and",
-        "answer",
-        "is",
-        "red",
-        "or",
-        "green",
-        "dark",
-        "blue",
-        "at",
-        "night.",
-    ]
-)
 COMMONSENSE = {
     "arc_easy": ("ARC-Easy", "answer", 4),
     "arc_challenge": ("ARC-Challenge", "answer", 5),
@@ -225,7 +207,7 @@ def test_texts_are_those_of_a_greedy_loop(variables, log_probs):
 def test_texts_may_be_drawn(variables):
     arguments = ("the cat sat", {"do_sample": True, "temperature": 1.0, "max_gen_toks": 8})
     asked = requests(arguments, arguments)
-    lm, again = (HarnessLM(MODEL, variables, TOKENIZERS["byte"], 1) for _ in range(2))
+    lm, again = (HarnessLM(MODEL, variables, TOKENIZERS["byte"], 4) for _ in range(2))
     first = lm.generate_until(asked)
     assert first == again.generate_until(asked)
     assert first[0] != first[1]
@@ -239,7 +221,7 @@ def test_texts_may_be_drawn(variables):
     ],
 )
 def test_other_generations_are_refused(variables, settings, message):
-    lm = HarnessLM(MODEL, variables, TOKENIZERS["byte"], 1)
+    lm = HarnessLM(MODEL, variables, TOKENIZERS["byte"], 4)
     with pytest.raises(ValueError, match=message):
         lm.generate_until(requests(("the cat", settings)))
 
@@ -288,7 +270,7 @@ def loaded(monkeypatch, variables, tmp_path):
 def test_commonsense_tasks_score_as_our_own_questions(loaded, data, tmp_path):
     names = [f"local_{name}" for name in COMMONSENSE]
     folder = write_tasks(tmp_path / "tasks", data)
-    settings = {"batch_size": 8, "progress": False}
+    settings = {"batch_size": 4, "progress": False}
     said = []
     asked = EvalConfig("model", f"lm-eval:{','.join(names)}", task_folder=str(folder), **settings)
     result = evaluate_run(asked, said.append)
@@ -321,7 +303,7 @@ def test_what_was_answered_is_not_asked_again(loaded, data, tmp_path, monkeypatc
     asked = EvalConfig(
         *("model", "lm-eval:local_boolq,local_piqa"),
         task_folder=str(folder),
-        batch_size=2,
+        batch_size=4,
         progress=False,
     )
     whole = evaluate_run(asked, lambda _: None)
@@ -358,7 +340,7 @@ def test_answers_of_another_model_are_not_taken_up(variables, tmp_path):
     for identity, weights in (("one", variables), ("two", other), ("two", variables)):
         kept = Kept(tmp_path / "part", identity)
         found.append(
-            HarnessLM(MODEL, weights, TOKENIZERS["byte"], 1, kept=kept).loglikelihood(asked)
+            HarnessLM(MODEL, weights, TOKENIZERS["byte"], 4, kept=kept).loglikelihood(asked)
         )
     assert found[0] != found[1] == found[2]
 
@@ -366,7 +348,7 @@ def test_answers_of_another_model_are_not_taken_up(variables, tmp_path):
 def test_scores_survive_where_nothing_can_be_kept(variables, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     kept = Kept(tmp_path / "file" / "part", "")
-    lm = HarnessLM(MODEL, variables, TOKENIZERS["byte"], 2, kept=kept)
+    lm = HarnessLM(MODEL, variables, TOKENIZERS["byte"], 4, kept=kept)
     assert len(lm.loglikelihood(requests(("the", " cat"), ("a", " cat")))) == 2
     assert caplog.text.count("cannot be written") == 1
 

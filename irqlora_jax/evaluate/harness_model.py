@@ -56,6 +56,7 @@ class HarnessLM(TemplateLM):
         self._progress = progress
         self._drawn = 0
         self._texts: list[str] = []
+        self._encoded: dict[str, np.ndarray] = {}
 
     @property
     def max_length(self) -> int:
@@ -83,18 +84,42 @@ class HarnessLM(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         """Tokens of a text; None adds what the tokenizer adds, unless it is there already."""
-        if add_special_tokens is None:
-            bos = self.tokenizer.decode([self.prefix_token_id])
-            if not string.startswith(bos):
-                return self.tokenizer.encode(string)
-        return self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens))
+        if add_special_tokens is not None:
+            return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        if string in self._encoded:
+            return self._encoded[string].tolist()
+        return self._encode([string])[0]
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of texts, with what the tokenizer adds unless it is there already."""
+        bos = self.tokenizer.decode([self.prefix_token_id])
+        found: list[Any] = [None] * len(texts)
+        for there in (False, True):
+            places = [i for i, text in enumerate(texts) if text.startswith(bos) == there]
+            part = [texts[place] for place in places]
+            encoded = (
+                self.tokenizer(part, add_special_tokens=not there)["input_ids"] if part else []
+            )
+            for place, tokens in zip(places, encoded, strict=True):
+                found[place] = tokens
+        return found
 
     def loglikelihood(
         self, requests: Any, disable_tqdm: bool | None = None
     ) -> list[tuple[float, bool]]:
         """Log-probability (nats) of each continuation, and whether it is the likeliest."""
         quiet = not self._progress if disable_tqdm is None else disable_tqdm
-        return super().loglikelihood(requests, disable_tqdm=quiet)
+        # What `_encode_pair` will ask for, encoded together, which takes a fraction of the time.
+        pairs = [request.args for request in requests]
+        texts = dict.fromkeys(
+            text for context, end in pairs for text in (context.rstrip(), context + end)
+        )
+        tokens = (np.array(row, np.int32) for row in self._encode(list(texts)))
+        self._encoded = dict(zip(texts, tokens, strict=True))
+        try:
+            return super().loglikelihood(requests, disable_tqdm=quiet)
+        finally:
+            self._encoded = {}
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = True, **_: Any
@@ -224,7 +249,7 @@ class HarnessLM(TemplateLM):
             sampling = {"temperature": float(settings.get("temperature", 1.0))}
             sampling |= {name: settings.get(name) for name in ("top_k", "top_p")}
         room = self.max_length - new
-        encoded = [self.tok_encode(context) or [self.prefix_token_id] for context in contexts]
+        encoded = [tokens or [self.prefix_token_id] for tokens in self._encode(contexts)]
         self.truncated += sum(len(tokens) > room for tokens in encoded)
         prompts = [tokens[-room:] for tokens in encoded]
         ends = {self.eot_token_id, *self.model.config.eos_token_ids, *self._stops(until)}

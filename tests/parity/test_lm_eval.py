@@ -28,24 +28,6 @@ STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260K"
 CONTEXT = 96
 TEXT = "the cat sat on the mat and the answer is red or green, dark blue at night."
 WORDS = np.array(TEXT.split(" "))
-    [
-        "the",
-        "cat",
-        "sat",
-        "on",
-        "the",
-        "mat",
-        "and",
-        "the",
-        "answer",
-        "is",
-        "red",
-        "or",
-        "green",
-        "at",
-        "night.",
-    ]
-)
 
 
 def both(folder):
