@@ -1,6 +1,6 @@
 """Evaluation beside a plain forward pass over the same padded rows.
 
-    python benchmarks/evaluate.py [--size cpu] [--subjects 1] [--questions 48]
+    python benchmarks/evaluate.py [--size cpu] [--subjects 1] [--questions 24]
 
 Tokens a second of `questions`, `mmlu` and lm-eval's interface (where the extra `eval` is
 installed), reading of files, tokenizing and reading of results included. The plain pass makes the
@@ -119,7 +119,7 @@ def main() -> int:
     add_size(parser)
     parser.set_defaults(hidden=256, layers=4, ffn=768, heads=4, length=2048, batch=8)
     parser.add_argument("--subjects", type=int, default=1)
-    parser.add_argument("--questions", type=int, default=48, help="of each subject")
+    parser.add_argument("--questions", type=int, default=24, help="of each subject")
     parser.add_argument("--repeats", type=int, default=5)
     args = fill_size(parser.parse_args())
     print(f"{machine()}; {versions(('lm_eval',))}", flush=True)
