@@ -242,9 +242,14 @@ class Llama(nn.Module):
         positions: Int[Array, "batch seq"] | None = None,
         segment_ids: Int[Array, "batch seq"] | None = None,
         deterministic: bool = True,
+        cache: Cache | None = None,
     ) -> Float[Array, "batch seq hidden"]:
-        """What `head_logits` takes: hidden states after the last norm. Arguments as above."""
-        return self._trunk(tokens, positions, segment_ids, deterministic)[0]
+        """What `head_logits` takes: hidden states after the last norm.
+
+        Arguments as above, and `cache`: of what stands in front of the rows; then they have no
+        positions or segments of their own.
+        """
+        return self._trunk(tokens, positions, segment_ids, deterministic, cache)[0]
 
     def decode(
         self,

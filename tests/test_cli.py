@@ -247,6 +247,7 @@ def test_a_run_from_the_command_line_and_another_one_in_its_folder(case: Case, c
         (["--task=factworld"], ["run"]),
         (["--run=nowhere", "--task=factworld"], ["nowhere", "config.json"]),
         (["--run=nowhere", "--task=mmmlu"], ["task", "mmmlu", "perplexity"]),
+        (["--run=nowhere", "--task=lm-eval:"], ["task", "lm-eval:NAME,NAME"]),
         (["--run=nowhere", "--task=generate"], ["prompt", "--prompt"]),
         (["--run=nowhere", "--task=perplexity"], ["text", "--text"]),
     ],

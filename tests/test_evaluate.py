@@ -50,7 +50,7 @@ def log_probs(variables):
     apply = jax.jit(MODEL.apply)
 
     def log_probs(tokens):
-        padded = np.zeros(64, np.int32)  # one shape
+        padded = np.zeros(256, np.int32)  # one shape
         padded[: len(tokens)] = tokens
         logits = np.asarray(apply(variables, padded[None]))[0, : len(tokens)].astype(np.float64)
         return log_softmax(logits)
@@ -222,24 +222,85 @@ def test_accuracy_is_that_of_a_loop_over_choices(variables, log_probs, longest_c
     assert 0 < result.accuracy < 1
 
 
-@pytest.mark.parametrize("common", [0, 7, 40])
+@pytest.mark.parametrize("common", [0, 40, 130])
 def test_choices_share_rows_and_prompts_their_beginning(variables, log_probs, common):
     """Choices of one token, of several, and such that begin alike or with one another."""
     rng = np.random.default_rng(common)
     shared = tuple(int(i) for i in rng.integers(3, VOCAB, common))
     choices = ((5,), (6, 7), (6, 8), (6, 7, 9, 10), (11, 12, 5), (6,))
-    asked = [
-        dataclasses.replace(q, prompt=shared + q.prompt, choices=choices)
-        for q in random_questions(7, 1)
-    ]
+    asked = []
+    for q in random_questions(7, 1):
+        # The likeliest tokens, so that some choices are what the model itself would say.
+        best = []
+        for _ in range(3):
+            logs = log_probs((*shared, *q.prompt, *best))[-1]
+            best.append(int(np.argmax(logs)))
+        own = (*choices, tuple(best[:2]), tuple(best))
+        asked.append(dataclasses.replace(q, prompt=shared + q.prompt, choices=own))
     finished = []
-    scores, best = choice_scores(MODEL, variables, asked, 4, done=finished.append)
-    for question, values, token in zip(asked, scores, best, strict=True):
+    scores, greedy = choice_scores(MODEL, variables, asked, 4, done=finished.append)
+    for question, values, likeliest in zip(asked, scores, greedy, strict=True):
         np.testing.assert_allclose(values, plain_scores(question, log_probs), rtol=1e-4)
-        assert token == np.argmax(log_probs(question.prompt)[-1])
+        best = question.choices[-1]
+        assert likeliest.tolist() == [c == best[: len(c)] for c in question.choices]
+        assert likeliest[-1] and not likeliest.all()
     assert sum(finished) == 7
-    # (6, 7, 9) holds the beginnings of all choices but of (11, 12, 5).
-    assert len(choices_module._rows(asked[0])) == 2
+    # (6, 7, 9) holds the beginnings of all choices but of (11, 12, 5) and of the likeliest.
+    asked = dataclasses.replace(asked[0], choices=choices)
+    assert len(choices_module._rows(asked)) == 2
+
+
+def test_long_choices_are_scored_in_chunks(variables, log_probs, monkeypatch):
+    monkeypatch.setattr(choices_module, "_CHUNK", 20)
+    asked = random_questions(3, 40, seed=5)
+    assert max(len(c) for q in asked for c in q.choices) > 20
+    scores, _ = choice_scores(MODEL, variables, asked, 3)
+    for question, values in zip(asked, scores, strict=True):
+        np.testing.assert_allclose(values, plain_scores(question, log_probs), rtol=1e-4)
+
+
+def test_prompts_are_grouped_by_what_they_begin_with():
+    """Examples in front of some subjects, fewer of them in front of others, and none."""
+    rng = np.random.default_rng(0)
+
+    def words(count):
+        return tuple(int(i) for i in rng.integers(3, VOCAB, count))
+
+    head, others = words(100), words(300)
+    examples = [words(80) for _ in range(3)]
+    prompts = [words(20) for _ in range(9)]
+    whole = head + examples[0] + examples[1] + examples[2]
+    prompts += [whole + words(30) for _ in range(16)]
+    prompts += [head + examples[0] + words(30) for _ in range(12)]
+    prompts += [others + words(30) for _ in range(24)]
+    prompts += [head + examples[0] + examples[1] + words(30) for _ in range(2)]
+    order = rng.permutation(len(prompts))
+    groups = choices_module.group_by_prefix([prompts[i] for i in order], 8)
+    found = {common: sorted(order[i] for i in members) for common, members in groups}
+    # Two prompts are no batch: they stay behind the shorter beginning.
+    assert found == {
+        0: list(range(9)),
+        340: list(range(9, 25)),
+        180: [*range(25, 37), 61, 62],
+        300: list(range(37, 61)),
+    }
+    # Nobody gains from a cache of little, and one prompt is no group.
+    assert choices_module.group_by_prefix([(1, 2, 3)] * 4, 2) == [(0, [0, 1, 2, 3])]
+    assert choices_module.group_by_prefix([words(90)], 2) == [(0, [0])]
+    assert choices_module.group_by_prefix([], 2) == []
+    # Each one begins with the one before: deep, but no deeper than its steps.
+    long = words(4000)
+    chain = [long[: 1 + i] for i in range(4000)]
+    members = [i for _, group in choices_module.group_by_prefix(chain, 4) for i in group]
+    assert sorted(members) == list(range(4000))
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 255, 256, 257, 500, 513, 1025, 2048])
+def test_buckets_are_few_and_hold_what_they_must(length):
+    size = choices_module.bucket(length)
+    assert length <= size < max(32 + length, 1.25 * length + 1)
+    assert size in {choices_module.bucket(n) for n in (size, length)}
+    assert len({choices_module.bucket(n) for n in range(1, 2049)}) == 20
 
 
 def test_a_prompt_longer_than_the_context_is_cut_and_counted(variables, log_probs):

@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from irqlora_jax import hf
 from irqlora_jax.evaluate import mmlu as mmlu_of
 from irqlora_jax.evaluate import tasks as tasks_module
-from irqlora_jax.evaluate.mmlu import letter_tokens
-from irqlora_jax.evaluate.mmlu_files import CATEGORIES, SUBCATEGORIES, prompt_text
+from irqlora_jax.evaluate.choices import choice_scores, group_by_prefix
+from irqlora_jax.evaluate.mmlu import letter_tokens, subject_questions
+from irqlora_jax.evaluate.mmlu_files import CATEGORIES, SUBCATEGORIES, prompt_text, read_subject
 from irqlora_jax.evaluate.tasks import EvalConfig, evaluate_run
 from irqlora_jax.llama import Llama, LlamaConfig
 from irqlora_jax.runs import Run
@@ -210,6 +211,22 @@ def test_the_batch_changes_nothing(variables, folder):
     arguments = (MODEL, variables, TOKENIZERS["single"], folder)
     one, four = (mmlu(*arguments, shots=0, limit=3, batch_size=size) for size in (1, 4))
     assert one == four
+
+
+def test_computing_examples_once_changes_nothing(variables, folder):
+    """Also where the questions of several subjects, with and without examples, are mixed."""
+    tokenizer, asked = TOKENIZERS["single"], []
+    for subject in SUBJECTS:
+        read = read_subject(folder, subject, "test", 5, None)
+        asked += subject_questions(MODEL, tokenizer, read, letter_tokens(tokenizer), 5)[0]
+    groups = group_by_prefix([question.prompt for question in asked], 4)
+    assert sum(common > 0 for common, _ in groups) > 1
+    apart, together = (
+        np.stack(choice_scores(MODEL, variables, asked, 4, share=share)[0])
+        for share in (False, True)
+    )
+    np.testing.assert_allclose(together, apart, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(together.argmax(axis=1), apart.argmax(axis=1))
 
 
 def test_without_an_opinion_the_answer_is_a(variables, folder):
@@ -431,6 +448,25 @@ def test_the_task_goes_on_where_it_was_interrupted(loaded, folder, tmp_path):
     table = next(text for text in said if text.startswith("subject"))
     assert f"{written['accuracy']:.1%}" in table.splitlines()[-1]
     assert "[other]" in table and "  health" in table and "sociology" in table
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    """Before a model is read."""
+    find = tasks_module.importlib.util.find_spec
+    without = lambda name, *rest: None if name == "lm_eval" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(tasks_module.importlib.util, "find_spec", without)
+    with pytest.raises(ValueError, match=r'needs lm-eval; pip install "irqlora_jax\[eval\]"'):
+        evaluate_run(EvalConfig("nowhere", "lm-eval:arc_easy"))
+
+
+def test_results_of_many_tasks_have_a_file_of_their_own():
+    def stem(names):
+        return tasks_module._stem(EvalConfig("r", f"lm-eval:{names}"))
+
+    assert stem("arc_easy,piqa") == "eval-lm-eval-arc_easy+piqa"
+    assert stem("a/b") == "eval-lm-eval-a_b"
+    many = [",".join(f"task{i}" for i in range(50 + more)) for more in (0, 1)]
+    assert len({stem(names) for names in many}) == 2 and max(map(len, map(stem, many))) < 110
 
 
 def test_the_table_is_shown_before_the_file_fails(loaded, folder, tmp_path):

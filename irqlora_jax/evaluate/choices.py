@@ -1,21 +1,27 @@
-"""Log-probabilities of the choices of multiple-choice questions, in as few rows as they need."""
+"""Log-probabilities of the choices of multiple-choice questions, in as few tokens as they need."""
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 
-from irqlora_jax.data.batches import by_length, pad
-from irqlora_jax.data.examples import Example
-from irqlora_jax.llama import Cache, Llama
+from irqlora_jax.data.batches import by_length
+from irqlora_jax.llama import Cache, Llama, head_logits, head_weight
+
+Item = TypeVar("Item")
 
 # What prompts have in common, and the cache, are rounded up to these: few lengths are compiled.
 _COMMON_STEP, _CACHE_STEP = 128, 256
+# Fewer tokens in common are not worth a cache, which flash attention does not take.
+_LEAST_COMMON = 64
+_CHUNK = 1024  # positions whose logits exist at one time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,61 +58,139 @@ def choice_scores(
     questions: Sequence[Question],
     batch_size: int,
     *,
-    multiple: int = 32,
+    share: bool = True,
     done: Callable[[int], Any] | None = None,
-) -> tuple[list[np.ndarray], list[int]]:
-    """Log-probabilities (nats) of the tokens of every choice given the prompt, summed.
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What `stream_scores` yields, in the order of the questions.
 
-    What all prompts begin with is computed once. Choices that begin alike share a row: four letters
-    of one token each take one forward pass over the prompt alone, and so do "yes" and "yes indeed".
+    `done` is called with the number of questions that were finished since the last call.
+    """
+    scores = [np.zeros(len(q.choices)) for q in questions]
+    greedy = [np.zeros(len(q.choices), bool) for q in questions]
+    for index, *answer in stream_scores(model, variables, questions, batch_size, share=share):
+        scores[index], greedy[index] = answer
+        if done is not None:
+            done(1)
+    return scores, greedy
+
+
+def stream_scores(
+    model: Llama,
+    variables: Any,
+    questions: Sequence[Question],
+    batch_size: int,
+    *,
+    share: bool = True,
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Log-probabilities of the choices given the prompts, question by question.
+
+    What many prompts begin with, such as the examples in front of the questions of a subject, is
+    computed once. Choices that begin alike share a row: four letters of one token each take one
+    forward pass over the prompt alone, and so do "yes" and "yes indeed".
 
     Args:
         model: the architecture.
         variables: {"params": adapters, "base": base}.
         questions: each within the context of the model.
         batch_size: rows computed at one time.
-        multiple: rows are padded to a multiple of so many tokens, so that few lengths are compiled.
-        done: called with the number of questions that were finished since the last call.
+        share: False computes every prompt from its start.
 
-    Returns:
-        The scores of the choices of each question, and the likeliest token behind each prompt.
+    Yields:
+        The index of a question that is finished; of each of its choices the log-probabilities of
+        the tokens (nats), summed, and whether they are the likeliest ones of the vocabulary.
     """
     rows = [(index, *row) for index, q in enumerate(questions) for row in _rows(q)]
-    scores = [np.zeros(len(q.choices)) for q in questions]
-    best = [0] * len(questions)
-    if not rows:
-        return scores, best
+    prompts = [questions[index].prompt for index, _, _ in rows]
+    lengths = [len(prompt) + len(stem) for prompt, (_, stem, _) in zip(prompts, rows, strict=True)]
+    most = _round_up(max((len(q.choices) for q in questions), default=0), 4)
+    groups = group_by_prefix(prompts, batch_size) if share else [(0, list(range(len(rows))))]
+
+    def dispatched() -> Iterator[tuple[list[int], tuple[Array, Array]]]:
+        for common, group in sorted(groups, key=lambda g: -max(lengths[row] for row in g[1])):
+            cache = None
+            if common:
+                needed = _slots(max(lengths[row] for row in group))
+                padded = _padded(prompts[group[0]][:common])
+                cache = _prefill(model, variables, *padded, needed)
+            for places in by_length([lengths[row] for row in group], batch_size):
+                part = [group[place] for place in places]
+                asked = [(questions[rows[row][0]], *rows[row][1:]) for row in part]
+                arrays = _batch(asked, common, batch_size, most)
+                yield part, _score(model, variables, cache, *arrays)
+
     left = np.bincount([index for index, _, _ in rows], minlength=len(questions))
-    most = _round_up(max(len(q.choices) for q in questions), 4)
-    common = questions[0].prompt[: _common([q.prompt for q in questions])]
-    needed = max(len(questions[index].prompt) + len(stem) for index, stem, _ in rows)
-    cache = _prefill(model, variables, *_padded(common), _slots(needed))
-    groups = by_length([len(questions[index].prompt) for index, _, _ in rows], batch_size)
-    # Dispatched ahead of being read, so that the device does not wait for Python.
-    ahead: list[tuple[list[int], tuple[Array, Array]]] = []
-    for group in [*groups, None]:
-        if group is not None:
-            part = [(questions[rows[row][0]], *rows[row][1:]) for row in group]
-            arrays = _batch(part, len(common), batch_size, most, multiple)
-            ahead.append((group, _score(model, variables, cache, *arrays)))
-        while ahead and (group is None or len(ahead) > 2):
-            finished, outputs = ahead.pop(0)
-            sums, likeliest = (np.asarray(output) for output in outputs)
-            for place, row in enumerate(finished):
-                index, _, served = rows[row]
-                scores[index][served] = sums[place, : len(served)]
-                best[index] = int(likeliest[place])
-                left[index] -= 1
-            if done is not None:
-                done(len({rows[row][0] for row in finished if left[rows[row][0]] == 0}))
-    return scores, best
+    scores = [np.zeros(len(q.choices)) for q in questions]
+    greedy = [np.zeros(len(q.choices), bool) for q in questions]
+    for part, outputs in _late(dispatched()) if rows else ():
+        sums, likeliest = (np.asarray(output) for output in outputs)
+        for place, row in enumerate(part):
+            index, _, served = rows[row]
+            scores[index][served] = sums[place, : len(served)]
+            greedy[index][served] = likeliest[place, : len(served)]
+            left[index] -= 1
+            if left[index] == 0:
+                yield index, scores[index], greedy[index]
 
 
-def _common(prompts: Sequence[tuple[int, ...]]) -> int:
-    """Number of tokens that all prompts begin with; the last token of none is among them."""
-    first, last = min(prompts), max(prompts)
-    shortest = min(map(len, prompts)) - 1
-    pairs = zip(first[:shortest], last[:shortest], strict=True)
+def _late(items: Iterable[Item], behind: int = 2) -> Iterator[Item]:
+    """Each item after two more were made: the device does not wait for Python to read results."""
+    waiting: collections.deque[Item] = collections.deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > behind:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def group_by_prefix(
+    prompts: Sequence[tuple[int, ...]], batch_size: int, least: int = _LEAST_COMMON
+) -> list[tuple[int, list[int]]]:
+    """Which prompts to compute behind one cache of what they begin with.
+
+    Prompts leave the others, for a longer beginning of their own, where that saves tokens: the
+    cache itself and rows that fill up a batch count.
+
+    Args:
+        prompts: as tokens.
+        batch_size: rows computed at one time. No smaller group leaves the others.
+        least: fewer tokens in common count as none.
+
+    Returns:
+        Groups: the number of tokens in common, never the last one of a prompt; and indices.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: prompts[index])
+    pairs = pairwise(order)
+    shared = [0, *(_common(prompts[before], prompts[after]) for before, after in pairs)]
+
+    def split(low: int, high: int) -> tuple[list[tuple[int, list[int]]], int, list[int]]:
+        """Groups within a part of the order; what the others have in common, and they."""
+        common = min(shared[low + 1 : high], default=0)
+        # Steps of 16 tokens keep the recursion shallow.
+        deeper = (common // 16 + 1) * 16
+        cuts = [low, *(i for i in range(low + 1, high) if shared[i] < deeper), high]
+        common = common if common >= least else 0
+        groups, stay = [], []
+        for start, end in pairwise(cuts):
+            members = order[start:end]
+            if max(batch_size, 2) <= len(members) < high - low:
+                found, longer, members = split(start, end)
+                groups += found
+                rest = sum(len(prompts[index]) - longer for index in members)
+                filled = _round_up(len(members), batch_size) / max(len(members), 1)
+                if longer + rest * filled < rest + (longer - common) * len(members):
+                    groups.append((longer, members))
+                    continue
+            stay += members
+        return groups, common, stay
+
+    groups, common, stay = split(0, len(order))
+    return [*groups, (common, stay)] if stay else groups
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Number of tokens that both begin with; the last token of neither is among them."""
+    shortest = min(len(first), len(second)) - 1
+    pairs = zip(first[:shortest], second[:shortest], strict=True)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), shortest)
 
 
@@ -130,25 +214,28 @@ def _batch(
     common: int,
     batch_size: int,
     most: int,
-    multiple: int,
 ) -> tuple[np.ndarray, ...]:
-    """Arguments of `_score` behind the cache."""
+    """Arguments of `_score` behind the cache, of few shapes."""
     longest = max(len(q.choices[index]) for q, _, served in rows for index in served)
-    longest = 1 << (longest - 1).bit_length()  # few shapes
-    examples, lengths = [], np.ones(batch_size, np.int32)
-    stems = np.zeros((batch_size, longest - 1), np.int32)
-    choices = np.zeros((batch_size, most, longest), np.int32)
-    given = np.zeros((batch_size, most, longest), bool)
+    longest = 4 ** (((longest - 1).bit_length() + 1) // 2)
+    width = bucket(max(len(q.prompt) + len(stem) for q, stem, _ in rows) - common)
+    tokens, first = np.zeros((batch_size, width), np.int32), np.zeros(batch_size, np.int32)
+    choices = np.zeros((batch_size, longest, most), np.int32)
+    given = np.zeros((batch_size, longest, most), bool)
     for place, (question, stem, served) in enumerate(rows):
-        tokens = np.array(question.prompt[common:], np.int32)
-        examples.append(Example(tokens, np.zeros(len(tokens), bool)))
-        lengths[place] = len(tokens)
-        stems[place, : len(stem)] = stem
+        row = question.prompt[common:] + stem
+        tokens[place, : len(row)] = row
+        first[place] = len(row) - len(stem) - 1
         for column, index in enumerate(served):
             choice = question.choices[index]
-            choices[place, column, : len(choice)] = choice
-            given[place, column, : len(choice)] = True
-    return pad(examples, batch_size, multiple)["tokens"], lengths, stems, choices, given
+            choices[place, : len(choice), column] = choice
+            given[place, : len(choice), column] = True
+    return tokens, first, choices, given
+
+
+def bucket(length: int) -> int:
+    """A length rounded up so that few remain: by 32 up to 256, then to a quarter of a doubling."""
+    return _round_up(length, max(32, 1 << (length - 1).bit_length() >> 3))
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -161,7 +248,7 @@ def _slots(needed: int) -> int:
 
 def _padded(tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """A row of tokens, padded on the right, and their number."""
-    padded = np.zeros((1, _round_up(max(len(tokens), 1), _COMMON_STEP)), np.int32)
+    padded = np.zeros((1, _round_up(len(tokens), _COMMON_STEP)), np.int32)
     padded[0, : len(tokens)] = tokens
     return padded, np.array([len(tokens)], np.int32)
 
@@ -183,47 +270,51 @@ def _prefill(
 def _score(
     model: Llama,
     variables: Any,
-    cache: Cache,
+    cache: Cache | None,
     tokens: Int[Array, "batch seq"],
-    lengths: Int[Array, " batch"],
-    stems: Int[Array, "batch shorter"],
-    choices: Int[Array, "batch choices length"],
-    given: Bool[Array, "batch choices length"],
-) -> tuple[Float32[Array, "batch choices"], Int[Array, " batch"]]:
-    """Summed log-probabilities of the given tokens of the choices, and the likeliest first token.
+    first: Int[Array, " batch"],
+    choices: Int[Array, "batch length choices"],
+    given: Bool[Array, "batch length choices"],
+) -> tuple[Float32[Array, "batch choices"], Bool[Array, "batch choices"]]:
+    """Summed log-probabilities of the given tokens of the choices; whether all are the likeliest.
 
     Args:
         model: the architecture.
         variables: its collections.
-        cache: of what stands in front of all rows.
-        tokens: the rest of the prompts, padded on the right.
-        lengths: of them.
-        stems: what follows each prompt, token by token.
-        choices: the tokens of the choices; the first ones follow the prompt, the next ones the
-            first token of the stem, and so on.
+        cache: of what stands in front of all rows, if anything does.
+        tokens: the rest of the prompts and what follows them, padded on the right.
+        first: place of the last token of each prompt, which the choices follow.
+        choices: their tokens; the next ones follow the next places.
         given: which of these there are.
     """
-    batch, more = tokens.shape[0], stems.shape[1]
+    (batch, seq), longest = tokens.shape, choices.shape[1]
+    if cache is not None:
+        cache = {
+            "k": jnp.repeat(cache["k"], batch, axis=1),
+            "v": jnp.repeat(cache["v"], batch, axis=1),
+            "length": jnp.repeat(cache["length"], batch),
+        }
+    hidden = cast(Array, model.apply(variables, tokens, cache=cache, method="features"))
+    places = jnp.minimum(first[:, None] + jnp.arange(longest)[None, :], seq - 1)
+    hidden = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
+    head = head_weight(variables["base"])
+    # Both are powers of two.
+    width = min(longest, 1 << (max(1, _CHUNK // batch).bit_length() - 1))
 
-    def add(total: Array, logits: Array, place: Any) -> Array:
-        labels = jax.lax.dynamic_index_in_dim(choices, place, 2, keepdims=False)
-        counts = jax.lax.dynamic_index_in_dim(given, place, 2, keepdims=False)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), labels, axis=1)
-        return total + jnp.where(counts, chosen, 0)
+    def chunks(x: Array) -> Array:
+        return jnp.swapaxes(x.reshape(batch, -1, width, x.shape[2]), 0, 1)
 
-    def advance(carry: tuple[Array, Cache], place: Array) -> tuple[tuple[Array, Cache], None]:
-        total, cache = carry
-        token = jax.lax.dynamic_slice_in_dim(stems, place, 1, axis=1)
-        logits, cache = cast(Any, model.apply(variables, token, cache, method="decode"))
-        return (add(total, logits, place + 1), cache), None
+    def add(
+        carry: tuple[Array, Array], part: tuple[Array, ...]
+    ) -> tuple[tuple[Array, Array], None]:
+        (total, greedy), (hidden, labels, counts) = carry, part
+        logits = head_logits(hidden, head)
+        chosen = jnp.take_along_axis(logits, labels, axis=2)
+        chosen = chosen - jax.nn.logsumexp(logits, axis=2, keepdims=True)
+        likeliest = jnp.argmax(logits, axis=2)[:, :, None].astype(jnp.int32) == labels
+        total = total + jnp.where(counts, chosen, 0).sum(axis=1)
+        return (total, greedy & (likeliest | ~counts).all(axis=1)), None
 
-    wide: Cache = {
-        "k": jnp.repeat(cache["k"], batch, axis=1),
-        "v": jnp.repeat(cache["v"], batch, axis=1),
-        "length": jnp.repeat(cache["length"], batch),
-    }
-    logits, wide = cast(Any, model.apply(variables, tokens, wide, lengths, method="decode"))
-    total = add(jnp.zeros(choices.shape[:2], jnp.float32), logits, 0)
-    if more > 0:
-        (total, _), _ = jax.lax.scan(advance, (total, wide), jnp.arange(more))
-    return total, jnp.argmax(logits, axis=1).astype(jnp.int32)
+    shape = (batch, choices.shape[2])
+    start = jnp.zeros(shape, jnp.float32), jnp.ones(shape, bool)
+    return jax.lax.scan(add, start, tuple(map(chunks, (hidden, choices, given))))[0]

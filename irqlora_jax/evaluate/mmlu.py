@@ -25,8 +25,6 @@ from irqlora_jax.evaluate.mmlu_files import (
 )
 from irqlora_jax.llama import Llama
 
-# Long enough that few lengths are compiled, short enough that little is padding.
-_MULTIPLE = 64
 _log = logging.getLogger(__name__)
 
 
@@ -191,16 +189,21 @@ def _encode(
     return prompts, used, len(open_)
 
 
-def _ask(
+def subject_questions(
     model: Llama,
-    variables: Any,
     tokenizer: Any,
     subject: Subject,
     letters: tuple[tuple[int, ...], ...],
     shots: int,
-    batch_size: int,
-    bar: Any,
-) -> _Answers:
+) -> tuple[list[Question], list[int], int]:
+    """The questions of a subject, each with as many of the `shots` examples as fit.
+
+    Returns:
+        The questions, the number of examples in front of each, and how many had to be cut.
+
+    Raises:
+        ValueError: the context of the model is too short for a letter.
+    """
     # The last token of a letter is never read, so it needs no room.
     room = model.config.max_position_embeddings + 1 - max(map(len, letters))
     if room < 1:
@@ -213,15 +216,22 @@ def _ask(
         Question(subject.name, prompt, letters, LETTERS.index(row[-1]))
         for prompt, row in zip(prompts, subject.rows, strict=True)
     ]
-    table = np.zeros((len(questions), len(LETTERS)))
-    # Prompts of as many examples have these in common.
-    for count in sorted(set(used)):
-        alike = [index for index, shown in enumerate(used) if shown == count]
-        part = [questions[index] for index in alike]
-        scores, _ = choice_scores(
-            *(model, variables, part, batch_size), multiple=_MULTIPLE, done=bar.update
-        )
-        table[alike] = np.stack(scores)
+    return questions, used, truncated
+
+
+def _ask(
+    model: Llama,
+    variables: Any,
+    tokenizer: Any,
+    subject: Subject,
+    letters: tuple[tuple[int, ...], ...],
+    shots: int,
+    batch_size: int,
+    bar: Any,
+) -> _Answers:
+    questions, used, truncated = subject_questions(model, tokenizer, subject, letters, shots)
+    scores, _ = choice_scores(model, variables, questions, batch_size, done=bar.update)
+    table = np.stack(scores)
     if not np.isfinite(table).all():
         raise ValueError(f"{subject.name}: the model gives no numbers (NaN or infinite logits)")
     given = np.argmax(table, axis=1)

@@ -186,14 +186,14 @@ def score_questions(
     if not questions:
         raise ValueError("there are no questions")
     asked = [_fit(model, question) for question in questions]
-    scores, best = choice_scores(model, variables, asked, batch_size, done=done)
+    scores, greedy = choice_scores(model, variables, asked, batch_size, done=done)
     right = [_wins(values, q.answer) for values, q in zip(scores, asked, strict=True)]
     normalized = None
     if all(q.lengths is not None and all(q.lengths) for q in asked):
         pairs = zip(scores, asked, strict=True)
         normalized = [_wins(values / np.array(q.lengths), q.answer) for values, q in pairs]
     single = all(q.single for q in asked)
-    recall = [b == q.choices[q.answer][0] for b, q in zip(best, asked, strict=True)]
+    recall = [bool(best[q.answer]) for best, q in zip(greedy, asked, strict=True)]
     bits = None
     pools = [q.pool for q in asked if q.pool is not None]
     if single and len(pools) == len(asked):

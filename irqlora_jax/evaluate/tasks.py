@@ -1,6 +1,9 @@
 """Evaluation of a finished run: what `irqlora eval` calls."""
 
 import dataclasses
+import hashlib
+import importlib.util
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,8 @@ from irqlora_jax.report.write import try_to_write
 from irqlora_jax.runs import Run, load_run, read_checkpoint
 
 Say = Callable[[str], None]
+_TASKS = ("mmlu", "factworld", "questions", "perplexity", "generate")
+_LM_EVAL = "lm-eval:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +34,10 @@ class EvalConfig:
 
     run: str
     """Folder of a run, of irqlora quantize, or of a Hugging Face LLaMA."""
-    task: Literal["mmlu", "factworld", "questions", "perplexity", "generate"]
+    task: str
     """"mmlu": 57 subjects of multiple choice. "questions" or "factworld": multiple-choice questions
-    from a file. "perplexity": of a text file. "generate": answers to prompts."""
+    from a file. "perplexity": of a text file. "generate": answers to prompts. "lm-eval:NAMES":
+    tasks of lm-evaluation-harness, such as lm-eval:arc_easy,piqa (needs the extra `eval`)."""
     baseline: bool = False
     """Leave the adapter out: the quantized model before its finetune (with LoftQ that has the pair
     that it began with)."""
@@ -41,16 +47,19 @@ class EvalConfig:
     """File for the results. Null: eval-TASK.json (generate: .jsonl) in the folder of the run, or,
     if `run` is no run, in the working directory, with the name of its folder."""
     batch_size: int | None = None
-    """Rows computed at one time. Null: mmlu 8, questions 64, perplexity 4, generate 16."""
+    """Rows computed at one time. Null: mmlu 8, questions 64, perplexity 4, generate 16,
+    lm-eval 16."""
     limit: int | None = None
-    """Use only the first so many questions (mmlu: of each subject) or prompts (null: all)."""
+    """Use only the first so many questions (mmlu, lm-eval: of each subject or task) or prompts
+    (null: all)."""
     progress: bool = True
     """Show a progress bar."""
     mmlu: str | None = None
     """mmlu: folder with dev/SUBJECT_dev.csv and test/SUBJECT_test.csv, as its authors give it out.
     What is finished is kept beside the results; the same command goes on from there."""
-    shots: int = 5
-    """mmlu: examples in front of each question; fewer where the context is too short."""
+    shots: int | None = None
+    """Examples in front of each question. mmlu: null is 5; fewer where the context is too short.
+    lm-eval: null is what the tasks say, which is mostly none."""
     split: Literal["test", "val"] = "test"
     """mmlu: which questions."""
     subjects: tuple[str, ...] = ()
@@ -66,6 +75,9 @@ class EvalConfig:
     stride: int = 0
     """perplexity: tokens from one window to the next; fewer give every token more context and take
     longer (0: window - 1)."""
+    task_folder: str | None = None
+    """lm-eval: folder with more task files (.yaml). With `dataset_path: json` they read local
+    files, and nothing is downloaded."""
     prompt: str | None = None
     """generate: the text to continue; for a run that learned to answer, what is asked."""
     prompts: str | None = None
@@ -88,7 +100,11 @@ class EvalConfig:
             if value is not None and value < 1:
                 accepted = "a whole number of at least 1, or null"
                 raise ValueError(f"{name} = {value}: accepted is {accepted}")
-        if self.shots < 0:
+        names = self.task.removeprefix(_LM_EVAL).split(",")
+        if self.task not in _TASKS and not (self.task.startswith(_LM_EVAL) and all(names)):
+            accepted = f"{', '.join(_TASKS)} or {_LM_EVAL}NAME,NAME"
+            raise ValueError(f"task = {self.task!r}: accepted is {accepted}")
+        if self.shots is not None and self.shots < 0:
             raise ValueError(f"shots = {self.shots}: accepted is 0 or more")
 
 
@@ -108,6 +124,8 @@ def evaluate_run(asked: EvalConfig, say: Say = print) -> dict[str, Any]:
     _check_input(asked)
     checkpoint = read_checkpoint(asked.checkpoint)
     asked = dataclasses.replace(asked, checkpoint=checkpoint)
+    if asked.task == "mmlu" and asked.shots is None:
+        asked = dataclasses.replace(asked, shots=5)
     run = load_run(asked.run, adapter=not asked.baseline, checkpoint=checkpoint)
     path = results.result_path(run, _stem(asked), asked.output)
     task = {
@@ -116,7 +134,7 @@ def evaluate_run(asked: EvalConfig, say: Say = print) -> dict[str, Any]:
         "questions": _questions,
         "perplexity": _perplexity,
         "generate": _generate,
-    }[asked.task]
+    }.get(asked.task, _harness)
     started = time.perf_counter()
     try:
         scores = task(asked, run, path, say)
@@ -132,12 +150,18 @@ def evaluate_run(asked: EvalConfig, say: Say = print) -> dict[str, Any]:
         try_to_write(run.folder, say)
     if asked.task == "mmlu":
         forget(_kept(path), len(scores["counts"]))
+    if asked.task.startswith(_LM_EVAL):
+        _kept(path).unlink(missing_ok=True)
     return result
 
 
 def _check_input(asked: EvalConfig) -> None:
     """Says what is missing before a model is read."""
     needed = {"mmlu": ["mmlu"], "perplexity": ["text"], "generate": ["prompt", "prompts"]}
+    if asked.task.startswith(_LM_EVAL) and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(
+            f'task = {asked.task!r}: needs lm-eval; pip install "irqlora_jax[eval]" installs it'
+        )
     names = needed.get(asked.task, [])
     given = [name for name in names if getattr(asked, name) is not None]
     if names and not given:
@@ -153,7 +177,10 @@ def _check_input(asked: EvalConfig) -> None:
 
 def _stem(asked: EvalConfig) -> str:
     """eval-TASK, and what tells the evaluations of a run apart."""
-    parts = ["eval", asked.task]
+    name = re.sub(r"[^\w+-]+", "_", asked.task.replace(",", "+").replace(":", "-"))
+    if len(name) > 100:
+        name = f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    parts = ["eval", name]
     if asked.baseline:
         parts.append("baseline")
     elif asked.checkpoint != "last":
@@ -178,7 +205,7 @@ def _summary(asked: EvalConfig, path: Path) -> Path:
 
 
 def _mmlu(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, Any]:
-    assert asked.mmlu is not None
+    assert asked.mmlu is not None and asked.shots is not None
     scores = mmlu(
         run.model,
         run.variables,
@@ -219,6 +246,41 @@ def _mmlu_table(scores: MmluScores) -> str:
             ]
     rows.append((f"all {len(scores.counts)} subjects", str(scores.count), f"{scores.accuracy:.1%}"))
     return aligned(rows)
+
+
+def _harness(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, Any]:
+    # Here, because the extra may be missing.
+    from irqlora_jax.evaluate.harness import harness
+
+    scores = harness(
+        run.model,
+        run.variables,
+        run.tokenizer,
+        asked.task.removeprefix(_LM_EVAL).split(","),
+        folder=asked.task_folder,
+        shots=asked.shots,
+        limit=asked.limit,
+        batch_size=asked.batch_size or 16,
+        keep=_kept(path),
+        identity=results.identity(run, asked.baseline),
+        progress=asked.progress,
+    )
+    rows = [("task", "questions", "shots", "metric", "value", "error")]
+    for name, metrics in scores.scores.items():
+        counts = (str(scores.counts.get(name, "")), str(scores.shots.get(name, "")))
+        for metric, value in metrics.items():
+            if "_stderr" not in metric:
+                error = metrics.get(
+                    metric.replace(",", "_stderr,"), metrics.get(f"{metric}_stderr")
+                )
+                spread = "" if error is None else f"{error:.4f}"
+                rows.append((name, *counts, metric, f"{value:.4f}", spread))
+    if scores.mean_acc is not None and len(scores.scores) > 1:
+        rows.append(("mean", "", "", "acc", f"{scores.mean_acc:.4f}", ""))
+    say(aligned(rows))
+    if scores.truncated:
+        say(f"{scores.truncated} requests were cut on the left to fit into the context")
+    return dataclasses.asdict(scores)
 
 
 def _questions(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, Any]:
