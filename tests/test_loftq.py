@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -223,12 +224,14 @@ def test_the_start_is_near_the_model_and_dropout_is_as_ever(tmp_path: Path) -> N
     adapters = model.init_adapters(KEY, pairs)
     tokens = jnp.arange(40, dtype=jnp.int32).reshape(2, 20)
     apply = jax.jit(Llama(llama).apply)
+    exact: Any
+    bad: Any
     exact, bad = (apply({"params": {}, "base": b}, tokens) for b in (full, plain))
-    good = model.apply({"params": adapters, "base": base}, tokens)
+    good: Any = model.apply({"params": adapters, "base": base}, tokens)
     assert np.linalg.norm(good - exact) < 0.7 * np.linalg.norm(bad - exact)
     rngs = {"dropout": KEY}
     variables = {"params": adapters, "base": base}
-    dropped = model.apply(variables, tokens, deterministic=False, rngs=rngs)
+    dropped: Any = model.apply(variables, tokens, deterministic=False, rngs=rngs)
     assert np.abs(dropped - good).max() > 1e-3  # the pair is not 0, so it shows at once
 
 
@@ -317,9 +320,9 @@ def test_a_merged_model_has_the_logits_of_base_and_pair(finished: Path, tmp_path
         run = load_run(finished, checkpoint=step, compute_dtype="float32")
         out = hf.export_merged(finished, tmp_path / str(step), checkpoint=step, dtype="float32")
         merged, llama = hf.load_base(out, None)
-        expected = run.model.apply(run.variables, tokens)
-        found = Llama(llama).apply({"params": {}, "base": merged}, tokens)
-        np.testing.assert_allclose(found, expected, atol=2e-5)
+        expected: Any = run.model.apply(run.variables, tokens)
+        found: Any = Llama(llama).apply({"params": {}, "base": merged}, tokens)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 def test_the_baseline_is_the_model_before_its_finetune(finished: Path) -> None:
@@ -341,7 +344,7 @@ def test_the_table_has_the_quantizer_alone_and_with_its_pair(tmp_path: Path) -> 
         *("full precision", "plain nf3", "nf3 + ICQ", "nf3 + ICQ + LoftQ"),
         "nf3 + ICQ + LoftQ, finetuned",
     ]
-    losses = {name: row.loss for name, row in rows.items()}
+    losses: dict[str, Any] = {name: row.loss for name, row in rows.items()}
     assert losses["full precision"] < losses["nf3 + ICQ + LoftQ"] < losses["nf3 + ICQ"]
     assert (tmp_path / "run" / "checkpoints" / "0").is_dir()
     assert rows["nf3 + ICQ"].entropy != rows["nf3 + ICQ + LoftQ"].entropy
@@ -372,8 +375,9 @@ def test_a_run_that_knew_nothing_of_it_goes_on(finished: Path, tmp_path: Path) -
     folder = tmp_path / "run"
     quiet(config(folder, adapter__init="default", train__steps=2))
     file = folder / "config.json"
-    lines = [x for x in file.read_text().splitlines() if '"init"' not in x and "loftq" not in x]
-    file.write_text("\n".join(lines).replace('"float32",\n },', '"float32"\n },'))
+    stored = json.loads(file.read_text())
+    del stored["adapter"]["init"], stored["adapter"]["loftq_iterations"]
+    file.write_text(json.dumps(stored))
     quiet(config(folder, adapter__init="default", train__steps=3))
     assert steps_of(folder) == [3]
     with pytest.raises(ValueError, match=r"adapter.init = 'default' there, 'loftq' here"):
