@@ -15,6 +15,7 @@ from irqlora_jax.quant.formats import get_format
 from irqlora_jax.quant.icq_integer import plain_range
 from irqlora_jax.quant.qtensor import quantize
 
+COUNT = len(make_blocks(64))  # one shape, so that few programs are compiled
 FORMATS = ("nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2")
 
 
@@ -82,7 +83,7 @@ def slow_errors(blocks, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_finds_what_a_slow_grid_of_525_candidates_finds(name):
-    blocks = np.random.default_rng(0).standard_t(8, (400, 64)).astype(np.float32)
+    blocks = np.random.default_rng(0).standard_t(8, (COUNT, 64)).astype(np.float32)
     ours = errors(blocks, name, *search(blocks, name))
     slow = slow_errors(blocks, name)
     # Zero points of integers are rounded to 16th parts here, and free there.
@@ -90,33 +91,32 @@ def test_finds_what_a_slow_grid_of_525_candidates_finds(name):
     assert (ours <= slow * 1.5).all()
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("partial", [False, True])
-def test_never_loses_more_than_the_plain_quantizer(name, partial):
-    blocks = make_blocks(64)
-    valid = None
-    if partial:
-        blocks, valid = make_partial(blocks)
-    for symmetric in (False, True) if name.startswith("int") else (False,):
-        found = search(blocks, name, symmetric=symmetric, valid=valid)
-        assert np.isfinite(found).all()
-        plain = plain_errors(blocks, name, symmetric, valid)
-        ours = errors(blocks, name, *found, valid)
-        largest = np.abs(np.where(np.isfinite(blocks), blocks, 0)).max(1).astype(np.float64)
-        assert (ours <= plain * (1 + 1e-4) + 64 * (6e-7 * largest) ** 2).all()
+@pytest.mark.parametrize(
+    ("name", "partial", "symmetric"),
+    [(name, False, False) for name in FORMATS]
+    + [("nf4", True, False), ("int3", True, True), ("int4", False, True)],
+)
+def test_never_loses_more_than_the_plain_quantizer(name, partial, symmetric):
+    blocks, valid = make_partial(make_blocks(64)) if partial else (make_blocks(64), None)
+    found = search(blocks, name, symmetric=symmetric, valid=valid)
+    assert np.isfinite(found).all()
+    plain = plain_errors(blocks, name, symmetric, valid)
+    ours = errors(blocks, name, *found, valid)
+    largest = np.abs(blocks).max(1).astype(np.float64)
+    assert (ours <= plain * (1 + 1e-4) + 64 * (6e-7 * largest) ** 2).all()
 
 
 @pytest.mark.parametrize("name", ["nf4", "int3"])
 def test_steps_of_least_squares_lower_the_error_and_nothing_else(name):
-    blocks = np.random.default_rng(1).standard_normal((500, 64)).astype(np.float32)
+    blocks = np.random.default_rng(1).standard_normal((COUNT, 64)).astype(np.float32)
     before, after = (errors(blocks, name, *search(blocks, name, refine_steps=k)) for k in (0, 4))
     assert (after <= before * (1 + 1e-5)).all()
     assert after.sum() < before.sum()
 
 
-@pytest.mark.parametrize("name", ["nf4", "int2"])
-def test_a_larger_weight_of_the_error_trades_entropy_for_error(name):
-    blocks = np.random.default_rng(2).standard_normal((500, 64)).astype(np.float32)
+def test_a_larger_weight_of_the_error_trades_entropy_for_error():
+    name = "nf4"
+    blocks = np.random.default_rng(2).standard_normal((COUNT, 64)).astype(np.float32)
     error, entropy = [], []
     for weight in (0.0, 100.0, np.inf):
         found = search(blocks, name, weight, refine_steps=0)
@@ -165,10 +165,10 @@ def test_both_forms_find_the_same(name):
     assert differ.mean() < 0.05
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (3, True), (2, False)])
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (2, False)])
 def test_zero_points_can_be_stored(bits, symmetric):
     blocks = make_blocks(64)
-    _, zero = joint.search(jnp.asarray(blocks), f"int{bits}", symmetric)
+    _, zero = joint.search(jnp.asarray(blocks), f"int{bits}", symmetric, np.inf)
     stored = stats.decode_zero(stats.encode_zero(zero, bits), bits)
     np.testing.assert_array_equal(stored, zero)
     assert not symmetric or (np.asarray(zero) == 2 ** (bits - 1)).all()
