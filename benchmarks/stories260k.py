@@ -1,10 +1,11 @@
-"""What quantization costs a real model, and what a finetune wins back.
+"""What quantization costs a real model, and what a finetune wins back, method by method.
 
     python benchmarks/stories260k.py MODEL TRAIN_TEXT VALID_TEXT [--out runs/stories260k-table]
 
-MODEL is a Hugging Face folder of stories260K. Runs configs/stories260k.yaml for nf4, nf3 and nf2,
-without calibration and with ICQ (QLoRA's adapter for the first, IEC for the second, as the methods
-go together), and prints a Markdown table. A run that is there already is not repeated.
+MODEL is a Hugging Face folder of stories260K. Runs configs/stories260k.yaml for every format,
+method and seed (of adapters and of the order of the text), and prints a Markdown table: the loss
+before and after the finetune, and its paired difference to QLoRA with a 95 % interval over the
+seeds. A run that is there already is not repeated.
 """
 
 import argparse
@@ -14,51 +15,82 @@ import platform
 from pathlib import Path
 
 import jax
+import numpy as np
+from scipy import stats
 
 from irqlora_jax.config import Config
 from irqlora_jax.train import run
 
 ROOT = Path(__file__).parent.parent
+METHODS = {
+    "QLoRA": {"quant.calibration": "none", "adapter.method": "lora"},
+    "ICQ": {"quant.calibration": "icq", "adapter.method": "lora"},
+    "IEC": {"quant.calibration": "none", "adapter.method": "iec"},
+    "IR-QLoRA": {"quant.calibration": "icq", "adapter.method": "iec"},
+    "joint": {"quant.calibration": "joint", "adapter.method": "lora"},
+    "joint, LoftQ": {
+        "quant.calibration": "joint",
+        "adapter.method": "lora",
+        "adapter.init": "loftq",
+    },
+}
+
+
+def results(args: argparse.Namespace, name: str, method: str, seed: int) -> list[dict]:
+    """The table of one run, which is made if it is not there."""
+    folder = args.out / f"{name}-{method.lower().replace(', ', '-')}-{seed}"
+    file = folder / "results.json"
+    if not file.exists():
+        overrides = {
+            "model": str(args.model),
+            "output_dir": str(folder),
+            "seed": seed,
+            "quant.format": name,
+            "data.train": str(args.train),
+            "data.eval": str(args.valid),
+            "train.steps": args.steps,
+            "evaluate.baselines": seed == 0,  # the same for all
+            **METHODS[method],
+        }
+        run(Config.load(ROOT / "configs" / "stories260k.yaml", overrides))
+    return json.loads(file.read_text())
+
+
+def interval(differences: np.ndarray) -> str:
+    """Mean and half of the 95 % interval of paired differences."""
+    error = differences.std(ddof=1) / np.sqrt(len(differences))
+    half = stats.t.ppf(0.975, len(differences) - 1) * error
+    return f"{differences.mean():+.4f} +- {half:.4f}"
 
 
 def main() -> None:
-    """Runs the six configurations and prints the table."""
+    """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="Hugging Face folder of stories260K")
     parser.add_argument("train", type=Path, help="text to finetune on")
     parser.add_argument("valid", type=Path, help="text to evaluate on")
     parser.add_argument("--out", type=Path, default=Path("runs/stories260k-table"))
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps")
+    parser.add_argument("--seeds", type=int, default=3, help="at least 2")
+    parser.add_argument("--formats", nargs="+", default=["nf4", "nf3", "nf2"])
     args = parser.parse_args()
-    rows = {}
-    for name in ("nf4", "nf3", "nf2"):
-        for calibration, method in (("none", "lora"), ("icq", "iec")):
-            folder = args.out / f"{name}-{calibration}"
-            results = folder / "results.json"
-            if not results.exists():
-                overrides = {
-                    "model": str(args.model),
-                    "output_dir": str(folder),
-                    "quant.format": name,
-                    "quant.calibration": calibration,
-                    "adapter.method": method,
-                    "data.train": str(args.train),
-                    "data.eval": str(args.valid),
-                    "train.steps": args.steps,
-                    "evaluate.baselines": True,
-                }
-                run(Config.load(ROOT / "configs" / "stories260k.yaml", overrides))
-            rows[name, calibration] = json.loads(results.read_text())
+    tables = {
+        (name, method): [results(args, name, method, seed) for seed in range(args.seeds)]
+        for name in args.formats
+        for method in METHODS
+    }
+    full = next(iter(tables.values()))[0][0]["loss"]
     print(f"\njax {jax.__version__}, {os.cpu_count()} cores, {platform.machine()}")
-    print(f"full precision: loss {rows['nf4', 'none'][0]['loss']:.4f}\n")
-    print("| format | calibration, adapter | bits a weight | entropy | loss | loss, finetuned |")
-    print("|---|---|---|---|---|---|")
-    for (name, calibration), table in rows.items():
-        before, after = table[-2:]
-        how = "ICQ, IEC" if calibration == "icq" else "none, LoRA"
+    print(f"full precision: loss {full:.4f}; {args.steps} steps, {args.seeds} seeds\n")
+    print("| format | method | bits a weight | entropy | loss | finetuned (sd) | to QLoRA (95 %) |")
+    print("|---|---|---|---|---|---|---|")
+    for (name, method), runs in tables.items():
+        before, after = runs[0][-2], np.array([table[-1]["loss"] for table in runs])
+        qlora = np.array([table[-1]["loss"] for table in tables[name, "QLoRA"]])
+        paired = "" if method == "QLoRA" else interval(after - qlora)
         print(
-            f"| {name} | {how} | {before['bits']:.2f} | {before['entropy']:.3f} | "
-            f"{before['loss']:.4f} | {after['loss']:.4f} |"
+            f"| {name} | {method} | {before['bits']:.2f} | {before['entropy']:.3f} | "
+            f"{before['loss']:.4f} | {after.mean():.4f} ({after.std(ddof=1):.4f}) | {paired} |"
         )
 
 
