@@ -345,6 +345,11 @@ class Config:
 
         Raises:
             ValueError: no such file, unknown key, wrong type or value that is not accepted.
+
+        Examples:
+            >>> config = Config.load("configs/quickstart.yaml", {"quant.format": "nf4"})
+            >>> config.quant.format, config.quant.calibration, config.adapter.method
+            ('nf4', 'icq', 'iec')
         """
         argv = [f"--config={path}"]
         for name, value in (overrides or {}).items():

@@ -28,13 +28,25 @@ def init(
     rank: int,
     dtype: DTypeLike = jnp.float32,
 ) -> Params:
-    """LoRA's pair, and the two scalars beta1 and beta2, both 0 (as released)."""
+    """LoRA's pair, and the two scalars beta1 and beta2, both 0 (as released).
+
+    Examples:
+        >>> import jax
+        >>> sorted(init(jax.random.key(0), 16, 8, rank=2))
+        ['beta1', 'beta2', 'lora_A', 'lora_B']
+    """
     pair = lora.init(key, in_features, out_features, rank, dtype)
     return pair | {"beta1": jnp.zeros((), dtype), "beta2": jnp.zeros((), dtype)}
 
 
 def spread(x: Float[Array, "*batch n"], size: int) -> Float[Array, "*batch size"]:
-    """Means over gcd(n, size) contiguous windows, each repeated to fill `size` features."""
+    """Means over gcd(n, size) contiguous windows, each repeated to fill `size` features.
+
+    Examples:
+        >>> x = jnp.array([1.0, 2.0, 3.0, 4.0])
+        >>> spread(x, 2).tolist(), spread(x, 6).tolist()
+        ([1.5, 3.5], [1.5, 1.5, 1.5, 3.5, 3.5, 3.5])
+    """
     windows = math.gcd(x.shape[-1], size)
     means = x.reshape(*x.shape[:-1], windows, -1).mean(-1)
     return jnp.repeat(means, size // windows, axis=-1)
@@ -50,6 +62,12 @@ def apply(
 
     The connections are computed as part of A and B (`fold`), which are smaller than what they pass
     on: alone, their gradients would read all outputs once more.
+
+    Examples:
+        >>> pair = {"lora_A": jnp.zeros((1, 2)), "lora_B": jnp.zeros((2, 1))}
+        >>> x = jnp.array([3.0, 5.0])  # the mean of both, times beta1, goes to both outputs
+        >>> apply(pair | {"beta1": jnp.float32(0.5), "beta2": jnp.float32(1)}, x, x).tolist()
+        [2.0, 2.0]
     """
     pair = fold({name: value.astype(jnp.float32) for name, value in params.items()})
     if dropped is x:
@@ -60,7 +78,16 @@ def apply(
 
 
 def fold(params: Params) -> Params:
-    """The LoRA pair with the same update, exactly (eq. 16, for shapes that do not divide too)."""
+    """The LoRA pair with the same update, exactly (eq. 16, for shapes that do not divide too).
+
+    Examples:
+        >>> pair = {"lora_A": jnp.zeros((2, 4)), "lora_B": jnp.zeros((4, 2))}
+        >>> folded = fold(pair | {"beta1": jnp.float32(1), "beta2": jnp.float32(1)})
+        >>> folded["lora_A"].tolist()
+        [[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]
+        >>> folded["lora_B"].tolist()
+        [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]
+    """
     a, b = params["lora_A"], params["lora_B"]
     (rank, in_features), out_features = a.shape, b.shape[0]
     return {

@@ -50,6 +50,16 @@ def loftq(
 
     Raises:
         ValueError: no turn, no rank; what `quantize` refuses.
+
+    Examples:
+        >>> weight = jax.random.normal(jax.random.key(0), (24, 64))
+        >>> config = QuantConfig(format="nf2", calibration="none")
+        >>> q, a, b = loftq(weight, config, 4, scaling=2.0, iterations=2, key=jax.random.key(1))
+        >>> a.shape, b.shape
+        ((4, 64), (24, 4))
+        >>> alone = jnp.linalg.norm(weight - quantize(weight, config).dequantize())
+        >>> bool(jnp.linalg.norm(weight - q.dequantize() - 2.0 * b @ a) < alone)
+        True
     """
     for name, value in (("iterations", iterations), ("rank", rank)):
         if value < 1:

@@ -25,7 +25,13 @@ def init(
     rank: int,
     dtype: DTypeLike = jnp.float32,
 ) -> Params:
-    """lora_A [rank, in] uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), lora_B [out, rank] 0."""
+    """lora_A [rank, in] uniform in +-1/sqrt(in) (Kaiming with a = sqrt 5), lora_B [out, rank] 0.
+
+    Examples:
+        >>> params = init(jax.random.key(0), 16, 8, rank=2)
+        >>> {name: value.shape for name, value in params.items()}
+        {'lora_A': (2, 16), 'lora_B': (8, 2)}
+    """
     bound = 1 / math.sqrt(in_features)
     return {
         "lora_A": jax.random.uniform(key, (rank, in_features), dtype, -bound, bound),
@@ -39,7 +45,14 @@ def apply(
     dropped: Float[Array, "*batch in"],
     scale: float = 1.0,
 ) -> Float[Array, "*batch out"]:
-    """scale * B A x. `dropped` is x after dropout, which stands in front of A alone."""
+    """scale * B A x. `dropped` is x after dropout, which stands in front of A alone.
+
+    Examples:
+        >>> params = {"lora_A": jnp.array([[1.0, 2.0]]), "lora_B": jnp.array([[1.0], [0.0]])}
+        >>> x = jnp.array([[3.0, 4.0]])
+        >>> apply(params, x, x, scale=0.5).tolist()
+        [[5.5, 0.0]]
+    """
     del x
     a, b = (params[name].astype(dropped.dtype) for name in ("lora_A", "lora_B"))
     return expand(split_activation(dropped @ a.T) * scale, b)
@@ -66,5 +79,11 @@ expand.defvjp(_expand_forward, _expand_backward)
 
 
 def fold(params: Params) -> Params:
-    """A plain pair already."""
+    """A plain pair already.
+
+    Examples:
+        >>> params = init(jax.random.key(0), 16, 8, rank=2)
+        >>> fold(params) is params
+        True
+    """
     return params

@@ -47,6 +47,12 @@ def block_entropy(
         codes: below n_levels.
         n_levels: size of the code book.
         valid: number of real codes in each block (at least 1); None: all.
+
+    Examples:
+        >>> block_entropy(jnp.array([[0, 1, 2, 3], [0, 0, 1, 1], [2, 2, 2, 2]]), 4).tolist()
+        [2.0, 1.0, 0.0]
+        >>> block_entropy(jnp.array([[0, 1, 3, 3]]), 4, valid=jnp.array([2])).tolist()
+        [1.0]
     """
     block = codes.shape[-1]
 

@@ -82,6 +82,13 @@ def get_format(name: str) -> Format:
 
     Raises:
         ValueError: no such format; the message names those there are.
+
+    Examples:
+        >>> nf2 = get_format("nf2")
+        >>> nf2.bits, nf2.levels
+        (2, (-1.0, -0.25256848335266113, 0.2525685131549835, 1.0))
+        >>> get_format("fp4").order[:9]  # by rising level: its codes have a sign bit
+        (11, 10, 13, 12, 15, 14, 9, 8, 0)
     """
     if name not in FORMATS:
         raise ValueError(f"quant.format = {name!r}: accepted is {', '.join(FORMATS)}")

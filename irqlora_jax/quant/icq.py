@@ -68,6 +68,12 @@ def search_shift(
     Raises:
         ValueError: an integer format, a search range outside of (0, 1), or an implementation that
             cannot serve; says why.
+
+    Examples:
+        >>> blocks = jnp.array([[0.0, 0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0]])
+        >>> shift, entropy = search_shift(blocks, "nf3")
+        >>> f"{float(shift[0]):.3f}, {float(entropy[0]):.3f} bits"
+        '0.262, 2.500 bits'
     """
     return shift_and_ends(blocks, format, search_range, steps, valid, implementation)[:2]
 

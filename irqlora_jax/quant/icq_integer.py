@@ -57,6 +57,11 @@ def plain_range(
         bits: width of a code.
         symmetric: fixes the zero point.
         valid: number of real elements in each block (at least 1); None: all.
+
+    Examples:
+        >>> scale, zero = plain_range(jnp.array([[-1.0, 0.0, 0.5, 2.0]]), 2, symmetric=False)
+        >>> print(scale, zero)  # the codes 0 to 3 stand for -1, 0, 1 and 2
+        [1.] [1.]
     """
 
     def plain(w: Array, n: Array | None) -> tuple[Array, Array]:
@@ -95,6 +100,12 @@ def search_range(
     Raises:
         ValueError: a search range outside of (0, 1), or an implementation that cannot serve; says
             why.
+
+    Examples:
+        >>> blocks = jnp.array([[-1.0, -0.6, -0.4, -0.3, 0.5, 0.8, 1.4, 2.0]])
+        >>> scale, zero, entropy = search_range(blocks, 2, False)  # the plain scale is 1
+        >>> f"{float(scale[0]):.3f}, {float(zero[0]):.0f}, {float(entropy[0]):.3f} bits"
+        '0.932, 1, 2.000 bits'
     """
     candidates = range_candidates(bits, symmetric, search_range, steps)
     # Candidates that differ by far more than a rounding error.
@@ -128,6 +139,12 @@ def search_zero_point(
 
     Raises:
         ValueError: as `search_range`.
+
+    Examples:
+        >>> blocks = jnp.array([[-1.0, -0.9, 0.3, 0.6, 0.8, 1.2, 1.8, 2.0]])
+        >>> scale, zero, entropy = search_zero_point(blocks, 2)  # the plain zero point is 1
+        >>> f"{float(scale[0]):.3f}, {float(zero[0]):.3f}, {float(entropy[0]):.3f} bits"
+        '1.000, 0.891, 2.000 bits'
     """
     candidates = zero_point_candidates(bits, search_range, steps)
     return _search("search_zero_point", blocks, candidates, valid, implementation, swept=False)

@@ -82,6 +82,12 @@ def search(
 
     Raises:
         ValueError: a negative error weight or number of steps.
+
+    Examples:
+        >>> blocks = 2 * jnp.asarray(get_format("nf3").table)[None] + 5
+        >>> scale, shift = search(blocks, "nf3")
+        >>> f"{float(scale[0]):.3f}, {float(shift[0]):.3f}"
+        '2.000, 5.000'
     """
     format = get_format(format) if isinstance(format, str) else format
     if not error_weight >= 0:

@@ -156,6 +156,15 @@ def dequant_matmul(
     Raises:
         ValueError: the implementation asked for does not exist or cannot serve; says why, and
             which would.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from irqlora_jax import QuantConfig, quantize
+        >>> weight = quantize(jnp.eye(16), QuantConfig(block_size=8, calibration="none"))
+        >>> dequant_matmul(jnp.arange(16.0), weight)[:4].tolist()
+        [0.0, 1.0, 2.0, 3.0]
+        >>> jax.grad(lambda x: dequant_matmul(x, weight).sum())(jnp.ones(16))[:4].tolist()
+        [1.0, 1.0, 1.0, 1.0]
     """
     if isinstance(weight, QTensor):
         if implementations is None:

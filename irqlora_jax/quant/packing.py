@@ -73,6 +73,13 @@ def pack(
 
     Raises:
         ValueError: no such layout, or none for blocks of this size.
+
+    Examples:
+        >>> codes = jnp.arange(8, dtype=jnp.uint8)
+        >>> bytes(pack(codes, 4)).hex(" ")  # code j below, code j + 4 above
+        '40 51 62 73'
+        >>> bytes(pack(codes, 3)).hex(" ")  # two low bits of 0, 2, 4, 6, of 1, 3, 5, 7; high bits
+        '88 dd f0'
     """
     _check(layout, codes.shape[-1])
     if layout == FRAGMENTS:
@@ -89,6 +96,12 @@ def unpack(
 
     Raises:
         ValueError: as `pack`.
+
+    Examples:
+        >>> codes = jnp.arange(64, dtype=jnp.uint8) % 8
+        >>> packed = pack(codes, 3, "fragments")
+        >>> packed.size, bool((unpack(packed, 3, "fragments") == codes).all())
+        (24, True)
     """
     _check(layout, packed.shape[-1] * 8 // bits)
     if layout == FRAGMENTS:

@@ -32,7 +32,13 @@ def encode_groups(
     values: Float32[Array, " n"], center: bool
 ) -> tuple[UInt8[Array, " n"], Float32[Array, " groups"], Float32[Array, ""]]:
     """Codes, the largest magnitude of every group of 256 (the last may be short), and the offset
-    (the mean of all values if `center`, else 0)."""
+    (the mean of all values if `center`, else 0).
+
+    Examples:
+        >>> codes, largest, offset = encode_groups(jnp.array([0.5, 2.0, -1.0, 0.0]), center=False)
+        >>> codes.tolist(), largest.tolist(), float(offset)
+        ([201, 255, 35, 127], [2.0], 0.0)
+    """
     n = values.shape[0]
     offset = values.mean() if center else jnp.zeros((), jnp.float32)
     groups = jnp.pad(values - offset, (0, -n % GROUP)).reshape(-1, GROUP)
@@ -45,7 +51,13 @@ def encode_groups(
 def decode_groups(
     codes: UInt8[Array, " n"], largest: Float32[Array, " groups"], offset: Float32[Array, ""]
 ) -> Float32[Array, " n"]:
-    """The numbers that `encode_groups` stored."""
+    """The numbers that `encode_groups` stored.
+
+    Examples:
+        >>> scales = jnp.array([0.0, 1.0, 5.0])
+        >>> [f"{x:.3f}" for x in decode_groups(*encode_groups(scales, center=True)).tolist()]
+        ['-0.009', '1.004', '5.000']
+    """
     n = codes.shape[0]
     unit = jnp.asarray(DYNAMIC_MAP)[codes]
     spread = jnp.broadcast_to(largest[:, None], (largest.shape[0], GROUP)).reshape(-1)[:n]
@@ -53,10 +65,20 @@ def decode_groups(
 
 
 def encode_zero(zero: Float32[Array, " n"], bits: int) -> UInt8[Array, " n"]:
-    """Zero points in [0, 2**bits) as 8-bit fixed point with 8 - bits fractional bits."""
+    """Zero points in [0, 2**bits) as 8-bit fixed point with 8 - bits fractional bits.
+
+    Examples:
+        >>> encode_zero(jnp.array([0.0, 7.5, 15.9375]), 4).tolist()
+        [0, 120, 255]
+    """
     return jnp.round(zero * 2 ** (8 - bits)).astype(jnp.uint8)
 
 
 def decode_zero(codes: UInt8[Array, "..."], bits: int) -> Float32[Array, "..."]:
-    """The inverse of `encode_zero`, exact."""
+    """The inverse of `encode_zero`, exact.
+
+    Examples:
+        >>> decode_zero(jnp.array([0, 120, 255], jnp.uint8), 4).tolist()
+        [0.0, 7.5, 15.9375]
+    """
     return codes.astype(jnp.float32) / 2 ** (8 - bits)

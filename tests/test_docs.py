@@ -1,0 +1,101 @@
+"""What the documentation says is there, and what it shows runs: doctests, pages, links, names."""
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+LINKED = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "kernels/README.md")),
+    *(ROOT / name for name in ("benchmarks/README.md", "tests/golden/README.md")),
+    *sorted(ROOT.glob("examples/*/README.md")),
+    *PAGES,
+]
+# Every function or class of the maths that has to show an example, by module.
+SHOWN = {
+    "quant.formats": ("get_format",),
+    "quant.packing": ("pack", "unpack"),
+    "quant.stats": ("encode_groups", "decode_groups", "encode_zero", "decode_zero"),
+    "quant.entropy": ("block_entropy",),
+    "quant.icq": ("search_shift",),
+    "quant.icq_integer": ("plain_range", "search_range", "search_zero_point"),
+    "quant.joint": ("search",),
+    "quant.qtensor": ("QTensor", "quantize"),
+    "quant.matmul": ("dequant_matmul",),
+    "adapters.lora": ("init", "apply", "fold"),
+    "adapters.iec": ("init", "spread", "apply", "fold"),
+    "adapters.loftq": ("loftq",),
+    "config": ("Config.load",),
+}
+_FENCE = re.compile(r"^(```+)(\w*)\n(.*?)^\1 *$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"!?\[[^\]]*\]\(([^()\s]+)\)")
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a reader would be."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_examples_of_docstrings(name: str) -> None:
+    module = importlib.import_module(f"irqlora_jax.{name}")
+    examples = {test.name: test for test in doctest.DocTestFinder().find(module) if test.examples}
+    assert {f"{module.__name__}.{one}" for one in SHOWN[name]} <= examples.keys()
+    said: list[str] = []
+    for example in examples.values():
+        doctest.DocTestRunner().run(example, out=said.append)
+    assert not said, "".join(said)
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """The Python blocks of a page with the lines that they begin in."""
+    text = page.read_text(encoding="utf-8")
+    found = [match for match in _FENCE.finditer(text) if match[2] == "python"]
+    return [(text.count("\n", 0, match.start(3)), match[3]) for match in found]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
+def test_the_blocks_of_a_page_run_one_after_the_other(page: Path) -> None:
+    names: dict[str, object] = {"__name__": page.stem}
+    for line, code in blocks(page):
+        exec(compile("\n" * line + code, str(page), "exec"), names)
+
+
+def prose(page: Path) -> str:
+    """A page without its code blocks."""
+    return _FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def anchors(page: Path) -> set[str]:
+    """The names by which GitHub links to the headings of a page."""
+    headings = re.findall(r"^#+ +(.+?) *$", prose(page), re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in _LINK.findall(prose(page)):
+        if re.match(r"[a-z]+:", link):  # of the world outside
+            continue
+        place, _, anchor = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        assert target.exists(), f"{link}: there is no {target}"
+        assert target.is_relative_to(ROOT), f"{link}: outside of the project"
+        assert not anchor or anchor in anchors(target), f"{link}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_tests_that_a_page_names_are_there(page: Path) -> None:
+    tests = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").rglob("test_*.py"))
+    for quoted in re.findall(r"`([^`\n]+)`", prose(page)):
+        if re.fullmatch(r"test_\w+", quoted):
+            assert f"def {quoted}(" in tests, f"there is no test {quoted}"
+        elif re.fullmatch(r"[\w./-]+/[\w-]+\.(py|md|yaml|json|sh)", quoted):
+            places = (ROOT / quoted, ROOT / "irqlora_jax" / quoted)
+            assert any(place.exists() for place in places), f"there is no {quoted}"
