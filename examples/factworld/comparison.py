@@ -172,10 +172,12 @@ class Difference(NamedTuple):
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
     """Paired difference over the seeds that both have, with Student's interval."""
     pairs = np.array([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+    wins = int((pairs > 0).sum())
     if len(pairs) < 2:
-        return Difference(float(pairs.mean()) if len(pairs) else math.nan, math.nan, 0, len(pairs))
+        mean = float(pairs.mean()) if len(pairs) else math.nan
+        return Difference(mean, math.nan, wins, len(pairs))
     half = student(len(pairs) - 1) * float(pairs.std(ddof=1)) / math.sqrt(len(pairs))
-    return Difference(float(pairs.mean()), half, int((pairs > 0).sum()), len(pairs))
+    return Difference(float(pairs.mean()), half, wins, len(pairs))
 
 
 def student(freedom: int, share: float = 0.95) -> float:
