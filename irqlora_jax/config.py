@@ -116,12 +116,17 @@ class AdapterConfig:
     quantization costs; the base then belongs to this run alone. In Python: `hf.load_loftq`."""
     loftq_iterations: int = 3
     """Turns of LoftQ, of which the best is kept."""
+    connections: Literal["both", "u1", "u2"] = "both"
+    """IEC only: which of the two connections is learned, that around A ("u1"), that around B ("u2")
+    or both (IR-QLoRA, table 4). The scalar of the other one stays 0."""
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "adapter.rank", self.rank, "a whole number of at least 1")
         _require(self.alpha > 0, "adapter.alpha", self.alpha, "a positive number")
         _require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "0 <= dropout < 1")
         _require(len(self.targets) > 0, "adapter.targets", self.targets, "at least one name")
+        ok = self.method == "iec" or self.connections == "both"
+        _require(ok, "adapter.connections", self.connections, "both with adapter.method lora")
         turns = self.loftq_iterations
         ok = turns >= 1
         _require(ok, "adapter.loftq_iterations", turns, "a whole number of at least 1")

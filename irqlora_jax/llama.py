@@ -111,6 +111,9 @@ class AdaptedLinear(nn.Module):
         names = jax.eval_shape(fresh, jax.random.key(0))
         params = {name: self.param(name, lambda key, name=name: fresh(key)[name]) for name in names}
         dropped = nn.Dropout(adapter.dropout)(x, deterministic=self.deterministic)
+        if adapter.connections != "both":
+            other = "beta2" if adapter.connections == "u1" else "beta1"
+            params[other] = jax.lax.stop_gradient(params[other])
         params = gather(params, self.name)
         y = y + method.apply(params, x, dropped, adapter.alpha / adapter.rank)
         return split_activation(y, not split_inputs)
