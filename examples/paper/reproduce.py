@@ -278,10 +278,8 @@ def show(number: int, options: argparse.Namespace, asked: Asked) -> None:
         chosen = choose(table, size or sizes[0], options.rows)
     exact = options.model is None or size_of(shapes(options.model, "")) == chosen[0].size
     print(f"\nTable {number}. {table.title}")
-    shown = ", ".join(dict.fromkeys(row.size for row in chosen))
-    print(
-        f"LLaMA {shown}, here {asked.model}" if exact else f"{asked.model} in the place of {shown}"
-    )
+    if options.model is not None:
+        print(f"here: {asked.model}{'' if exact else f', which is no LLaMA {chosen[0].size}'}")
     ready = options.model is not None and not options.dry_run
     if options.dry_run or (not ready and table.number != 6):
         print()

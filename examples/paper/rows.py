@@ -14,7 +14,7 @@ from irqlora_jax.config import Config, QuantConfig, parse_config
 from irqlora_jax.llama_config import LlamaConfig
 
 FOLDER = Path(__file__).resolve().parent
-CONFIGS = Path(os.path.relpath(FOLDER.parents[1] / "configs" / "paper"))
+CONFIGS = FOLDER.parents[1] / "configs" / "paper"
 MMLU_COLUMNS = {
     "Humanities": "humanities",
     "STEM": "STEM",
@@ -211,7 +211,7 @@ def stages(row: Row, table: Table, asked: Asked) -> list[Stage]:
 def _training(row: Row, asked: Asked, base: Path, folder: Path) -> Stage:
     recipes = ["flan-v2" if row.data == "flan_v2" else "alpaca"]
     recipes += ["large"] if row.size in ("30b", "65b") else []
-    argv = ["train", *(f"--config={CONFIGS / name}.yaml" for name in recipes)]
+    argv = ["train", *(f"--config={os.path.relpath(CONFIGS)}/{name}.yaml" for name in recipes)]
     argv += [f"--model={base}", f"--output_dir={folder}"]
     argv += [f"--quant.{name}={value}" for name, value in row.quant.items()]
     adapter = METHODS[row.method].adapter or {}
