@@ -5,6 +5,8 @@ warnings, progress bars. The address of the repository, here and in README.md, c
 pyproject.toml.
 """
 
+import base64
+import io
 import os
 import re
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 SHOWN = ("quickstart", "gradients")  # the other one takes a GPU to have outputs worth showing
@@ -52,10 +55,18 @@ def cleaned(notebook: nbformat.NotebookNode, folder: str) -> nbformat.NotebookNo
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
-            kept = [output for output in cell.outputs if not _is_noise(output)]
-            for output in kept:
+            kept = []
+            for output in cell.outputs:
+                if _is_noise(output):
+                    continue
                 if "text" in output:
                     output.text = output.text.replace(folder, "runs").replace(f"{ROOT}/", "")
+                    if kept and kept[-1].get("name") == output.name:
+                        kept[-1].text += output.text
+                        continue
+                if "image/png" in output.get("data", {}):
+                    output.data["image/png"] = _small(output.data["image/png"])
+                kept.append(output)
             cell.outputs = kept
     return notebook
 
@@ -63,6 +74,14 @@ def cleaned(notebook: nbformat.NotebookNode, folder: str) -> nbformat.NotebookNo
 def _is_noise(output: nbformat.NotebookNode) -> bool:
     framed = "<iframe" in output.get("data", {}).get("text/html", "")  # a whole page
     return output.get("name") == "stderr" or framed
+
+
+def _small(png: str) -> str:
+    """A plot with 256 colors, which takes a third of the bytes."""
+    file = io.BytesIO()
+    image = Image.open(io.BytesIO(base64.b64decode(png)))
+    image.convert("RGB").quantize(256).save(file, "png", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def main(names: list[str]) -> None:
