@@ -1,6 +1,6 @@
-"""What else could be done with scales and shifts: three experiments beside the library.
+"""What else could be done with scales and shifts: two experiments beside the library.
 
-    python benchmarks/beyond.py outliers feedback trained [--stories MODEL VALID_TEXT TRAIN_TEXT]
+    python benchmarks/beyond.py outliers feedback [--stories MODEL VALID_TEXT TRAIN_TEXT]
 
 outliers: does joint's lead over ICQ last where a channel in each matrix is 8 times as large? One
 channel of each norm and of the values and gates of every layer grows, and what it reads shrinks, so
@@ -8,10 +8,6 @@ the model computes the same.
 feedback: GPTQ (Frantar et al. 2022), with the scales and shifts that a calibration stores for the
 original weights: columns are rounded in order, and what one loses is made up for by those behind
 it, as the inputs of some documents ask.
-trained: scales and shifts that learn together with LoRA (as in PEQA, Kim et al. 2023) on
-factworld's finetune, codes fixed; against frozen ones at equal steps. Their rate is chosen on the
-validation entities of the first draw. The trained ones are not quantized again.
-
 Factworld's small base for all formats, the large one for 2 bits, and stories260K, each in draws
 (testbeds.py): mean (standard deviation), and paired differences with their standard error.
 """
@@ -26,16 +22,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from testbeds import (
     Base,
     Testbed,
     channels,
     facts,
-    factworld,
-    is_packed,
     paired,
-    quantized,
     rescale,
     spread,
     stored,
@@ -43,15 +35,11 @@ from testbeds import (
 )
 from timing import machine, table
 
-from irqlora_jax import hf
 from irqlora_jax.attention import rope_frequencies
-from irqlora_jax.config import AdapterConfig, QuantConfig
-from irqlora_jax.data import Batches
-from irqlora_jax.evaluate import score_questions
-from irqlora_jax.llama import AdaptedLinear, Layer, Llama
+from irqlora_jax.config import QuantConfig
+from irqlora_jax.llama import AdaptedLinear, Layer
 from irqlora_jax.quant.formats import get_format
 from irqlora_jax.quant.qtensor import QTensor, quantize
-from irqlora_jax.step import loss_sum
 
 HOWS: dict[str, Mapping[str, Any]] = {
     "none": {"calibration": "none"},
@@ -223,101 +211,10 @@ def feedback(testbed: Testbed, formats: Sequence[str], draws: int) -> None:
         report(testbed, name, runs, pairs)
 
 
-# ---------------------------------------------------------------------------------------- trained
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def finetune(
-    packed: Base, adapters: Any, batches: Any, rate: float, grid_rate: float, model: Llama
-) -> tuple[Any, Base]:
-    """LoRA by AdamW; with a positive `grid_rate`, relative changes of scales and shifts by Adam.
-
-    Returns:
-        The adapters, and the float32 base that codes, scales and shifts now stand for.
-    """
-    leaves, structure = jax.tree.flatten(packed, is_leaf=is_packed)
-    tensors = [leaf for leaf in leaves if is_packed(leaf)]
-    levels = jnp.asarray(get_format(tensors[0].format).table)
-    codes = [levels[tensor.codes()] for tensor in tensors]
-
-    def float_base(grid: Any) -> Base:
-        made = []
-        for tensor, level, (growth, move) in zip(tensors, codes, grid, strict=True):
-            scale, shift = tensor.scale(), tensor.shift()
-            shift = scale * move + (0 if shift is None else shift)
-            scale = scale * (1 + growth)
-            each = of_each_weight(scale, tensor), of_each_weight(shift, tensor)
-            made.append(level * each[0] + each[1])
-        weights = iter(made)
-        return structure.unflatten(next(weights) if is_packed(leaf) else leaf for leaf in leaves)
-
-    def loss(trained: Any, batch: Any) -> jax.Array:
-        adapters, grid = trained
-        key = jax.random.key(0)  # there is no dropout
-        total, count = loss_sum(adapters, float_base(grid), batch, key, model=model, chunk=1024)
-        return total / count
-
-    def rule(rate: float) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.clip_by_global_norm(0.3), optax.adamw(rate, 0.9, 0.999, weight_decay=0.0)
-        )
-
-    rules = {"adapters": rule(rate), "grid": rule(grid_rate)}
-    optimizer = optax.multi_transform(rules, ("adapters", "grid"))
-    grid = [(jnp.zeros(t.scale_codes.shape), jnp.zeros(t.scale_codes.shape)) for t in tensors]
-
-    def step(carry: Any, batch: Any) -> tuple[Any, None]:
-        trained, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(trained, batch), state, trained)
-        return (optax.apply_updates(trained, updates), state), None
-
-    start = adapters, grid
-    (trained, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), batches)
-    return trained[0], float_base(trained[1])
-
-
-def trained(testbed: Testbed, formats: Sequence[str], draws: int, steps: int) -> None:
-    """Prints the rows of a factworld."""
-    from ablation import load_data  # beside world.py
-
-    data = load_data(hf.load_tokenizer(factworld.FOLDER / "base-small"))  # the large one has it too
-    layers = testbed.config.num_hidden_layers
-    model = Llama(
-        testbed.config,
-        AdapterConfig(method="lora", rank=8, alpha=16.0),
-        unroll=layers,
-        matmul="xla",
-    )
-
-    def run(number: int, packed: Base, grid_rate: float, questions: Any) -> tuple[float, ...]:
-        drawn = Batches(data.train, 64, number, multiple=4)
-        parts = [drawn[step] for step in range(steps)]
-        batches = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-        adapters = model.init_adapters(jax.random.key(number))
-        adapters, base = finetune(packed, adapters, batches, 1e-3, grid_rate, model)
-        scores = score_questions(model, {"params": adapters, "base": base}, questions, 512)
-        return 100 * scores.accuracy, scores.bits_per_fact
-
-    for name in formats:
-        runs: Runs = {}
-        for how in ("ICQ", "joint inf"):
-            quant = QuantConfig(format=name, **HOWS[how])  # type: ignore[arg-type]
-            packed = [quantized(testbed.draw(number), quant) for number in range(draws)]
-            tried = {
-                rate: run(0, packed[0], rate, data.validation)[1] for rate in (3e-4, 1e-3, 3e-3)
-            }
-            rate = max(tried, key=lambda rate: tried[rate])
-            runs[how] = [run(n, packed[n], 0.0, data.test) for n in range(draws)]
-            runs[f"{how}, trained"] = [run(n, packed[n], rate, data.test) for n in range(draws)]
-            print(f"<!-- {name}, {how}: bits per fact by rate {tried} -->")
-        pairs = {f"{how}, trained": how for how in ("ICQ", "joint inf")} | {"joint inf": "ICQ"}
-        report(testbed, name, runs, pairs)
-
-
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parts = ("outliers", "feedback", "trained")
+    parts = ("outliers", "feedback")
     parser.add_argument("parts", nargs="+", choices=parts)
     parser.add_argument("--small", nargs="*", default=("nf4", "nf3"), help="formats")
     parser.add_argument("--large", nargs="*", default=("nf2",), help="formats")
@@ -327,7 +224,6 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5, help="at least 2")
     parser.add_argument("--questions", type=int, default=2048)
     parser.add_argument("--tokens", type=int, default=20_480, help="to evaluate stories on")
-    parser.add_argument("--steps", type=int, default=300, help="of the finetune of `trained`")
     args = parser.parse_args()
     print(machine())
     worlds = [("small", args.small), ("large", args.large)]
@@ -345,11 +241,6 @@ def main() -> None:
         head("Error feedback", "format")
         for testbed, formats in testbeds.items():
             feedback(testbed, formats, args.draws)
-    if "trained" in args.parts:
-        head(f"Trained scales and shifts, after {args.steps} steps", "format")
-        for testbed, formats in testbeds.items():
-            if testbed.name != "stories260K":
-                trained(testbed, formats, args.draws, args.steps)
 
 
 if __name__ == "__main__":
