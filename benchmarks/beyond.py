@@ -1,0 +1,247 @@
+"""What else could be done with scales and shifts: two experiments beside the library.
+
+    python benchmarks/beyond.py outliers feedback [--stories MODEL VALID_TEXT TRAIN_TEXT]
+
+outliers: does joint's lead over ICQ last where a channel in each matrix is 8 times as large? One
+channel of each norm and of the values and gates of every layer grows, and what it reads shrinks, so
+the model computes the same.
+feedback: GPTQ (Frantar et al. 2022), with the scales and shifts that a calibration stores for the
+original weights: columns are rounded in order, and what one loses is made up for by those behind
+it, as the inputs of some documents ask.
+Factworld's small base for all formats, the large one for 2 bits, and stories260K, each in draws
+(testbeds.py): mean (standard deviation), and paired differences with their standard error.
+"""
+
+import argparse
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from testbeds import (
+    Base,
+    Testbed,
+    channels,
+    facts,
+    paired,
+    rescale,
+    spread,
+    stored,
+    stories,
+)
+from timing import machine, table
+
+from irqlora_jax.attention import rope_frequencies
+from irqlora_jax.config import QuantConfig
+from irqlora_jax.llama import AdaptedLinear, Layer
+from irqlora_jax.quant.formats import get_format
+from irqlora_jax.quant.qtensor import QTensor, quantize
+
+HOWS: dict[str, Mapping[str, Any]] = {
+    "none": {"calibration": "none"},
+    "ICQ": {"calibration": "icq"},
+    "joint 100": {"calibration": "joint"},
+    "joint inf": {"calibration": "joint", "error_weight": float("inf")},
+}
+OUTLIER = 8.0
+Runs = dict[str, list[tuple[float, ...]]]  # figures of the draws, by method
+
+
+def report(testbed: Testbed, label: str, runs: Runs, pairs: Mapping[str, str]) -> None:
+    """Prints a row for each method and figure, with the difference to another method."""
+    for place, figure in enumerate(testbed.figures):
+        for name, values in runs.items():
+            own = [value[place] for value in values]
+            difference = ""
+            if name in pairs:
+                other = [value[place] for value in runs[pairs[name]]]
+                difference = f"{paired(own, other)} ({pairs[name]})"
+            cells = (testbed.name, label, figure, name, spread(own), difference)
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def head(title: str, label: str) -> None:
+    """Begins a table."""
+    columns = ("model", label, "figure", "method", "mean (sd)", "difference, standard error (to)")
+    print(f"\n## {title}\n\n{table(columns, [])}")
+
+
+# --------------------------------------------------------------------------------------- outliers
+
+
+def planted(base: Base, testbed: Testbed, factor: float, key: jax.Array) -> Base:
+    """The same function with one channel of each kind and layer `factor` times as large."""
+    factors = {}
+    for place, (name, (layers, size)) in enumerate(channels(testbed.config).items()):
+        chosen = jax.random.randint(jax.random.fold_in(key, place), (layers,), 0, size)
+        factors[name] = jnp.ones((layers, size)).at[jnp.arange(layers), chosen].set(factor)
+    return rescale(base, testbed.config, factors)
+
+
+@functools.cache
+def figures(
+    testbed: Testbed, format: str, how: str, number: int, factor: float = 1.0
+) -> tuple[float, ...]:
+    """Of one draw, quantized and not finetuned."""
+    base = planted(testbed.draw(number), testbed, factor, jax.random.key(100 + number))
+    return testbed.measure(stored(base, QuantConfig(format=format, **HOWS[how])))  # type: ignore[arg-type]
+
+
+def outliers(testbed: Testbed, formats: Sequence[str], draws: int) -> None:
+    """Prints the rows of a testbed."""
+    for name in formats:
+        for factor in (1.0, OUTLIER):
+            runs = {
+                how: [figures(testbed, name, how, number, factor) for number in range(draws)]
+                for how in HOWS
+            }
+            pairs = {"ICQ": "none", "joint 100": "ICQ", "joint inf": "ICQ"}
+            report(testbed, f"{name}, x {factor:g}", runs, pairs)
+
+
+# --------------------------------------------------------------------------------------- feedback
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def layer_inputs(weights: Any, x: jax.Array, count: jax.Array, config: Any) -> tuple[Any, Any]:
+    """One layer: what follows it, and of each linear layer in it X^T X over the counted tokens."""
+    seen: dict[str, jax.Array] = {}
+
+    def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, AdaptedLinear) and context.method_name == "__call__":
+            rows = jnp.where(count[..., None], args[0], 0).reshape(-1, args[0].shape[-1])
+            seen[str(context.module.name)] = rows.T @ rows
+        return call(*args, **kwargs)
+
+    positions = jnp.arange(x.shape[1], dtype=jnp.float32)
+    angles = jnp.broadcast_to(
+        positions[None, :, None] * rope_frequencies(config)[None, None, :],
+        (*x.shape[:2], config.head_dim // 2),
+    )
+    rope = jnp.cos(angles), jnp.sin(angles)
+    with nn.intercept_methods(note):
+        layer = Layer(config, None, None, "xla", True)
+        (after, _), _ = layer.apply(  # type: ignore[misc]
+            {"base": weights}, (x, None), jnp.int32(0), rope, None, None
+        )
+    return after, seen
+
+
+@functools.partial(jax.jit, static_argnames="format")
+def fed_back(
+    weight: jax.Array,
+    squares: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+    format: str,
+    damping: float = 0.01,
+) -> jax.Array:
+    """The rounded weights [out, in], where each column makes up for those in front of it.
+
+    Args:
+        weight: [out, in].
+        squares: X^T X of the inputs, [in, in].
+        scale: of every weight, [out, in].
+        shift: as well.
+        format: code book.
+        damping: part of the mean of the diagonal that is added to it.
+    """
+    levels = jnp.asarray(np.sort(get_format(format).table))
+    size = weight.shape[1]
+    damped = squares + damping * jnp.trace(squares) / size * jnp.eye(size)
+    upper = jnp.linalg.cholesky(jnp.linalg.inv(damped)).T
+
+    def column(j: jax.Array, w: jax.Array) -> jax.Array:
+        unit = (w[:, j] - shift[:, j]) / jnp.where(scale[:, j] == 0, 1, scale[:, j])
+        nearest = jnp.abs(unit[:, None] - levels[None]).argmin(1)
+        rounded = levels[nearest] * scale[:, j] + shift[:, j]
+        behind = jnp.where(jnp.arange(size) > j, upper[j], 0) / upper[j, j]
+        return (w - (w[:, j] - rounded)[:, None] * behind[None]).at[:, j].set(rounded)
+
+    return jax.lax.fori_loop(0, size, column, weight)
+
+
+def of_each_weight(values: jax.Array, packed: QTensor) -> jax.Array:
+    """Scales or shifts of blocks, repeated: [..., out, in]."""
+    return jnp.repeat(values, packed.block_size, axis=-1)[..., : packed.shape[1]]
+
+
+def with_feedback(base: Base, testbed: Testbed, quant: QuantConfig) -> Base:
+    """All linear layers, each from what the rounded ones in front of its layer make of the
+    documents."""
+    tokens = jnp.asarray(testbed.documents)
+    x, count = base["embed_tokens"]["weight"][tokens], tokens != 0  # 0 pads, in both vocabularies
+    done = []
+    for number in range(testbed.config.num_hidden_layers):
+        weights = jax.tree.map(lambda leaf, n=number: leaf[n], base["layers"])
+        squares = layer_inputs(weights, x, count, testbed.config)[1]
+        new = dict(weights)
+        for group in ("self_attn", "mlp"):
+            new[group] = {}
+            for name, linear in weights[group].items():
+                packed = quantize(linear["weight"], quant)
+                scale, shift = packed.scale(), packed.shift()
+                grid = (
+                    of_each_weight(scale, packed),
+                    of_each_weight(jnp.zeros_like(scale) if shift is None else shift, packed),
+                )
+                rounded = fed_back(linear["weight"], squares[name], *grid, quant.format)
+                new[group][name] = {"weight": rounded}
+        x = layer_inputs(new, x, count, testbed.config)[0]
+        done.append(new)
+    return base | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *done)}
+
+
+def feedback(testbed: Testbed, formats: Sequence[str], draws: int) -> None:
+    """Prints the rows of a testbed."""
+    for name in formats:
+        runs: Runs = {}
+        for how in ("ICQ", "joint inf"):
+            quant = QuantConfig(format=name, **HOWS[how])  # type: ignore[arg-type]
+            runs[how] = [figures(testbed, name, how, number) for number in range(draws)]
+            runs[f"{how}, feedback"] = [
+                testbed.measure(with_feedback(testbed.draw(number), testbed, quant))
+                for number in range(draws)
+            ]
+        pairs = {f"{how}, feedback": how for how in ("ICQ", "joint inf")}
+        report(testbed, name, runs, pairs)
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parts = ("outliers", "feedback")
+    parser.add_argument("parts", nargs="+", choices=parts)
+    parser.add_argument("--small", nargs="*", default=("nf4", "nf3"), help="formats")
+    parser.add_argument("--large", nargs="*", default=("nf2",), help="formats")
+    parser.add_argument("--formats", nargs="*", default=("nf4", "nf3", "nf2"), help="of stories")
+    parser.add_argument("--stories", nargs=3, type=Path, help="model, text to evaluate, for inputs")
+    parser.add_argument("--bases", type=Path, help="folder with more bases (of ablation.py)")
+    parser.add_argument("--draws", type=int, default=5, help="at least 2")
+    parser.add_argument("--questions", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=20_480, help="to evaluate stories on")
+    args = parser.parse_args()
+    print(machine())
+    worlds = [("small", args.small), ("large", args.large)]
+    testbeds = {
+        facts(name, args.questions, args.bases): formats for name, formats in worlds if formats
+    }
+    if args.stories:
+        model, text, documents = args.stories
+        testbeds[stories(model, text, args.tokens, documents)] = args.formats
+    if "outliers" in args.parts:
+        head("Outliers", "format, largest channel")
+        for testbed, formats in testbeds.items():
+            outliers(testbed, formats, args.draws)
+    if "feedback" in args.parts:
+        head("Error feedback", "format")
+        for testbed, formats in testbeds.items():
+            feedback(testbed, formats, args.draws)
+
+
+if __name__ == "__main__":
+    main()
