@@ -216,7 +216,7 @@ def test_targets_are_fitted_one_by_one_and_others_quantized_plainly(tmp_path: Pa
 
 def test_the_start_is_near_the_model_and_dropout_is_as_ever(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", make_tensors())
-    adapter = AdapterConfig(method="iec", rank=16, alpha=8, init="loftq", dropout=0.5)
+    adapter = AdapterConfig(method="iec", rank=16, alpha=8.0, init="loftq", dropout=0.5)
     full, llama = hf.load_base(folder, None)
     plain, _ = hf.load_base(folder, NF2)
     base, pairs, _ = hf.load_loftq(folder, NF2, adapter, KEY)

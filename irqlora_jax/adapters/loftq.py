@@ -3,12 +3,17 @@ LoRA's own leaves the whole error of the quantizer (Li et al., ICLR 2024, algori
 
 In turns, Q = quantize(W - s B A) and then s B A = the best approximation of rank r of W - Q, with
 s = alpha / rank and Q as it is stored: its codes, scales and shifts. The first Q is that of W.
+
+Beside W there is one float32 matrix of its size, in turns W - Q and W - s B A. Each is handed to
+the program that makes the other, to be overwritten: the runtime may free what a program no longer
+needs only after the next one has begun.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
@@ -19,6 +24,8 @@ EXACT_UP_TO = 512
 """Layers whose smaller side is no longer, or no longer than 8 times the rank, have all their
 singular values computed; beyond it that takes too long."""
 OVERSAMPLING, POWER_ITERATIONS = 10, 4
+SLAB = 2**18
+"""Weights whose remaining error is computed at a time."""
 _wide = functools.partial(jnp.matmul, precision="highest")  # GPUs would round float32 to TF32
 
 
@@ -66,28 +73,39 @@ def loftq(
             raise ValueError(f"{name} = {value}: accepted is a whole number of at least 1")
     scale = jnp.float32(scaling)
     quantized = quantize(weight, config)
-    best, least = None, jnp.inf
+    best, least, rest = None, jnp.inf, None
     for turn in range(iterations):
-        turn_key = jax.random.fold_in(key, turn)
-        a, b = _fit(weight, quantized, scale, turn_key, rank, jnp.dtype(dtype))
-        rest = _rest(weight, a, b, scale)
-        error = float(_distance(rest, quantized))
-        if best is None or error < least:
-            best, least = (quantized, a, b), error
+        error = _error(weight, quantized, rest)
+        a, b = _fit(error, scale, jax.random.fold_in(key, turn), rank, jnp.dtype(dtype))
+        norm = float(_distance(error, a, b, scale))
+        if best is None or norm < least:
+            best, least = (quantized, a, b), norm
         if turn + 1 < iterations:
+            rest = _rest(weight, a, b, scale, error)
+            del quantized  # there are two at a time: the best and the next
             quantized = quantize(rest, config)
-        del rest  # a whole matrix, of which the next turn needs another
     assert best is not None
     return best
 
 
+@functools.partial(jax.jit, donate_argnames="room", keep_unused=True)
+def _error(weight: Array, quantized: QTensor, room: Array | None) -> Array:
+    """W - Q, in the memory of `room`."""
+    return weight.astype(jnp.float32) - quantized.dequantize()
+
+
+@functools.partial(jax.jit, donate_argnames="room", keep_unused=True)
+def _rest(weight: Array, a: Array, b: Array, scale: Array, room: Array) -> Array:
+    """W - s B A, what is left to quantize, in the memory of `room`."""
+    return weight.astype(jnp.float32) - _update(a, b, scale)
+
+
 @functools.partial(jax.jit, static_argnames=("rank", "dtype"))
 def _fit(
-    weight: Array, quantized: QTensor, scale: Array, key: Array, rank: int, dtype: DTypeLike
+    error: Array, scale: Array, key: Array, rank: int, dtype: DTypeLike
 ) -> tuple[Array, Array]:
-    """The pair of least error for a given Q, the roots of its singular values on both sides."""
-    error, small = weight.astype(jnp.float32) - quantized.dequantize(), min(weight.shape)
-    if small <= max(EXACT_UP_TO, 8 * rank):
+    """The pair of least error for a given W - Q, the roots of its singular values on both sides."""
+    if min(error.shape) <= max(EXACT_UP_TO, 8 * rank):
         u, s, v = exact_svd(error, rank)
     else:
         u, s, v = randomized_svd(error, rank, key)
@@ -98,15 +116,24 @@ def _fit(
 
 
 @jax.jit
-def _rest(weight: Array, a: Array, b: Array, scale: Array) -> Array:
-    """W - s B A, what is left to quantize."""
-    update = _wide(b.astype(jnp.float32), a.astype(jnp.float32) * scale)
-    return weight.astype(jnp.float32) - update
+def _distance(error: Array, a: Array, b: Array, scale: Array) -> Float32[Array, ""]:
+    """The Frobenius norm of W - Q - s B A, some rows at a time."""
+    rows, columns = error.shape
+    count = min(rows, max(1, SLAB // columns))
+
+    def add(i: Array, total: Array) -> Array:
+        # The last rows begin early where they are fewer: those that were counted already are not.
+        start = jnp.minimum(i * count, rows - count)
+        some, left = (lax.dynamic_slice_in_dim(x, start, count) for x in (error, b))
+        new = start + jnp.arange(count) >= i * count
+        return total + jnp.sum(jnp.where(new[:, None], some - _update(a, left, scale), 0) ** 2)
+
+    return jnp.sqrt(lax.fori_loop(0, -(-rows // count), add, jnp.float32(0)))
 
 
-@jax.jit
-def _distance(rest: Array, quantized: QTensor) -> Float32[Array, ""]:
-    return jnp.sqrt(jnp.sum((rest - quantized.dequantize()) ** 2))
+def _update(a: Array, b: Array, scale: Array) -> Array:
+    """s B A."""
+    return _wide(b.astype(jnp.float32), a.astype(jnp.float32) * scale)
 
 
 def exact_svd(x: Float32[Array, "m n"], rank: int) -> tuple[Array, Array, Array]:
