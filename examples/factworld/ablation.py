@@ -417,7 +417,7 @@ def main(words: Sequence[str] | None = None) -> None:
             if run not in results:
                 results[run] = bench.run(run)
                 comparison.append(file, run, results[run])
-            else:
+            elif not bar.disable:
                 bar.initial += 1  # what is only read again says nothing about the time left
             bar.update()
     comparison.report(settings, results, args.output)
