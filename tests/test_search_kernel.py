@@ -66,13 +66,11 @@ def test_ends_of_float32():
     # A program has the large ones, another the small ones.
     exponents = np.concatenate([np.linspace(127, 60, 32), np.linspace(-149, -60, 32)])
     normal = np.random.default_rng(0).standard_normal((64, 16))
-    blocks = normal * 2.0 ** exponents[:, None]
-    blocks = np.clip(blocks, -0.3 * FLOAT_MAX, 0.3 * FLOAT_MAX).astype(np.float32)
+    blocks = np.clip(normal * 2.0 ** exponents[:, None], -FLOAT_MAX, FLOAT_MAX).astype(np.float32)
     blocks[:3] = 0
-    # No larger: scales would overflow, and then XLA's own forms disagree, by how they are fused.
-    blocks[0, :8], blocks[0, 8:] = -0.45 * FLOAT_MAX, 0.45 * FLOAT_MAX
+    blocks[0, :8], blocks[0, 8:] = -FLOAT_MAX, FLOAT_MAX
     blocks[1] = FLOAT_MAX
-    blocks[2, 5] = -0.9 * FLOAT_MAX
+    blocks[2, 5] = -FLOAT_MAX
     blocks[32:36] = 0
     blocks[32, 0] = 1e-40
     blocks[33] = -0.0
@@ -85,7 +83,8 @@ def test_ends_of_float32():
     blocks[36:64] = sample / spread * np.outer(np.linspace(0.95, 1.06, 14), edges).reshape(-1, 1)
     args = jnp.asarray(blocks), "fp4", 0.1, 100, None
     found = search_shift(*args, interpret=True)
-    for one, (_, other) in zip(found[:2], both_forms(icq.search_shift, *args), strict=True):
+    others = list(both_forms(icq.shift_and_ends, *args))
+    for one, (_, other) in zip(found[:2], others[:2], strict=True):
         np.testing.assert_array_equal(bits_of(one), bits_of(other))
 
 

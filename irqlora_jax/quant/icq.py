@@ -41,7 +41,6 @@ from irqlora_jax.quant.formats import Format, get_format
 SIGMA = 1 / 1.8481308
 
 
-@functools.partial(jax.jit, static_argnames=("format", "search_range", "steps", "implementation"))
 def search_shift(
     blocks: Float[Array, "n block"],
     format: Format | str,
