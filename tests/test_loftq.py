@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from small_run import assert_same
 from test_hf_read import make_tensors, write_folder
-from test_train import StoppedError, assert_same_run, config_for, crash, quiet, steps_of
+from test_train import StoppedError, assert_same_run, at_step, config_for, crash, quiet, steps_of
 
 from irqlora_jax import hf
 from irqlora_jax.adapters import loftq as module
@@ -280,16 +280,24 @@ def crash_before(function: str) -> Callable[[pytest.MonkeyPatch], None]:
     return prepare
 
 
-def test_a_run_that_crashed_before_its_folder_was_complete_begins_anew(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("moment", ["write_text", "step 1"])
+def test_a_crashed_run_ends_as_if_it_had_not(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
+    """Before the folder is complete it begins anew; from then on nothing is fitted again."""
     folder = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        crash_before("write_text")(patch)
+        if moment.startswith("step"):
+            at_step(patch, int(moment[-1]), crash)
+        else:
+            crash_before(moment)(patch)
         quiet(config(folder))
     assert 0 in steps_of(folder)
-    # What a start that was broken off even earlier leaves.
-    (folder / "checkpoints" / "0").rename(folder / "checkpoints" / "0.orbax-checkpoint-tmp")
+    if moment.startswith("step"):
+        monkeypatch.setattr(hf, "load_loftq", lambda *_, **__: crash())
+    else:
+        # What a start that was broken off even earlier leaves.
+        (folder / "checkpoints" / "0").rename(folder / "checkpoints" / "0.orbax-checkpoint-tmp")
     quiet(config(folder))
     assert_same_run(folder, finished)
 
