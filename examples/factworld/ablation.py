@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import comparison
 import jax
@@ -31,6 +31,7 @@ from pretrain import RECIPES, pretrain, save_base
 from tqdm import tqdm
 
 from irqlora_jax import hf
+from irqlora_jax.adapters.loftq import loftq
 from irqlora_jax.config import AdapterConfig, DataConfig, QuantConfig, TrainConfig
 from irqlora_jax.data import Batches, load_examples
 from irqlora_jax.evaluate import evaluation_loss, load_questions, score_questions
@@ -59,10 +60,6 @@ class Method:
         """Whether nothing is quantized: one run per seed instead of one per format."""
         return self.quant.get("format") == "none"
 
-    def available(self) -> bool:
-        """Whether the library knows all fields and their values."""
-        return _accepts(QuantConfig, self.quant) and _accepts(AdapterConfig, self.adapter or {})
-
 
 _PLAIN, _ICQ = {"calibration": "none"}, {"calibration": "icq"}
 _ERROR = {"calibration": "joint", "error_weight": float("inf")}
@@ -81,14 +78,6 @@ METHODS = {
     "error": Method(_ERROR, _LORA),
     "error+loftq": Method(_ERROR, _LORA | {"init": "loftq", "loftq_iterations": 3}),
 }
-
-
-def _accepts(config: type, fields: Mapping[str, Any]) -> bool:
-    hints = get_type_hints(config)
-    return all(
-        name in hints and (get_origin(hints[name]) is not Literal or value in get_args(hints[name]))
-        for name, value in fields.items()
-    )
 
 
 # --------------------------------------------------------------------------------------- the data
@@ -177,7 +166,7 @@ def prepare(base: Any, quant: QuantConfig, adapter: AdapterConfig | None, key: j
     if quant.format == "none":
         return Start(base, None, None, 0.0)
     adapters = None
-    if getattr(adapter, "init", "default") == "loftq":
+    if adapter is not None and adapter.init == "loftq":
         packed, adapters = _loftq(base, quant, adapter, key)
     else:
         packed = quantized(base, quant)
@@ -200,10 +189,10 @@ def prepare(base: Any, quant: QuantConfig, adapter: AdapterConfig | None, key: j
     return Start(packed | {"layers": floats}, adapters, entropy, lost / norm)
 
 
-def _loftq(base: Any, quant: QuantConfig, adapter: Any, key: jax.Array) -> tuple[Any, Any]:
+def _loftq(
+    base: Any, quant: QuantConfig, adapter: AdapterConfig, key: jax.Array
+) -> tuple[Any, Any]:
     """Base and adapters that together are close to the weights (LoftQ), matrix by matrix."""
-    from irqlora_jax.adapters.loftq import loftq
-
     layers, adapters = dict(base["layers"]), {}
     for group in ("self_attn", "mlp"):
         layers[group], adapters[group] = {}, {}
@@ -364,9 +353,8 @@ def plan(
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    here = [name for name, method in METHODS.items() if method.available()]
     several = functools.partial(parser.add_argument, nargs="+")
-    several("--methods", choices=METHODS, default=here, help="rows (default: all there are)")
+    several("--methods", choices=METHODS, default=list(METHODS), help="rows (default: all)")
     several("--formats", choices=FORMATS, help=f"(default: {' '.join(FORMATS)})")
     several("--rates", type=float, help="learning rates to choose from (default: 5e-4 1e-3 2e-3)")
     parser.add_argument("--seeds", type=int, help="at least 2 (default: 5)")
@@ -393,9 +381,6 @@ def main(words: Sequence[str] | None = None) -> None:
         settings, results = comparison.read(file)
         comparison.report(settings, results, args.output)
         return
-    for name in args.methods:
-        if not METHODS[name].available():
-            raise SystemExit(f"--methods {name}: this version of the library does not have it")
     small = args.small
     settings = Settings(
         base=args.base,
