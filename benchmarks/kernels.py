@@ -46,6 +46,7 @@ from irqlora_jax.quant.matmul import XLA, Implementation
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008")
 SEARCHES = ("nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2")
+IMPLEMENTATIONS = (XLA, TRITON, MOSAIC)
 DENSE, FORWARD, TRANSPOSED = "dense", "matmul", "matmul_transposed"
 # By product and rows, speed to the dense product: must, and aim.
 MUST = {
@@ -122,7 +123,12 @@ def tune(one: Implementation, what: str, case: Case, weights: tuple[Any, ...]) -
 
 
 def measure(
-    case: Case, name: str, repeats: int, bandwidth: float, tuned: bool
+    case: Case,
+    name: str,
+    repeats: int,
+    bandwidth: float,
+    tuned: bool,
+    implementations: Sequence[Implementation],
 ) -> tuple[list[tuple[str, ...]], list[Found], float]:
     """Rows of the table, what was found, and the largest error."""
     packed, dense = case.weights(name), case.weights(DENSE)
@@ -144,7 +150,7 @@ def measure(
     add(DENSE, FORWARD, lambda x, w: x @ w.T, case.x, dense)
     add(DENSE, TRANSPOSED, lambda g, w: g @ w, case.g, dense)
     tiles: dict[tuple[str, str], dict[str, Any]] = {}
-    for one in (XLA, TRITON, MOSAIC):
+    for one in implementations:
         if not (weights := weights_for(one, case, packed)):
             continue
         for what, product, given in (
@@ -156,7 +162,14 @@ def measure(
                 rule = alternatives(one, what, case, weights[0])[0]
                 best = dataclasses.replace(rule, **changes)
                 product = functools.partial(product, tiles=best)
-            add(one.name, what, product, given, weights)
+            try:
+                add(one.name, what, product, given, weights)
+            except Exception as error:  # the others are measured all the same
+                calls.pop((one.name, what), None)
+                errors[one.name, what] = float("inf")
+                print(
+                    f"FAILED {one.name}, {what}, {case.shape}, {case.tokens}, {name}: {error!s:.600}"
+                )
     times = compare(calls, repeats)
     count = copies(case.shape) * rounds(case.tokens)
     floor = packed[0].nbytes / bandwidth
@@ -193,6 +206,12 @@ def search(names: Sequence[str], blocks: int, repeats: int) -> tuple[bool, list[
         calls = {"xla": functools.partial(call, implementation="xla")}
         if reason is None:
             calls["triton"] = functools.partial(call, implementation="triton")
+            try:
+                jax.block_until_ready(calls["triton"]())
+            except Exception as error:  # the others are measured all the same
+                del calls["triton"]
+                equal = False
+                print(f"FAILED search, {name}: {error!s:.600}")
         else:
             print(f"search, {name}: {reason}")
         times = compare(calls, repeats)
@@ -245,19 +264,22 @@ def main() -> int:
     parser.add_argument("--search-formats", nargs="*", default=SEARCHES)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes/s of the memory")
+    names = [one.name for one in IMPLEMENTATIONS]
+    parser.add_argument("--implementations", nargs="*", default=names[1:], choices=names[1:])
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--record", metavar="FILE")
     args = parser.parse_args()
     print(f"{machine()}, {args.dtype}", flush=True)
     columns = ("matrix", "rows", "format", "product", "by", "ms", "to dense", "to xla")
     columns += ("to the floor", "error")
+    chosen = [one for one in IMPLEMENTATIONS if one.name in ("xla", *args.implementations)]
     plan = [(s, r, f) for s in args.shapes for r in args.rows for f in args.formats]
     plan += [(args.shapes[0], r, f) for r in args.rows[:3] for f in args.more_formats]
     found: list[Found] = []
     largest, lines = 0.0, []
     for shape, rows, name in plan:
         case = Case(shape, rows, args.dtype)
-        new, more, worst = measure(case, name, args.repeats, args.bandwidth, args.tune)
+        new, more, worst = measure(case, name, args.repeats, args.bandwidth, args.tune, chosen)
         found, lines, largest = found + more, lines + new, max(largest, worst)
         print("\n".join(map(" | ".join, new)), file=sys.stderr, flush=True)
     equal, searched = search(args.search_formats, args.blocks, args.repeats)
