@@ -167,9 +167,8 @@ def measure(
             except Exception as error:  # the others are measured all the same
                 calls.pop((one.name, what), None)
                 errors[one.name, what] = float("inf")
-                print(
-                    f"FAILED {one.name}, {what}, {case.shape}, {case.tokens}, {name}: {error!s:.600}"
-                )
+                place = f"{one.name}, {what}, {case.shape}, {case.tokens}, {name}"
+                print(f"FAILED {place}: {error!s:.600}")
     times = compare(calls, repeats)
     count = copies(case.shape) * rounds(case.tokens)
     floor = packed[0].nbytes / bandwidth

@@ -1,7 +1,6 @@
 """Where the results of an evaluation go, and how they look."""
 
 import dataclasses
-import importlib.metadata
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ import jax
 
 from irqlora_jax.checkpoint import write_text
 from irqlora_jax.runs import Run
+from irqlora_jax.versions import versions
 
 
 def result_path(run: Run, stem: str, output: str | None) -> Path:
@@ -55,7 +55,7 @@ def describe(run: Run, settings: Any) -> dict[str, Any]:
         "compute_dtype": run.model.compute_dtype,
         "settings": dataclasses.asdict(settings),
         "versions": {
-            "irqlora_jax": importlib.metadata.version("irqlora-jax"),
+            "irqlora_jax": versions(["irqlora-jax"])["irqlora-jax"],
             "jax": jax.__version__,
         },
     }

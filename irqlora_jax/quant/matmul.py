@@ -79,11 +79,13 @@ XLA = Implementation("xla", _serves_all, _xla_forward, _xla_backward, _is_refere
 def candidates(name: MatmulName | None) -> tuple[Implementation, ...]:
     """The implementations to choose from, those to be preferred first.
 
-    Kernels are imported only where one is asked for or was measured to be faster somewhere.
+    Kernels are imported only where one is asked for or was measured to be faster at a product.
     """
     from irqlora_jax.kernels.measured import read_measurements  # type: ignore
 
-    if name == "xla" or (name is None and not read_measurements()):
+    if name == "xla":
+        return (XLA,)
+    if name is None and all(one.operation == "search" for one in read_measurements()):
         return (XLA,)
     from irqlora_jax.kernels.matmul_mosaic import MOSAIC  # type: ignore
     from irqlora_jax.kernels.matmul_triton import TRITON  # type: ignore

@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import platform
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from jax.sharding import Mesh
 from irqlora_jax.checkpoint import write_text
 from irqlora_jax.report.gather import ENVIRONMENT_FILE, gather
 from irqlora_jax.report.page import page
+from irqlora_jax.versions import versions
 
 REPORT_FILE = "report.html"
 _PACKAGES = ("irqlora-jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
@@ -75,7 +75,6 @@ def save_environment(folder: Path, mesh: Mesh) -> None:
         "mesh": dict(mesh.shape),
         "system": platform.platform(terse=True),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version()} | versions(_PACKAGES),
     }
     write_text(folder / ENVIRONMENT_FILE, json.dumps(found, indent=1) + "\n")
