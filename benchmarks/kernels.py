@@ -5,8 +5,8 @@
 Times of y = x W^T and dX = g W for every implementation that serves, on random data, with weights
 that together are larger than the L2 cache (`matmul.py` says how), in turns; the relative error
 against float64 beside each time. "floor" is the time that the packed weight, the scales and the
-shifts take from memory at `--bandwidth`. Then the ICQ search of many blocks. What must hold of the
-fastest implementation is said below. Exit code 1 if an error is above 1e-2 or a search differs from
+shifts take from memory at `--bandwidth` (by default what the data sheet of the device says). Then
+the ICQ search of many blocks. What must hold of the fastest implementation is said below. Exit code 1 if an error is above 1e-2 or a search differs from
 XLA's; kernels that are slower than XLA's path are named.
 
 --tune times tiles beside those of each kernel's rule first, and takes the fastest of them.
@@ -47,6 +47,8 @@ from irqlora_jax.quant.matmul import XLA, Implementation
 SHAPES = ("4096x4096", "11008x4096", "4096x11008")
 SEARCHES = ("nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2")
 IMPLEMENTATIONS = (XLA, TRITON, MOSAIC)
+# Of the memory, bytes a second, by a part of the device's name; from its maker's data sheets.
+BANDWIDTHS = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "L4": 0.3e12}
 DENSE, FORWARD, TRANSPOSED = "dense", "matmul", "matmul_transposed"
 # By product and rows, speed to the dense product: must, and aim.
 MUST = {
@@ -226,7 +228,8 @@ def search(names: Sequence[str], blocks: int, repeats: int) -> tuple[bool, list[
                 found.append(Found("search", who, name, (0, w.shape[1]), 0, speed, 0.0, {}))
     columns = ("format", "search", "weights/s", "LLaMA-7B, s", "to xla", "equal")
     title = f"ICQ, {blocks:,} blocks of 64 (integers: twice as many of 32) in bfloat16"
-    print(f"\n{title}\n\n{table(columns, rows)}", flush=True)
+    if rows:
+        print(f"\n{title}\n\n{table(columns, rows)}", flush=True)
     return equal, found
 
 
@@ -251,6 +254,14 @@ def to_record(found: Sequence[Found]) -> list[Measurement]:
     return faster
 
 
+def record(file: Path | None, known: Sequence[Any], found: Sequence[Found]) -> None:
+    """Writes what was known and what was found so far: compiling is slow, and a run may end at a
+    limit of time."""
+    if file is not None:
+        new = [dataclasses.asdict(one) for one in to_record(found)]
+        file.write_text(json.dumps([*known, *new], indent=1) + "\n")
+
+
 def main() -> int:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -262,7 +273,9 @@ def main() -> int:
     parser.add_argument("--blocks", type=int, default=2**22, help="of the search")
     parser.add_argument("--search-formats", nargs="*", default=SEARCHES)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--bandwidth", type=float, default=4.8e12, help="bytes/s of the memory")
+    kind = jax.devices()[0].device_kind
+    usual = next((rate for name, rate in BANDWIDTHS.items() if name in kind), 4.8e12)
+    parser.add_argument("--bandwidth", type=float, default=usual, help="bytes/s of the memory")
     names = [one.name for one in IMPLEMENTATIONS]
     parser.add_argument("--implementations", nargs="*", default=names[1:], choices=names[1:])
     parser.add_argument("--tune", action="store_true")
@@ -275,14 +288,18 @@ def main() -> int:
     plan = [(s, r, f) for s in args.shapes for r in args.rows for f in args.formats]
     plan += [(args.shapes[0], r, f) for r in args.rows[:3] for f in args.more_formats]
     found: list[Found] = []
+    file = Path(args.record) if args.record else None
+    known = json.loads(file.read_text()) if file and file.exists() else []
     largest, lines = 0.0, []
     for shape, rows, name in plan:
         case = Case(shape, rows, args.dtype)
         new, more, worst = measure(case, name, args.repeats, args.bandwidth, args.tune, chosen)
         found, lines, largest = found + more, lines + new, max(largest, worst)
         print("\n".join(map(" | ".join, new)), file=sys.stderr, flush=True)
+        record(file, known, found)
     equal, searched = search(args.search_formats, args.blocks, args.repeats)
     found += searched
+    record(file, known, found)
     print(f"\n{table(columns, lines)}\n")
     best: dict[tuple[Any, ...], float] = {}
     for one in found:
@@ -299,11 +316,6 @@ def main() -> int:
     for one in found:
         if one.speedup <= 1 and one.implementation != XLA.name:
             print(f"slower than XLA's path: {dataclasses.asdict(one)}")
-    if args.record:
-        file = Path(args.record)
-        known = json.loads(file.read_text()) if file.exists() else []
-        known += [dataclasses.asdict(one) for one in to_record(found)]
-        file.write_text(json.dumps(known, indent=1) + "\n")
     print(f"largest relative error {largest:.1e}, must be {BOUND}; searches equal: {equal}")
     return 0 if largest <= BOUND and equal else 1
 
