@@ -6,8 +6,9 @@ Times of y = x W^T and dX = g W for every implementation that serves, on random 
 that together are larger than the L2 cache (`matmul.py` says how), in turns; the relative error
 against float64 beside each time. "floor" is the time that the packed weight, the scales and the
 shifts take from memory at `--bandwidth` (by default what the data sheet of the device says). Then
-the ICQ search of many blocks. What must hold of the fastest implementation is said below. Exit code 1 if an error is above 1e-2 or a search differs from
-XLA's; kernels that are slower than XLA's path are named.
+the ICQ search of many blocks. What must hold of the fastest implementation is said below. Exit code
+1 if an error is above 1e-2 or a search differs from XLA's; kernels that are slower than XLA's path
+are named.
 
 --tune times tiles beside those of each kernel's rule first, and takes the fastest of them.
 
