@@ -62,7 +62,7 @@ kernels)
         --small --implementations triton --rows 1 16 --shapes 64x64 --more-formats \
         --search-formats nf4 --blocks 1024 --repeats 2 --record "$out/measured.json"
     part mosaic 290 benchmarks/kernels.py --implementations mosaic --record "$out/measured.json" \
-        --rows 1 16 2048 4096 8192 --more-formats --search-formats --repeats 3 \
+        --shapes 4096x4096 11008x4096 --more-formats --search-formats --repeats 3 \
         --small --implementations mosaic --rows 1 16 --shapes 64x64 --more-formats \
         --search-formats --repeats 2 --record "$out/measured.json"
     part decode 60 benchmarks/decode.py --size 7b --small --size tiny --slots 16 --repeats 2

@@ -160,12 +160,12 @@ def measure(
             (FORWARD, one.forward, case.x),
             (TRANSPOSED, one.backward, case.g),
         ):
-            if tuned and one is not XLA:
-                changes = tiles[one.name, what] = tune(one, what, case, weights)
-                rule = alternatives(one, what, case, weights[0])[0]
-                best = dataclasses.replace(rule, **changes)
-                product = functools.partial(product, tiles=best)
             try:
+                if tuned and one is not XLA:
+                    changes = tiles[one.name, what] = tune(one, what, case, weights)
+                    rule = alternatives(one, what, case, weights[0])[0]
+                    best = dataclasses.replace(rule, **changes)
+                    product = functools.partial(product, tiles=best)
                 add(one.name, what, product, given, weights)
             except Exception as error:  # the others are measured all the same
                 calls.pop((one.name, what), None)

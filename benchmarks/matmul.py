@@ -45,7 +45,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "dtype": "bfloat16",
     },
 }
-BEYOND_CACHE = 64e6  # bytes of weights that one time goes through on a GPU
+BEYOND_CACHE = 128e6  # bytes of weights that one time goes through on a GPU
 BOUND = 1e-2
 FORWARD, BOTH = "y", "y and dX"
 
@@ -55,7 +55,7 @@ def copies(shape: str) -> int:
     if jax.default_backend() == "cpu":
         return 1
     out, features = map(int, shape.split("x"))
-    return max(2, min(8, int(-(-BEYOND_CACHE // (out * features / 2)))))
+    return max(2, min(16, int(-(-BEYOND_CACHE // (out * features / 2)))))
 
 
 def rounds(tokens: int) -> int:

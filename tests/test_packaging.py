@@ -44,7 +44,7 @@ def test_no_private_jax_names_and_no_pickles() -> None:
 
 
 def test_kernels_are_imported_only_where_they_may_be_taken() -> None:
-    """While nothing was measured, a product by XLA needs nothing of Pallas."""
+    """While no kernel was measured to be faster at a product, XLA needs nothing of Pallas."""
     code = (
         "import sys, jax, jax.numpy as jnp, irqlora_jax as irq;"
         "w = irq.quantize(jnp.ones((8, 64)), irq.QuantConfig(format='nf4'));"

@@ -11,7 +11,7 @@ import jax
 
 from irqlora_jax.checkpoint import write_text
 from irqlora_jax.runs import Run
-from irqlora_jax.versions import versions
+from irqlora_jax.versions import installed_version
 
 
 def result_path(run: Run, stem: str, output: str | None) -> Path:
@@ -55,7 +55,7 @@ def describe(run: Run, settings: Any) -> dict[str, Any]:
         "compute_dtype": run.model.compute_dtype,
         "settings": dataclasses.asdict(settings),
         "versions": {
-            "irqlora_jax": versions(["irqlora-jax"])["irqlora-jax"],
+            "irqlora_jax": installed_version("irqlora-jax"),
             "jax": jax.__version__,
         },
     }

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from irqlora_jax.checkpoint import write_text
 from irqlora_jax.report.gather import ENVIRONMENT_FILE, gather
 from irqlora_jax.report.page import page
-from irqlora_jax.versions import versions
+from irqlora_jax.versions import installed_version
 
 REPORT_FILE = "report.html"
 _PACKAGES = ("irqlora-jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
@@ -75,6 +75,7 @@ def save_environment(folder: Path, mesh: Mesh) -> None:
         "mesh": dict(mesh.shape),
         "system": platform.platform(terse=True),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | versions(_PACKAGES),
+        "versions": {"python": platform.python_version()}
+        | {name: installed_version(name) for name in _PACKAGES},
     }
     write_text(folder / ENVIRONMENT_FILE, json.dumps(found, indent=1) + "\n")
