@@ -1,10 +1,16 @@
 """Strict arithmetic and several devices for every test."""
 
 import os
+import tempfile
 from pathlib import Path
 
-# Before jax reads it: nothing is written into the user's home, by this process or its children.
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Before jax reads it: what one test compiles the others need not, those of the other worker and the
+# programs that tests start included; and nothing is written into the user's home. The first process
+# makes the folder and deletes it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _programs = tempfile.TemporaryDirectory(prefix="irqlora-programs-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import pytest

@@ -59,17 +59,17 @@ def test_a_folder_that_cannot_be_used_is_said_once_and_breaks_nothing(tmp_path: 
 
 
 def test_variables_choose_the_folder_or_none(tmp_path: Path) -> None:
-    """The switch of jax itself is off here (conftest.py)."""
     before = jax.config.jax_compilation_cache_dir
     folder = str(tmp_path / "mine")
-    assert cache_programs({"JAX_COMPILATION_CACHE_DIR": folder}) is None
-    assert not Path(folder).exists()
     try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        assert cache_programs({"JAX_COMPILATION_CACHE_DIR": folder}) is None
+        assert not Path(folder).exists()
         jax.config.update("jax_enable_compilation_cache", True)
         assert cache_programs({"JAX_COMPILATION_CACHE_DIR": folder}) == Path(folder)
         other = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
         assert cache_programs(other) == tmp_path / "cache" / "irqlora_jax"
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache" / "irqlora_jax")
     finally:
-        jax.config.update("jax_enable_compilation_cache", False)
+        jax.config.update("jax_enable_compilation_cache", True)
         jax.config.update("jax_compilation_cache_dir", before)

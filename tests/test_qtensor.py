@@ -130,7 +130,7 @@ def test_shapes_that_divide_nothing(
     assert bool((jnp.abs(restored - weight) <= room).all())
 
 
-@pytest.mark.parametrize("name", EVERY_FORMAT)
+@pytest.mark.parametrize("name", ["nf4", "fp4", "int3", "nf2"])  # both searches, all bits
 @pytest.mark.parametrize("calibration", ["none", "icq"])
 def test_padding_counts_nowhere(name: str, calibration: str) -> None:
     """A short last block is the block of its own weights, whatever lies beyond the row."""
@@ -189,7 +189,8 @@ def test_shift_of_an_integer_format_is_refused() -> None:
 def test_storage_is_what_the_arithmetic_says(name: str) -> None:
     """bits a weight = code + 8/64 for the scale, 8/64 for shift or zero, float32 every 256."""
     fmt = FORMATS[name]
-    shifted = quantize(normal(256, 512), QuantConfig(format=name))  # type: ignore[arg-type]
+    config = QuantConfig(format=name)  # type: ignore[arg-type]
+    shifted = jax.eval_shape(lambda weight: qtensor._quantize(weight, None, config), normal(256, 512))
     second = 32 / (64 * 256) * (1 if fmt.integer else 2)
     expected = fmt.bits + 16 / 64 + second
     assert shifted.nbytes * 8 / (256 * 512) == pytest.approx(expected, abs=32 / (256 * 512))
@@ -197,7 +198,8 @@ def test_storage_is_what_the_arithmetic_says(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY_FORMAT)
 def test_entropy_is_that_of_the_codes(name: str) -> None:
-    q = quantize(normal(6, 150), QuantConfig(format=name, block_size=64))  # type: ignore[arg-type]
+    config = QuantConfig(format=name, block_size=64, calibration="none")  # type: ignore[arg-type]
+    q = quantize(normal(6, 150), config)
     codes, entropy = np.asarray(q.codes()), np.asarray(q.entropy())
     for row in range(6):
         for block in range(3):

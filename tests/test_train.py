@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from irqlora_jax import loop
 from irqlora_jax.checkpoint import Checkpoints
@@ -31,22 +30,6 @@ pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 ROOT = Path(__file__).parent.parent
 WORLD = ROOT / "examples" / "factworld"
 FAST = QuantConfig(format="nf3", calibration="none")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Most of these runs have their programs in common, and compiling is all that takes time."""
-    values = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-    }
-    before = {name: getattr(jax.config, name) for name in values}
-    for name, value in values.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
