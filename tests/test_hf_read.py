@@ -362,8 +362,10 @@ def test_faults_without_a_quantizer_are_found_too(tmp_path: Path) -> None:
         hf.load_base(tmp_path, None)
 
 
-def read_ahead(folder: Path, names: list[str]) -> Generator[np.ndarray, None, None]:
-    return read._read_ahead(read._find_weights(folder), names)
+def read_ahead(
+    folder: Path, names: list[str], dtype: Any = np.float32
+) -> Generator[np.ndarray, None, None]:
+    return read._read_ahead(read._find_weights(folder), names, dtype)
 
 
 def truncate_all(folder: Path) -> None:
@@ -412,10 +414,11 @@ def test_tensors_read_ahead_are_those_of_the_file(tmp_path: Path, dtype: Any) ->
     # Some are read ahead as a whole, and of the largest a part.
     sizes = {tensors[name].nbytes for name in names}
     assert min(sizes) < max(tensors[name].size for name in names) < max(sizes)
-    seen = 0
-    for name, weight in zip(names, read_ahead(folder, names), strict=True):
-        assert weight.dtype == np.float32
-        np.testing.assert_array_equal(weight, tensors[name])
-        seen += 1
-    assert seen == len(names) == 21
+    for wanted in (np.float32, None):
+        seen = 0
+        for name, weight in zip(names, read_ahead(folder, names, wanted), strict=True):
+            assert weight.dtype == (wanted or dtype)
+            np.testing.assert_array_equal(weight, tensors[name])
+            seen += 1
+        assert seen == len(names) == 21
     assert list(read_ahead(folder, [])) == []

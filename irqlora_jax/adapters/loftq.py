@@ -4,9 +4,10 @@ LoRA's own leaves the whole error of the quantizer (Li et al., ICLR 2024, algori
 In turns, Q = quantize(W - s B A) and then s B A = the best approximation of rank r of W - Q, with
 s = alpha / rank and Q as it is stored: its codes, scales and shifts. The first Q is that of W.
 
-Beside W there is one float32 matrix of its size, in turns W - Q and W - s B A. Each is handed to
-the program that makes the other, to be overwritten: the runtime may free what a program no longer
-needs only after the next one has begun.
+Beside W there is one float32 matrix of its size, in turns W, W - Q and W - s B A. Each is handed to
+the program that makes the next, to be overwritten: the runtime may free what a program no longer
+needs only after the next one has begun. That is also why the first Q is that of a float32 copy; of
+any other W the quantizer would make one of its own.
 """
 
 import functools
@@ -72,8 +73,9 @@ def loftq(
         if value < 1:
             raise ValueError(f"{name} = {value}: accepted is a whole number of at least 1")
     scale = jnp.float32(scaling)
-    quantized = quantize(weight, config)
-    best, least, rest = None, jnp.inf, None
+    rest = jnp.array(weight, jnp.float32, copy=True)
+    quantized = quantize(rest, config)
+    best, least = None, jnp.inf
     for turn in range(iterations):
         error = _error(weight, quantized, rest)
         a, b = _fit(error, scale, jax.random.fold_in(key, turn), rank, jnp.dtype(dtype))
@@ -89,7 +91,7 @@ def loftq(
 
 
 @functools.partial(jax.jit, donate_argnames="room", keep_unused=True)
-def _error(weight: Array, quantized: QTensor, room: Array | None) -> Array:
+def _error(weight: Array, quantized: QTensor, room: Array) -> Array:
     """W - Q, in the memory of `room`."""
     return weight.astype(jnp.float32) - quantized.dequantize()
 

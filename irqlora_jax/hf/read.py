@@ -153,7 +153,7 @@ def load_base(
         return packed, {}
 
     kept = quant is None or quant.format == "none"
-    base, _, config = _load(source, None if kept else make, mesh, progress)
+    base, _, config = _load(source, None if kept else make, np.float32, mesh, progress)
     return base, config
 
 
@@ -194,13 +194,15 @@ def load_loftq(
         packed, a, b = loftq(weight, quant, rank, adapter.alpha / rank, turns, own, adapter.dtype)
         return packed, {"lora_A": a, "lora_B": b}
 
-    return _load(source, make, mesh, progress)
+    # In their own type: LoftQ works on a float32 copy and needs the matrix again in every turn.
+    return _load(source, make, None, mesh, progress)
 
 
 def _load(
-    source: str | Path, make: Maker | None, mesh: Mesh | None, progress: bool
+    source: str | Path, make: Maker | None, dtype: Any, mesh: Mesh | None, progress: bool
 ) -> tuple[Tree, Tree, LlamaConfig]:
-    """The base, the pairs that `make` gave, and the architecture."""
+    """The base, the pairs that `make` gave, and the architecture. `make` is given matrices of
+    `dtype`, or, if it is None, of the type they have in the file."""
     from tqdm import tqdm
 
     folder = snapshot(source)
@@ -213,7 +215,7 @@ def _load(
     with tqdm(
         total=total, desc="Loading", unit=" weights", unit_scale=True, disable=not progress
     ) as bar:
-        layers, pairs = _load_layers(found, config, make, mesh, bar)
+        layers, pairs = _load_layers(found, config, make, dtype, mesh, bar)
         base: Tree = {"layers": layers}
         for path, shape in single.items():
             name = weight_name(path)
@@ -228,6 +230,7 @@ def _load_layers(
     found: Mapping[str, Header],
     config: LlamaConfig,
     make: Maker | None,
+    dtype: Any,
     mesh: Mesh | None,
     bar: Any,
 ) -> tuple[Tree, Tree]:
@@ -249,17 +252,21 @@ def _load_layers(
             read_into(stacks[path][0][layer], found[name], name)
             bar.update(math.prod(shape))
     names = [weight_name(path, layer) for layer, path in linear]
-    with contextlib.closing(_read_ahead(found, names)) as weights:
+
+    def store(layer: int, path: Keys, packed: QTensor, pair: Params) -> None:
+        """A function, so that nothing of a matrix is left when the next one is quantized."""
+        parts = {path: packed} | {(*path, name): x for name, x in pair.items()}
+        for place, part in parts.items():
+            leaves, structures[place] = jax.tree.flatten(part)
+            if place not in stacks:
+                stacks[place] = [_empty((depth, *leaf.shape), leaf.dtype) for leaf in leaves]
+            for stack, leaf in zip(stacks[place], leaves, strict=True):
+                stack[layer] = leaf  # waits for the result, so that the buffer is free again
+
+    with contextlib.closing(_read_ahead(found, names, dtype)) as weights:
         for (layer, path), weight in zip(linear, weights, strict=True):
             assert make is not None
-            packed, pair = make(path, layer, jax.device_put(weight, may_alias=True))
-            parts = {path: packed} | {(*path, name): x for name, x in pair.items()}
-            for place, part in parts.items():
-                leaves, structures[place] = jax.tree.flatten(part)
-                if place not in stacks:
-                    stacks[place] = [_empty((depth, *leaf.shape), leaf.dtype) for leaf in leaves]
-                for stack, leaf in zip(stacks[place], leaves, strict=True):
-                    stack[layer] = leaf  # waits for the result, so that the buffer is free again
+            store(layer, path, *make(path, layer, jax.device_put(weight, may_alias=True)))
             bar.update(weight.size)
 
     def moved(place: Keys) -> Any:
@@ -277,9 +284,10 @@ def _load_layers(
 
 
 def _read_ahead(
-    found: Mapping[str, Header], names: Sequence[str]
+    found: Mapping[str, Header], names: Sequence[str], dtype: Any
 ) -> Generator[np.ndarray, None, None]:
-    """The tensors of these names as float32, each lost when the next one is asked for.
+    """The tensors of these names as `dtype` (None: as in the file), each lost when the next one is
+    asked for.
 
     While the caller works on one, a thread reads as many rows of the next as fit into a quarter of
     the memory of the largest: the rest is read when it is asked for. So there are two buffers in
@@ -287,8 +295,10 @@ def _read_ahead(
     tensor is asked for. Closing the iterator waits for the thread.
     """
     headers = [found[name] for name in names]
-    largest = max((math.prod(header.shape) for header in headers), default=0)
-    wide, waiting = _empty((largest,), np.float32), _empty((largest,), np.uint8)
+    types = [np.dtype(FLOATS[header.dtype] if dtype is None else dtype) for header in headers]
+    nbytes = [math.prod(h.shape) * kind.itemsize for h, kind in zip(headers, types, strict=True)]
+    whole = _empty((max(nbytes, default=0),), np.uint8)
+    waiting = _empty((whole.size // 4,), np.uint8)
 
     def read(i: int) -> np.ndarray:
         kind, (rows, *rest) = np.dtype(FLOATS[headers[i].dtype]), headers[i].shape
@@ -302,7 +312,7 @@ def _read_ahead(
         ahead = reader.submit(read, 0) if names else None
         for i, header in enumerate(headers):
             assert ahead is not None
-            weight = wide[: math.prod(header.shape)].reshape(header.shape)
+            weight = whole[: nbytes[i]].view(types[i]).reshape(header.shape)
             part = ahead.result()
             weight[: len(part)] = part
             ahead = reader.submit(read, i + 1) if i + 1 < len(names) else None
