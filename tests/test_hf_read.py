@@ -18,6 +18,7 @@ from small_run import assert_same
 from irqlora_jax import hf
 from irqlora_jax.config import QuantConfig
 from irqlora_jax.hf import read
+from irqlora_jax.hf.tensors import read_ahead
 from irqlora_jax.llama import Llama, LlamaConfig
 from irqlora_jax.quant.qtensor import QTensor, quantize
 
@@ -362,10 +363,10 @@ def test_faults_without_a_quantizer_are_found_too(tmp_path: Path) -> None:
         hf.load_base(tmp_path, None)
 
 
-def read_ahead(
+def linear_weights(
     folder: Path, names: list[str], dtype: Any = np.float32
 ) -> Generator[np.ndarray, None, None]:
-    return read._read_ahead(read._find_weights(folder), names, dtype)
+    return read_ahead(read._find_weights(folder), names, dtype)
 
 
 def truncate_all(folder: Path) -> None:
@@ -386,7 +387,7 @@ def readers() -> Iterator[None]:
 def test_a_fault_that_the_reading_thread_meets_is_named(tmp_path: Path, dtype: Any) -> None:
     """The file is whole when it is looked at, and shorter when the thread comes to it."""
     folder = write_folder(tmp_path, make_tensors(dtype), shards=4)
-    weights = read_ahead(folder, [Q1, Q2])
+    weights = linear_weights(folder, [Q1, Q2])
     truncate_all(folder)
     with pytest.raises(ValueError, match=rf"safetensors: {Q1} cannot be read"):
         list(weights)
@@ -416,9 +417,9 @@ def test_tensors_read_ahead_are_those_of_the_file(tmp_path: Path, dtype: Any) ->
     assert min(sizes) < max(tensors[name].size for name in names) < max(sizes)
     for wanted in (np.float32, None):
         seen = 0
-        for name, weight in zip(names, read_ahead(folder, names, wanted), strict=True):
+        for name, weight in zip(names, linear_weights(folder, names, wanted), strict=True):
             assert weight.dtype == (wanted or dtype)
             np.testing.assert_array_equal(weight, tensors[name])
             seen += 1
         assert seen == len(names) == 21
-    assert list(read_ahead(folder, [])) == []
+    assert list(linear_weights(folder, [])) == []

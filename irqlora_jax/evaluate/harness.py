@@ -86,7 +86,8 @@ def harness(
     )
     # Or the bootstrap of some metrics forks this process, threads of jax and all.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    found = lm_eval.simple_evaluate(
+    evaluate: Any = lm_eval.simple_evaluate  # its annotations are those of another function
+    found = evaluate(
         model=lm,
         tasks=list(tasks),
         num_fewshot=shots,

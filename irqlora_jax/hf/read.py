@@ -8,8 +8,7 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ from irqlora_jax.hf.names import INDEX, SINGLE, Keys, Tree, insert, some, weight
 from irqlora_jax.hf.tensors import (
     FLOATS,
     Header,
+    aligned,
     check_float,
+    read_ahead,
     read_headers,
     read_into,
     read_json,
@@ -219,7 +220,7 @@ def _load(
         base: Tree = {"layers": layers}
         for path, shape in single.items():
             name = weight_name(path)
-            weight = _empty(shape, FLOATS[found[name].dtype])
+            weight = aligned(shape, FLOATS[found[name].dtype])
             read_into(weight, found[name], name)
             insert(base, path, {"weight": _to_device([weight], mesh, path)})
             bar.update(math.prod(shape))
@@ -247,7 +248,7 @@ def _load_layers(
                 continue
             name = weight_name(path, layer)
             if path not in stacks:
-                stacks[path] = [_empty((depth, *shape), FLOATS[found[name].dtype])]
+                stacks[path] = [aligned((depth, *shape), FLOATS[found[name].dtype])]
                 structures[path] = jax.tree.structure(0)
             read_into(stacks[path][0][layer], found[name], name)
             bar.update(math.prod(shape))
@@ -259,11 +260,11 @@ def _load_layers(
         for place, part in parts.items():
             leaves, structures[place] = jax.tree.flatten(part)
             if place not in stacks:
-                stacks[place] = [_empty((depth, *leaf.shape), leaf.dtype) for leaf in leaves]
+                stacks[place] = [aligned((depth, *leaf.shape), leaf.dtype) for leaf in leaves]
             for stack, leaf in zip(stacks[place], leaves, strict=True):
                 stack[layer] = leaf  # waits for the result, so that the buffer is free again
 
-    with contextlib.closing(_read_ahead(found, names, dtype)) as weights:
+    with contextlib.closing(read_ahead(found, names, dtype)) as weights:
         for (layer, path), weight in zip(linear, weights, strict=True):
             assert make is not None
             store(layer, path, *make(path, layer, jax.device_put(weight, may_alias=True)))
@@ -281,51 +282,6 @@ def _load_layers(
         if place not in shapes:
             insert(pairs, place, moved(place))
     return layers, pairs
-
-
-def _read_ahead(
-    found: Mapping[str, Header], names: Sequence[str], dtype: Any
-) -> Generator[np.ndarray, None, None]:
-    """The tensors of these names as `dtype` (None: as in the file), each lost when the next one is
-    asked for.
-
-    While the caller works on one, a thread reads as many rows of the next as fit into a quarter of
-    the memory of the largest: the rest is read when it is asked for. So there are two buffers in
-    all, since the allocator may keep what is freed. An error of the thread is raised where its
-    tensor is asked for. Closing the iterator waits for the thread.
-    """
-    headers = [found[name] for name in names]
-    types = [np.dtype(FLOATS[header.dtype] if dtype is None else dtype) for header in headers]
-    nbytes = [math.prod(h.shape) * kind.itemsize for h, kind in zip(headers, types, strict=True)]
-    whole = _empty((max(nbytes, default=0),), np.uint8)
-    waiting = _empty((whole.size // 4,), np.uint8)
-
-    def read(i: int) -> np.ndarray:
-        kind, (rows, *rest) = np.dtype(FLOATS[headers[i].dtype]), headers[i].shape
-        row = math.prod(rest) * kind.itemsize
-        rows = min(rows, waiting.size // row)
-        part = waiting[: rows * row].view(kind).reshape(rows, *rest)
-        read_into(part, headers[i], names[i])
-        return part
-
-    with ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
-        ahead = reader.submit(read, 0) if names else None
-        for i, header in enumerate(headers):
-            assert ahead is not None
-            weight = whole[: nbytes[i]].view(types[i]).reshape(header.shape)
-            part = ahead.result()
-            weight[: len(part)] = part
-            ahead = reader.submit(read, i + 1) if i + 1 < len(names) else None
-            read_into(weight[len(part) :], header, names[i], len(part))
-            yield weight
-
-
-def _empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array on a 64-byte boundary, which a CPU device takes over without a copy."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _to_device(arrays: list[np.ndarray], mesh: Mesh | None, path: Keys) -> jax.Array:

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -64,6 +65,51 @@ def read_into(out: np.ndarray, header: Header, name: str, first: int = 0) -> Non
         if not np.isfinite(part).all():
             raise ValueError(f"{header.file}: {name} has NaN or infinite values")
         out[start:stop] = part
+
+
+def read_ahead(
+    found: Mapping[str, Header], names: Sequence[str], dtype: Any
+) -> Generator[np.ndarray, None, None]:
+    """The tensors of these names as `dtype` (None: as in the file), each lost when the next one is
+    asked for.
+
+    While the caller works on one, a thread reads as many rows of the next as fit into a quarter of
+    the memory of the largest: the rest is read when it is asked for. So there are two buffers in
+    all, since the allocator may keep what is freed. An error of the thread is raised where its
+    tensor is asked for. Closing the iterator waits for the thread.
+    """
+    headers = [found[name] for name in names]
+    types = [np.dtype(FLOATS[header.dtype] if dtype is None else dtype) for header in headers]
+    nbytes = [math.prod(h.shape) * kind.itemsize for h, kind in zip(headers, types, strict=True)]
+    whole = aligned((max(nbytes, default=0),), np.uint8)
+    waiting = aligned((whole.size // 4,), np.uint8)
+
+    def read(i: int) -> np.ndarray:
+        kind, (rows, *rest) = np.dtype(FLOATS[headers[i].dtype]), headers[i].shape
+        row = math.prod(rest) * kind.itemsize
+        rows = min(rows, waiting.size // row)
+        part = waiting[: rows * row].view(kind).reshape(rows, *rest)
+        read_into(part, headers[i], names[i])
+        return part
+
+    with ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
+        ahead = reader.submit(read, 0) if names else None
+        for i, header in enumerate(headers):
+            assert ahead is not None
+            weight = whole[: nbytes[i]].view(types[i]).reshape(header.shape)
+            part = ahead.result()
+            weight[: len(part)] = part
+            ahead = reader.submit(read, i + 1) if i + 1 < len(names) else None
+            read_into(weight[len(part) :], header, names[i], len(part))
+            yield weight
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array on a 64-byte boundary, which a CPU device takes over without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def read_json(file: Path) -> Mapping[str, Any]:
