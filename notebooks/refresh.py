@@ -68,6 +68,7 @@ def cleaned(notebook: nbformat.NotebookNode, folder: str) -> nbformat.NotebookNo
                     output.data["image/png"] = _small(output.data["image/png"])
                 kept.append(output)
             cell.outputs = kept
+    notebook.metadata.language_info = {"name": "python"}
     return notebook
 
 
