@@ -20,6 +20,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+LONGEST = ("train", "loftq", "offload", "plan", "qtensor", "icq", "llama", "sharding", "kernels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A long file at the end would leave the other worker idle."""
+    items.sort(key=lambda item: item.path.stem not in {f"test_{name}" for name in LONGEST})
+
+
 @pytest.fixture
 def golden() -> Path:
     """Results of the released code (tests/golden/README.md)."""

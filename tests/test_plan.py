@@ -56,7 +56,7 @@ def target(memory: int) -> Target:
 
 
 @pytest.mark.parametrize("block", [64, 40])
-@pytest.mark.parametrize("name", ["nf4", "nf3", "nf2", "fp4", "int3", "none"])
+@pytest.mark.parametrize("name", ["nf4", "nf3", "int2", "none"])
 def test_a_base_file_is_as_long_as_the_arithmetic_says(
     tmp_path: Path, name: Any, block: int
 ) -> None:

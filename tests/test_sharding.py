@@ -42,7 +42,7 @@ ADAPTER = AdapterConfig(method="iec", rank=8, alpha=16.0, dropout=0.1)
 TRAIN = TrainConfig(
     steps=3, batch_size=16, accumulation=2, learning_rate=1e-2, compute_dtype="float32"
 )
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (2, 1, 4), (1, 4, 2), (2, 2, 2)]
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 1, 4), (2, 2, 2)]
 
 
 def mesh_of(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
