@@ -24,7 +24,9 @@ from irqlora_jax.config import AdapterConfig, Config, MeshConfig, QuantConfig
 from irqlora_jax.footprint import find_target, measure, read_base_shapes
 from irqlora_jax.llama import Llama
 from irqlora_jax.plan import plan
-from irqlora_jax.quant.qtensor import QTensor, quantize
+from irqlora_jax.quant import qtensor
+from irqlora_jax.quant.qtensor import QTensor, quantize, quantized_shape
+from irqlora_jax.quant.slabs import rows_of
 from irqlora_jax.runs import load_run
 from irqlora_jax.sharding import make_mesh, tree_shardings
 
@@ -107,8 +109,8 @@ def test_the_first_turn_is_kept_where_it_is_the_best(monkeypatch: pytest.MonkeyP
     """A quantizer that becomes worse from call to call: Q and its pair still belong together."""
     calls: list[Any] = []
 
-    def worse(weight: jax.Array, config: QuantConfig) -> QTensor:
-        calls.append(quantize(weight * (1.0 + len(calls)), config))
+    def worse(weight: jax.Array, config: QuantConfig, less: Any) -> QTensor:
+        calls.append(quantize(weight * (1.0 + len(calls)), config, less=less))
         return calls[-1]
 
     monkeypatch.setattr(module, "quantize", worse)
@@ -156,13 +158,31 @@ def test_random_directions_cost_at_most_a_hundredth() -> None:
     found = {"quantizer": weight - quantize(weight, NF2).dequantize()}
     for name, values in (("slow", k**-0.5), ("fast", np.exp(-k / 20))):
         found[name] = (u * values.astype(np.float32)[None, :]) @ v
-    drawn = jax.jit(randomized_svd, static_argnums=1)
+
+    @jax.jit
+    def drawn(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return randomized_svd(lambda start: rows_of(x, start, 97), shape, 97, rank, KEY)
+
     for name, x in found.items():
         exact, other = (
             float(jnp.linalg.norm(x - (u * s[None, :]) @ v))
-            for u, s, v in (exact_svd(x, rank), drawn(x, rank, KEY))
+            for u, s, v in (exact_svd(x, rank), drawn(x))
         )
         assert exact * (1 - 1e-4) < other < 1.01 * exact, name
+
+
+def test_neither_the_error_nor_the_rest_exists_as_a_whole() -> None:
+    """Compiled, not run: the largest matrix of LLaMA-7B, in bfloat16."""
+    shape, config = (11008, 4096), QuantConfig(format="nf4", calibration="none")
+    weight = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    a, b = (jax.ShapeDtypeStruct(x, jnp.float32) for x in ((64, shape[1]), (shape[0], 64)))
+    packed, scale = quantized_shape(shape, config), jnp.float32(1)
+    for program in (
+        qtensor._quantize.lower(weight, None, config, (b, a)),
+        module._fit.lower(weight, packed, scale, KEY, 64, jnp.float32),
+    ):
+        temporary = program.compile().memory_analysis().temp_size_in_bytes
+        assert temporary < 0.15 * 4 * shape[0] * shape[1]
 
 
 @pytest.mark.parametrize(("name", "value"), [("iterations", 0), ("rank", 0)])

@@ -1,11 +1,13 @@
 """QTensor: parity with the released code, error figures, and shapes and weights of every kind."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_run import assert_same
 
 from irqlora_jax.config import QuantConfig
 from irqlora_jax.quant import qtensor, stats
@@ -174,8 +176,55 @@ def test_half_precision_input_is_taken_as_it_is(dtype) -> None:
     assert half.dequantize(dtype).dtype == dtype
 
 
+def in_slabs(monkeypatch: pytest.MonkeyPatch, rows: int, *args: Any) -> QTensor:
+    """`quantize`, a number of rows at a time."""
+    with monkeypatch.context() as patch:
+        patch.setattr(qtensor, "slab_rows", lambda shape: min(rows, shape[0]))
+        return jax.jit(qtensor._quantize.__wrapped__, static_argnums=2)(*args)
+
+
+@pytest.mark.parametrize("name", ["nf3", "int2"])
+@pytest.mark.parametrize("calibration", ["none", "icq", "joint"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_matrix_is_the_same_in_slabs(
+    monkeypatch: pytest.MonkeyPatch, name: str, calibration: str, dtype: Any
+) -> None:
+    """Bit by bit, with a last slab that begins early and with blocks that are padded."""
+    config = QuantConfig(format=name, calibration=calibration, search_steps=4)  # type: ignore[arg-type]
+    weight = normal(41, 150).astype(dtype)
+    whole = in_slabs(monkeypatch, 41, weight, None, config)
+    assert_same(in_slabs(monkeypatch, 16, weight, None, config), whole)
+    some = whole.dequantize_rows()
+    np.testing.assert_array_equal(some(25, 16), whole.dequantize()[25:])
+    np.testing.assert_array_equal(some(0, 41), whole.dequantize())
+
+
+def test_shifts_that_are_given_stay_with_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, shift = normal(41, 150), normal(41, 3, seed=1, scale=0.1)
+    whole = in_slabs(monkeypatch, 41, weight, shift, QuantConfig())
+    assert_same(in_slabs(monkeypatch, 16, weight, shift, QuantConfig()), whole)
+    np.testing.assert_allclose(whole.shift(), shift, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["nf4", "int3"])
+def test_what_two_factors_leave_is_quantized(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As the difference is; products of whole numbers are exact in any order."""
+    config = QuantConfig(format=name, search_steps=4)  # type: ignore[arg-type]
+    rng = np.random.default_rng(0)
+    b, a = (jnp.asarray(rng.integers(-3, 4, n), jnp.float32) for n in ((41, 5), (5, 150)))
+    weight = (normal(41, 150) * 256).astype(jnp.bfloat16)
+    expected = quantize(weight.astype(jnp.float32) - b @ a, config)
+    assert_same(quantize(weight, config, less=(b, a)), expected)
+    assert_same(in_slabs(monkeypatch, 16, weight, None, config, (b, a)), expected)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_no_numbers_are_refused(bad: float) -> None:
+    for place in range(3):
+        parts = [normal(2, 64), normal(2, 3), normal(3, 64)]
+        parts[place] = parts[place].at[1, 2].set(bad)
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            quantize(parts[0], QuantConfig(), less=(parts[1], parts[2]))
     with pytest.raises(ValueError, match="NaN or infinite"):
         quantize(normal(2, 64).at[1, 3].set(bad), QuantConfig())
 
@@ -234,10 +283,10 @@ def test_codes_are_the_nearest_levels_of_the_stored_statistics(name: str) -> Non
     np.testing.assert_allclose(got, distance.min(-1), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["nf4", "int4"])
-def test_a_matrix_of_a_65b_model_needs_little_more_than_itself(name: str) -> None:
+@pytest.mark.parametrize(("name", "dtype"), [("nf4", jnp.float32), ("int4", jnp.bfloat16)])
+def test_a_matrix_of_a_65b_model_needs_little_more_than_itself(name: str, dtype: Any) -> None:
     """Compiled, not run: [22016, 8192], 0.7 GB in float32."""
-    weight = jax.ShapeDtypeStruct((22016, 8192), jnp.float32)
+    weight = jax.ShapeDtypeStruct((22016, 8192), dtype)
     config = QuantConfig(format=name)  # type: ignore[arg-type]
     memory = qtensor._quantize.lower(weight, None, config).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.2 * 22016 * 8192 * 4

@@ -4,30 +4,30 @@ LoRA's own leaves the whole error of the quantizer (Li et al., ICLR 2024, algori
 In turns, Q = quantize(W - s B A) and then s B A = the best approximation of rank r of W - Q, with
 s = alpha / rank and Q as it is stored: its codes, scales and shifts. The first Q is that of W.
 
-Beside W there is one float32 matrix of its size, in turns W, W - Q and W - s B A. Each is handed to
-the program that makes the next, to be overwritten: the runtime may free what a program no longer
-needs only after the next one has begun. That is also why the first Q is that of a float32 copy; of
-any other W the quantizer would make one of its own.
+Neither W - Q nor W - s B A ever exists as a whole, but for layers that are decomposed exactly: a
+slab of rows is computed where it is used. So there is little beside W and the packed matrices, Q
+and the best one.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
 
 from irqlora_jax.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor, quantize
+from irqlora_jax.quant.slabs import map_slabs, rows_of, slab_rows, sum_slabs
 
 EXACT_UP_TO = 512
 """Layers whose smaller side is no longer, or no longer than 8 times the rank, have all their
 singular values computed; beyond it that takes too long."""
 OVERSAMPLING, POWER_ITERATIONS = 10, 4
-SLAB = 2**18
-"""Weights whose remaining error is computed at a time."""
 _wide = functools.partial(jnp.matmul, precision="highest")  # GPUs would round float32 to TF32
+Some = Callable[[Array | int], Float32[Array, "count in"]]
+"""Rows of a matrix from one on, as many as a slab has."""
 
 
 def loftq(
@@ -73,69 +73,52 @@ def loftq(
         if value < 1:
             raise ValueError(f"{name} = {value}: accepted is a whole number of at least 1")
     scale = jnp.float32(scaling)
-    rest = jnp.array(weight, jnp.float32, copy=True)
-    quantized = quantize(rest, config)
+    out_features, in_features = weight.shape
+    # No update, as two factors: the same program quantizes in every turn.
+    a, b = (jnp.zeros(shape, dtype) for shape in ((rank, in_features), (out_features, rank)))
     best, least = None, jnp.inf
     for turn in range(iterations):
-        error = _error(weight, quantized, rest)
-        a, b = _fit(error, scale, jax.random.fold_in(key, turn), rank, jnp.dtype(dtype))
-        norm = float(_distance(error, a, b, scale))
+        quantized = quantize(weight, config, less=_factors(a, b, scale))
+        own = jax.random.fold_in(key, turn)
+        a, b, norm = _fit(weight, quantized, scale, own, rank, jnp.dtype(dtype))
         if best is None or norm < least:
-            best, least = (quantized, a, b), norm
-        if turn + 1 < iterations:
-            rest = _rest(weight, a, b, scale, error)
-            del quantized  # there are two at a time: the best and the next
-            quantized = quantize(rest, config)
+            best, least = (quantized, a, b), float(norm)
+        del quantized  # there are two at a time: the best and the next
     assert best is not None
     return best
 
 
-@functools.partial(jax.jit, donate_argnames="room", keep_unused=True)
-def _error(weight: Array, quantized: QTensor, room: Array) -> Array:
-    """W - Q, in the memory of `room`."""
-    return weight.astype(jnp.float32) - quantized.dequantize()
-
-
-@functools.partial(jax.jit, donate_argnames="room", keep_unused=True)
-def _rest(weight: Array, a: Array, b: Array, scale: Array, room: Array) -> Array:
-    """W - s B A, what is left to quantize, in the memory of `room`."""
-    return weight.astype(jnp.float32) - _update(a, b, scale)
-
-
 @functools.partial(jax.jit, static_argnames=("rank", "dtype"))
 def _fit(
-    error: Array, scale: Array, key: Array, rank: int, dtype: DTypeLike
-) -> tuple[Array, Array]:
-    """The pair of least error for a given W - Q, the roots of its singular values on both sides."""
-    if min(error.shape) <= max(EXACT_UP_TO, 8 * rank):
-        u, s, v = exact_svd(error, rank)
+    weight: Array, quantized: QTensor, scale: Array, key: Array, rank: int, dtype: DTypeLike
+) -> tuple[Array, Array, Float32[Array, ""]]:
+    """The pair of least error for a given W - Q, the roots of its singular values on both sides,
+    and the Frobenius norm of W - Q - s B A."""
+    rows, columns = weight.shape
+    count, dequantized = slab_rows((rows, columns)), quantized.dequantize_rows()
+
+    def error(start: Array | int) -> Array:
+        return rows_of(weight, start, count).astype(jnp.float32) - dequantized(start, count)
+
+    if min(weight.shape) <= max(EXACT_UP_TO, 8 * rank):
+        u, s, v = exact_svd(map_slabs(error, rows, count), rank)
     else:
-        u, s, v = randomized_svd(error, rank, key)
+        u, s, v = randomized_svd(error, (rows, columns), count, rank, key)
     root, spare = jnp.sqrt(s / scale), rank - s.size
-    a = jnp.pad(root[:, None] * v, ((0, spare), (0, 0)))
-    b = jnp.pad(u * root[None, :], ((0, 0), (0, spare)))
-    return a.astype(dtype), b.astype(dtype)
+    a = jnp.pad(root[:, None] * v, ((0, spare), (0, 0))).astype(dtype)
+    b = jnp.pad(u * root[None, :], ((0, 0), (0, spare))).astype(dtype)
+    left, right = _factors(a, b, scale)
+
+    def square(start: Array | int, new: Bool[Array, "count 1"]) -> Array:
+        remaining = error(start) - _wide(rows_of(left, start, count), right)
+        return jnp.sum(jnp.where(new, remaining, 0) ** 2)
+
+    return a, b, jnp.sqrt(sum_slabs(square, rows, count))
 
 
-@jax.jit
-def _distance(error: Array, a: Array, b: Array, scale: Array) -> Float32[Array, ""]:
-    """The Frobenius norm of W - Q - s B A, some rows at a time."""
-    rows, columns = error.shape
-    count = min(rows, max(1, SLAB // columns))
-
-    def add(i: Array, total: Array) -> Array:
-        # The last rows begin early where they are fewer: those that were counted already are not.
-        start = jnp.minimum(i * count, rows - count)
-        some, left = (lax.dynamic_slice_in_dim(x, start, count) for x in (error, b))
-        new = start + jnp.arange(count) >= i * count
-        return total + jnp.sum(jnp.where(new[:, None], some - _update(a, left, scale), 0) ** 2)
-
-    return jnp.sqrt(lax.fori_loop(0, -(-rows // count), add, jnp.float32(0)))
-
-
-def _update(a: Array, b: Array, scale: Array) -> Array:
-    """s B A."""
-    return _wide(b.astype(jnp.float32), a.astype(jnp.float32) * scale)
+def _factors(a: Array, b: Array, scale: Array) -> tuple[Array, Array]:
+    """s B A as two matrices in float32."""
+    return b.astype(jnp.float32), a.astype(jnp.float32) * scale
 
 
 def exact_svd(x: Float32[Array, "m n"], rank: int) -> tuple[Array, Array, Array]:
@@ -145,7 +128,7 @@ def exact_svd(x: Float32[Array, "m n"], rank: int) -> tuple[Array, Array, Array]
 
 
 def randomized_svd(
-    x: Float32[Array, "m n"], rank: int, key: PRNGKeyArray
+    some: Some, shape: tuple[int, int], count: int, rank: int, key: PRNGKeyArray
 ) -> tuple[Array, Array, Array]:
     """`exact_svd`, but that what it leaves of x may be 1 % larger (Halko et al. 2011, 4.4 and 5.1).
 
@@ -153,13 +136,25 @@ def randomized_svd(
     values by power iterations; x is then decomposed inside of it. The bound is of Frobenius norms,
     and measured, for ranks up to an eighth of the smaller side (tests/test_loftq.py): at its
     tightest for the errors of quantizers, whose singular values hardly fall.
+
+    Args:
+        some: `count` rows of x from one on; asked for 5 times.
+        shape: of x.
+        count: rows of a slab.
+        rank: singular values that are wanted.
+        key: of the directions.
     """
-    size = min(rank + OVERSAMPLING, *x.shape)
-    basis = jax.random.normal(key, (x.shape[1], size))
+    rows, columns = shape
+    basis = jax.random.normal(key, (columns, min(rank + OVERSAMPLING, *shape)))
     for _ in range(POWER_ITERATIONS):
-        basis, _ = jnp.linalg.qr(_wide(x, basis))
-        basis, _ = jnp.linalg.qr(_wide(x.T, basis))
+
+        def turned(start: Array | int, new: Bool[Array, "count 1"], basis: Array = basis) -> Array:
+            x = some(start)
+            return _wide(x.T, jnp.where(new, _wide(x, basis), 0))
+
+        basis, _ = jnp.linalg.qr(sum_slabs(turned, rows, count))
     # x in the basis of its inputs: [m, size]. The second QR leaves a square to decompose.
-    left, square = jnp.linalg.qr(_wide(x, basis))
+    inside = map_slabs(lambda start: _wide(some(start), basis), rows, count)
+    left, square = jnp.linalg.qr(inside)
     u, s, v = jnp.linalg.svd(square)
     return _wide(left, u[:, :rank]), s[:rank], _wide(v[:rank], basis.T)

@@ -195,7 +195,7 @@ def load_loftq(
         packed, a, b = loftq(weight, quant, rank, adapter.alpha / rank, turns, own, adapter.dtype)
         return packed, {"lora_A": a, "lora_B": b}
 
-    # In their own type: LoftQ works on a float32 copy and needs the matrix again in every turn.
+    # In their own type: LoftQ needs the matrix again in every turn, and widens a slab at a time.
     return _load(source, make, None, mesh, progress)
 
 

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import no_type_check
+from collections.abc import Callable
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from irqlora_jax.config import QuantConfig
 from irqlora_jax.quant import icq, icq_integer, joint, packing, stats
 from irqlora_jax.quant.entropy import block_entropy, quotient
 from irqlora_jax.quant.formats import Format, get_format
+from irqlora_jax.quant.slabs import map_slabs, rows_of, slab_rows
 
 
 @no_type_check  # JAX rebuilds pytrees with leaves of any kind, which runtime checks would refuse
@@ -74,16 +75,26 @@ class QTensor:
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*lead out in"]:
         """The weights, computed in float32 and rounded to `dtype` at the end."""
-        levels = jnp.asarray(get_format(self.format).table)
-        weights = levels[self._unpacked()] * self.scale()[..., None]
-        shift = self.shift()
-        if shift is not None:
-            weights = weights + shift[..., None]
-        return self._as_rows(weights.astype(dtype))
+        return self._weights(self.packed, self.scale(), self.shift(), dtype)
+
+    def dequantize_rows(self) -> Callable[[Array | int, int], Float32[Array, "count in"]]:
+        """A function of the first row and a number of rows that gives those of `dequantize`.
+
+        Scales and shifts are decoded once, for all rows. Without leading axes only.
+        """
+        scale, shift = self.scale(), self.shift()
+
+        def rows(start: Array | int, count: int) -> Array:
+            stored = self.packed, scale, shift
+            packed, own, moved = jax.tree.map(lambda x: rows_of(x, start, count), stored)
+            return self._weights(packed, own, moved, jnp.float32)
+
+        return rows
 
     def codes(self) -> UInt8[Array, "*lead out in"]:
         """The codes in logical order."""
-        return self._as_rows(self._unpacked())
+        bits = get_format(self.format).bits
+        return self._as_rows(packing.unpack(self.packed, bits, self.layout))
 
     def scale(self) -> Float32[Array, "*lead out blocks"]:
         """The stored scale of every block (the paper's s, absmax)."""
@@ -131,8 +142,13 @@ class QTensor:
         """Bytes of all arrays."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
-    def _unpacked(self) -> UInt8[Array, "*lead out blocks size"]:
-        return packing.unpack(self.packed, get_format(self.format).bits, self.layout)
+    def _weights(self, packed: Array, scale: Array, shift: Array | None, dtype: DTypeLike) -> Array:
+        fmt = get_format(self.format)
+        codes = packing.unpack(packed, fmt.bits, self.layout)
+        weights = jnp.asarray(fmt.table)[codes] * scale[..., None]
+        if shift is not None:
+            weights = weights + shift[..., None]
+        return self._as_rows(weights.astype(dtype))
 
     def _as_rows(self, blocks: Array) -> Array:
         rows = blocks.reshape(*blocks.shape[:-2], -1)
@@ -151,8 +167,9 @@ def quantize(
     config: QuantConfig,
     *,
     shift: Float[Array, "out blocks"] | None = None,
+    less: tuple[Float[Array, "out rank"], Float[Array, "rank in"]] | None = None,
 ) -> QTensor:
-    """Quantizes a matrix (float32, bfloat16 or float16).
+    """Quantizes a matrix (float32, bfloat16 or float16), or what two factors leave of it.
 
     The weights are read twice, by the search and for the codes. A search cannot write the codes:
     they belong to the stored scale and shift, which depend on 256 blocks and on the matrix's mean.
@@ -161,9 +178,10 @@ def quantize(
         weight: the matrix.
         config: format, block size and calibration.
         shift: exact shifts to take instead of searching them (NormalFloat and FP4).
+        less: B and A, to quantize weight - B A, which never exists as a whole.
 
     Raises:
-        ValueError: NaN or infinite weights; format "none"; shifts for an integer format.
+        ValueError: NaN or infinite weights or factors; format "none"; shifts for an integer format.
 
     Examples:
         >>> weight = jax.random.normal(jax.random.key(0), (32, 128))
@@ -177,9 +195,10 @@ def quantize(
     fmt = get_format(config.format)
     if shift is not None and fmt.integer:
         raise ValueError(f"shift: not accepted with quant.format {fmt.name}")
-    if not bool(jnp.isfinite(weight.min()) & jnp.isfinite(weight.max())):
-        raise ValueError("NaN or infinite weights cannot be quantized")
-    return _quantize(weight, shift, config)
+    for matrix in (weight, *(less or ())):
+        if not bool(jnp.isfinite(matrix.min()) & jnp.isfinite(matrix.max())):
+            raise ValueError("NaN or infinite weights cannot be quantized")
+    return _quantize(weight, shift, config, less)
 
 
 def quantized_shape(shape: tuple[int, int], config: QuantConfig) -> QTensor:
@@ -211,32 +230,54 @@ def _encode(
     return jnp.asarray(fmt.order, jnp.uint8)[rank]
 
 
+class _Found(NamedTuple):
+    """What a calibration says of blocks, [rows, blocks]. `zero` belongs to integers, `tau` to
+    shifted NormalFloat and FP4. Where it gives no scale, the least and the largest weight do, as
+    the larger distance from the shift."""
+
+    scale: Array | None = None
+    zero: Array | None = None
+    tau: Array | None = None
+    low: Array | None = None
+    high: Array | None = None
+
+
 @functools.partial(jax.jit, static_argnames="config")
-def _quantize(weight: Array, shift: Array | None, config: QuantConfig) -> QTensor:
+def _quantize(
+    weight: Array,
+    shift: Array | None,
+    config: QuantConfig,
+    less: tuple[Array, Array] | None = None,
+) -> QTensor:
     fmt = get_format(config.format)
     size = config.block_size
     out_features, in_features = weight.shape
     per_row = -(-in_features // size)
     pad = per_row * size - in_features
-    # The search reads the weights as they are, so that no copy of them in float32 need exist.
-    narrow = jnp.pad(weight, ((0, 0), (0, pad))).reshape(-1, size)
-    blocks = narrow.astype(jnp.float32)
+    count = slab_rows((out_features, in_features))
     valid = None
     if pad:
         ends = jnp.minimum(in_features - jnp.arange(per_row) * size, size)
-        valid = jnp.tile(ends, out_features)
-    # From here on `zero` is set for integers and `tau` for shifted NormalFloat and FP4.
-    scale = zero = tau = ends = None
-    if fmt.integer:
-        scale, zero = _integer_range(narrow, fmt, config, valid)
-    elif shift is not None:
-        tau = shift.astype(jnp.float32).reshape(-1)
-    elif config.calibration == "joint":
-        scale, tau = _joint(narrow, fmt, config, valid)
-    elif config.calibration == "icq":
-        steps = config.search_steps or 100
-        tau, _, *ends = icq.shift_and_ends(narrow, fmt, config.search_range, steps, valid)
+        valid = jnp.tile(ends, count)
 
+    def blocks_from(start: Array | int) -> Array:
+        """Those of a slab. Of a weight's own type, so that no copy in float32 need exist."""
+        rows = rows_of(weight, start, count)
+        if less is not None:
+            left, right = less
+            # Accelerators would otherwise multiply float32 in fewer bits.
+            update = jnp.matmul(rows_of(left, start, count), right, precision="highest")
+            rows = rows.astype(jnp.float32) - update
+        return jnp.pad(rows, ((0, 0), (0, pad))).reshape(-1, size)
+
+    def calibrate(start: Array | int) -> _Found:
+        found = _calibrated(blocks_from(start), fmt, config, valid, shift is not None)
+        return jax.tree.map(lambda x: x.reshape(count, per_row), found)
+
+    found = map_slabs(calibrate, out_features, count)
+    scale, zero, tau, low, high = jax.tree.map(jnp.ravel, found)
+    if shift is not None:
+        tau = shift.astype(jnp.float32).reshape(-1)
     shift_codes = shift_max = None
     if tau is not None:
         shift_codes, shift_max, none = stats.encode_groups(tau, center=False)
@@ -244,21 +285,27 @@ def _quantize(weight: Array, shift: Array | None, config: QuantConfig) -> QTenso
             tau = stats.decode_groups(shift_codes, shift_max, none)
     if scale is None:
         # With stored codes the scale belongs to the stored shift too.
-        scale = _largest(_ends(blocks, valid) if ends is None else ends, tau)
+        scale = _largest(low, high, tau)
     scale_codes, scale_max, scale_offset = stats.encode_groups(scale, center=True)
     if config.codes_from == "stored":
         scale = stats.decode_groups(scale_codes, scale_max, scale_offset)
     if zero is not None:
         shift_codes = stats.encode_zero(zero, fmt.bits)
 
-    centered = blocks if tau is None else blocks - tau[:, None]
-    safe = jnp.where(scale == 0, 1, scale)[:, None]
-    # bitsandbytes multiplies by the reciprocal, the integer code divides; ties depend on it.
-    scaled = quotient(centered, safe) if fmt.integer else centered * (1 / safe)
-    packed = packing.pack(_encode(scaled, fmt, zero), fmt.bits)
     grid = (out_features, per_row)
+    exact = jax.tree.map(lambda x: x.reshape(grid), (scale, zero, tau))
+
+    def encode(start: Array | int) -> Array:
+        scale, zero, tau = jax.tree.map(lambda x: rows_of(x, start, count).ravel(), exact)
+        blocks = blocks_from(start).astype(jnp.float32)
+        centered = blocks if tau is None else blocks - tau[:, None]
+        safe = jnp.where(scale == 0, 1, scale)[:, None]
+        # bitsandbytes multiplies by the reciprocal, the integer code divides; ties depend on it.
+        scaled = quotient(centered, safe) if fmt.integer else centered * (1 / safe)
+        return packing.pack(_encode(scaled, fmt, zero), fmt.bits).reshape(count, per_row, -1)
+
     return QTensor(
-        packed=packed.reshape(*grid, -1),
+        packed=map_slabs(encode, out_features, count),
         scale_codes=scale_codes.reshape(grid),
         scale_max=scale_max,
         scale_offset=scale_offset,
@@ -270,6 +317,24 @@ def _quantize(weight: Array, shift: Array | None, config: QuantConfig) -> QTenso
     )
 
 
+def _calibrated(
+    blocks: Array, fmt: Format, config: QuantConfig, valid: Array | None, shifted: bool
+) -> _Found:
+    """Block by block; `shifted`: the shifts are known."""
+    if fmt.integer:
+        scale, zero = _integer_range(blocks, fmt, config, valid)
+        return _Found(scale=scale, zero=zero)
+    if config.calibration == "joint" and not shifted:
+        scale, tau = _joint(blocks, fmt, config, valid)
+        return _Found(scale=scale, tau=tau)
+    if config.calibration == "icq" and not shifted:
+        steps = config.search_steps or 100
+        tau, _, low, high = icq.shift_and_ends(blocks, fmt, config.search_range, steps, valid)
+        return _Found(tau=tau, low=low, high=high)
+    low, high = _ends(blocks.astype(jnp.float32), valid)
+    return _Found(low=low, high=high)
+
+
 def _ends(blocks: Array, valid: Array | None) -> tuple[Array, Array]:
     """The least and the largest weight of every block."""
     low, high = blocks, blocks
@@ -279,10 +344,10 @@ def _ends(blocks: Array, valid: Array | None) -> tuple[Array, Array]:
     return low.min(axis=1), high.max(axis=1)
 
 
-def _largest(ends: Sequence[Array], tau: Array | None) -> Array:
-    """max|w - tau| of every block. Rounding is monotonic, so the two ends of a block decide it;
-    subtracting from all of them would need a second copy of the matrix."""
-    low, high = ends if tau is None else (end - tau for end in ends)
+def _largest(low: Array, high: Array, tau: Array | None) -> Array:
+    """max|w - tau| of every block. Rounding is monotonic, so the two ends of a block decide it."""
+    if tau is not None:
+        low, high = low - tau, high - tau
     return jnp.maximum(-low, high)
 
 
