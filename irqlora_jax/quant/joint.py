@@ -10,7 +10,7 @@ A candidate is an interval for the levels to span. First there are 5 centers aro
 with 7 half-widths, and the interval of the plain quantizer; then, twice, the 8 neighbors of the
 best. None is judged as it stands but by the least-squares scale and shift of the codes that it
 gives, which cost three sums over the block. So 54 candidates lose what a grid of 21 x 25 as they
-stand loses, to 1.3 % (benchmarks/results/2026-11-25-calibration.md). The best one is refined by
+stand loses, to 2.3 % (benchmarks/results/2026-11-27-cpu.md). The best one is refined by
 Lloyd's steps: codes, then least squares.
 """
 
