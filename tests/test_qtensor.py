@@ -283,7 +283,8 @@ def test_codes_are_the_nearest_levels_of_the_stored_statistics(name: str) -> Non
     np.testing.assert_allclose(got, distance.min(-1), atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("nf4", jnp.float32), ("int4", jnp.bfloat16)])
+@pytest.mark.parametrize("name", ["nf4", "int4"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_matrix_of_a_65b_model_needs_little_more_than_itself(name: str, dtype: Any) -> None:
     """Compiled, not run: [22016, 8192], 0.7 GB in float32."""
     weight = jax.ShapeDtypeStruct((22016, 8192), dtype)

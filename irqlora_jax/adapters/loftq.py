@@ -138,7 +138,7 @@ def randomized_svd(
     tightest for the errors of quantizers, whose singular values hardly fall.
 
     Args:
-        some: `count` rows of x from one on; asked for 5 times.
+        some: `count` rows of x from one on; asked for POWER_ITERATIONS + 1 times.
         shape: of x.
         count: rows of a slab.
         rank: singular values that are wanted.
