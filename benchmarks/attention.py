@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from timing import compare, machine, table
 
-from irqlora_jax.attention import attend
+from irqlora_jax.model.attention import attend
 
 BOUND = 1e-2
 NAMES = ("y", "dq", "dk", "dv")

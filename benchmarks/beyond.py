@@ -35,11 +35,12 @@ from testbeds import (
 )
 from timing import machine, table
 
-from irqlora_jax.attention import rope_frequencies
-from irqlora_jax.config import QuantConfig
-from irqlora_jax.llama import AdaptedLinear, Layer
+from irqlora_jax.model.attention import rope_frequencies
+from irqlora_jax.model.llama import AdaptedLinear, Layer
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.formats import get_format
-from irqlora_jax.quant.qtensor import QTensor, quantize
+from irqlora_jax.quant.qtensor import QTensor
 
 HOWS: dict[str, Mapping[str, Any]] = {
     "none": {"calibration": "none"},

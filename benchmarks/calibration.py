@@ -29,8 +29,8 @@ from search import FORMATS, ours, shaped
 from testbeds import Testbed, paired, spread, stored, stories
 from timing import compare, machine, table
 
-from irqlora_jax.config import QuantConfig
-from irqlora_jax.quant import icq, icq_integer, joint
+from irqlora_jax.quant.calibrations import icq, icq_integer, joint
+from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.entropy import block_entropy
 from irqlora_jax.quant.formats import get_format
 

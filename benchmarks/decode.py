@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from timing import compare, machine, table
 from train_step import FLOAT, SHIFTED, add_size, fill_size, llama, random_base
 
-from irqlora_jax.llama import Llama
+from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.matmul import laid_out, require
 
 STEPS = 16

@@ -30,7 +30,7 @@ from train_step import SHIFTED, add_size, fill_size, llama, random_base
 from irqlora_jax.evaluate import Question, choice_scores, choices, mmlu, score_questions
 from irqlora_jax.evaluate.mmlu import letter_tokens, subject_questions
 from irqlora_jax.evaluate.mmlu_files import read_subject
-from irqlora_jax.llama import Llama
+from irqlora_jax.model.llama import Llama
 
 LEAST = 0.9
 WORDS = 3000

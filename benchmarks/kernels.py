@@ -41,7 +41,7 @@ from irqlora_jax.kernels import mosaic_tiles, search_integer_triton, search_trit
 from irqlora_jax.kernels.matmul_mosaic import MOSAIC
 from irqlora_jax.kernels.matmul_triton import TRITON
 from irqlora_jax.kernels.measured import Measurement
-from irqlora_jax.quant import icq, icq_integer
+from irqlora_jax.quant.calibrations import icq, icq_integer
 from irqlora_jax.quant.formats import get_format
 from irqlora_jax.quant.matmul import XLA, Implementation
 

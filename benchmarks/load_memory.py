@@ -45,12 +45,17 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from irqlora_jax.config import LINEAR_NAMES, AdapterConfig, QuantConfig
-from irqlora_jax.hf import linear_path, load_base, load_loftq, save_model, weight_name
-from irqlora_jax.hf.tensors import FLOATS, read_headers, read_into
-from irqlora_jax.llama import Llama, LlamaConfig
-from irqlora_jax.quant import icq, icq_integer
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.base.make import load_base, load_loftq
+from irqlora_jax.export.model import save_model
+from irqlora_jax.files.tensors import FLOATS, read_headers, read_into
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.model.tree import linear_path, weight_name
+from irqlora_jax.quant.calibrations import icq, icq_integer
+from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.formats import get_format
+from irqlora_jax.sharding import LINEAR_NAMES
 
 STATUS = Path("/proc/self/status")
 FIELDS = ("VmRSS", "RssAnon", "RssFile", "VmHWM")

@@ -22,14 +22,14 @@ import numpy as np
 from timing import machine, table
 from train_step import SHIFTED, Ours, add_size, fill_size, random_base, shape
 
-from irqlora_jax.checkpoint import Checkpoints
 from irqlora_jax.config import Config, LogConfig
-from irqlora_jax.conversation import Style
 from irqlora_jax.data import Example
-from irqlora_jax.loop import Job, train
-from irqlora_jax.metrics import MetricsLog, Values
-from irqlora_jax.samples import Samples
+from irqlora_jax.generate.conversation import Style
+from irqlora_jax.generate.samples import Samples
+from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.sharding import make_mesh
+from irqlora_jax.train.loop import Job, train
+from irqlora_jax.train.metrics import MetricsLog, Values
 
 LEAST = 0.98
 LOOP, ALONE = 4, 3  # steps of a turn

@@ -23,15 +23,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import jax
 import jax.numpy as jnp
-import sass
-from abstract_gpu import abstract_gpu
 from timing import table, versions
 
-from irqlora_jax.config import QuantConfig
-from irqlora_jax.devices import DEVICES, absent_devices
 from irqlora_jax.kernels import matmul_mosaic, matmul_triton, search_integer_triton, search_triton
-from irqlora_jax.quant.icq_integer import range_candidates
-from irqlora_jax.quant.qtensor import quantized_shape
+from irqlora_jax.plan.gpus import DEVICES, absent_devices
+from irqlora_jax.quant.calibrations.icq_integer import range_candidates
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.encode import quantized_shape
+from tests import sass
+from tests.cuda.abstract_gpu import abstract_gpu
 
 GPUS = ("a100-80", "l4", "h200")  # an H100 takes the programs of an H200
 FORMATS = ("nf4", "nf3", "nf2", "int4")

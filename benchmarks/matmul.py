@@ -29,7 +29,7 @@ from peer import Peer
 from timing import Timing, compare, machine, table
 from train_step import quantized
 
-from irqlora_jax.config import QuantConfig
+from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.matmul import dequant_matmul
 
 FORMATS = ("nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2")

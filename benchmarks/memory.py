@@ -17,21 +17,18 @@ from typing import Any
 
 import jax
 
-from irqlora_jax.config import (
-    AdapterConfig,
-    Config,
-    DataConfig,
-    MeshConfig,
-    QuantConfig,
-    TrainConfig,
-)
-from irqlora_jax.devices import DEVICES, OPTIONS, absent_devices
-from irqlora_jax.footprint import Need, Target, measure
-from irqlora_jax.report import aligned
-from irqlora_jax.storage import abstract_base
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.base.storage import abstract_base
+from irqlora_jax.config import Config, TrainConfig
+from irqlora_jax.data.config import DataConfig
+from irqlora_jax.plan.gpus import DEVICES, OPTIONS, absent_devices
+from irqlora_jax.plan.measure import Need, Target, measure
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.sharding import MeshConfig
+from irqlora_jax.text import aligned
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from architectures import MODELS
+from tests.architectures import MODELS
 
 BUDGETS = {"7b": 7.0, "13b": 12.0, "65b": 44.0}
 

@@ -9,8 +9,8 @@ import dataclasses
 import numpy as np
 
 from irqlora_jax import hf
-from irqlora_jax.config import DataConfig
 from irqlora_jax.data import load_examples, make_batches
+from irqlora_jax.data.config import DataConfig
 
 BATCH_SIZE = 16
 

@@ -19,10 +19,13 @@ import jax.numpy as jnp
 from timing import machine, table
 from train_step import SHIFTED, add_size, fill_size, llama, random_batch, shape
 
-from irqlora_jax.config import AdapterConfig, Config, DataConfig, TrainConfig
-from irqlora_jax.footprint import find_target, measure, read_base_shapes
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.config import Config, TrainConfig
+from irqlora_jax.data.config import DataConfig
+from irqlora_jax.plan.measure import find_target, measure, read_base_shapes
+from irqlora_jax.runs.state import init_state, make_model, make_optimizer
 from irqlora_jax.sharding import make_mesh
-from irqlora_jax.step import init_state, make_model, make_optimizer, make_step, sharded_state
+from irqlora_jax.train.step import make_step, sharded_state
 
 BOUND = 0.05
 

@@ -22,9 +22,10 @@ import numpy as np
 import released
 from timing import compare, machine, median_seconds, table
 
-from irqlora_jax.config import QuantConfig
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.formats import FORMATS, get_format
-from irqlora_jax.quant.qtensor import QTensor, quantize
+from irqlora_jax.quant.qtensor import QTensor
 
 REQUIRED = {"quantize": 4, "dequantize": 2}
 to_float32 = jax.jit(QTensor.dequantize)

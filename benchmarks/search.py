@@ -24,11 +24,11 @@ import numpy as np
 import released
 from timing import Timing, compare, machine, median_seconds, table
 
-from irqlora_jax.config import QuantConfig
-from irqlora_jax.quant import icq, icq_integer
+from irqlora_jax.quant.calibrations import icq, icq_integer
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.entropy import block_entropy
 from irqlora_jax.quant.formats import get_format
-from irqlora_jax.quant.qtensor import quantize
 
 FORMATS = ("nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2")
 REQUIRED = 150

@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from irqlora_jax.config import Config
-from irqlora_jax.train import run
+from irqlora_jax.train.finetune import run
 
 ROOT = Path(__file__).parent.parent
 METHODS = {

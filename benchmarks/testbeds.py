@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from irqlora_jax import hf
-from irqlora_jax.config import QuantConfig
 from irqlora_jax.data.examples import encode_source
 from irqlora_jax.evaluate import evaluation_loss, load_questions, score_questions
 from irqlora_jax.evaluate.perplexity import text_windows
-from irqlora_jax.llama import Llama
-from irqlora_jax.llama_config import LlamaConfig
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
 
 sys.path.append(str(Path(__file__).parent.parent / "examples" / "factworld"))

@@ -33,10 +33,16 @@ import numpy as np
 from peer import Peer
 from timing import compare, machine, table
 
-from irqlora_jax.config import LINEAR_NAMES, AdapterConfig, QuantConfig, TrainConfig
-from irqlora_jax.llama import ATTENTION_NAMES, Llama, LlamaConfig
-from irqlora_jax.quant.qtensor import QTensor, quantize
-from irqlora_jax.train import TrainState, init_state, make_optimizer, train_step
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.config import TrainConfig
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.llama import ATTENTION_NAMES, Llama
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.encode import quantize
+from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.runs.state import TrainState, init_state, make_optimizer
+from irqlora_jax.sharding import LINEAR_NAMES
+from irqlora_jax.train.step import train_step
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {

@@ -24,9 +24,11 @@ from testbeds import Base, paired, quantized, spread
 from timing import machine, table
 
 from irqlora_jax import hf
-from irqlora_jax.config import AdapterConfig, QuantConfig, TrainConfig
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.config import TrainConfig
 from irqlora_jax.data import Batches
-from irqlora_jax.llama import Llama
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
 
 # isort: split

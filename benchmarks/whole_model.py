@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from timing import machine
 from train_step import add_size, fill_size, llama
 
-from irqlora_jax.config import QuantConfig
-from irqlora_jax.quant.qtensor import quantize
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.encode import quantize
 
 MOST = 10.0  # seconds for 6.5e9 weights on a GPU
 

@@ -6,11 +6,35 @@ adapters = model.init_adapters(jax.random.key(0))
 logits = model.apply({"params": adapters, "base": base}, tokens)
 """
 
-from irqlora_jax import adapters, checkpoint, data, evaluate, generate, hf, quant, train
-from irqlora_jax.config import AdapterConfig, Config, DataConfig, QuantConfig, TrainConfig
-from irqlora_jax.llama import Llama, LlamaConfig
-from irqlora_jax.quant.matmul import dequant_matmul
-from irqlora_jax.quant.qtensor import QTensor, quantize
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from irqlora_jax import adapters, data, evaluate, generate, hf, quant, train
+    from irqlora_jax.adapters.config import AdapterConfig
+    from irqlora_jax.config import Config, TrainConfig
+    from irqlora_jax.data.config import DataConfig
+    from irqlora_jax.model.config import LlamaConfig
+    from irqlora_jax.model.llama import Llama
+    from irqlora_jax.quant.config import QuantConfig
+    from irqlora_jax.quant.encode import quantize
+    from irqlora_jax.quant.matmul import dequant_matmul
+    from irqlora_jax.quant.qtensor import QTensor
+
+# Imported at first use, so that `irqlora --help` need not wait for jax.
+_MODULES = ("adapters", "data", "evaluate", "generate", "hf", "quant", "train")
+_NAMES = {
+    "AdapterConfig": "adapters.config",
+    "Config": "config",
+    "DataConfig": "data.config",
+    "Llama": "model.llama",
+    "LlamaConfig": "model.config",
+    "QTensor": "quant.qtensor",
+    "QuantConfig": "quant.config",
+    "TrainConfig": "config",
+    "dequant_matmul": "quant.matmul",
+    "quantize": "quant.encode",
+}
 
 __all__ = [
     "AdapterConfig",
@@ -22,7 +46,6 @@ __all__ = [
     "QuantConfig",
     "TrainConfig",
     "adapters",
-    "checkpoint",
     "data",
     "dequant_matmul",
     "evaluate",
@@ -32,3 +55,22 @@ __all__ = [
     "quantize",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("irqlora-jax")
+        except PackageNotFoundError:
+            return "unknown (not installed)"
+    if name in _MODULES:
+        return importlib.import_module(f"irqlora_jax.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"irqlora_jax.{_NAMES[name]}"), name)
+    raise AttributeError(f"module 'irqlora_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

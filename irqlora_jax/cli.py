@@ -1,8 +1,9 @@
-"""The command line: `irqlora train | eval | report | quantize | export | chat`."""
+"""The command line: `irqlora train | eval | report | quantize | folder | chat`."""
 
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from irqlora_jax.config import Config, QuantizeConfig, parse_flags
@@ -13,7 +14,7 @@ _USAGE = """usage: irqlora COMMAND [--config FILE] [--section.field value ...]
   eval       questions, MMLU, perplexity, generation (also: python eval.py)
   report     write the page about a run again
   quantize   quantize a base once, for many runs to share
-  export     write a run as Hugging Face folders: adapter, merged or dequantized
+  folder     write a run as Hugging Face folders: adapter, merged or dequantized
   chat       talk to a model in the terminal
 
 irqlora COMMAND --help lists every option with its unit and default."""
@@ -33,12 +34,12 @@ def _train(options: TrainOptions) -> None:
     fields = (field.name for field in dataclasses.fields(Config))
     config = Config(**{name: getattr(options, name) for name in fields})
     if options.plan is False:
-        from irqlora_jax.train import run
+        from irqlora_jax.train.finetune import run
 
         run(config)
         return
-    from irqlora_jax.footprint import prepare
-    from irqlora_jax.plan import plan
+    from irqlora_jax.plan.measure import prepare
+    from irqlora_jax.plan.plan import plan
 
     name = None if options.plan is True else str(options.plan)
     if name is not None:
@@ -47,15 +48,20 @@ def _train(options: TrainOptions) -> None:
 
 
 def _quantize(config: Any) -> None:
-    from irqlora_jax.runs import quantize_model
+    from irqlora_jax.runs.quantize import quantize_model
 
     quantize_model(config)
 
 
 def _eval(config: Any) -> None:
     from irqlora_jax.evaluate.tasks import evaluate_run
+    from irqlora_jax.report.write import try_to_write
+    from irqlora_jax.runs.folder import BASE_FILE
 
     evaluate_run(config)
+    folder = Path(config.run)
+    if (folder / BASE_FILE).is_file() and (folder / "config.json").is_file():
+        try_to_write(folder, print)
 
 
 def _report(config: Any) -> None:
@@ -65,22 +71,22 @@ def _report(config: Any) -> None:
 
 
 def _export(config: Any) -> None:
-    from irqlora_jax.hf import export
+    from irqlora_jax.export.folder import export
 
     export(config)
 
 
 def _chat(config: Any) -> None:
-    from irqlora_jax.chat import chat
+    from irqlora_jax.generate.chat import chat
 
     chat(config)
 
 
 def _commands() -> dict[str, tuple[type, Callable[[Any], None]]]:
     """The options and the function of every command."""
-    from irqlora_jax.chat import ChatConfig
     from irqlora_jax.evaluate.tasks import EvalConfig
-    from irqlora_jax.hf import ExportConfig
+    from irqlora_jax.export.folder import ExportConfig
+    from irqlora_jax.generate.chat import ChatConfig
     from irqlora_jax.report.write import ReportConfig
 
     return {
@@ -88,7 +94,7 @@ def _commands() -> dict[str, tuple[type, Callable[[Any], None]]]:
         "eval": (EvalConfig, _eval),
         "report": (ReportConfig, _report),
         "quantize": (QuantizeConfig, _quantize),
-        "export": (ExportConfig, _export),
+        "folder": (ExportConfig, _export),
         "chat": (ChatConfig, _chat),
     }
 
@@ -104,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(_USAGE)
         return 0
-    from irqlora_jax.cache import cache_programs
+    from irqlora_jax.machine import cache_programs
 
     try:
         commands = _commands()

@@ -7,6 +7,7 @@ where they are needed. Scales and shifts follow their blocks; second-level scale
 are copied to all devices.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +17,10 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from irqlora_jax.config import LINEAR_NAMES, MeshConfig
-from irqlora_jax.llama_config import LlamaConfig
+from irqlora_jax.text import require
 
+LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a LLaMA: the quantized ones, and those that an adapter may target."""
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 """The axes that a batch is split over."""
@@ -26,6 +28,24 @@ SPLIT_INPUTS = ("o_proj", "down_proj")
 """Layers that tensor splits along their inputs, the others along their outputs."""
 
 Axes = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are used. Their number is data x fsdp x tensor."""
+
+    data: int | None = None
+    """Copies of the model that share the rows of a batch. Null: as many as the devices give."""
+    fsdp: int = 1
+    """Parts that weights and rows are both split into; a part is sent when it is needed."""
+    tensor: int = 1
+    """Parts that every matrix product is split into."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "fsdp", "tensor"):
+            value = getattr(self, name)
+            ok = value is None or value >= 1
+            require(ok, f"mesh.{name}", value, "a whole number of at least 1")
 
 
 def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = None) -> Mesh:
@@ -60,46 +80,6 @@ def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = Non
     shape = (data, config.fsdp, config.tensor)
     grid = np.asarray(devices[: math.prod(shape)]).reshape(shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def check_mesh(mesh: Mesh, llama: LlamaConfig, block_size: int | None) -> None:
-    """Refuses a mesh that cannot split a packed layer evenly.
-
-    Args:
-        mesh: of `make_mesh`.
-        llama: the architecture.
-        block_size: weights in a block; None for a base that is not quantized.
-
-    Raises:
-        ValueError: which axis cannot split which layer, and what could.
-    """
-    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-    size = block_size or 1
-
-    def check(axes: str, parts: int, count: int, what: str) -> None:
-        if count % parts:
-            would = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0 and n <= 64)
-            raise ValueError(
-                f"{axes} = {parts} cannot split the {count} {what}: accepted is one of {would}"
-            )
-
-    check("mesh.tensor", tensor, llama.num_attention_heads, "attention heads")
-    check("mesh.tensor", tensor, llama.num_key_value_heads, "key-value heads")
-    for name in LINEAR_NAMES:
-        out_features, in_features = llama.linear_shapes[name]
-        if name in SPLIT_INPUTS:
-            check("mesh.fsdp", fsdp, out_features, f"outputs of {name}")
-            blocks = -(-in_features // size)
-            if tensor > 1 and in_features % size:
-                raise ValueError(
-                    f"mesh.tensor = {tensor} cannot split the {in_features} inputs of {name} into "
-                    f"whole blocks of {size}: accepted is 1, or a quant.block_size that divides "
-                    "them"
-                )
-            check("mesh.tensor", tensor, blocks, f"blocks of {size} inputs of {name}")
-        else:
-            axes = "mesh.tensor x mesh.fsdp"
-            check(axes, tensor * fsdp, out_features, f"outputs of {name}")
 
 
 def spec(mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...]) -> P:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from irqlora_jax.devices import compute_capability
+from irqlora_jax.machine import compute_capability
 
 DEPRECATED = "The Pallas Triton backend is deprecated and will be removed"
 """How jax begins what it says at every lowering, from 0.11 on."""

@@ -17,9 +17,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt32
 
-from irqlora_jax.devices import compute_capability
 from irqlora_jax.kernels import measured, mosaic_tiles
 from irqlora_jax.kernels.mosaic_product import product
+from irqlora_jax.machine import compute_capability
 from irqlora_jax.quant import packing
 from irqlora_jax.quant.formats import get_format
 from irqlora_jax.quant.matmul import Implementation, was_faster

@@ -31,8 +31,8 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from irqlora_jax.kernels import backend_triton
 from irqlora_jax.kernels.search_triton import unserved_blocks, whole
+from irqlora_jax.quant.calibrations.icq_integer import Candidates, limits
 from irqlora_jax.quant.entropy import FLOAT_MAX, bits_of, histogram_weight
-from irqlora_jax.quant.icq_integer import Candidates, limits
 
 try:
     from jax.experimental.pallas import triton as plt

@@ -35,6 +35,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32, Int
 
 from irqlora_jax.kernels import backend_triton
+from irqlora_jax.quant.calibrations.icq import SIGMA
 from irqlora_jax.quant.entropy import (
     FLOAT_MAX,
     bits_of,
@@ -44,7 +45,6 @@ from irqlora_jax.quant.entropy import (
     spaced,
 )
 from irqlora_jax.quant.formats import Format, get_format
-from irqlora_jax.quant.icq import SIGMA
 
 try:
     from jax.experimental.pallas import triton as plt

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from irqlora_jax.llama_config import LlamaConfig, RopeScaling
+from irqlora_jax.model.config import LlamaConfig, RopeScaling
 
 
 def llama(hidden: int, wide: int, layers: int, heads: int, **more: Any) -> LlamaConfig:

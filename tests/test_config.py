@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from irqlora_jax.config import AdapterConfig, Config, QuantConfig, TrainConfig, parse_config
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.config import Config, TrainConfig, parse_config
+from irqlora_jax.quant.config import QuantConfig
 
 ROOT = Path(__file__).parent.parent
 

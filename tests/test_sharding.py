@@ -11,19 +11,25 @@ import numpy as np
 import pytest
 
 from irqlora_jax import hf
-from irqlora_jax.checkpoint import load_base, save_base
-from irqlora_jax.config import LINEAR_NAMES, AdapterConfig, MeshConfig, QuantConfig, TrainConfig
-from irqlora_jax.llama import Llama
-from irqlora_jax.llama_config import LlamaConfig
-from irqlora_jax.quant.qtensor import QTensor, quantize
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.base.file import read_base, save_base
+from irqlora_jax.base.mesh import check_mesh
+from irqlora_jax.config import TrainConfig
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.encode import quantize
+from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.runs.state import init_state, make_optimizer
 from irqlora_jax.sharding import (
+    LINEAR_NAMES,
+    MeshConfig,
     bytes_by_device,
-    check_mesh,
     make_mesh,
     put_batch,
     tree_shardings,
 )
-from irqlora_jax.train import init_state, make_optimizer, sharded_state, train_step
+from irqlora_jax.train.step import sharded_state, train_step
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
@@ -269,7 +275,7 @@ def test_bases_are_read_onto_the_mesh(tmp_path: Path) -> None:
     plain, llama = hf.load_base(folder, quant)
     split, _ = hf.load_base(folder, quant, mesh=mesh)
     save_base(tmp_path / "base.safetensors", split, llama, quant)
-    again, _ = load_base(tmp_path / "base.safetensors", mesh)
+    again, _ = read_base(tmp_path / "base.safetensors", mesh)
     for base in (split, again):
         assert jax.tree.structure(base) == jax.tree.structure(plain)
         for ours, theirs in zip(jax.tree.leaves(base), jax.tree.leaves(plain), strict=True):

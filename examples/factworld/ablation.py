@@ -31,13 +31,17 @@ from pretrain import RECIPES, pretrain, save_base
 from tqdm import tqdm
 
 from irqlora_jax import hf
+from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.loftq import loftq
-from irqlora_jax.config import AdapterConfig, DataConfig, QuantConfig, TrainConfig
+from irqlora_jax.config import TrainConfig
 from irqlora_jax.data import Batches, load_examples
+from irqlora_jax.data.config import DataConfig
 from irqlora_jax.evaluate import evaluation_loss, load_questions, score_questions
-from irqlora_jax.llama import Llama
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
-from irqlora_jax.step import make_state, train_step
+from irqlora_jax.runs.state import make_state
+from irqlora_jax.train.step import train_step
 
 FORMATS = ("nf4", "int4", "nf3", "int3", "nf2", "int2")
 BATCH, RANK, ALPHA = 64, 8, 16.0

@@ -16,10 +16,10 @@ import world as factworld
 from permute import permute
 
 from irqlora_jax import hf
-from irqlora_jax.config import QuantConfig
 from irqlora_jax.evaluate import load_questions, score_questions
-from irqlora_jax.llama import Llama
-from irqlora_jax.quant.qtensor import quantize
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.encode import quantize
 
 
 def quantized(base: dict, config: QuantConfig) -> dict:

@@ -25,7 +25,8 @@ import world as factworld
 from safetensors.numpy import save
 from tqdm import tqdm
 
-from irqlora_jax.llama import Llama, LlamaConfig
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.llama import Llama
 
 CHUNK = 50  # steps of one jitted call
 

@@ -8,10 +8,10 @@ from rows import METHODS, Asked, Row, Stage, Table, architecture, config_of, qua
 from rows import tables as read_tables
 
 from irqlora_jax import hf
+from irqlora_jax.base.storage import abstract_base, measure_base
 from irqlora_jax.config import Config
-from irqlora_jax.footprint import find_target, measure, prepare
-from irqlora_jax.llama_config import LlamaConfig
-from irqlora_jax.storage import abstract_base, measure_base
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.plan.measure import find_target, measure, prepare
 
 FLOPS, SHARE = 312e12, 0.4  # an A100's bfloat16 peak (data sheet), and what is taken to be reached
 QUESTIONS, SUBJECTS, CONTEXT = 14_042, 57, 2048  # of MMLU; prompts are cut to 2048 tokens

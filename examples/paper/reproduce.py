@@ -23,9 +23,9 @@ from typing import Any
 from costs import ASSUMPTIONS, cost, shapes, storage, total
 from rows import METHODS, TASKS, Asked, Row, Stage, Table, figures, size_of, stages, tables, times
 
-from irqlora_jax.checkpoint import write_text
 from irqlora_jax.cli import main as irqlora
-from irqlora_jax.report import aligned
+from irqlora_jax.files.small import write_text
+from irqlora_jax.text import aligned
 
 _FIXED = {"quant.", "adapter.", "data.", "output_dir", "model", "train.steps", "config"}
 

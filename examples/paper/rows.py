@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from irqlora_jax.config import Config, QuantConfig, parse_config
-from irqlora_jax.llama_config import LlamaConfig
+from irqlora_jax.config import Config, parse_config
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.quant.config import QuantConfig
 
 FOLDER = Path(__file__).resolve().parent
 CONFIGS = FOLDER.parents[1] / "configs" / "paper"

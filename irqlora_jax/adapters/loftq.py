@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
 
-from irqlora_jax.config import QuantConfig
-from irqlora_jax.quant.qtensor import QTensor, quantize
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.encode import quantize
+from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.quant.slabs import map_slabs, rows_of, slab_rows, sum_slabs
 
 EXACT_UP_TO = 512
@@ -130,12 +131,12 @@ def exact_svd(x: Float32[Array, "m n"], rank: int) -> tuple[Array, Array, Array]
 def randomized_svd(
     some: Some, shape: tuple[int, int], count: int, rank: int, key: PRNGKeyArray
 ) -> tuple[Array, Array, Array]:
-    """`exact_svd`, but that what it leaves of x may be 1 % larger (Halko et al. 2011, 4.4 and 5.1).
+    """Like `exact_svd`, with a residual up to 1 % larger (Halko et al. 2011, 4.4 and 5.1).
 
-    A basis of a few more than `rank` random directions is turned towards the largest singular
-    values by power iterations; x is then decomposed inside of it. The bound is of Frobenius norms,
-    and measured, for ranks up to an eighth of the smaller side (tests/test_loftq.py): at its
-    tightest for the errors of quantizers, whose singular values hardly fall.
+    Power iterations turn a basis of slightly more than `rank` random directions towards the largest
+    singular values; x is then decomposed in that basis. The 1 % refers to Frobenius norms and was
+    measured for ranks up to an eighth of the smaller side (tests/adapters/test_loftq.py).
+    Quantization errors come closest to it, because their singular values fall slowly.
 
     Args:
         some: `count` rows of x from one on; asked for POWER_ITERATIONS + 1 times.

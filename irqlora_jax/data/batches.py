@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Int
 
-from irqlora_jax.config import DataConfig
+from irqlora_jax.data.config import DataConfig
 from irqlora_jax.data.examples import Example
 from irqlora_jax.data.packing import pack, pad_packed
 

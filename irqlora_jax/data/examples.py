@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from irqlora_jax.config import DataConfig
 from irqlora_jax.data.chat import encode_conversations, read_chat_template, read_conversations
+from irqlora_jax.data.config import DataConfig
 from irqlora_jax.data.encode import encode_pairs as encode_pairs
 from irqlora_jax.data.encode import encode_source as encode_source
 from irqlora_jax.data.encode import prefix_tokens

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 
 from irqlora_jax.data.batches import by_length
-from irqlora_jax.llama import Cache, Llama, head_logits, head_weight
+from irqlora_jax.model.llama import Cache, Llama, head_logits, head_weight
 
 Item = TypeVar("Item")
 

@@ -14,7 +14,7 @@ import numpy as np
 from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
 from irqlora_jax.evaluate.harness_model import HarnessLM, Kept
-from irqlora_jax.llama import Llama
+from irqlora_jax.model.llama import Llama
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,8 @@ from irqlora_jax.data.batches import by_length, eval_batches
 from irqlora_jax.data.examples import Example
 from irqlora_jax.evaluate.choices import Question, stream_scores
 from irqlora_jax.evaluate.perplexity import row_nll
-from irqlora_jax.generate import generate
-from irqlora_jax.llama import Llama
+from irqlora_jax.generate.decode import generate
+from irqlora_jax.model.llama import Llama
 
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
 _log = logging.getLogger(__name__)

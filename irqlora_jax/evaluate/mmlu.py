@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from irqlora_jax.checkpoint import write_text
 from irqlora_jax.data.examples import encode_source
 from irqlora_jax.evaluate.choices import Question, choice_scores, fit
 from irqlora_jax.evaluate.mmlu_files import (
@@ -23,7 +22,8 @@ from irqlora_jax.evaluate.mmlu_files import (
     prompt_text,
     read_subject,
 )
-from irqlora_jax.llama import Llama
+from irqlora_jax.files.small import write_text
+from irqlora_jax.model.llama import Llama
 
 _log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float32, Int
 
 from irqlora_jax.data.batches import eval_batches
 from irqlora_jax.data.examples import Example, encode_source
-from irqlora_jax.llama import Llama, head_weight
-from irqlora_jax.loss import row_cross_entropy
+from irqlora_jax.model.llama import Llama, head_weight
+from irqlora_jax.model.loss import row_cross_entropy
 
 
 @functools.partial(jax.jit, static_argnames=("model", "chunk"))

@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 
-from irqlora_jax.conversation import Style, encode_turns, spoken
 from irqlora_jax.data import by_length, read_rows
 from irqlora_jax.evaluate.choices import fit
 from irqlora_jax.evaluate.results import unwritable
-from irqlora_jax.generate import generate
-from irqlora_jax.runs import Run
+from irqlora_jax.generate.conversation import Style, encode_turns, spoken
+from irqlora_jax.generate.decode import generate
+from irqlora_jax.runs.load import Run
 
 
 @dataclasses.dataclass(frozen=True)

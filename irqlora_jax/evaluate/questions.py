@@ -11,7 +11,7 @@ import numpy as np
 
 from irqlora_jax.data.examples import Row, alpaca_prompt, encode_pairs, read_rows
 from irqlora_jax.evaluate.choices import Question, choice_scores, fit
-from irqlora_jax.llama import Llama
+from irqlora_jax.model.llama import Llama
 
 _COLUMNS = ("subject", "prompt", "choices", "answer")
 _OPTIONS = re.compile(r"Answer format: *([^/\s]+(?:/[^/\s]+)+)\s*$")

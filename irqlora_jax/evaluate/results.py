@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from irqlora_jax.checkpoint import write_text
-from irqlora_jax.runs import Run
-from irqlora_jax.versions import installed_version
+from irqlora_jax.files.small import write_text
+from irqlora_jax.machine import installed_version
+from irqlora_jax.runs.load import Run
 
 
 def result_path(run: Run, stem: str, output: str | None) -> Path:

@@ -11,17 +11,16 @@ from typing import Any, Literal
 
 import jax
 
-from irqlora_jax.conversation import Style, encode_turns, find_style, spoken
 from irqlora_jax.evaluate import results
 from irqlora_jax.evaluate.mmlu import MmluScores, forget, mmlu
 from irqlora_jax.evaluate.mmlu_files import CATEGORIES
 from irqlora_jax.evaluate.perplexity import score_text
 from irqlora_jax.evaluate.prompts import Sampling, answer_all, read_prompts
 from irqlora_jax.evaluate.questions import load_questions, score_questions
-from irqlora_jax.generate import generate
-from irqlora_jax.report import aligned
-from irqlora_jax.report.write import try_to_write
-from irqlora_jax.runs import Run, load_run, read_checkpoint
+from irqlora_jax.generate.conversation import Style, encode_turns, find_style, spoken
+from irqlora_jax.generate.decode import generate
+from irqlora_jax.runs.load import Run, load_run, read_checkpoint
+from irqlora_jax.text import aligned
 
 Say = Callable[[str], None]
 _TASKS = ("mmlu", "factworld", "questions", "perplexity", "generate")
@@ -146,8 +145,6 @@ def evaluate_run(asked: EvalConfig, say: Say = print) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     result = results.describe(run, asked) | {"seconds": round(seconds, 3)} | scores
     results.write_result(_summary(asked, path), result, say)
-    if run.config is not None and path.parent == run.folder:
-        try_to_write(run.folder, say)
     if asked.task == "mmlu":
         forget(_kept(path), len(scores["counts"]))
     if asked.task.startswith(_LM_EVAL):

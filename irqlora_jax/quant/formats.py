@@ -50,8 +50,8 @@ class Format:
 
 
 # NormalFloat as published (QLoRA, appendix E; IR-QLoRA, tables 11 to 13), so that codes can be
-# exchanged bit by bit. They come from quantiles of the normal distribution (tests/test_formats.py
-# derives them), NF4 and NF3 by the asymmetric rule with an exact zero, NF2 by the symmetric one.
+# exchanged bit by bit. The levels are quantiles of the normal distribution: NF4 and NF3 by the
+# asymmetric rule with an exact zero, NF2 by the symmetric one (tests/quant/test_formats.py).
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),

@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 
 import jax
 
-from irqlora_jax import runs
-from irqlora_jax.checkpoint import base_shapes, read_base_config, read_source
+from irqlora_jax.base.file import base_shapes, read_base_config, read_source
+from irqlora_jax.base.storage import Storage, measure_base
 from irqlora_jax.config import Config
-from irqlora_jax.llama import Llama
-from irqlora_jax.llama_config import LlamaConfig
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.runs.folder import BASE_FILE, SURVEY_FILE
+from irqlora_jax.runs.state import init_state, make_optimizer
 from irqlora_jax.sharding import device_bytes
-from irqlora_jax.step import init_state, make_optimizer
-from irqlora_jax.storage import Storage, measure_base
 
 ENVIRONMENT_FILE = "environment.json"
 Piece = TypeVar("Piece")
@@ -78,10 +78,10 @@ def gather(folder: Path) -> Findings:
     Raises:
         FileNotFoundError: neither a configuration nor a base is there.
     """
-    base, problems = folder / runs.BASE_FILE, []
+    base, problems = folder / BASE_FILE, []
     if not base.is_file() and not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"run = '{folder}': no config.json and no {runs.BASE_FILE} there; accepted is the "
+            f"run = '{folder}': no config.json and no {BASE_FILE} there; accepted is the "
             "folder of a run, or of irqlora quantize"
         )
 
@@ -94,7 +94,7 @@ def gather(folder: Path) -> Findings:
             problems.append(f"{name} cannot be used: {_sentence(error)}")
             return None
 
-    stored = attempt(runs.BASE_FILE, read_base_config)
+    stored = attempt(BASE_FILE, read_base_config)
     llama, quant = stored or (None, None)
     settings = attempt("config.json", _read_dict)
     trained = None
@@ -106,13 +106,13 @@ def gather(folder: Path) -> Findings:
     }
     return Findings(
         name=folder.resolve().name,
-        source=attempt(runs.BASE_FILE, read_source) or (settings or {}).get("model"),
+        source=attempt(BASE_FILE, read_source) or (settings or {}).get("model"),
         settings=settings,
         quant=(settings or {}).get("quant") if quant is None else dataclasses.asdict(quant),
         llama=llama,
-        storage=attempt(runs.BASE_FILE, lambda file: measure_base(base_shapes(file)[0])),
+        storage=attempt(BASE_FILE, lambda file: measure_base(base_shapes(file)[0])),
         trained=trained,
-        survey=attempt(runs.SURVEY_FILE, _read_dict),
+        survey=attempt(SURVEY_FILE, _read_dict),
         metrics=attempt("metrics.jsonl", read_metrics) or [],
         results=attempt("results.json", _read_rows) or [],
         evaluations={name: one for name, one in evaluations.items() if one is not None},

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from irqlora_jax.base.survey import bin_edges
 from irqlora_jax.quant.formats import FORMATS, Format
-from irqlora_jax.quant.survey import bin_edges
 from irqlora_jax.report.gather import Findings
 from irqlora_jax.report.markup import Markup, join, tag
 from irqlora_jax.report.svg import Axis, Line, Series, columns, grouped, line_plot, round_ends

@@ -10,8 +10,8 @@ from irqlora_jax.report.figure import table
 from irqlora_jax.report.gather import Findings, course
 from irqlora_jax.report.markup import Markup, join, tag
 from irqlora_jax.report.quantized import calibration_name
-from irqlora_jax.report.scores import readable_size
 from irqlora_jax.report.svg import Axis, Bar, Line, bars, line_plot
+from irqlora_jax.text import readable_size
 
 _METHODS = {"lora": "LoRA", "iec": "LoRA with IEC"}
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from irqlora_jax.checkpoint import write_text
+from irqlora_jax.files.small import write_text
+from irqlora_jax.machine import installed_version
 from irqlora_jax.report.gather import ENVIRONMENT_FILE, gather
 from irqlora_jax.report.page import page
-from irqlora_jax.versions import installed_version
 
 REPORT_FILE = "report.html"
 _PACKAGES = ("irqlora-jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import pytest
 
-from irqlora_jax.devices import DEVICES, absent_devices
+from irqlora_jax.plan.gpus import DEVICES, absent_devices
 
 if shutil.which("nvidia-smi") is None:
     # Else jax looks for the driver, and gives the CUDA plugin up where there is none.

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from irqlora_jax import attention
-from irqlora_jax.devices import OPTIONS
+from irqlora_jax.model import attention
+from irqlora_jax.plan.gpus import OPTIONS
 
 HEADS, LENGTH = 32, 2048
 SCORES = 4 * HEADS * LENGTH**2  # bytes, of one row

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from irqlora_jax.devices import DEVICES, OPTIONS, absent_devices
+from irqlora_jax.plan.gpus import DEVICES, OPTIONS, absent_devices
 
 
 @pytest.mark.parametrize("name", DEVICES)

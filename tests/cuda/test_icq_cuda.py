@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from irqlora_jax.devices import OPTIONS
-from irqlora_jax.quant import icq, icq_integer
+from irqlora_jax.plan.gpus import OPTIONS
+from irqlora_jax.quant.calibrations import icq, icq_integer
 
 
 def compiled(device: Any, name: str, shape: tuple[int, int]) -> Any:

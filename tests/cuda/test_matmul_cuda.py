@@ -1,16 +1,16 @@
 """dequant_matmul and the training step, compiled for GPUs that are not there."""
 
-import hlo
 import jax
 import jax.numpy as jnp
 import pytest
-from abstract_gpu import abstract_gpu
-from small_step import LAYERS, SHAPES, step_and_shapes
 
-from irqlora_jax.config import QuantConfig
-from irqlora_jax.devices import OPTIONS
+from irqlora_jax.plan.gpus import OPTIONS
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.encode import quantized_shape
 from irqlora_jax.quant.matmul import dequant_matmul
-from irqlora_jax.quant.qtensor import quantized_shape
+from tests import hlo
+from tests.cuda.abstract_gpu import abstract_gpu
+from tests.train.small_step import LAYERS, SHAPES, step_and_shapes
 
 
 def compile_for(gpu, function, *shapes):

@@ -8,12 +8,13 @@ import dataclasses
 from typing import Any
 
 import pytest
-from architectures import MODELS
 
-from irqlora_jax.config import AdapterConfig, Config, TrainConfig
-from irqlora_jax.devices import DEVICES, OPTIONS, absent_devices
-from irqlora_jax.footprint import Need, Target, measure
-from irqlora_jax.storage import abstract_base
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.base.storage import abstract_base
+from irqlora_jax.config import Config, TrainConfig
+from irqlora_jax.plan.gpus import DEVICES, OPTIONS, absent_devices
+from irqlora_jax.plan.measure import Need, Target, measure
+from tests.architectures import MODELS
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 

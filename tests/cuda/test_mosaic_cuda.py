@@ -5,17 +5,17 @@ import itertools
 import re
 from pathlib import Path
 
-import hlo
 import jax
 import jax.numpy as jnp
 import pytest
-import sass
-from conftest import absent
 
-from irqlora_jax.config import QuantConfig
 from irqlora_jax.kernels import matmul_mosaic
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.encode import quantized_shape
 from irqlora_jax.quant.formats import get_format
-from irqlora_jax.quant.qtensor import quantized_shape
+from tests import hlo
+from tests.cuda import sass
+from tests.cuda.conftest import absent
 
 SHAPES = {"q": (4096, 4096), "up": (11008, 4096), "down": (4096, 11008), "65B": (8192, 8192)}
 Y, DX = "y", "dX"

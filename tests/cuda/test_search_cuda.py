@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sass
-from abstract_gpu import abstract_gpu
 
-from irqlora_jax.devices import DEVICES, OPTIONS, absent_devices
 from irqlora_jax.kernels import search_integer_triton
 from irqlora_jax.kernels.search_triton import refusal, search_shift
-from irqlora_jax.quant import icq, icq_integer
+from irqlora_jax.plan.gpus import DEVICES, OPTIONS, absent_devices
+from irqlora_jax.quant.calibrations import icq, icq_integer
 from irqlora_jax.quant.entropy import spaced
 from irqlora_jax.quant.formats import get_format
+from tests.cuda import sass
+from tests.cuda.abstract_gpu import abstract_gpu
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"

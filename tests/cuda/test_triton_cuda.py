@@ -3,17 +3,17 @@
 import itertools
 from typing import Any
 
-import hlo
 import jax
 import jax.numpy as jnp
 import pytest
-import sass
-from conftest import absent
-from kernel_shapes import MODELS
 
-from irqlora_jax.config import QuantConfig
 from irqlora_jax.kernels.matmul_triton import TRITON, matmul, matmul_transposed
-from irqlora_jax.quant.qtensor import quantized_shape
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.encode import quantized_shape
+from tests import hlo
+from tests.cuda import sass
+from tests.cuda.conftest import absent
+from tests.kernels.kernel_shapes import MODELS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:jax .* deprecates the Triton:FutureWarning"),

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from irqlora_jax.config import QuantConfig
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.formats import FORMATS
-from irqlora_jax.quant.qtensor import quantize
 
 torch = pytest.importorskip("torch")
 with warnings.catch_warnings():

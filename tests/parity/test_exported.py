@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_run import IEC, LLAMA, PLAIN, write_run
 
 from irqlora_jax import hf
-from irqlora_jax.config import LINEAR_NAMES, AdapterConfig, QuantConfig
-from irqlora_jax.generate import generate
-from irqlora_jax.llama import LlamaConfig
-from irqlora_jax.llama_config import RopeScaling
-from irqlora_jax.runs import Run, load_run
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.generate.decode import generate
+from irqlora_jax.model.config import LlamaConfig, RopeScaling
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.runs.load import Run, load_run
+from irqlora_jax.sharding import LINEAR_NAMES
+from tests.models import IEC, LLAMA, PLAIN, write_run
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_data import make_tokenizer
 
 from irqlora_jax import hf
-from irqlora_jax.llama import Llama
-from irqlora_jax.llama_config import LlamaConfig
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.llama import Llama
+from tests.data.small_data import make_tokenizer
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from irqlora_jax import hf
-from irqlora_jax.config import LINEAR_NAMES, AdapterConfig
-from irqlora_jax.llama import Llama
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.sharding import LINEAR_NAMES
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from irqlora_jax.quant import icq, icq_integer
+from irqlora_jax.quant.calibrations import icq, icq_integer
 from irqlora_jax.quant.entropy import block_entropy
 
 torch = pytest.importorskip("torch")

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from irqlora_jax.config import LINEAR_NAMES
-from irqlora_jax.llama import Llama
-from irqlora_jax.llama_config import LlamaConfig, RopeScaling
+from irqlora_jax.model.config import LlamaConfig, RopeScaling
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.sharding import LINEAR_NAMES
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -1,0 +1,1 @@
+"""The frozen base: made from float weights, stored once, measured."""

@@ -1,0 +1,177 @@
+"""base.safetensors: a frozen base in one file, with everything needed to read it."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.sharding import sharding
+
+Base = dict[str, Any]
+_VERSION = "2"
+_ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if "Array" in str(f.type))
+_TYPES = {"U8": "uint8", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_STATIC = ("shape", "format", "block_size", "layout")
+
+
+def save_base(
+    path: Path,
+    base: Base,
+    config: LlamaConfig,
+    quant: QuantConfig,
+    source: str | None = None,
+    *,
+    loftq: bool = False,
+) -> None:
+    """Writes base, architecture and how it was quantized into one safetensors file.
+
+    A QTensor becomes one tensor an array (`NAME.packed`, `NAME.scale_codes`, ...) and an entry of
+    the metadata that holds its shape, format, block size and layout. `source` is the folder or the
+    id of the model that it was made from; `loftq` marks a base that is incomplete without the
+    adapters fitted to it.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    static: dict[str, Any] = {}
+    for name, leaf in _leaves(base):
+        if not isinstance(leaf, QTensor):
+            tensors[name] = np.asarray(leaf)
+            continue
+        static[name] = {field: getattr(leaf, field) for field in _STATIC}
+        for field in _ARRAYS:
+            array = getattr(leaf, field)
+            if array is not None:
+                tensors[f"{name}.{field}"] = np.asarray(array)
+    metadata = {
+        "irqlora_jax": _VERSION,
+        "llama": json.dumps(config.to_dict()),
+        "quant": json.dumps(dataclasses.asdict(quant)),
+        "quantized": json.dumps(static),
+        "source": json.dumps(source),
+        "loftq": json.dumps(loftq),
+    }
+    aside = path.with_name(path.name + ".part")
+    try:
+        save_file(tensors, aside, metadata)
+    except SafetensorError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error})") from error
+    os.replace(aside, path)
+
+
+def read_base(path: Path, mesh: Mesh | None = None) -> tuple[Base, LlamaConfig]:
+    """Reads what `save_base` wrote, bit by bit.
+
+    Args:
+        path: the file.
+        mesh: devices to split the weights over (default: all on the first device).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, or not written by `save_base`.
+    """
+
+    def read(file: Any, name: str) -> jax.Array:
+        array = file.get_tensor(name)
+        where = None if mesh is None else sharding(mesh, _path(name), array.shape)
+        return jax.device_put(array, where)
+
+    return _read(path, read)
+
+
+def base_shapes(path: Path) -> tuple[Base, LlamaConfig]:
+    """As `read_base`, with jax.ShapeDtypeStruct for the arrays: only the header is read."""
+
+    def read(file: Any, name: str) -> jax.ShapeDtypeStruct:
+        part = file.get_slice(name)
+        return jax.ShapeDtypeStruct(part.get_shape(), _TYPES[part.get_dtype()])
+
+    return _read(path, read)
+
+
+def _read(path: Path, read: Callable[[Any, str], Any]) -> tuple[Base, LlamaConfig]:
+    metadata = _read_metadata(path)
+    flat: dict[str, Any] = {}
+    try:
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118
+                flat[name] = read(file, name)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged safetensors file ({error})") from error
+    for name, fields in json.loads(metadata["quantized"]).items():
+        arrays = {field: flat.pop(f"{name}.{field}", None) for field in _ARRAYS}
+        fields["shape"] = tuple(fields["shape"])
+        flat[name] = QTensor(**arrays, **fields)
+    base: Base = {}
+    for name, leaf in flat.items():
+        *parents, last = _path(name)
+        node = base
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return base, LlamaConfig.from_dict(json.loads(metadata["llama"]))
+
+
+def read_base_config(path: Path) -> tuple[LlamaConfig, QuantConfig]:
+    """The architecture of a base, and how it was quantized.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_base`.
+    """
+    metadata = _read_metadata(path)
+    quant = QuantConfig(**json.loads(metadata["quant"]))
+    return LlamaConfig.from_dict(json.loads(metadata["llama"])), quant
+
+
+def read_source(path: Path) -> str | None:
+    """The model that a base was made from; None where that is not known.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_base`.
+    """
+    return json.loads(_read_metadata(path).get("source", "null"))
+
+
+def is_loftq(path: Path) -> bool:
+    """Whether a base is incomplete without the adapters that LoftQ fitted to it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_base`.
+    """
+    return json.loads(_read_metadata(path).get("loftq", "false"))
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; is this the folder of a finished run?")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged safetensors file ({error})") from error
+    if metadata.get("irqlora_jax") != _VERSION:
+        found = metadata.get("irqlora_jax")
+        raise ValueError(f"{path}: version {found!r} of a base: accepted is {_VERSION!r}")
+    return metadata
+
+
+def _path(name: str) -> tuple[str, ...]:
+    return tuple(name.split("."))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,205 @@
+"""The model card: what an exported folder is, how to load it, how it was made, what it scored."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from irqlora_jax.config import Config
+from irqlora_jax.files.hub import is_hub_id
+from irqlora_jax.quant.config import QuantConfig
+
+_LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+"""
+_LOAD_ADAPTER = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{adapter}")
+tokenizer = AutoTokenizer.from_pretrained("{adapter}")
+"""
+_LOAD_SCALARS = """import irqlora_jax as irq
+
+adapters = irq.hf.load_adapter("{adapter}", model)  # model: irq.Llama with the base below
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a model card tells of an exported folder.
+
+    Attributes:
+        name: of the folder.
+        kind: what it holds: "adapter", "merged" or "dequantized".
+        dtype: of its weights.
+        model: the original model, folder or hub id; None if it is not known.
+        quant: how the base was quantized; None if it was not.
+        config: of the run; None for a base alone.
+        step: of the checkpoint; None for a base alone.
+        newest: whether that is the newest of the run, which was measured at its end.
+        base: adapters: the folder or hub id of the weights that they belong to, if known.
+        folded: adapters: whether IEC is folded into the plain pair.
+        scores: of `runs.scores`.
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    model: str | None
+    quant: QuantConfig | None
+    config: Config | None
+    step: int | None
+    newest: bool
+    base: str | None
+    folded: bool
+    scores: Mapping[str, Any]
+
+    def text(self) -> str:
+        """README.md, with the front matter of the hub. Folders appear by name, without a path."""
+        parts = [
+            self._front(),
+            f"# {self.name}",
+            self._about(),
+            "## Use",
+            self._use(),
+            "## Recipe",
+            self._recipe(),
+        ]
+        tables = _score_tables(self.scores)
+        if tables:
+            parts += ["## Scores", *tables]
+            if not self.newest:
+                parts.append(
+                    f"The weights are those of step {self.step}; the run was measured at its end."
+                )
+        return "\n\n".join(parts) + "\n"
+
+    def _front(self) -> str:
+        quantized = [] if self.quant is None else [self.quant.format]
+        if self.quant is not None and self.quant.calibration != "none":
+            quantized.append(self.quant.calibration)
+        method = [] if self.config is None else ["lora", self.config.adapter.method]
+        tags = list(dict.fromkeys(["llama", "ir-qlora", *method, *quantized]))
+        lines = [f"base_model: {public_name(self.model)}"] if self.model else []
+        library = "peft" if self.kind == "adapter" else "transformers"
+        lines += [f"library_name: {library}", "pipeline_tag: text-generation", "tags:"]
+        return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
+
+    def _about(self) -> str:
+        origin = public_name(self.model) if self.model else "a LLaMA"
+        quantized = "in full precision"
+        if self.quant is not None:
+            quantized = f"quantized to {self.quant.format}"
+            if self.quant.calibration == "icq":
+                quantized += " with ICQ (information calibration quantization)"
+            elif self.quant.calibration == "joint":
+                quantized += " with scales and shifts of least error"
+        method = "" if self.config is None else self.config.adapter.method
+        trained = "an IEC adapter (information elastic connection)" if method == "iec" else "LoRA"
+        finetuned = f"{origin}, {quantized}, finetuned with {trained} by irqlora_jax"
+        if self.kind == "merged":
+            if self.config is None:
+                return f"{origin}, {quantized} and dequantized to {self.dtype} by irqlora_jax."
+            return (
+                f"{finetuned}. The adapter is merged into the dequantized weights; the sums were "
+                f"made in float32 and rounded once, to {self.dtype}."
+            )
+        if self.kind == "dequantized":
+            text = f"{origin}, {quantized} and dequantized to {self.dtype} by irqlora_jax."
+            return text if self.config is None else f"{text} `adapter/` holds its finetune."
+        form = "IEC keeps its two scalars a layer (`lora_A_scale`, `lora_B_scale`)."
+        if self.folded:
+            form = "IEC is folded into the plain pair, which computes the same."
+        about = f"The adapter of {finetuned}."
+        return f"{about} {form}" if method == "iec" else about
+
+    def _use(self) -> str:
+        if self.kind == "merged" or self.config is None:
+            return _python(_LOAD.format(name=self.name))
+        if not self.folded:
+            note = "PEFT would leave the scalars out without a word, and so compute something else."
+            return f"{_python(_LOAD_SCALARS.format(adapter=self.name))}\n\n{note} {self._warning()}"
+        base, adapter = self.name, f"{self.name}/adapter"
+        if self.kind == "adapter":
+            base = public_name(self.base) if self.base else "FOLDER OF THE DEQUANTIZED BASE"
+            adapter = self.name
+        code = _python(_LOAD_ADAPTER.format(base=base, adapter=adapter))
+        return f"{code}\n\n{self._warning()}"
+
+    def _warning(self) -> str:
+        if self.quant is None:
+            return "The adapter belongs to the weights named above, and to no others."
+        return (
+            "The adapter belongs to the dequantized weights, on which it was trained, and which "
+            "`irqlora export --kind dequantized` writes. On the original weights, or on another "
+            "quantization of them (bitsandbytes' NF4 has no shifts), it corrects errors that are "
+            "not there and leaves those that are."
+        )
+
+    def _recipe(self) -> str:
+        rows: list[tuple[str, Any]] = []
+        if self.model:
+            rows.append(("model", public_name(self.model)))
+        rows.append(("quant", _settings(self.quant or QuantConfig(format="none"))))
+        if self.config is not None:
+            for name in ("adapter", "data", "train"):
+                rows.append((name, _settings(getattr(self.config, name))))
+            rows += [("seed", self.config.seed), ("step", self.step)]
+        return _table(("", "settings"), rows)
+
+
+def public_name(source: str) -> str:
+    """A hub id as it is, a folder or file by its name alone."""
+    return source if is_hub_id(source) else Path(source).expanduser().absolute().name
+
+
+def _python(code: str) -> str:
+    return f"```python\n{code}```"
+
+
+def _settings(section: Any) -> str:
+    if isinstance(section, QuantConfig) and section.format == "none":
+        return "format none"
+    words = []
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if field.name in ("train", "eval", "chat_template") and value:
+            value = public_name(value)
+        if value not in (None, ""):
+            value = ", ".join(map(str, value)) if isinstance(value, tuple) else value
+            words.append(f"{field.name} {value}")
+    return "; ".join(words)
+
+
+def _score_tables(scores: Mapping[str, Any]) -> list[str]:
+    """The rows of results.json, and every number that an evaluation has written."""
+    tables = []
+    results = scores.get("results") or []
+    if results:
+        names = [name for name in results[0] if any(row[name] is not None for row in results)]
+        rows = [tuple(row[name] for name in names) for row in results]
+        tables.append(_table(names, rows))
+    rows = [
+        (name.removeprefix("eval-"), measure, value)
+        for name, result in scores.items()
+        if name != "results"
+        for measure, value in result.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    ]
+    if rows:
+        tables.append(_table(("evaluation", "measure", "value"), rows))
+    return tables
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    def cell(value: Any) -> str:
+        if value is None:
+            return "-"
+        return f"{value:.5g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+    lines = [[name.replace("_", " ") for name in head], ["---"] * len(head)]
+    lines += [[cell(value) for value in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,251 @@
+"""Runs as folders that transformers and PEFT load: adapter, merged model, dequantized base."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from irqlora_jax.base.file import read_base_config
+from irqlora_jax.export.card import Card
+from irqlora_jax.export.model import parameters, save_model
+from irqlora_jax.export.peft import save_adapter
+from irqlora_jax.files.hub import is_hub_id
+from irqlora_jax.runs.folder import BASE_FILE
+from irqlora_jax.runs.load import Run, is_base, load_run, scores
+
+_GENERATION = "generation_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Writes a run as a folder that transformers and PEFT load."""
+
+    run: str
+    """Folder of a run, or of `irqlora quantize`."""
+    output_dir: str
+    """New folder."""
+    kind: Literal["adapter", "merged", "dequantized"] = "merged"
+    """"merged": a model with the adapter inside. "dequantized": the dequantized base as a model,
+    and in its folder adapter/ the adapter for PEFT. "adapter": that adapter alone."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of all weights. Null: models as the original's file, adapters float32."""
+    checkpoint: Literal["last", "best"] | int = "last"
+    """Which adapter of the run: the newest, that of the best evaluation loss, or of a step."""
+    fold: bool = True
+    """kind adapter: fold IEC into a plain LoRA pair, exactly. False keeps its scalars, as the
+    released IR-QLoRA code does; PEFT ignores them."""
+    base_model: str | None = None
+    """Adapters: folder or hub id that base_model_name_or_path names, where PEFT's auto classes look
+    for the base. Null: with kind dequantized the absolute path of output_dir; with kind adapter the
+    original model if it was not quantized, else nothing."""
+    shard_size: float = 5.0
+    """Largest file of a model, in GB."""
+    progress: bool = True
+    """Show a progress bar."""
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, field: str, accepted: str) -> None:
+            if not ok:
+                raise ValueError(f"{field} = {getattr(self, field)!r}: accepted is {accepted}")
+
+        require(0 < self.shard_size < math.inf, "shard_size", "a positive number")
+        require(self.fold or self.kind == "adapter", "fold", f"true with kind {self.kind}")
+        ok = self.base_model is None or self.kind != "merged"
+        require(ok, "base_model", "null with kind merged")
+
+
+def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
+    """Writes what `config` asks for; the folder is there when it is complete, and not before.
+
+    Everything is written into a folder OUTPUT_DIR.part and moved at the end. Only a process that is
+    killed leaves that one behind.
+
+    Args:
+        config: what, and where to.
+        say: takes the last line.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError, OSError: bad input or a full disk, in one sentence; nothing is left then.
+    """
+
+    folder = Path(config.output_dir).expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"output_dir = '{folder}': exists; accepted is a new folder")
+    with _complete_or_absent(folder) as aside:
+        run = load_run(config.run, checkpoint=config.checkpoint)
+        _check(config, run, aside, folder)
+        if config.kind == "adapter":
+            base = config.base_model or _original(run)
+            _adapter_folder(aside, folder.name, run, config, base)
+        else:
+            _model_folder(aside, folder.name, run, config)
+            if config.kind == "dequantized" and run.step is not None:
+                (aside / "adapter").mkdir()
+                base = config.base_model or str(folder)
+                _adapter_folder(aside / "adapter", f"{folder.name}/adapter", run, config, base)
+    say(f"{config.kind}: {folder} (how to load it: {folder / 'README.md'})")
+    return folder
+
+
+def export_adapter(run: str | Path, out: str | Path, **options: Any) -> Path:
+    """`export` with kind "adapter"; `options` are the other fields of `ExportConfig`."""
+    return _quiet(run, out, "adapter", options)
+
+
+def export_merged(run: str | Path, out: str | Path, **options: Any) -> Path:
+    """`export` with kind "merged"; `options` are the other fields of `ExportConfig`."""
+    return _quiet(run, out, "merged", options)
+
+
+def export_dequantized(run: str | Path, out: str | Path, **options: Any) -> Path:
+    """`export` with kind "dequantized"; `options` are the other fields of `ExportConfig`."""
+    return _quiet(run, out, "dequantized", options)
+
+
+def _quiet(run: str | Path, out: str | Path, kind: Any, options: dict[str, Any]) -> Path:
+    settings: dict[str, Any] = {"progress": False} | options
+    return export(ExportConfig(str(run), str(out), kind, **settings), say=lambda _: None)
+
+
+@contextlib.contextmanager
+def _complete_or_absent(folder: Path) -> Iterator[Path]:
+    """A folder aside, which takes the place of `folder` at the end and is deleted on failure."""
+    # Beside the nearest folder that is there, so that a failure leaves no empty parents.
+    parent = next(path for path in folder.parents if path.exists())
+    aside = parent / f"{folder.name}.part"
+    try:
+        aside.mkdir()
+    except FileExistsError:
+        raise FileExistsError(
+            f"output_dir = '{folder}': {aside} is there, so another export is writing it or was "
+            "killed; accepted after that one is to delete it"
+        ) from None
+    except OSError as error:
+        raise OSError(f"output_dir = '{folder}': cannot be written ({error.strerror})") from error
+    try:
+        yield aside
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(aside, folder)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno and not error.filename:  # of a write
+            reason = f"cannot be written ({error.strerror})"
+            raise OSError(f"output_dir = '{folder}': {reason}") from error
+        raise
+
+
+def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:
+    """Refuses what cannot be done before it is begun."""
+    if config.kind == "adapter" and run.step is None:
+        raise ValueError(
+            f"run = '{config.run}': has no adapter; accepted is the folder of a run, or kind merged"
+        )
+    size = sum(leaf.nbytes for leaf in _leaves(run.variables["params"]))
+    if config.kind != "adapter":
+        size += parameters(run.model.config) * np.dtype(_dtype(config, run)).itemsize
+    free = shutil.disk_usage(aside).free
+    if size > free:
+        raise OSError(
+            f"output_dir = '{folder}': needs {size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        )
+
+
+def _leaves(tree: Any) -> list[Any]:
+    import jax
+
+    return jax.tree.leaves(tree)
+
+
+def _dtype(config: ExportConfig, run: Run) -> str:
+    return config.dtype or str(run.variables["base"]["embed_tokens"]["weight"].dtype)
+
+
+def _model_folder(aside: Path, name: str, run: Run, config: ExportConfig) -> None:
+    merged = config.kind == "merged"
+    model = run.model if merged else run.model.clone(adapter=None)
+    dtype = _dtype(config, run)
+    save_model(
+        aside,
+        model,
+        run.variables,
+        dtype=dtype,
+        shard_size=config.shard_size,
+        progress=config.progress,
+    )
+    _companions(aside, name, run, config, config.kind, dtype)
+
+
+def _adapter_folder(
+    aside: Path, name: str, run: Run, config: ExportConfig, base: str | None
+) -> None:
+    dtype = config.dtype or "float32"
+    save_adapter(
+        aside, run.model, run.variables["params"], base_model=base, fold=config.fold, dtype=dtype
+    )
+    _companions(aside, name, run, config, "adapter", dtype, base)
+
+
+def _companions(
+    aside: Path,
+    name: str,
+    run: Run,
+    config: ExportConfig,
+    kind: str,
+    dtype: str,
+    base: str | None = None,
+) -> None:
+    """The tokenizer with its chat template, the settings of generation and the model card."""
+
+    run.tokenizer.save_pretrained(aside)
+    if kind != "adapter":
+        _write_generation(aside, run)
+    quant = None
+    if (run.folder / BASE_FILE).is_file():
+        quant = read_base_config(run.folder / BASE_FILE)[1]
+    card = Card(
+        name=name,
+        kind=kind,
+        dtype=dtype,
+        model=run.source,
+        quant=None if quant is None or quant.format == "none" else quant,
+        config=run.config,
+        step=run.step,
+        newest=config.checkpoint == "last",
+        base=base,
+        folded=config.fold,
+        scores=scores(run.folder),
+    )
+    (aside / "README.md").write_text(card.text(), encoding="utf-8")
+
+
+def _write_generation(aside: Path, run: Run) -> None:
+    for origin in (run.folder / "tokenizer" / _GENERATION, run.folder / _GENERATION):
+        if origin.is_file():
+            shutil.copyfile(origin, aside / _GENERATION)
+            return
+    described = run.model.config.to_dict()
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    values = {name: described[name] for name in names if described[name] is not None}
+    (aside / _GENERATION).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
+def _original(run: Run) -> str | None:
+    """What the adapter of a run without quantization belongs to."""
+
+    source = run.source
+    if source is None or run.config is None or run.config.quant.format != "none":
+        return None
+    if is_hub_id(source):
+        return source
+    local = Path(source).expanduser().absolute()
+    return str(local) if (local / "config.json").is_file() and not is_base(local) else None

@@ -1,0 +1,150 @@
+"""A base, with or without its adapter, as a model folder of Hugging Face.
+
+One matrix at a time is dequantized, merged and written, so that a model needs little more host
+memory than its packed form.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float32, Int
+
+from irqlora_jax.export.peft import folded
+from irqlora_jax.files.tensors import write_tensors
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.model.tree import INDEX, SINGLE, Keys, Tree, weight_name, weight_shapes
+from irqlora_jax.quant.qtensor import QTensor
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def save_model(
+    folder: Path,
+    model: Llama,
+    variables: Mapping[str, Tree],
+    *,
+    dtype: str,
+    shard_size: float = 5.0,
+    progress: bool = False,
+) -> None:
+    """Writes config.json and the weights: dequantized, plus alpha / rank * B A where adapted.
+
+    Sums are made in float32 and rounded once, to `dtype`.
+
+    Args:
+        folder: where to; it must be there.
+        model: the architecture; without `model.adapter` the base is written alone.
+        variables: {"params": adapters, "base": base}.
+        dtype: float32, bfloat16 or float16.
+        shard_size: largest file of weights, in GB; a tensor that is larger has its own.
+        progress: show a bar.
+
+    Raises:
+        ValueError: a number that `dtype` cannot hold.
+    """
+    from tqdm import tqdm
+
+    config = model.config
+    places = _places(config)
+    shapes = {name: shape for name, (shape, _, _) in places.items()}
+    shards = _split(shapes, np.dtype(dtype).itemsize, 1e9 * shard_size)
+    total = sum(map(math.prod, shapes.values()))
+    weight_map: dict[str, str] = {}
+    with tqdm(
+        total=total, desc="Exporting", unit=" weights", unit_scale=True, disable=not progress
+    ) as bar:
+
+        def parts(names: Shapes) -> Iterator[tuple[str, np.ndarray]]:
+            for name, shape in names.items():
+                yield name, _weight(model, variables, *places[name][1:])
+                bar.update(math.prod(shape))
+
+        for number, shard in enumerate(shards, 1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            file = SINGLE if len(shards) == 1 else file
+            write_tensors(folder / file, shard, dtype, parts(shard))
+            weight_map |= dict.fromkeys(shard, file)
+    if len(shards) > 1:
+        sizes = {"total_parameters": total, "total_size": total * np.dtype(dtype).itemsize}
+        _write_json(folder / INDEX, {"metadata": sizes, "weight_map": weight_map})
+    # transformers 5 calls it dtype, older ones torch_dtype.
+    _write_json(folder / "config.json", config.to_dict() | {"dtype": dtype, "torch_dtype": dtype})
+
+
+def parameters(config: LlamaConfig) -> int:
+    """Weights of a whole model."""
+    return sum(math.prod(shape) for shape, _, _ in _places(config).values())
+
+
+def _places(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], Keys, int | None]]:
+    """Shape, path and layer of every tensor, in the order of the files."""
+    layered, single = weight_shapes(config)
+    head = {path: single.pop(path) for path in [("norm",), ("lm_head",)] if path in single}
+    places: dict[str, tuple[tuple[int, ...], Keys, int | None]] = {
+        weight_name(path): (shape, path, None) for path, shape in single.items()
+    }
+    for layer in range(config.num_hidden_layers):
+        for path, shape in layered.items():
+            places[weight_name(path, layer)] = shape, path, layer
+    return places | {weight_name(path): (shape, path, None) for path, shape in head.items()}
+
+
+def _split(shapes: Shapes, itemsize: int, limit: float) -> list[Shapes]:
+    """The tensors of each shard, in order."""
+    shards: list[Shapes] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        more = math.prod(shape) * itemsize
+        if shards[-1] and size + more > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = shape
+        size += more
+    return shards
+
+
+def _weight(
+    model: Llama, variables: Mapping[str, Tree], path: Keys, layer: int | None
+) -> np.ndarray:
+    """One tensor of the model: that of a layer in float32, others in the type that they have."""
+    base, adapters = variables["base"], variables["params"]
+    if layer is None:
+        return np.asarray(base[path[0]]["weight"])
+    tree: Any = base["layers"]
+    for name in path:
+        tree = tree[name]
+    adapter = model.adapter
+    if adapter is None or path[-1] not in adapter.targets:
+        return np.asarray(_dense(tree["weight"], layer))
+    pair = folded(adapters["layers"][path[0]][path[1]], layer, adapter.method)
+    scale = jnp.float32(adapter.alpha / adapter.rank)
+    return np.asarray(_merged(tree["weight"], layer, pair["lora_A"], pair["lora_B"], scale))
+
+
+@jax.jit
+def _dense(stack: Any, layer: Int[ArrayLike, ""]) -> Float32[Array, "..."]:
+    one: Any = jax.tree.map(lambda x: x[layer], stack)
+    return one.dequantize() if isinstance(one, QTensor) else one.astype(jnp.float32)
+
+
+@jax.jit
+def _merged(
+    stack: Any,
+    layer: Int[ArrayLike, ""],
+    a: Float32[Array, "rank in"],
+    b: Float32[Array, "out rank"],
+    scale: Float32[Array, ""],
+) -> Float32[Array, "out in"]:
+    # Accelerators would otherwise multiply float32 in fewer bits.
+    return _dense(stack, layer) + scale * jnp.matmul(b, a, precision="highest")
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

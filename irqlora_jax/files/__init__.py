@@ -1,0 +1,1 @@
+"""Files of others: Hugging Face folders, the hub, safetensors, small text files."""

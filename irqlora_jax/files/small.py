@@ -1,0 +1,27 @@
+"""Small text files, written completely or not at all."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file completely or not at all."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def read_json(file: Path) -> Mapping[str, Any]:
+    """The object in a JSON file."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file.parent}: no {file.name}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: a JSON {type(values).__name__}; accepted is an object")
+    return values

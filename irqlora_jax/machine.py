@@ -1,0 +1,88 @@
+"""The machine at hand: its device, its memory, installed packages, the cache of programs."""
+
+import importlib.metadata
+import os
+import re
+import resource
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
+FloatName = Literal["float32", "bfloat16", "float16"]
+
+
+def installed_version(package: str) -> str:
+    """The version of an installed package, or "not installed" (also when run from a clone)."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def compute_capability(device: Any) -> tuple[int, int] | None:
+    """The CUDA compute capability of a jax device; None if it is no NVIDIA GPU."""
+    text = str(getattr(device, "compute_capability", None))
+    found = re.fullmatch(r"(\d+)\.(\d+)", text)  # AMD's GPUs have "gfx90a"
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def fastest_dtype(device: Any) -> FloatName:
+    """The floating-point type in which a jax device computes fastest.
+
+    GPUs before compute capability 8.0 emulate bfloat16 in float32, so they get float16. CPUs gain
+    nothing from half precision (benchmarks/results).
+    """
+    if device.platform == "cpu":
+        return "float32"
+    return "float16" if (compute_capability(device) or (8, 0)) < (8, 0) else "bfloat16"
+
+
+def peak_memory() -> int:
+    """The largest number of bytes in use so far, by the accelerator or by this process on a CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _print_error(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def cache_programs(
+    environment: Mapping[str, str] = os.environ, say: Callable[[str], None] = _print_error
+) -> Path | None:
+    """Makes jax keep compiled programs in a folder, for this process and later ones.
+
+    The folder is $JAX_COMPILATION_CACHE_DIR, else $XDG_CACHE_HOME/irqlora_jax, else
+    ~/.cache/irqlora_jax. It may be deleted at any time. jax's own variable
+    JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
+
+    Args:
+        environment: the environment variables.
+        say: receives a message if the folder cannot be used.
+
+    Returns:
+        The folder, or None if nothing is kept.
+    """
+    if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+        return None
+    home = environment.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(environment.get(CACHE_VARIABLE) or f"{home}/irqlora_jax").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+        reason = getattr(error, "strerror", None) or error
+        say(f"compiled programs are not kept: {CACHE_VARIABLE} = '{folder}': {reason}")
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return folder

@@ -1,0 +1,1 @@
+"""The LLaMA: architecture, layers, loss, and the names and shapes of its weights."""

@@ -1,0 +1,361 @@
+"""LLaMA 1, 2 and 3 as a functional Flax (linen) module: frozen base, trained adapters.
+
+Two collections: `base` holds the frozen weights (QTensors or float arrays), `params` the adapters.
+Both are stacked over the layers, on a leading axis that `nn.scan` walks along, and carry the names
+of Hugging Face. A model is a value: it keeps no arrays, so everything is passed to `apply`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
+
+from irqlora_jax.adapters import METHODS
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.model.attention import (
+    attend,
+    rope_frequencies,
+    rotate,
+    segment_positions,
+    wide_einsum,
+)
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.quant.matmul import MatmulName, dequant_matmul
+from irqlora_jax.sharding import LINEAR_NAMES, SPLIT_INPUTS, gather, split_activation
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+ATTENTION_NAMES = LINEAR_NAMES[:4]
+AttentionName = Literal["xla", "cudnn"]
+Initializer = Callable[..., Array]
+Cache = dict[str, Array]
+"""Keys and values of the tokens seen: "k", "v" [layer, batch, slot, kv_head, head_dim], and
+"length" [batch], the number of tokens in each row. The token at position p lies in slot p."""
+
+
+_normal = nn.initializers.normal(0.02)
+
+
+def head_weight(base: Mapping[str, Any]) -> Float[Array, "vocab hidden"]:
+    """The output matrix: that of `lm_head`, or the embeddings where the two are tied."""
+    name = "lm_head" if "lm_head" in base else "embed_tokens"
+    return gather(base[name]["weight"], name)
+
+
+def head_logits(
+    hidden: Float[Array, "*batch hidden"], weight: Float[Array, "vocab hidden"]
+) -> Float32[Array, "*batch vocab"]:
+    """Logits from `Llama.features` and `head_weight`; products in the type of `hidden`."""
+    return wide_einsum("...h,vh->...v", hidden, weight.astype(hidden.dtype))
+
+
+def rms_norm(
+    x: Float[Array, "*batch hidden"], weight: Float[Array, " hidden"], eps: float
+) -> Float[Array, "*batch hidden"]:
+    """x / rms(x) * weight, computed in float32."""
+    wide = x.astype(jnp.float32)
+    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    weight = jnp.broadcast_to(weight.astype(jnp.float32), x.shape)
+    return (scaled * weight).astype(x.dtype)
+
+
+def _frozen(module: nn.Module, shape: tuple[int, ...], init: Initializer = _normal) -> Any:
+    """The weight of a module in the base; random only where `Llama.init` has none to read."""
+
+    def fresh() -> Array:
+        return init(module.make_rng("params"), shape, jnp.float32)
+
+    weight = module.variable("base", "weight", fresh).value
+    if tuple(weight.shape) != shape:
+        name = ".".join((*module.path, "weight"))
+        raise ValueError(f"base: {name} has shape {tuple(weight.shape)}: accepted is {shape}")
+    return weight
+
+
+class Weight(nn.Module):
+    """A frozen array: embeddings, output matrix, weight of a norm."""
+
+    shape: tuple[int, ...]
+    init_fn: Initializer = _normal
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "..."]:
+        return _frozen(self, self.shape, self.init_fn)
+
+
+class AdaptedLinear(nn.Module):
+    """W x, and where the layer is a target: + alpha / rank * update(x). W is frozen."""
+
+    shape: tuple[int, int]
+    adapter: AdapterConfig | None
+    matmul: MatmulName | None
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq in"]) -> Float[Array, "batch seq out"]:
+        assert self.name is not None
+        split_inputs = self.name in SPLIT_INPUTS
+        x = split_activation(x, split_inputs)
+        weight = gather(_frozen(self, self.shape), self.name)
+        y = dequant_matmul(x, weight, self.matmul)
+        if self.adapter is None or self.name not in self.adapter.targets:
+            return split_activation(y, not split_inputs)
+        adapter, (out_features, in_features) = self.adapter, self.shape
+        method = METHODS[adapter.method]
+
+        def fresh(key: PRNGKeyArray) -> dict[str, Array]:
+            return method.init(key, in_features, out_features, adapter.rank, adapter.dtype)
+
+        names = jax.eval_shape(fresh, jax.random.key(0))
+        params = {name: self.param(name, lambda key, name=name: fresh(key)[name]) for name in names}
+        dropped = nn.Dropout(adapter.dropout)(x, deterministic=self.deterministic)
+        if adapter.connections != "both":
+            other = "beta2" if adapter.connections == "u1" else "beta1"
+            params[other] = jax.lax.stop_gradient(params[other])
+        params = gather(params, self.name)
+        y = y + method.apply(params, x, dropped, adapter.alpha / adapter.rank)
+        return split_activation(y, not split_inputs)
+
+
+class _Block(nn.Module):
+    """What the parts of a layer share."""
+
+    config: LlamaConfig
+    adapter: AdapterConfig | None
+    attention: AttentionName | None
+    matmul: MatmulName | None
+    deterministic: bool
+
+    def linear(self, name: str, x: Array) -> Array:
+        shape = self.config.linear_shapes[name]
+        return AdaptedLinear(shape, self.adapter, self.matmul, self.deterministic, name=name)(x)
+
+
+class Attention(_Block):
+    """Grouped-query attention with rotary positions."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch seq hidden"],
+        cache: Cache | None,
+        layer: Int[Array, ""],
+        rope: tuple[Array, Array],
+        slots: Int[Array, "batch seq"] | None,
+        segment_ids: Int[Array, "batch seq"] | None,
+    ) -> tuple[Float[Array, "batch seq hidden"], Cache | None]:
+        def heads(name: str) -> Array:
+            return self.linear(name, x).reshape(*x.shape[:2], -1, self.config.head_dim)
+
+        q, k, v = rotate(heads("q_proj"), *rope), rotate(heads("k_proj"), *rope), heads("v_proj")
+        if cache is not None:
+            new = (layer, jnp.arange(x.shape[0])[:, None], slots)
+            cache = {"k": cache["k"].at[new].set(k), "v": cache["v"].at[new].set(v)}
+            k, v = cache["k"][layer], cache["v"][layer]
+        y = attend(q, k, v, slots, segment_ids, self.attention)
+        return self.linear("o_proj", y.reshape(*x.shape[:2], -1)), cache
+
+
+class MLP(_Block):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch seq hidden"]) -> Float[Array, "batch seq hidden"]:
+        gate = nn.silu(self.linear("gate_proj", x))
+        return self.linear("down_proj", gate * self.linear("up_proj", x))
+
+
+class Layer(_Block):
+    """One decoder layer; the body of the scan."""
+
+    @nn.compact
+    def __call__(
+        self,
+        carry: tuple[Float[Array, "batch seq hidden"], Cache | None],
+        layer: Int[Array, ""],
+        rope: tuple[Array, Array],
+        slots: Int[Array, "batch seq"] | None,
+        segment_ids: Int[Array, "batch seq"] | None,
+    ) -> tuple[tuple[Float[Array, "batch seq hidden"], Cache | None], None]:
+        def norm(name: str, x: Array) -> Array:
+            weight = Weight((self.config.hidden_size,), nn.initializers.ones, name=name)()
+            return rms_norm(x, weight, self.config.rms_norm_eps)
+
+        settings = (self.config, self.adapter, self.attention, self.matmul, self.deterministic)
+        # The cache of all layers is carried and written to in place: stacking new ones would copy.
+        x, cache = carry
+        x = split_activation(x)
+        attention = Attention(*settings, name="self_attn")
+        y, cache = attention(norm("input_layernorm", x), cache, layer, rope, slots, segment_ids)
+        x = x + y
+        x = x + MLP(*settings, name="mlp")(norm("post_attention_layernorm", x))
+        return (x, cache), None
+
+
+class Llama(nn.Module):
+    """LLaMA with adapters.
+
+    `apply({"params": adapters, "base": base}, tokens)` gives logits; `init(key, tokens)` gives
+    fresh adapters and a random float base, for pretraining.
+
+    Attributes:
+        config: the architecture.
+        adapter: the adapters; None is the base alone, and "params" is then empty.
+        compute_dtype: type of the activations. Norms, rotations, softmax and logits are float32.
+        remat: recompute each layer in the backward pass instead of keeping its activations.
+        unroll: layers that one turn of the compiled loop computes. More than 1 compiles longer and
+            is faster where layers are tiny.
+        attention: implementation of `attend`; None is the fastest that the device has.
+        matmul: implementation of `dequant_matmul`; None is the fastest that was measured.
+    """
+
+    config: LlamaConfig
+    adapter: AdapterConfig | None = None
+    compute_dtype: str = "float32"
+    remat: bool = False
+    unroll: int = 1
+    attention: AttentionName | None = None
+    matmul: MatmulName | None = None
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        deterministic: bool = True,
+    ) -> Float32[Array, "batch seq vocab"]:
+        """Logits of the token after each token.
+
+        Args:
+            tokens: rows padded on the right, if at all: no token sees a later one.
+            positions: for the rotations; by default counted from the start of the row or segment.
+            segment_ids: packed documents; a token sees only those of its own segment.
+            deterministic: no dropout. Where False, pass `rngs={"dropout": key}`.
+        """
+        hidden, head, _ = self._trunk(tokens, positions, segment_ids, deterministic)
+        return head_logits(hidden, head)
+
+    def features(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        positions: Int[Array, "batch seq"] | None = None,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        deterministic: bool = True,
+        cache: Cache | None = None,
+    ) -> Float[Array, "batch seq hidden"]:
+        """What `head_logits` takes: hidden states after the last norm.
+
+        Arguments as above, and `cache`: of what stands in front of the rows; then they have no
+        positions or segments of their own.
+        """
+        return self._trunk(tokens, positions, segment_ids, deterministic, cache)[0]
+
+    def decode(
+        self,
+        tokens: Int[Array, "batch seq"],
+        cache: Cache,
+        lengths: Int[Array, " batch"] | None = None,
+    ) -> tuple[Float32[Array, "batch vocab"], Cache]:
+        """Appends tokens to the cache; prefill (many tokens) and decoding (one) alike.
+
+        Args:
+            tokens: the next tokens of each row, padded on the right.
+            cache: of `init_cache`, or of the call before. The caller sees to it that it is large
+                enough: what lies beyond its slots is lost.
+            lengths: how many of the tokens of each row count (default: all).
+
+        Returns:
+            Logits of the token after each row's last, and the cache.
+        """
+        hidden, head, slots = self._trunk(tokens, None, None, True, cache)
+        assert slots is not None
+        if lengths is None:
+            lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        # Padding has written into slots >= length. No query sees them before they are overwritten.
+        return head_logits(last, head), slots | {"length": cache["length"] + lengths}
+
+    @nn.nowrap
+    def init_cache(self, batch: int, slots: int) -> Cache:
+        """An empty cache for rows of up to `slots` tokens."""
+        config = self.config
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        shape = (layers, batch, slots, heads, config.head_dim)
+        # Two arrays, not one twice: a caller may donate the cache.
+        k, v = (jnp.zeros(shape, self.compute_dtype) for _ in range(2))
+        return {"k": k, "v": v, "length": jnp.zeros((batch,), jnp.int32)}
+
+    @nn.nowrap
+    def init_adapters(
+        self, key: PRNGKeyArray, pairs: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Fresh adapters, of zero effect. A layer's values depend on the key and its place only.
+
+        Args:
+            key: of the random values.
+            pairs: those of `hf.load_loftq`, to start from instead.
+        """
+        adapter = self.adapter
+        if adapter is None:
+            return {}
+        layers = jnp.arange(self.config.num_hidden_layers)
+        tree: dict[str, Any] = {}
+        for place, (name, shape) in enumerate(self.config.linear_shapes.items()):
+            if name not in adapter.targets:
+                continue
+            module_key = jax.random.fold_in(key, place)
+
+            def fresh(layer: Array, module_key: Array = module_key, shape: Any = shape) -> Any:
+                key = jax.random.fold_in(module_key, layer)
+                init = METHODS[adapter.method].init
+                return init(key, shape[1], shape[0], adapter.rank, adapter.dtype)
+
+            group = "self_attn" if name in ATTENTION_NAMES else "mlp"
+            start = {} if pairs is None else pairs["layers"][group][name]
+            tree.setdefault(group, {})[name] = jax.vmap(fresh)(layers) | start
+        return {"layers": tree}
+
+    @nn.compact
+    def _trunk(
+        self,
+        tokens: Array,
+        positions: Array | None,
+        segment_ids: Array | None,
+        deterministic: bool,
+        cache: Cache | None = None,
+    ) -> tuple[Array, Array, Cache | None]:
+        """Hidden states, the output matrix, and the cache's new "k" and "v"."""
+        config = self.config
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            accepted = ", ".join(COMPUTE_DTYPES)
+            raise ValueError(f"compute_dtype = {self.compute_dtype!r}: accepted is {accepted}")
+        index = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+        if cache is not None:
+            positions = index + cache["length"][:, None]
+        if positions is None:
+            positions = index if segment_ids is None else segment_positions(segment_ids)
+        angles = positions[:, :, None].astype(jnp.float32) * rope_frequencies(config)[None, None, :]
+        rope = (jnp.cos(angles), jnp.sin(angles))
+
+        table = (config.vocab_size, config.hidden_size)
+        embeddings = gather(Weight(table, name="embed_tokens")(), "embed_tokens")
+        x = embeddings[tokens].astype(self.compute_dtype)
+        layers = nn.scan(
+            nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
+            variable_axes={"params": 0, "base": 0},
+            split_rngs={"params": True, "dropout": True},
+            unroll=self.unroll,
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
+        )(config, self.adapter, self.attention, self.matmul, deterministic, name="layers")
+        stored = None if cache is None else {"k": cache["k"], "v": cache["v"]}
+        slots = None if cache is None else positions
+        numbers = jnp.arange(config.num_hidden_layers)
+        (x, stored), _ = layers((x, stored), numbers, rope, slots, segment_ids)
+        norm = Weight((config.hidden_size,), nn.initializers.ones, name="norm")()
+        x = rms_norm(x, norm, config.rms_norm_eps)
+        head = embeddings if config.tie_word_embeddings else Weight(table, name="lm_head")()
+        return x, head, stored

@@ -1,0 +1,139 @@
+"""GPUs by name, and the compiler's view of one that is not there.
+
+A program can be compiled for a GPU without one: jax's CUDA plugin takes a description of it. That
+needs no driver, only the wheels jax-cuda13-plugin and jax-cuda13-pjrt (or jax[cuda13]).
+"""
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+from jax.experimental import topologies
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """A GPU, as its driver and its data sheet describe it.
+
+    Attributes:
+        title: what people call it.
+        capability: the CUDA compute capability.
+        mib: MiB of memory, all of it, as the driver reports it.
+        cores: streaming multiprocessors.
+        bandwidth: of the memory, in GB/s.
+        cache: second level, in MiB.
+        clock: boost, in GHz.
+    """
+
+    title: str
+    capability: tuple[int, int]
+    mib: int
+    cores: int
+    bandwidth: int
+    cache: int
+    clock: float
+
+    @property
+    def memory(self) -> int:
+        """All of it, in bytes."""
+        return self.mib << 20
+
+
+DEVICES = {
+    "t4": Device("T4", (7, 5), 15360, 40, 320, 4, 1.59),
+    "3090": Device("GeForce RTX 3090", (8, 6), 24576, 82, 936, 6, 1.70),
+    "4090": Device("GeForce RTX 4090", (8, 9), 24564, 128, 1008, 72, 2.52),
+    "5090": Device("GeForce RTX 5090", (12, 0), 32607, 170, 1792, 96, 2.41),
+    "a10": Device("A10", (8, 6), 23028, 72, 600, 6, 1.70),
+    "l4": Device("L4", (8, 9), 23034, 58, 300, 48, 2.04),
+    "a6000": Device("RTX A6000", (8, 6), 49140, 84, 768, 6, 1.80),
+    "6000-ada": Device("RTX 6000 Ada", (8, 9), 49140, 142, 960, 96, 2.51),
+    "l40s": Device("L40S", (8, 9), 46068, 142, 864, 96, 2.52),
+    "a100-40": Device("A100 40 GB", (8, 0), 40960, 108, 1555, 40, 1.41),
+    "a100-80": Device("A100 80 GB", (8, 0), 81920, 108, 2039, 40, 1.41),
+    "h100": Device("H100 80 GB", (9, 0), 81559, 132, 3350, 50, 1.98),
+    "h200": Device("H200", (9, 0), 143771, 132, 4800, 50, 1.98),
+    "b200": Device("B200", (10, 0), 183359, 148, 8000, 126, 1.97),
+}
+"""Names that `--plan` takes."""
+
+# By capability: bytes of shared memory and threads of a multiprocessor.
+_SHARED = {(7, 5): 64 << 10, (8, 0): 164 << 10, (9, 0): 228 << 10, (10, 0): 228 << 10}
+_THREADS = {(7, 5): 1024, (8, 0): 2048, (9, 0): 2048, (10, 0): 2048}
+
+
+def find_device(name: str) -> Device:
+    """The device of a name; case, blanks and a leading "rtx" or "nvidia" do not matter.
+
+    Raises:
+        ValueError: none of that name; says which there are.
+    """
+    plain = re.sub(r"^(nvidia|geforce|rtx|[\s_-])+", "", name.lower())
+    plain = re.sub(r"[\s_]+", "-", plain.removesuffix("gb").strip())
+    if plain not in DEVICES:
+        raise ValueError(f"plan = {name!r}: accepted is one of {', '.join(DEVICES)}")
+    return DEVICES[plain]
+
+
+def absent_devices(device: Device, count: int = 1) -> list[Any] | None:
+    """Devices that programs can be compiled for, but not run on.
+
+    Compile with `OPTIONS`: there is nothing to measure candidates on.
+
+    Returns:
+        None where jax has no CUDA plugin.
+    """
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda", target_config=_description(device), topology=f"1x1x{count}"
+        )
+    except NotImplementedError:
+        return None
+    return list(found.devices)
+
+
+OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+"""Compiler options for `absent_devices`."""
+
+
+DEFAULT_SHARE = 0.75
+"""The share of a GPU's memory that jax takes where XLA_CLIENT_MEM_FRACTION does not say another."""
+
+
+def usable_share() -> float:
+    """The share of a GPU's memory that jax takes."""
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        if os.environ.get(name):
+            return float(os.environ[name])
+    return DEFAULT_SHARE
+
+
+def _description(device: Device) -> str:
+    """A GpuTargetConfigProto of XLA, as text."""
+    major, minor = device.capability
+    shared = _SHARED.get(device.capability, 100 << 10)
+    # Of each block, the driver keeps 1 KiB from Ampere on.
+    own = shared - (1 << 10 if major >= 8 else 0)
+    features = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
+    return f"""
+gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {features} }}
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  threads_per_core_limit: {_THREADS.get(device.capability, 1536)}
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: {own}
+  shared_memory_per_core: {shared} registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  core_count: {device.cores} fpus_per_core: {128 if minor else 64}
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {device.bandwidth * 10**9} l2_cache_size: {device.cache << 20}
+  device_memory_size: {device.memory} clock_rate_ghz: {device.clock}
+  device_vendor: "NVIDIA Corporation" device_address_bits: 64
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.10.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
+device_description_str: "{device.title}"
+"""

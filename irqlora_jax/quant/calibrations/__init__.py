@@ -1,0 +1,1 @@
+"""How the scales and shifts of blocks are chosen: one file a method."""

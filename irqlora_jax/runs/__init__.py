@@ -1,0 +1,1 @@
+"""The folder of a run: configuration, base, checkpoints, and how they are read again."""

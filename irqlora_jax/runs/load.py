@@ -1,0 +1,176 @@
+"""Folders on disk as models that can be used: runs, quantized bases and Hugging Face folders."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from irqlora_jax.base.file import (
+    is_loftq,
+    read_base,
+    read_base_config,
+    read_source,
+)
+from irqlora_jax.base.make import load_base
+from irqlora_jax.config import Config
+from irqlora_jax.files.hub import load_tokenizer, read_config
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.runs.checkpoints import Checkpoints
+from irqlora_jax.runs.folder import BASE_FILE, TOKENIZER
+from irqlora_jax.runs.state import init_state, make_optimizer
+
+Which = Literal["last", "best"] | int
+"""A checkpoint: the newest, that of the best evaluation loss, or that of a step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A model that is ready to use.
+
+    Attributes:
+        folder: where it was read from.
+        config: of the run; None for a base or a Hugging Face folder.
+        model: the architecture.
+        variables: {"params": adapters, "base": base}.
+        tokenizer: of transformers.
+        step: of the checkpoint; None without one.
+        source: the model that its base was made from; None where that is not known.
+    """
+
+    folder: Path
+    config: Config | None
+    model: Llama
+    variables: dict[str, Any]
+    tokenizer: Any
+    step: int | None
+    source: str | None = None
+
+
+def load_run(
+    folder: str | Path,
+    *,
+    adapter: bool = True,
+    checkpoint: Which = "last",
+    compute_dtype: str | None = None,
+) -> Run:
+    """Reads the folder of a run or of `irqlora quantize`, or a Hugging Face LLaMA as it is.
+
+    Args:
+        folder: which.
+        adapter: False leaves the adapter of a run out: the quantized model before its finetune. One
+            of LoftQ has the pair that it began with (step 0).
+        checkpoint: which adapter of a run.
+        compute_dtype: type of the activations (default: that of the run, else float32).
+
+    Raises:
+        FileNotFoundError: no such folder, or no such checkpoint in it.
+        ValueError: damaged files, a folder of another kind, or no name of a checkpoint.
+    """
+    folder, checkpoint = Path(folder), read_checkpoint(checkpoint)
+    if not (folder / BASE_FILE).is_file():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"run = '{folder}': no base.safetensors and no config.json there; accepted is the "
+                "folder of a run, of irqlora quantize, or of a Hugging Face model"
+            )
+        base, llama = load_base(folder, None)
+        model = Llama(llama, compute_dtype=compute_dtype or "float32")
+        variables = {"params": {}, "base": base}
+        return Run(folder, None, model, variables, load_tokenizer(folder), None, str(folder))
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    config = None
+    if (folder / "config.json").is_file():
+        config = Config.load(folder / "config.json")
+    base, llama = read_base(folder / BASE_FILE)
+    source = read_source(folder / BASE_FILE)
+    dtype = compute_dtype or (config and config.train.compute_dtype) or "float32"
+    if config is not None and config.adapter.init == "loftq" and not adapter:
+        adapter, checkpoint = True, 0
+    if config is None or not adapter:
+        model = Llama(llama, compute_dtype=dtype)
+        return Run(folder, config, model, {"params": {}, "base": base}, tokenizer, None, source)
+    model = Llama(llama, adapter=config.adapter, compute_dtype=dtype)
+    with Checkpoints(folder) as checkpoints:
+        step = checkpoints.find(checkpoint)
+        optimizer = make_optimizer(config.train)
+        like = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
+        adapters = checkpoints.restore(step, like).adapters
+    return Run(folder, config, model, {"params": adapters, "base": base}, tokenizer, step, source)
+
+
+def read_checkpoint(value: str | int) -> Which:
+    """A checkpoint as people write it: "last", "best" or a step, as a number or as text.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if value == "last" or value == "best":
+        return value
+    if isinstance(value, str) and value.isdecimal():
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError(f"checkpoint = {value!r}: accepted is last, best or the number of a step")
+
+
+def is_base(source: str | Path) -> bool:
+    """Whether `source` is a folder with a quantized base: of `irqlora quantize`, or of a run."""
+    return (Path(source) / BASE_FILE).is_file()
+
+
+def check_model(config: Config) -> None:
+    """Refuses a quantized base that a new run cannot start from.
+
+    Raises:
+        ValueError: LoftQ is asked for, or the base was made by LoftQ for another run.
+    """
+    if not is_base(config.model):
+        return
+    file = Path(config.model) / BASE_FILE
+    source = read_source(file)
+    origin = "the model that it was made from" + (f" ('{source}')" if source else "")
+    if config.adapter.init == "loftq":
+        raise ValueError(
+            f"adapter.init = 'loftq': needs the full-precision weights; model = '{config.model}' "
+            f"holds a quantized base only; accepted is {origin}, which LoftQ quantizes itself"
+        )
+    if is_loftq(file):
+        raise ValueError(
+            f"model = '{config.model}': its base was quantized by LoftQ for the adapter of that "
+            f"run, and is incomplete without it; accepted is {origin}, or a folder of irqlora "
+            "quantize"
+        )
+
+
+def read_architecture(source: str | Path, quant: QuantConfig) -> LlamaConfig:
+    """The architecture of a quantized base, of a Hugging Face folder or of a model on the hub.
+
+    Raises:
+        FileNotFoundError: no such model.
+        ValueError: no float LLaMA, or a base that was quantized in another way than `quant`.
+    """
+    if not is_base(source):
+        return read_config(source)
+    llama, stored = read_base_config(Path(source) / BASE_FILE)
+    for field in dataclasses.fields(QuantConfig):
+        asked, used = getattr(quant, field.name), getattr(stored, field.name)
+        if asked != used:
+            raise ValueError(
+                f"quant.{field.name} = {asked!r}: the base in '{source}' is quantized with {used!r}"
+            )
+    return llama
+
+
+def read_tokenizer(source: str | Path) -> Any:
+    """The tokenizer that belongs to a model, as `hf.load_tokenizer`."""
+    return load_tokenizer(Path(source) / TOKENIZER if is_base(source) else source)
+
+
+def scores(folder: str | Path) -> dict[str, Any]:
+    """What was measured of a run so far: results.json and every eval-*.json, by file name."""
+    files = sorted(Path(folder).glob("eval-*.json")) + sorted(Path(folder).glob("results.json"))
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}

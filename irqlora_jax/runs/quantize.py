@@ -1,0 +1,99 @@
+"""`irqlora quantize`: a base that many runs share."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from irqlora_jax.base.file import Base, save_base
+from irqlora_jax.base.make import load_base
+from irqlora_jax.base.storage import abstract_base, measure_base
+from irqlora_jax.base.survey import Surveyed, summarize, survey
+from irqlora_jax.config import QuantizeConfig
+from irqlora_jax.files.hub import load_tokenizer, read_config, snapshot
+from irqlora_jax.files.small import write_text
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.runs.folder import (
+    BASE_FILE,
+    GENERATION,
+    SURVEY_FILE,
+    TOKENIZER,
+    check_space,
+    check_writable,
+)
+from irqlora_jax.text import readable_size
+
+
+def link_base(source: str | Path, folder: Path) -> None:
+    """Gives a run its base without a second copy, where the file system can, and its survey."""
+    if (Path(source) / SURVEY_FILE).is_file():
+        shutil.copyfile(Path(source) / SURVEY_FILE, folder / SURVEY_FILE)
+    aside = folder / f"{BASE_FILE}.part"
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(Path(source) / BASE_FILE, aside)
+    except OSError:
+        shutil.copyfile(Path(source) / BASE_FILE, aside)
+    os.replace(aside, folder / BASE_FILE)
+
+
+def quantize_base(
+    source: str | Path, quant: QuantConfig, *, mesh: Mesh | None = None, progress: bool = False
+) -> tuple[Base, LlamaConfig, dict[str, Any] | None]:
+    """`hf.load_base`, and what the quantization did to the weights: `quant.survey.summarize`, or
+    None where nothing is quantized."""
+    found: list[Surveyed] = []
+
+    def watch(layer: int, name: str, weight: jax.Array, packed: QTensor) -> None:
+        found.append(survey(layer, name, weight, packed, quant))
+
+    base, llama = load_base(source, quant, mesh=mesh, progress=progress, watch=watch)
+    return base, llama, summarize(found, quant) if found else None
+
+
+def save_survey(folder: Path, summary: dict[str, Any] | None) -> None:
+    """Writes quantization.json, if there is anything to say."""
+    if summary is not None:
+        write_text(folder / SURVEY_FILE, json.dumps(summary) + "\n")
+
+
+def quantize_model(config: QuantizeConfig, say: Callable[[str], None] = print) -> None:
+    """Writes base.safetensors, quantization.json and tokenizer/ into a new folder, for many runs to
+    share.
+
+    Raises:
+        ValueError, OSError: bad input, in one sentence; nothing is overwritten then.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"output_dir = '{folder}': exists; accepted is a new folder")
+    check_writable(folder)
+    needed = measure_base(abstract_base(read_config(config.model), config.quant)).total
+    check_space(folder, needed)
+    tokenizer = load_tokenizer(config.model)
+    base, llama, summary = quantize_base(config.model, config.quant, progress=config.progress)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tokenizer(tokenizer, config.model, folder)
+    save_survey(folder, summary)
+    # The base comes last: it marks a whole folder.
+    save_base(folder / BASE_FILE, base, llama, config.quant, config.model)
+    size = readable_size((folder / BASE_FILE).stat().st_size)
+    say(
+        f"{measure_base(base).bits:.2f} bits a weight, {size} in {folder}; next:\n"
+        f"  irqlora train --config FILE --model {folder}"
+    )
+
+
+def save_tokenizer(tokenizer: Any, source: str | Path, folder: Path) -> None:
+    """Writes FOLDER/tokenizer/, with the generation_config.json of `source` where it has one."""
+    tokenizer.save_pretrained(folder / TOKENIZER)
+    for origin in (snapshot(source), snapshot(source) / TOKENIZER):
+        if (origin / GENERATION).is_file():
+            shutil.copyfile(origin / GENERATION, folder / TOKENIZER / GENERATION)

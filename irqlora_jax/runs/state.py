@@ -1,0 +1,99 @@
+"""The training state: everything that changes while training, so all that a checkpoint holds."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, no_type_check
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float32, Int32, UInt32
+
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.config import TrainConfig
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.llama import Llama
+
+_FIRST_LOSS_SCALE = 2.0**15  # float16: halved at every overflow, doubled after so many good steps
+
+
+@no_type_check  # JAX rebuilds pytrees with leaves of any kind, which runtime checks would refuse
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that changes while training, and so all that a checkpoint holds.
+
+    The position in the data is `step`: batches are a function of it. Dropout draws from `key` and
+    `step`.
+    """
+
+    adapters: dict[str, Any]
+    opt_state: Any
+    step: Int32[Array, ""]
+    key: UInt32[Array, "..."]
+    loss_scale: Float32[Array, ""]
+    good_steps: Int32[Array, ""]
+
+
+def learning_rate(config: TrainConfig) -> optax.Schedule:
+    """Warmup from 0, then constant or down to 0 at the last step."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    rest = max(config.steps - warmup, 1)
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+    }[config.schedule]()
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """AdamW, number by number; clipping, which needs all of them, is part of `train_step`."""
+    return optax.adamw(
+        learning_rate(config),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def make_model(llama: LlamaConfig, adapter: AdapterConfig, train: TrainConfig) -> Llama:
+    """The model that a run trains; its type of activations is settled (`devices.resolve`)."""
+    assert train.compute_dtype is not None
+    return Llama(
+        llama,
+        adapter=adapter,
+        compute_dtype=train.compute_dtype,
+        remat=train.remat,
+        attention=train.attention,
+        matmul=train.matmul,
+    )
+
+
+def init_state(
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    pairs: Mapping[str, Any] | None = None,
+) -> TrainState:
+    """New adapters, from `pairs` where they are given (`hf.load_loftq`), and an empty optimizer."""
+    init_key, dropout_key = jax.random.split(jax.random.key(seed))
+    adapters = model.init_adapters(init_key, pairs)
+    return make_state(adapters, optimizer, dropout_key)
+
+
+def make_state(
+    adapters: dict[str, Any], optimizer: optax.GradientTransformation, key: Array
+) -> TrainState:
+    """A state at step 0 that starts from given adapters."""
+    return TrainState(
+        adapters=adapters,
+        opt_state=optimizer.init(adapters),
+        step=jnp.zeros((), jnp.int32),
+        key=jax.random.key_data(key),
+        loss_scale=jnp.float32(_FIRST_LOSS_SCALE),
+        good_steps=jnp.zeros((), jnp.int32),
+    )

@@ -1,0 +1,61 @@
+"""Text for people: tables, sizes, and the sentence that refuses a value."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def require(ok: bool, field: str, value: Any, accepted: str) -> None:
+    """Refuses the value of a field unless `ok`.
+
+    Raises:
+        ValueError: names the field, the value and what is accepted.
+
+    Examples:
+        >>> require(False, "train.steps", 0, "a whole number of at least 1")
+        Traceback (most recent call last):
+        ValueError: train.steps = 0: accepted is a whole number of at least 1
+    """
+    if not ok:
+        raise ValueError(f"{field} = {value!r}: accepted is {accepted}")
+
+
+def readable_size(size: int) -> str:
+    """A number of bytes in GiB or MiB.
+
+    Examples:
+        >>> readable_size(3 * 2**30), readable_size(1536 * 2**10)
+        ('3.00 GiB', '1.50 MiB')
+    """
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.2f} MiB"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table with aligned columns. The first row is the head, the first column holds names.
+
+    Examples:
+        >>> print(aligned([("task", "score"), ("boolq", "0.7")]))
+        task   score
+        -----  -----
+        boolq    0.7
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if place == 0 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first three names, and the number of the others.
+
+    Examples:
+        >>> first_few(["a", "b", "c", "d", "e"])
+        'a, b, c and 2 more'
+    """
+    rest = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,331 @@
+"""A whole run: reads, quantizes, finetunes, evaluates and saves."""
+
+import dataclasses
+import functools
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from irqlora_jax.base.file import Base, read_base, save_base
+from irqlora_jax.base.make import load_loftq
+from irqlora_jax.base.mesh import check_mesh
+from irqlora_jax.base.storage import abstract_base, linears, measure_base
+from irqlora_jax.config import Config
+from irqlora_jax.data import Example, hold_out, load_examples
+from irqlora_jax.evaluate import load_questions
+from irqlora_jax.evaluate.scores import Row, Scorer, baselines, table
+from irqlora_jax.files.hub import read_config
+from irqlora_jax.files.small import write_text
+from irqlora_jax.generate.samples import read_samples
+from irqlora_jax.machine import fastest_dtype
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.quant.matmul import laid_out, preferred_layout, require
+from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.report.write import save_environment, try_to_write
+from irqlora_jax.runs.checkpoints import Checkpoints
+from irqlora_jax.runs.folder import (
+    BASE_FILE,
+    Fingerprint,
+    check_data,
+    check_folder,
+    check_space,
+    fingerprint,
+    save_data,
+)
+from irqlora_jax.runs.load import check_model, is_base, read_architecture, read_tokenizer
+from irqlora_jax.runs.quantize import link_base, quantize_base, save_survey, save_tokenizer
+from irqlora_jax.runs.state import TrainState as TrainState
+from irqlora_jax.runs.state import init_state as init_state
+from irqlora_jax.runs.state import learning_rate as learning_rate
+from irqlora_jax.runs.state import make_model
+from irqlora_jax.runs.state import make_optimizer as make_optimizer
+from irqlora_jax.runs.state import make_state as make_state
+from irqlora_jax.sharding import bytes_by_device, make_mesh
+from irqlora_jax.text import readable_size
+from irqlora_jax.train.loop import Job, train
+from irqlora_jax.train.metrics import MetricsLog, check_packages
+from irqlora_jax.train.step import sharded_state as sharded_state
+from irqlora_jax.train.step import train_step as train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """What `run` measured.
+
+    Attributes:
+        folder: of the run.
+        steps: optimizer steps done in all.
+        best: step of the checkpoint with the best evaluation loss; None without evaluations.
+        rows: one row a model (full precision, quantized, finetuned), as in results.json.
+    """
+
+    folder: Path
+    steps: int
+    best: int | None
+    rows: tuple[Row, ...]
+
+
+def run(config: Config, say: Callable[[str], None] = print) -> RunResult:
+    """Quantizes, finetunes, evaluates and saves; goes on where an earlier run stopped.
+
+    SIGINT or SIGTERM end the training after the step it is at, with a checkpoint; the second one at
+    once.
+
+    Args:
+        config: of the run.
+        say: told what happens, in a few lines.
+
+    Raises:
+        ValueError, OSError: bad input, in one sentence; nothing is overwritten then. A disk that
+            becomes full while training is an OSError too.
+        FloatingPointError: the training diverged.
+        SystemExit: a signal came; 128 + its number (130 for SIGINT, 143 for SIGTERM).
+    """
+    check_packages(config.log)
+    dtype = config.train.compute_dtype or fastest_dtype(jax.devices()[0])
+    train = dataclasses.replace(config.train, compute_dtype=dtype)
+    config = dataclasses.replace(config, train=train)
+    folder = Path(config.output_dir)
+    resumed = check_folder(folder, config)
+    if not resumed:
+        check_model(config)
+    job = _read_job(config, folder if resumed else config.model)
+    data = fingerprint(job.examples, job.eval_examples)
+    if resumed:
+        check_data(folder, config, data)
+    elif not is_base(config.model):
+        check_space(folder, measure_base(abstract_base(job.model.config, config.quant)).total)
+    with jax.set_mesh(job.mesh):
+        started = time.perf_counter()
+        base, pairs, survey = _read_base(job, folder if resumed else config.model)
+        seconds = None if resumed or is_base(config.model) else time.perf_counter() - started
+        if not resumed:
+            try:
+                _begin_folder(folder, job, base, pairs, survey, data)
+            except OSError as error:
+                if error.strerror is None:  # a sentence already
+                    raise
+                reason = f"cannot be written ({error.strerror})"
+                raise OSError(f"output_dir = '{folder}': {reason}") from error
+        del pairs
+        # The file keeps its own layout.
+        base = laid_out(base, config.train.matmul)
+        say(describe(config, job.model.config, base, len(job.examples), job.mesh))
+        return _finetune(job, base, folder, seconds, say)
+
+
+def _finetune(
+    job: Job, base: Base, folder: Path, quantize_seconds: float | None, say: Callable[[str], None]
+) -> RunResult:
+    config, model = job.config, job.model
+    offload = config.train.offload_optimizer
+    state = sharded_state(job.mesh, lambda: init_state(model, job.optimizer, config.seed), offload)
+    save_environment(folder, job.mesh)
+    with Checkpoints(folder, config.train.keep_checkpoints) as checkpoints:
+        latest = checkpoints.latest()
+        if latest is not None:
+            state = checkpoints.restore(latest, state)
+            if latest > 0:  # else it is what LoftQ began with
+                say(f"going on from step {latest} of {folder}")
+        started = time.perf_counter()
+        with MetricsLog(folder, latest or 0, config, say) as log:
+            ended = train(job, base, state, checkpoints, log, say)
+        checkpoints.wait()
+        seconds = time.perf_counter() - started
+        state, step = ended.state, int(ended.state.step)
+        if ended.signal is not None:
+            say(
+                f"{ended.signal.name}: ended after step {step} of {config.train.steps}, saved in "
+                f"{folder}; the same command goes on from there"
+            )
+            raise SystemExit(128 + ended.signal)
+        if ended.early is not None:
+            say(f"ended early, after step {step} of {config.train.steps}: {ended.early}")
+        best, loss = checkpoints.best(), checkpoints.loss(step)
+        scorer = Scorer(
+            job.eval_examples, job.questions, config.train.batch_size, config.train.loss_chunk
+        )
+        rows = []
+        if config.evaluate.baselines:
+            start = None
+            if config.adapter.init == "loftq":
+                start = checkpoints.restore(0, state).adapters
+            rows = baselines(config, model, base, job.mesh, scorer, quantize_seconds, start)
+        name = f"{rows[-1].model}, finetuned" if rows else "finetuned"
+        variables = {"params": state.adapters, "base": base}
+        rows.append(scorer.row(name, model, variables, seconds, loss))
+        if best not in (None, step):
+            variables["params"] = checkpoints.restore(best, state).adapters
+            name = f"{name}, best (step {best})"
+            rows.append(scorer.row(name, model, variables, None, checkpoints.loss(best)))
+    write_text(folder / "results.json", json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
+    say(table(rows))
+    try_to_write(folder, say)
+    say(next_commands(config))
+    return RunResult(folder, step, best, tuple(rows))
+
+
+def _check_matmul(config: Config, llama: LlamaConfig) -> None:
+    """That `train.matmul` can serve all linear layers."""
+    train = config.train
+    if train.matmul is None:
+        return
+    for stack in linears(abstract_base(llama, config.quant)):
+        weight = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack)
+        if isinstance(weight, QTensor):
+            weight = dataclasses.replace(weight, layout=preferred_layout(train.matmul))
+        rows = train.batch_size // train.accumulation
+        x = jax.ShapeDtypeStruct((rows, weight.shape[1]), train.compute_dtype)
+        try:
+            require(train.matmul, x, weight)
+        except ValueError as error:
+            raise ValueError(f"train.matmul: {error}") from error
+
+
+def _read_job(config: Config, source: str | Path) -> Job:
+    """Everything but the weights, and so every mistake that can be found before they are read."""
+    asked = config.evaluate
+    if asked.baselines:
+        _check_baselines(config)
+    # What is no LLaMA, or fits no mesh, is refused before anything else is read.
+    llama = read_architecture(source, config.quant)
+    mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulation)
+    check_mesh(mesh, llama, None if config.quant.format == "none" else config.quant.block_size)
+    with jax.set_mesh(mesh):
+        _check_matmul(config, llama)
+    tokenizer = read_tokenizer(source)
+    examples, eval_examples = _load_data(config, tokenizer, llama.max_position_embeddings)
+    if config.train.early_stopping and not eval_examples:
+        raise ValueError(
+            f"train.early_stopping = {config.train.early_stopping}: needs an evaluation loss; "
+            "accepted is 0, or set data.eval or data.eval_fraction"
+        )
+    questions = []
+    if asked.questions is not None:
+        questions = load_questions(asked.questions, tokenizer, asked.max_questions)
+    samples = read_samples(config, tokenizer, llama)
+    sequences = [*(e.tokens for e in (*examples, *eval_examples)), *samples.prompts]
+    highest = max(int(max(tokens)) for tokens in sequences)
+    if highest >= llama.vocab_size:  # indexing would clamp it in silence
+        raise ValueError(
+            f"model = '{config.model}': its tokenizer gives token {highest}, its embedding has "
+            f"{llama.vocab_size} rows; accepted is a tokenizer that belongs to the model"
+        )
+    model = make_model(llama, config.adapter, config.train)
+    optimizer = make_optimizer(config.train)
+    return Job(config, mesh, model, optimizer, examples, eval_examples, questions, samples)
+
+
+def _check_baselines(config: Config) -> None:
+    needs = "evaluate.baselines = True: needs the full-precision model;"
+    if is_base(config.model):
+        raise ValueError(f"{needs} model = '{config.model}' holds a quantized base only")
+    try:
+        read_config(config.model)
+    except OSError as error:
+        raise FileNotFoundError(f"{needs} {error}") from error
+
+
+def _load_data(
+    config: Config, tokenizer: Any, max_length: int
+) -> tuple[list[Example], list[Example]]:
+    data = config.data
+    if not data.train:
+        raise ValueError("data.train = '': accepted is a file or the id of a data set")
+    examples = load_examples(data.train, data, tokenizer, max_length)
+    if data.eval is not None:
+        return examples, load_examples(data.eval, data, tokenizer, max_length)
+    return hold_out(examples, data.eval_fraction, config.seed)
+
+
+def _read_base(job: Job, source: str | Path) -> tuple[Base, Base | None, dict[str, Any] | None]:
+    """The base; for a new run with LoftQ the pairs that belong to it; of a base that is quantized
+    here in one step, what that did to the weights."""
+    config, pairs, survey = job.config, None, None
+    progress = config.log.progress
+    if is_base(source):
+        base, _ = read_base(Path(source) / BASE_FILE, job.mesh)
+    elif config.adapter.init == "loftq":
+        key = jax.random.key(config.seed)
+        base, pairs, _ = load_loftq(
+            source, config.quant, config.adapter, key, mesh=job.mesh, progress=progress
+        )
+    else:
+        base, _, survey = quantize_base(source, config.quant, mesh=job.mesh, progress=progress)
+    return *jax.block_until_ready((base, pairs)), survey
+
+
+def _begin_folder(
+    folder: Path,
+    job: Job,
+    base: Base,
+    pairs: Base | None,
+    survey: dict[str, Any] | None,
+    data: Fingerprint,
+) -> None:
+    config = job.config
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a start that broke off
+    save_tokenizer(job.samples.tokenizer, config.model, folder)
+    if is_base(config.model):
+        link_base(config.model, folder)
+    else:
+        file, loftq = folder / BASE_FILE, pairs is not None
+        save_base(file, base, job.model.config, config.quant, config.model, loftq=loftq)
+        save_survey(folder, survey)
+    if pairs is not None:
+        _save_start(folder, job, pairs)
+    save_data(folder, data)
+    # The configuration comes last: it marks a folder that can be resumed.
+    write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+
+
+def _save_start(folder: Path, job: Job, pairs: Base) -> None:
+    """The checkpoint of step 0: pairs are not made again, so a run has them before it begins."""
+    config = job.config
+    init = functools.partial(init_state, job.model, job.optimizer, config.seed)
+    state = sharded_state(job.mesh, init, config.train.offload_optimizer, pairs)
+    with Checkpoints(folder, config.train.keep_checkpoints) as checkpoints:
+        checkpoints.save(0, state)
+
+
+def describe(config: Config, llama: LlamaConfig, base: Base, examples: int, mesh: Mesh) -> str:
+    """What is about to happen, in two lines, and with several devices a third one."""
+    adapter, train = config.adapter, config.train
+    stored = measure_base(base)
+    devices = ""
+    if mesh.size > 1 or len(jax.devices()) > 1:
+        axes = ", ".join(f"{name} {count}" for name, count in mesh.shape.items())
+        largest = max(bytes_by_device(base).values())
+        devices = (
+            f"\n{mesh.size} of {len(jax.devices())} devices ({axes}), "
+            f"{readable_size(largest)} of the base on each"
+        )
+    quantized = "unquantized" if config.quant.format == "none" else config.quant.label
+    start = " from LoftQ" if adapter.init == "loftq" else ""
+    return (
+        f"{config.model}: {llama.num_hidden_layers} layers of {llama.hidden_size}, {quantized}, "
+        f"{stored.bits:.2f} bits a weight, {readable_size(stored.total)} with embeddings\n"
+        f"{adapter.method} of rank {adapter.rank}{start}, {examples:,} examples, {train.steps:,} "
+        f"steps of {train.batch_size} on {jax.devices()[0].device_kind}{devices}"
+    )
+
+
+def next_commands(config: Config) -> str:
+    """What to try with a finished run."""
+    run = f"--run {config.output_dir}"
+    commands = [
+        f"eval {run} --task perplexity --text FILE",
+        f"chat {run}",
+        f"export {run} --output_dir NEW_FOLDER",
+    ]
+    if config.evaluate.questions is not None:
+        commands.insert(0, f"eval {run} --task questions --baseline")
+    lines = [f"\nsaved in {config.output_dir}; next:"]
+    return "\n".join(lines + [f"  irqlora {command}" for command in commands])

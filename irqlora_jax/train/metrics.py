@@ -1,0 +1,211 @@
+"""What is measured while training, written down: JSON lines, TensorBoard, Weights & Biases.
+
+Every `log.every` steps:
+    loss                nats per target of the batch
+    grad_norm           of the gradient, before it is clipped
+    targets             tokens of the batch that count in the loss
+    learning_rate       of the step
+    loss_scale          with float16
+    tokens_per_second   since the line before, without evaluations and checkpoints
+    device_share        the least share of that time in which the device had a step to work on:
+                        where a step had ended before the next one was started, all the time counts
+                        as idle since the host last waited for the device
+    peak_memory         bytes, of the device, or of the process on a CPU
+and at evaluations eval_loss (nats per target), eval_seconds, eval_tokens_per_second and samples.
+"""
+
+import dataclasses
+import importlib
+import json
+import math
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from irqlora_jax.config import Config, LogConfig
+from irqlora_jax.files.small import write_text
+
+Values = Mapping[str, Any]
+"""Numbers by name, and perhaps "samples": [{"prompt": text, "answer": text}, ...]."""
+
+_FILE = "metrics.jsonl"
+
+
+def check_packages(config: LogConfig) -> None:
+    """Sees to it that what the metrics are to be written with is installed.
+
+    Raises:
+        ValueError: it is not; says how to install it.
+    """
+    asked = (
+        ("tensorboard", "tensorboardX", "SummaryWriter", "tb"),
+        ("wandb", "wandb", "init", "wandb"),
+    )
+    for field, package, needed, extra in asked:
+        value = getattr(config, field)
+        if not value:
+            continue
+        try:
+            module = importlib.import_module(package)
+        except ImportError:
+            module = None
+        # A folder of this name, such as wandb leaves behind, can be imported as an empty package.
+        if not hasattr(module, needed):
+            raise ValueError(
+                f"log.{field} = {value!r}: the package {package} is not installed; "
+                f'`pip install "irqlora-jax[{extra}]"` does it'
+            )
+
+
+class Sink(Protocol):
+    """Takes metrics, somewhere else than into the file."""
+
+    name: str
+
+    def write(self, step: int, values: Values) -> None:
+        """Takes the values of a step."""
+
+    def close(self) -> None:
+        """Sends what is left."""
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard."""
+
+    name = "TensorBoard"
+
+    def __init__(self, folder: Path, step: int) -> None:
+        # What an earlier part of the run wrote behind the step that it goes on from is dropped.
+        purge = step + 1 if step else None
+        writer = importlib.import_module("tensorboardX").SummaryWriter
+        self._writer = writer(
+            str(folder / "tensorboard"), purge_step=purge, filename_suffix=f".{step}"
+        )
+
+    def write(self, step: int, values: Values) -> None:
+        """Numbers as scalars, samples as text."""
+        for name, value in values.items():
+            if name != "samples":
+                self._writer.add_scalar(name, value, step)
+        for index, sample in enumerate(values.get("samples", ())):
+            text = f"{sample['prompt']}\n\n---\n\n{sample['answer']}"
+            self._writer.add_text(f"samples/{index}", text, step)
+
+    def close(self) -> None:
+        """Writes the files to their end."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases; its id is kept in RUN/wandb-id, so that it is continued."""
+
+    name = "Weights & Biases"
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self._wandb = importlib.import_module("wandb")
+        stored = folder / "wandb-id"
+        if not stored.exists():
+            write_text(stored, uuid.uuid4().hex[:8])
+        self._run = self._wandb.init(
+            project=config.log.wandb,
+            id=stored.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            name=folder.name,
+            dir=str(folder),
+            config=dataclasses.asdict(config),
+        )
+
+    def write(self, step: int, values: Values) -> None:
+        """Numbers as they are, samples as a table."""
+        values = dict(values)
+        samples = values.pop("samples", None)
+        if samples is not None:
+            rows = [[sample["prompt"], sample["answer"]] for sample in samples]
+            values["samples"] = self._wandb.Table(columns=["prompt", "answer"], data=rows)
+        self._run.log(values, step=step)
+
+    def close(self) -> None:
+        """Sends what is left and ends the run there."""
+        self._run.finish()
+
+
+def _is_wild(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+class MetricsLog:
+    """metrics.jsonl, one JSON object a line, and whatever else was asked for.
+
+    The file is the record. Anything else that fails (a network) is given up, once said.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        config: Config | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """Opens the log; lines of steps that will be done again are dropped.
+
+        Args:
+            folder: of the run.
+            step: that the run goes on from.
+            config: of the run, for `log` (default: the file alone).
+            say: told of what fails.
+        """
+        self._path, self._say = folder / _FILE, say
+        self.evaluations: list[tuple[int, float]] = []
+        self._sinks: list[Sink] = []
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+            # The last line may be half written.
+            rows = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+            kept = [(line, row) for line, row in rows if row["step"] <= step]
+            write_text(self._path, "".join(line for line, _ in kept))
+            self.evaluations = [(r["step"], r["eval_loss"]) for _, r in kept if "eval_loss" in r]
+        if config is not None and config.log.tensorboard:
+            self._add("TensorBoard", lambda: TensorBoard(folder, step))
+        if config is not None and config.log.wandb:
+            self._add("Weights & Biases", lambda: WeightsAndBiases(folder, config))
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for sink in self._sinks:
+            self._try(sink.name, sink.close)
+
+    def write(self, step: int, values: Values) -> None:
+        """Appends a line.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        # JSON has no word for nan and inf, such as the gradient norm of an overflow in float16.
+        known = {name: None if _is_wild(value) else value for name, value in values.items()}
+        line = json.dumps({"step": step} | known, ensure_ascii=False) + "\n"
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise OSError(f"{self._path}: cannot be written ({error.strerror})") from error
+        if "eval_loss" in values:
+            self.evaluations.append((step, values["eval_loss"]))
+        for sink in tuple(self._sinks):
+            if not self._try(sink.name, lambda sink=sink: sink.write(step, values)):
+                self._sinks.remove(sink)
+
+    def _add(self, name: str, make: Callable[[], Sink]) -> None:
+        self._try(name, lambda: self._sinks.append(make()))
+
+    def _try(self, name: str, action: Callable[[], Any]) -> bool:
+        try:
+            action()
+        except Exception as error:
+            # Its text may quote the headers of a request, and with them a key.
+            failure = type(error).__name__
+            self._say(f"{name} failed ({failure}); the run goes on, {self._path} has everything")
+            return False
+        return True

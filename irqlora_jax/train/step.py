@@ -1,0 +1,221 @@
+"""The training step: a pure function of (state, base, batch)."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Float32
+
+from irqlora_jax.base.file import Base
+from irqlora_jax.config import TrainConfig
+from irqlora_jax.model.llama import Llama, head_weight
+from irqlora_jax.model.loss import cross_entropy
+from irqlora_jax.runs.state import TrainState, learning_rate
+from irqlora_jax.sharding import tree_shardings
+
+Batch = dict[str, Array]
+"""tokens int32 [batch, seq], targets bool [batch, seq]: the tokens that count in the loss; packed
+batches also have segment_ids int32 [batch, seq]."""
+
+_GOOD_STEPS = 1000
+
+
+def state_shardings(mesh: Mesh | AbstractMesh, state: TrainState, offload: bool) -> TrainState:
+    """Where each array of a state lies.
+
+    Args:
+        mesh: of `make_mesh`.
+        state: arrays, or their shapes.
+        offload: keep the moments of the optimizer in pinned memory of the host.
+    """
+    shardings: TrainState = tree_shardings(mesh, state)
+    if not offload:
+        return shardings
+    host = jax.tree.map(
+        lambda x, where: where.with_memory_kind("pinned_host") if _is_offloaded(x) else where,
+        state.opt_state,
+        shardings.opt_state,
+    )
+    return dataclasses.replace(shardings, opt_state=host)
+
+
+def sharded_state(
+    mesh: Mesh, init: Callable[..., TrainState], offload: bool = False, *arrays: Any
+) -> TrainState:
+    """A new state `init(*arrays)`, each part made where it belongs (`state_shardings`)."""
+    shardings = state_shardings(mesh, jax.eval_shape(init, *arrays), offload)
+    return jax.jit(init, out_shardings=shardings)(*arrays)
+
+
+def loss_sum(
+    adapters: dict[str, Any],
+    base: Base,
+    batch: Batch,
+    dropout_key: Array,
+    *,
+    model: Llama,
+    chunk: int,
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    """Summed negative log-likelihood of the targets in nats, and their number."""
+    features: Any = model.apply(
+        {"params": adapters, "base": base},
+        batch["tokens"],
+        segment_ids=batch.get("segment_ids"),
+        deterministic=False,
+        rngs={"dropout": dropout_key},
+        method="features",
+    )
+    return cross_entropy(features, head_weight(base), batch["tokens"], batch["targets"], chunk)
+
+
+def train_step(
+    state: TrainState,
+    base: Base,
+    batch: Batch,
+    *,
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step; gradients for the adapters only.
+
+    The loss is the mean over all targets of the batch, however it is cut by `config.accumulation`.
+    With float16 the loss is scaled, and a step that overflows changes nothing but the scale.
+
+    Returns:
+        The next state, and the loss (nats per target), the norm of the gradient before clipping,
+        the number of targets, the learning rate and, with float16, the loss scale.
+    """
+    scaled = config.compute_dtype == "float16"
+    scale = state.loss_scale if scaled else jnp.float32(1)
+    step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    parts = jax.tree.map(lambda x: x.reshape(config.accumulation, -1, *x.shape[1:]), batch)
+    keys = jax.random.split(step_key, config.accumulation)
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def scaled_loss(adapters: dict[str, Any], part: Batch, key: Array) -> tuple[Array, tuple]:
+        nll, count = loss_sum(adapters, base, part, key, model=model, chunk=config.loss_chunk)
+        return nll * (scale / total), (nll, count)
+
+    # The scaling by 1 / targets comes before the backward pass: in float16 the sum would overflow.
+    total = jnp.maximum(batch["targets"][:, 1:].sum(), 1).astype(jnp.float32)
+    if config.accumulation == 1:
+        (_, (nll, count)), grads = scaled_loss(
+            state.adapters, jax.tree.map(lambda x: x[0], parts), keys[0]
+        )
+    else:
+
+        def add(carry: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
+            (_, sums), grads = scaled_loss(state.adapters, *inputs)
+            return jax.tree.map(jnp.add, carry, (sums, grads)), None
+
+        zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.adapters)
+        ((nll, count), grads), _ = jax.lax.scan(add, zeros, (parts, keys))
+    grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) if scaled else None
+
+    def update(grads: Any, opt_state: Any, adapters: Any) -> tuple[Any, Any]:
+        if config.clip_norm is not None:
+            grads = _clip(grads, norm, config.clip_norm)
+        updates, new = optimizer.update(grads, opt_state, adapters)
+        pair = optax.apply_updates(adapters, updates), new
+        if finite is None:
+            return pair
+        return jax.tree.map(functools.partial(jnp.where, finite), pair, (adapters, opt_state))
+
+    if config.offload_optimizer:
+        update = functools.partial(_update_by_layer, update)
+    adapters, opt_state = update(grads, state.opt_state, state.adapters)
+    new = dataclasses.replace(state, adapters=adapters, opt_state=opt_state, step=state.step + 1)
+    rate = jnp.asarray(learning_rate(config)(state.step), jnp.float32)
+    metrics = {"loss": nll / total, "grad_norm": norm, "targets": count, "learning_rate": rate}
+    if finite is not None:
+        new = _adapt_scale(new, finite)
+        metrics["loss_scale"] = scale
+    return new, metrics
+
+
+def make_step(
+    mesh: Mesh | AbstractMesh,
+    state: TrainState,
+    *,
+    model: Llama,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+) -> Any:
+    """`train_step`, compiled: (state, base, batch) to the next state, in the place of the old one.
+
+    Args:
+        mesh: of `make_mesh`.
+        state: arrays, or their shapes.
+        model, optimizer, config: as `train_step`.
+    """
+    shardings = state_shardings(mesh, state, config.offload_optimizer)
+    return jax.jit(
+        functools.partial(train_step, model=model, optimizer=optimizer, config=config),
+        donate_argnums=0,
+        out_shardings=(shardings, None),
+    )
+
+
+def _clip(grads: Any, norm: Array, largest: float) -> Any:
+    """Gradients, or some of them, where all of them together have this norm."""
+    clip = lambda g: jnp.where(norm < largest, g, g / norm.astype(g.dtype) * largest)  # noqa: E731
+    return jax.tree.map(clip, grads)
+
+
+def _update_by_layer(
+    update: Callable[[Any, Any, Any], tuple[Any, Any]], grads: Any, opt_state: Any, adapters: Any
+) -> tuple[Any, Any]:
+    """`update`, with moments that lie in the memory of the host (`state_shardings`).
+
+    They visit the device a layer at a time, so that they never take room there all at once, and
+    are written back in place. AdamW goes number by number, so the result is the same, but for how a
+    compiler rounds: it may fuse either product of b1 mu + (1 - b1) g with the sum.
+    """
+
+    def advance(layer: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+        def read(x: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+
+        def write(x: Array, y: Array) -> Array:
+            return jax.lax.dynamic_update_index_in_dim(x, y, layer, 0)
+
+        def fetch(x: Array, first: Array) -> Array:
+            # Every layer counts the same step: from the number before it.
+            return jax.device_put(read(x), jax.memory.Space.Device) if x.ndim else first
+
+        def store(x: Array, y: Array) -> Array:
+            y = jax.device_put(y, jax.memory.Space.Host) if _is_offloaded(x) else y
+            return write(x, y) if x.ndim else y
+
+        old = [jax.tree.map(read, tree) for tree in (grads, carry[0])]
+        state = jax.tree.map(fetch, carry[1], opt_state)
+        new, new_state = update(old[0], state, old[1])
+        return jax.tree.map(write, carry[0], new), jax.tree.map(store, carry[1], new_state)
+
+    layers = jax.tree.leaves(adapters)[0].shape[0]
+    return jax.lax.fori_loop(0, layers, advance, (adapters, opt_state))
+
+
+def _is_offloaded(leaf: Any) -> bool:
+    """Whether an array of the optimizer's state is worth moving: a moment of a matrix."""
+    return leaf.ndim > 1
+
+
+def _adapt_scale(new: TrainState, finite: Array) -> TrainState:
+    """The scale of the loss after a step that did or did not overflow."""
+    good = jnp.where(finite, new.good_steps + 1, 0)
+    double = good >= _GOOD_STEPS
+    grown = jnp.where(double, new.loss_scale * 2, new.loss_scale)
+    return dataclasses.replace(
+        new,
+        loss_scale=jnp.clip(jnp.where(finite, grown, new.loss_scale / 2), 1, 2.0**24),
+        good_steps=jnp.where(double, 0, good),
+    )

@@ -1,0 +1,436 @@
+"""LoftQ: against a slow reference, by its properties, and through the life of a run."""
+
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from irqlora_jax import hf
+from irqlora_jax.adapters import loftq as module
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.adapters.loftq import exact_svd, loftq, randomized_svd
+from irqlora_jax.config import Config
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.plan.measure import find_target, measure, read_base_shapes
+from irqlora_jax.plan.plan import plan
+from irqlora_jax.quant import encode
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.encode import quantize, quantized_shape
+from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.quant.slabs import rows_of
+from irqlora_jax.runs.load import load_run
+from irqlora_jax.sharding import MeshConfig, make_mesh, tree_shardings
+from irqlora_jax.train import finetune
+from tests.base.test_make import make_tensors, write_folder
+from tests.models import assert_same
+from tests.train.test_run import (
+    StoppedError,
+    assert_same_run,
+    at_step,
+    config_for,
+    crash,
+    quiet,
+    steps_of,
+)
+
+pytestmark = pytest.mark.usefixtures("optimizer_promotion")
+WORLD = Path(__file__).parents[2] / "examples" / "factworld"
+KEY = jax.random.key(0)
+SCALING = 16 / 6
+NF2, NF3 = (QuantConfig(format=name, calibration="none") for name in ("nf2", "nf3"))
+ICQ = QuantConfig(format="nf2", search_steps=4)
+INT3 = QuantConfig(format="int3", block_size=32)
+# No rows of whole blocks, no half precision that float32 could stand for.
+CASES = [
+    (NF3, (37, 101), jnp.float32),
+    (ICQ, (130, 65), jnp.bfloat16),
+    (INT3, (64, 96), jnp.float32),
+]
+
+
+def weights(shape: tuple[int, int], seed: int = 0, dtype: Any = jnp.float32) -> jax.Array:
+    """Random, with a few directions and a few weights that are larger than the others."""
+    rng = np.random.default_rng(seed)
+    wide = rng.normal(0, 0.02, shape) + 0.04 * np.outer(*(rng.normal(0, 1, n) for n in shape)) / 3
+    return jnp.asarray(wide * np.where(rng.random(shape) < 0.01, 4, 1), dtype)
+
+
+def left(weight: jax.Array, packed: QTensor, a: Any, b: Any, scaling: float = SCALING) -> float:
+    """Frobenius norm of W - Q - s B A, in float64."""
+    w, q, a, b = (np.asarray(x, np.float64) for x in (weight, packed.dequantize(), a, b))
+    return float(np.linalg.norm(w - q - scaling * b @ a))
+
+
+def reference(weight: jax.Array, config: QuantConfig, rank: int, turns: int) -> list[Any]:
+    """Every turn in float64, but for what is quantized: error, Q and s B A."""
+    w = np.asarray(weight, np.float64)
+    update, found = np.zeros_like(w), []
+    for _ in range(turns):
+        packed = quantize(jnp.asarray((w - update).astype(np.float32)), config)
+        error = w - np.asarray(packed.dequantize(), np.float64)
+        u, s, v = np.linalg.svd(error, full_matrices=False)
+        b, a = (u * np.sqrt(s / SCALING))[:, :rank], (np.sqrt(s / SCALING)[:, None] * v)[:rank]
+        update = SCALING * b @ a
+        found.append((np.linalg.norm(error - update), packed, update))
+    return found
+
+
+@pytest.mark.parametrize(("config", "shape", "dtype"), CASES)
+def test_the_best_turn_is_that_of_the_reference(
+    config: QuantConfig, shape: Any, dtype: Any
+) -> None:
+    weight = weights(shape, dtype=dtype)
+    turns = reference(weight, config, 6, 4)
+    for count in (1, 4):
+        packed, a, b = loftq(weight, config, 6, SCALING, count, KEY)
+        least, expected, update = min(turns[:count], key=lambda turn: turn[0])
+        # A last bit of W - s B A may move a code that lies on the edge between two.
+        np.testing.assert_allclose(left(weight, packed, a, b), least, rtol=2e-3)
+        assert np.mean(np.asarray(packed.codes() != expected.codes())) < 1e-3
+        gap = np.abs(SCALING * np.asarray(b, np.float64) @ np.asarray(a, np.float64) - update)
+        assert gap.max() < (1e-6 if count == 1 else 0.05 * np.abs(update).max())
+
+
+@pytest.mark.parametrize(("config", "shape", "dtype"), CASES)
+def test_the_error_is_below_that_of_the_quantizer_and_more_turns_never_add_to_it(
+    config: QuantConfig, shape: Any, dtype: Any
+) -> None:
+    weight = weights(shape, dtype=dtype)
+    plain = quantize(weight, config)
+    for pair in (jnp.float32, jnp.bfloat16):
+        errors = [left(weight, plain, np.zeros((1, shape[1])), np.zeros((shape[0], 1)))]
+        for turns in (1, 2, 5):
+            packed, a, b = loftq(weight, config, 6, SCALING, turns, KEY, pair)
+            assert a.dtype == b.dtype == pair and a.shape == (6, shape[1])
+            assert b.shape == (shape[0], 6)
+            errors.append(left(weight, packed, a, b))
+        assert errors[1] < 0.95 * errors[0]
+        assert all(after <= before * (1 + 1e-6) for before, after in itertools.pairwise(errors))
+
+
+def test_the_first_turn_is_kept_where_it_is_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quantizer that becomes worse from call to call: Q and its pair still belong together."""
+    calls: list[Any] = []
+
+    def worse(weight: jax.Array, config: QuantConfig, less: Any) -> QTensor:
+        calls.append(quantize(weight * (1.0 + len(calls)), config, less=less))
+        return calls[-1]
+
+    monkeypatch.setattr(module, "quantize", worse)
+    weight = weights((37, 101))
+    packed, a, b = loftq(weight, NF3, 6, SCALING, 3, KEY)
+    assert len(calls) == 3
+    assert_same(packed, calls[0])
+    np.testing.assert_allclose(left(weight, packed, a, b), reference(weight, NF3, 6, 1)[0][0], 1e-5)
+
+
+def test_a_rank_beyond_the_smaller_side_leaves_nothing() -> None:
+    for shape in ((24, 65), (65, 24)):
+        weight = weights(shape)
+        packed, a, b = loftq(weight, NF2, 33, 0.25, 2, KEY)
+        assert a.shape == (33, shape[1]) and b.shape == (shape[0], 33)
+        assert left(weight, packed, a, b, 0.25) < 1e-5 * float(jnp.linalg.norm(weight))
+        assert not a[min(shape) :].any() and not b[:, min(shape) :].any()
+
+
+def test_nothing_to_correct_is_a_pair_of_zeros() -> None:
+    packed, a, b = loftq(jnp.zeros((8, 64)), NF3, 4, 1.0, 2, KEY)
+    assert not packed.dequantize().any() and not a.any() and not b.any()
+
+
+def test_the_key_matters_only_where_directions_are_drawn() -> None:
+    large = (module.EXACT_UP_TO + 1, module.EXACT_UP_TO + 30)
+    for shape, same in (((60, 100), True), (large, False)):
+        weight = weights(shape)
+        one, other, again = (
+            loftq(weight, NF2, 8, SCALING, 1, jax.random.key(seed)) for seed in (0, 1, 0)
+        )
+        assert_same(one, again)
+        assert_same(one[0], other[0])
+        assert bool((one[1] == other[1]).all()) == same
+    exact = reference(weights(large), NF2, 8, 1)[0][0]
+    for found in (one, other):
+        assert exact * (1 - 1e-6) < left(weights(large), *found) < 1.01 * exact
+
+
+def test_random_directions_cost_at_most_a_hundredth() -> None:
+    shape, rank = (520, 700), 64
+    weight = jax.random.normal(KEY, shape)
+    u, _, v = jnp.linalg.svd(weight, full_matrices=False)
+    k = np.arange(1, shape[0] + 1)
+    found = {"quantizer": weight - quantize(weight, NF2).dequantize()}
+    for name, values in (("slow", k**-0.5), ("fast", np.exp(-k / 20))):
+        found[name] = (u * values.astype(np.float32)[None, :]) @ v
+
+    @jax.jit
+    def drawn(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return randomized_svd(lambda start: rows_of(x, start, 97), shape, 97, rank, KEY)
+
+    for name, x in found.items():
+        exact, other = (
+            float(jnp.linalg.norm(x - (u * s[None, :]) @ v))
+            for u, s, v in (exact_svd(x, rank), drawn(x))
+        )
+        assert exact * (1 - 1e-4) < other < 1.01 * exact, name
+
+
+def test_neither_the_error_nor_the_rest_exists_as_a_whole() -> None:
+    """Compiled, not run: the largest matrix of LLaMA-7B, in bfloat16."""
+    shape, config = (11008, 4096), QuantConfig(format="nf4", calibration="none")
+    weight = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    a, b = (jax.ShapeDtypeStruct(x, jnp.float32) for x in ((64, shape[1]), (shape[0], 64)))
+    packed, scale = quantized_shape(shape, config), jnp.float32(1)
+    for program in (
+        encode._quantize.lower(weight, None, config, (b, a)),
+        module._fit.lower(weight, packed, scale, KEY, 64, jnp.float32),
+    ):
+        temporary = program.compile().memory_analysis().temp_size_in_bytes
+        assert temporary < 0.15 * 4 * shape[0] * shape[1]
+
+
+@pytest.mark.parametrize(("name", "value"), [("iterations", 0), ("rank", 0)])
+def test_no_turn_and_no_rank_are_refused(name: str, value: int) -> None:
+    settings: dict[str, Any] = {"rank": 4, "iterations": 1} | {name: value}
+    with pytest.raises(ValueError, match=f"{name} = 0: accepted is a whole number of at least 1"):
+        loftq(weights((8, 64)), NF3, scaling=1.0, key=KEY, **settings)
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+SOME = AdapterConfig(
+    method="iec",
+    rank=4,
+    alpha=6.0,
+    init="loftq",
+    loftq_iterations=2,
+    targets=("q_proj", "down_proj"),
+    dtype="bfloat16",
+)
+
+
+def test_targets_are_fitted_one_by_one_and_others_quantized_plainly(tmp_path: Path) -> None:
+    tensors = make_tensors()
+    folder = write_folder(tmp_path / "model", tensors)
+    base, pairs, llama = hf.load_loftq(folder, NF3, SOME, KEY)
+    plain, _ = hf.load_base(folder, NF3)
+    assert jax.tree.structure(base) == jax.tree.structure(plain)
+    for group, name in (("self_attn", "q_proj"), ("mlp", "down_proj")):
+        fitted = base["layers"][group].pop(name)["weight"]
+        for layer in range(3):
+            weight = jnp.asarray(tensors[f"model.layers.{layer}.{group}.{name}.weight"])
+            packed, a, b = loftq(weight, NF3, 4, 1.5, 2, KEY, jnp.bfloat16)
+            take = lambda x, layer=layer: x[layer]  # noqa: E731
+            assert_same(jax.tree.map(take, fitted), packed)
+            found = jax.tree.map(take, pairs["layers"][group][name])
+            assert_same(found, {"lora_A": a, "lora_B": b})
+        del plain["layers"][group][name]
+    assert_same(base, plain)
+    # The start of IEC is that pair: its scalars are 0.
+    adapters = Llama(llama, SOME).init_adapters(KEY, pairs)
+    fresh = Llama(llama, SOME).init_adapters(KEY)
+    assert jax.tree.structure(adapters) == jax.tree.structure(fresh)
+    for (path, leaf), (_, like) in zip(
+        *map(jax.tree_util.tree_leaves_with_path, (adapters, fresh)), strict=True
+    ):
+        assert leaf.dtype == like.dtype == jnp.bfloat16 and leaf.shape == like.shape
+        assert bool(leaf.any()) == ("lora" in path[-1].key)
+    with pytest.raises(ValueError, match=r"quant.format = 'none': accepted is nf4"):
+        hf.load_loftq(folder, QuantConfig(format="none"), SOME, KEY)
+
+
+def test_the_start_is_near_the_model_and_dropout_is_as_ever(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", make_tensors())
+    adapter = AdapterConfig(method="iec", rank=16, alpha=8.0, init="loftq", dropout=0.5)
+    full, llama = hf.load_base(folder, None)
+    plain, _ = hf.load_base(folder, NF2)
+    base, pairs, _ = hf.load_loftq(folder, NF2, adapter, KEY)
+    model = Llama(llama, adapter)
+    adapters = model.init_adapters(KEY, pairs)
+    tokens = jnp.arange(40, dtype=jnp.int32).reshape(2, 20)
+    apply = jax.jit(Llama(llama).apply)
+    exact: Any
+    bad: Any
+    exact, bad = (apply({"params": {}, "base": b}, tokens) for b in (full, plain))
+    good: Any = model.apply({"params": adapters, "base": base}, tokens)
+    assert np.linalg.norm(good - exact) < 0.7 * np.linalg.norm(bad - exact)
+    rngs = {"dropout": KEY}
+    variables = {"params": adapters, "base": base}
+    dropped: Any = model.apply(variables, tokens, deterministic=False, rngs=rngs)
+    assert np.abs(dropped - good).max() > 1e-3  # the pair is not 0, so it shows at once
+
+
+def test_base_and_pairs_are_read_onto_the_mesh() -> None:
+    adapter = dataclasses.replace(SOME, dtype="float32", targets=("o_proj", "up_proj"))
+    folder = WORLD / "base-small"
+    mesh = make_mesh(MeshConfig(1, 2, 2), 8)
+    one = hf.load_loftq(folder, NF3, adapter, KEY)
+    split = hf.load_loftq(folder, NF3, adapter, KEY, mesh=mesh)
+    for here, there in zip(one[:2], split[:2], strict=True):
+        assert_same(here, there)
+        for leaf, where in zip(
+            *map(jax.tree.leaves, (there, tree_shardings(mesh, there))), strict=True
+        ):
+            assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
+    split_as = jax.tree.map(lambda x: x.sharding.spec, split[1]["layers"])
+    assert split_as["self_attn"]["o_proj"]["lora_A"] == P(None, None, ("tensor", "fsdp"))
+    assert split_as["mlp"]["up_proj"]["lora_B"] == P(None, ("tensor", "fsdp"))
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+def config(folder: Path, model: Path = WORLD / "base-small", **changes: Any) -> Config:
+    settings = {"adapter__init": "loftq", "adapter__rank": 8, "train__keep_checkpoints": 1}
+    return config_for(model, folder, **(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loftq") / "run"
+    with jax.numpy_dtype_promotion("standard"):
+        quiet(config(folder))
+    return folder
+
+
+def test_the_start_is_kept_beside_the_newest(finished: Path) -> None:
+    assert steps_of(finished) == [0, 6]
+
+
+def crash_before(function: str) -> Callable[[pytest.MonkeyPatch], None]:
+    def prepare(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(f"{finetune.__name__}.{function}", lambda *_, **__: crash())
+
+    return prepare
+
+
+@pytest.mark.parametrize("moment", ["write_text", "step 1"])
+def test_a_crashed_run_ends_as_if_it_had_not(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Before the folder is complete it begins anew; from then on nothing is fitted again."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(StoppedError):
+        if moment.startswith("step"):
+            at_step(patch, int(moment[-1]), crash)
+        else:
+            crash_before(moment)(patch)
+        quiet(config(folder))
+    assert 0 in steps_of(folder)
+    if moment.startswith("step"):
+        monkeypatch.setattr(f"{finetune.__name__}.load_loftq", lambda *_, **__: crash())
+    else:
+        # What a start that was broken off even earlier leaves.
+        (folder / "checkpoints" / "0").rename(folder / "checkpoints" / "0.orbax-checkpoint-tmp")
+    quiet(config(folder))
+    assert_same_run(folder, finished)
+
+
+def test_other_checkpoints_are_nobody_elses_leftover(finished: Path, tmp_path: Path) -> None:
+    for name, also in (("a", ("base.safetensors",)), ("b", ())):
+        folder = tmp_path / name
+        shutil.copytree(finished / "checkpoints", folder / "checkpoints")
+        if name == "b":
+            shutil.rmtree(folder / "checkpoints" / "6")
+        for file in also:
+            shutil.copy(finished / file, folder)
+        with pytest.raises(ValueError, match="holds other files; accepted is a new folder"):
+            quiet(config(folder))
+        assert steps_of(folder)
+
+
+def test_a_merged_model_has_the_logits_of_base_and_pair(finished: Path, tmp_path: Path) -> None:
+    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    for step in (0, 6):
+        run = load_run(finished, checkpoint=step, compute_dtype="float32")
+        out = hf.export_merged(finished, tmp_path / str(step), checkpoint=step, dtype="float32")
+        merged, llama = hf.load_base(out, None)
+        expected: Any = run.model.apply(run.variables, tokens)
+        found: Any = Llama(llama).apply({"params": {}, "base": merged}, tokens)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_the_baseline_is_the_model_before_its_finetune(finished: Path) -> None:
+    start = load_run(finished, adapter=False)
+    assert start.step == 0
+    assert_same(start.variables, load_run(finished, checkpoint=0).variables)
+
+
+def test_the_table_has_the_quantizer_alone_and_with_its_pair(tmp_path: Path) -> None:
+    changes = {
+        "quant__calibration": "icq",
+        "quant__search_steps": 4,
+        "train__steps": 1,
+        "train__save_every": 0,
+        "evaluate__baselines": True,
+    }
+    rows = {row.model: row for row in quiet(config(tmp_path / "run", **changes)).rows}
+    assert list(rows) == [
+        *("full precision", "plain nf3", "nf3 + ICQ", "nf3 + ICQ + LoftQ"),
+        "nf3 + ICQ + LoftQ, finetuned",
+    ]
+    losses: dict[str, Any] = {name: row.loss for name, row in rows.items()}
+    assert losses["full precision"] < losses["nf3 + ICQ + LoftQ"] < losses["nf3 + ICQ"]
+    assert (tmp_path / "run" / "checkpoints" / "0").is_dir()
+    assert rows["nf3 + ICQ"].entropy != rows["nf3 + ICQ + LoftQ"].entropy
+
+
+def test_bases_that_do_not_go_with_loftq_are_refused(finished: Path, tmp_path: Path) -> None:
+    origin = f"accepted is the model that it was made from ('{WORLD / 'base-small'}'), "
+    plain = tmp_path / "plain"
+    quiet(config(plain, adapter__init="default", train__steps=1))
+    for action in (quiet, lambda c: plan(c, say=lambda _: None)):
+        with pytest.raises(ValueError) as refused:
+            action(config(tmp_path / "new", plain))
+        assert str(refused.value) == (
+            "adapter.init = 'loftq': needs the full-precision weights; model = "
+            f"'{plain}' holds a quantized base only; {origin}which LoftQ quantizes itself"
+        )
+        with pytest.raises(ValueError) as refused:
+            action(config(tmp_path / "new", finished, adapter__init="default"))
+        assert str(refused.value) == (
+            f"model = '{finished}': its base was quantized by LoftQ for the adapter of that run, "
+            f"and is incomplete without it; {origin}or a folder of irqlora quantize"
+        )
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_knew_nothing_of_it_goes_on(finished: Path, tmp_path: Path) -> None:
+    """The config.json of an earlier version has not all fields."""
+    folder = tmp_path / "run"
+    quiet(config(folder, adapter__init="default", train__steps=2))
+    file = folder / "config.json"
+    stored = json.loads(file.read_text())
+    del stored["adapter"]["init"], stored["adapter"]["loftq_iterations"]
+    file.write_text(json.dumps(stored))
+    quiet(config(folder, adapter__init="default", train__steps=3))
+    assert steps_of(folder) == [3]
+    with pytest.raises(ValueError, match=r"adapter.init = 'default' there, 'loftq' here"):
+        quiet(config(folder, train__steps=3))
+
+
+def test_bad_settings_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"adapter.init = 'loftq': accepted is default with quant"):
+        config(tmp_path, quant__format="none")
+    with pytest.raises(ValueError, match=r"adapter.loftq_iterations = 0: accepted is a whole"):
+        AdapterConfig(loftq_iterations=0)
+
+
+def test_the_plan_needs_shapes_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(WORLD / "base-small" / "config.json", folder)
+    needs = []
+    for init in ("default", "loftq"):
+        asked = config(tmp_path / "run", folder, adapter__init=init)
+        shapes, llama = read_base_shapes(asked)
+        needs.append(measure(asked, shapes, llama, find_target(None, 1)))
+    assert needs[0] == needs[1]

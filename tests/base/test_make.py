@@ -1,0 +1,427 @@
+"""Reading Hugging Face folders: exactness, and one clear sentence for every fault."""
+
+import json
+import math
+import threading
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from irqlora_jax import hf
+from irqlora_jax.base import make
+from irqlora_jax.files.tensors import read_ahead
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.encode import quantize
+from irqlora_jax.quant.qtensor import QTensor
+from tests.models import assert_same
+
+# No width divides a block, no head count another, and every linear layer has its own shape.
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 40,
+    "intermediate_size": 172,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 14,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+LLAMA = LlamaConfig.from_dict(CONFIG)
+PLAIN = QuantConfig(format="nf4", block_size=32, calibration="none")
+Q1 = "model.layers.1.self_attn.q_proj.weight"
+Q2 = "model.layers.2.self_attn.q_proj.weight"
+Tensors = dict[str, np.ndarray]
+
+
+def make_tensors(
+    dtype: Any = np.float32, tied: bool = False, config: dict[str, Any] = CONFIG
+) -> Tensors:
+    rng = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (97, 40),
+        "model.norm.weight": (40,),
+    }
+    if not tied:
+        shapes["lm_head.weight"] = (97, 40)
+    for i in range(3):
+        shapes[f"model.layers.{i}.input_layernorm.weight"] = (40,)
+        shapes[f"model.layers.{i}.post_attention_layernorm.weight"] = (40,)
+        for name, shape in LlamaConfig.from_dict(config).linear_shapes.items():
+            block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            shapes[f"model.layers.{i}.{block}.{name}.weight"] = shape
+    return {name: rng.normal(0, 0.05, shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def write_folder(
+    folder: Path, tensors: Tensors, config: dict[str, Any] | None = None, shards: int = 1
+) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config or CONFIG))
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    names = sorted(tensors)
+    size = math.ceil(len(names) / shards)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in names[i * size : (i + 1) * size]}
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def linears(base: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Name without the layer, and the stacked weight, of every linear layer."""
+    layers = base["layers"]
+    return [
+        (f"{block}.{name}", layers[block][name]["weight"])
+        for block in ("self_attn", "mlp")
+        for name in layers[block]
+    ]
+
+
+@pytest.mark.parametrize("quant", [None, PLAIN])
+def test_shards_and_a_single_file_are_the_same_model(
+    tmp_path: Path, quant: QuantConfig | None
+) -> None:
+    tensors = make_tensors()
+    single, config = hf.load_base(write_folder(tmp_path / "a", tensors), quant)
+    sharded, _ = hf.load_base(str(write_folder(tmp_path / "b", tensors, shards=4)), quant)
+    assert config == LLAMA
+    assert_same(single, sharded)
+
+
+# All linear layers alike, so that ICQ is compiled for one shape alone.
+SQUARE = CONFIG | {"intermediate_size": 40, "num_key_value_heads": 4, "head_dim": 10}
+
+
+@pytest.mark.parametrize(
+    ("quant", "config"),
+    [
+        (PLAIN, CONFIG),
+        (QuantConfig(format="int3", block_size=16, calibration="none"), CONFIG),
+        (QuantConfig(format="nf2", block_size=32, search_steps=3), SQUARE),
+    ],
+    ids=["nf4-none", "int3-none", "nf2-icq"],
+)
+def test_every_linear_layer_is_what_quantize_makes_of_it_alone(
+    tmp_path: Path, quant: QuantConfig, config: dict[str, Any]
+) -> None:
+    tensors = make_tensors(ml_dtypes.bfloat16, config=config)
+    base, _ = hf.load_base(write_folder(tmp_path, tensors, config), quant)
+    assert len(linears(base)) == 7
+    for name, stacked in linears(base):
+        assert isinstance(stacked, QTensor)
+        for i in range(3):
+            matrix = jnp.asarray(tensors[f"model.layers.{i}.{name}.weight"], jnp.float32)
+            alone = quantize(matrix, quant)
+            assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], stacked), alone)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("quant", [None, QuantConfig(format="none"), PLAIN])
+def test_what_is_not_quantized_keeps_the_numbers_and_the_type_of_the_file(
+    tmp_path: Path, dtype: Any, quant: QuantConfig | None
+) -> None:
+    tensors = make_tensors(dtype)
+    base, _ = hf.load_base(write_folder(tmp_path, tensors), quant)
+    layers = base["layers"]
+    loaded = {
+        "model.embed_tokens.weight": base["embed_tokens"]["weight"],
+        "model.norm.weight": base["norm"]["weight"],
+        "lm_head.weight": base["lm_head"]["weight"],
+    }
+    for i in range(3):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            loaded[f"model.layers.{i}.{name}.weight"] = layers[name]["weight"][i]
+        if quant is not PLAIN:
+            for name, stacked in linears(base):
+                loaded[f"model.layers.{i}.{name}.weight"] = stacked[i]
+    assert len(loaded) == (len(tensors) if quant is not PLAIN else 9)
+    for name, weight in loaded.items():
+        assert weight.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(weight), tensors[name])
+
+
+def test_the_tree_is_the_one_that_the_model_makes_itself(tmp_path: Path) -> None:
+    base, config = hf.load_base(write_folder(tmp_path, make_tensors()), None)
+    tokens = jnp.arange(8, dtype=jnp.int32)[None]
+    fresh = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["base"]
+    assert jax.tree.map(jnp.shape, base) == jax.tree.map(jnp.shape, fresh)
+
+
+def test_tied_embeddings_have_no_head(tmp_path: Path) -> None:
+    config = CONFIG | {"tie_word_embeddings": True}
+    tensors = make_tensors(tied=True)
+    base, _ = hf.load_base(write_folder(tmp_path / "a", tensors, config), PLAIN)
+    assert "lm_head" not in base
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    repeated, _ = hf.load_base(write_folder(tmp_path / "b", tensors, config), PLAIN)
+    assert_same(base, repeated)
+
+
+def test_old_rotary_tables_are_ignored(tmp_path: Path) -> None:
+    tensors = make_tensors()
+    plain, _ = hf.load_base(write_folder(tmp_path / "a", tensors), None)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(5, np.float32)
+    old, _ = hf.load_base(write_folder(tmp_path / "b", tensors), None)
+    assert_same(plain, old)
+
+
+@pytest.mark.parametrize("show", [True, False])
+def test_the_bar_is_shown_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], show: bool
+) -> None:
+    hf.load_base(write_folder(tmp_path, make_tensors()), None, progress=show)
+    shown = capsys.readouterr().err
+    assert ("100%" in shown) == show
+    assert show or not shown
+
+
+# --- faults of a folder ---------------------------------------------------------------------------
+
+
+def edit(change: Callable[[Tensors], Any]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = make_tensors()
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return apply
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: (folder / "config.json").write_text(json.dumps(CONFIG | changes)) and None
+
+
+def put(name: str, value: float) -> Callable[[Path], None]:
+    def change(tensors: Tensors) -> None:
+        tensors[name].reshape(-1)[7] = value
+
+    return edit(change)
+
+
+def instead_of_weights(**files: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        for name, text in files.items():
+            (folder / name.replace("_dot_", ".")).write_text(text)
+
+    return apply
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def garble(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"not a safetensors file")
+
+
+def lose_a_shard(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    write_folder(folder, make_tensors(), shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def bad_index(text: str) -> Callable[[Path], None]:
+    return instead_of_weights(**{"model_dot_safetensors_dot_index_dot_json": text})
+
+
+FOLDER_FAULTS: dict[str, tuple[Callable[[Path], Any], type[Exception], list[str]]] = {
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        FileNotFoundError,
+        ["no config.json"],
+    ),
+    "config is not JSON": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        ValueError,
+        ["config.json", "not valid JSON"],
+    ),
+    "config is a list": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        ValueError,
+        ["config.json", "list", "object"],
+    ),
+    "another architecture": (
+        edit_config(model_type="mistral"),
+        ValueError,
+        ["model_type", "mistral", "llama"],
+    ),
+    "a word for a number": (edit_config(hidden_size="40"), ValueError, ["hidden_size", "'40'"]),
+    "quantized already": (
+        edit_config(quantization_config={"bits": 4}),
+        ValueError,
+        ["quantized already"],
+    ),
+    "pickles": (
+        instead_of_weights(pytorch_model_dot_bin="x"),
+        ValueError,
+        ["pytorch_model.bin", "pickles", "safe_serialization=True"],
+    ),
+    "pickles of another name": (
+        instead_of_weights(consolidated_dot_pth="x"),
+        ValueError,
+        ["consolidated.pth", "pickles"],
+    ),
+    "no weights": (
+        instead_of_weights(),
+        FileNotFoundError,
+        ["no weights", "model.safetensors", "model.safetensors.index.json"],
+    ),
+    "truncated": (truncate, ValueError, ["model.safetensors", "not a whole safetensors file"]),
+    "garbled": (garble, ValueError, ["model.safetensors", "not a whole safetensors file"]),
+    "missing tensor": (edit(lambda t: t.pop(Q1)), ValueError, ["no tensor", Q1]),
+    "missing head": (
+        edit(lambda t: t.pop("lm_head.weight")),
+        ValueError,
+        ["no tensor", "lm_head.weight"],
+    ),
+    "wrong shape": (
+        edit(lambda t: t.update({Q1: t[Q1].T.copy()})),
+        ValueError,
+        [Q1, "(40, 56)", "(56, 40)"],
+    ),
+    "wrong type": (
+        edit(lambda t: t.update({Q1: t[Q1].astype(np.int8)})),
+        ValueError,
+        [Q1, "I8", "float32, bfloat16, float16"],
+    ),
+    "layers of several types": (
+        edit(lambda t: t.update({Q1: t[Q1].astype(np.float16)})),
+        ValueError,
+        [Q1, "float16", "model.layers.0.self_attn.q_proj.weight", "float32"],
+    ),
+    "NaN in a linear layer": (put(Q1, math.nan), ValueError, [Q1, "NaN"]),
+    "infinity in a linear layer": (put(Q1, -math.inf), ValueError, [Q1, "infinite"]),
+    "NaN in the embeddings": (
+        put("model.embed_tokens.weight", math.nan),
+        ValueError,
+        ["model.embed_tokens.weight", "NaN"],
+    ),
+    "infinity in a norm": (
+        put("model.layers.2.input_layernorm.weight", math.inf),
+        ValueError,
+        ["model.layers.2.input_layernorm.weight", "infinite"],
+    ),
+    "a bias": (
+        edit(lambda t: t.update({"model.layers.0.mlp.up_proj.bias": np.ones(172, np.float32)})),
+        ValueError,
+        ["model.layers.0.mlp.up_proj.bias", "does not account"],
+    ),
+    "more layers than the config": (
+        edit_config(num_hidden_layers=2),
+        ValueError,
+        ["model.layers.2.", "and 6 more", "does not account"],
+    ),
+    "fewer layers than the config": (
+        edit_config(num_hidden_layers=4),
+        ValueError,
+        ["no tensor", "model.layers.3.", "and 6 more"],
+    ),
+    "missing shard": (
+        lose_a_shard,
+        FileNotFoundError,
+        ["index.json", "model-00002-of-00003.safetensors"],
+    ),
+    "index is not JSON": (bad_index("]"), ValueError, ["index.json", "not valid JSON"]),
+    "index without a map": (bad_index("{}"), ValueError, ["index.json", "weight_map"]),
+}
+
+
+@pytest.mark.parametrize("fault", FOLDER_FAULTS)
+def test_a_folder_with_a_fault_is_refused_by_name(tmp_path: Path, fault: str) -> None:
+    spoil, error, words = FOLDER_FAULTS[fault]
+    folder = write_folder(tmp_path / "model", make_tensors())
+    spoil(folder)
+    with pytest.raises(error) as raised:
+        hf.load_base(folder, PLAIN)
+    assert type(raised.value) is error
+    for word in [str(folder), *words]:
+        assert word in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_faults_without_a_quantizer_are_found_too(tmp_path: Path) -> None:
+    put(Q1, math.nan)(write_folder(tmp_path, make_tensors()))
+    with pytest.raises(ValueError, match=Q1):
+        hf.load_base(tmp_path, None)
+
+
+def linear_weights(
+    folder: Path, names: list[str], dtype: Any = np.float32
+) -> Generator[np.ndarray, None, None]:
+    return read_ahead(make._find_weights(folder), names, dtype)
+
+
+def truncate_all(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:64])
+
+
+@pytest.fixture
+def readers() -> Iterator[None]:
+    """No thread of a reader is left behind."""
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.usefixtures("readers")
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_fault_that_the_reading_thread_meets_is_named(tmp_path: Path, dtype: Any) -> None:
+    """The file is whole when it is looked at, and shorter when the thread comes to it."""
+    folder = write_folder(tmp_path, make_tensors(dtype), shards=4)
+    weights = linear_weights(folder, [Q1, Q2])
+    truncate_all(folder)
+    with pytest.raises(ValueError, match=rf"safetensors: {Q1} cannot be make"):
+        list(weights)
+
+
+@pytest.mark.usefixtures("readers")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_no_thread_outlives_what_stops_the_quantizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def stop(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("irqlora_jax.base.make.quantize", stop)
+    with pytest.raises(error):
+        hf.load_base(write_folder(tmp_path, make_tensors()), PLAIN)
+
+
+@pytest.mark.usefixtures("readers")
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_tensors_read_ahead_are_those_of_the_file(tmp_path: Path, dtype: Any) -> None:
+    tensors = make_tensors(dtype)
+    folder = write_folder(tmp_path, tensors)
+    names = [name for name in tensors if "proj" in name]
+    # Some are make ahead as a whole, and of the largest a part.
+    sizes = {tensors[name].nbytes for name in names}
+    assert min(sizes) < max(tensors[name].size for name in names) < max(sizes)
+    for wanted in (np.float32, None):
+        seen = 0
+        for name, weight in zip(names, linear_weights(folder, names, wanted), strict=True):
+            assert weight.dtype == (wanted or dtype)
+            np.testing.assert_array_equal(weight, tensors[name])
+            seen += 1
+        assert seen == len(names) == 21
+    assert list(linear_weights(folder, [])) == []

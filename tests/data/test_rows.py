@@ -1,0 +1,224 @@
+"""All kinds of files give the same rows; what cannot be read is named with its place."""
+
+import functools
+import json
+import sys
+import traceback
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from irqlora_jax.data import load_examples, read_rows
+from irqlora_jax.data.rows import read_documents
+from tests.data.small_data import ROWS, config, make_tokenizer, write_file
+
+
+@pytest.fixture
+def write(tmp_path):
+    return functools.partial(write_file, tmp_path)
+
+
+def test_the_files_formats_agree(write):
+    tokenizer = make_tokenizer()
+    wrapped = json.dumps({"version": 1, "data": ROWS})
+    blank_lines = "\n".join(json.dumps(row) + "\n" for row in ROWS)
+    paths = [write("a.json", ROWS), write("b.json", wrapped), write("c.jsonl", blank_lines)]
+    one, two, three = (load_examples(path, config(), tokenizer) for path in paths)
+    for a, b, c in zip(one, two, three, strict=True):
+        assert a.tokens.tolist() == b.tokens.tolist() == c.tokens.tolist()
+    assert len(load_examples(paths[0], config(max_examples=1), tokenizer)) == 1
+
+
+def test_json_strings_may_hold_other_line_ends(write):
+    row = json.dumps({"input": "the\u2028cat", "output": "sat"}, ensure_ascii=False)
+    (example,) = load_examples(write("a.jsonl", row), config(), make_tokenizer("byte"))
+    assert "the\u2028cat" in make_tokenizer("byte").decode(example.tokens)
+
+
+def write_table(path, rows):
+    """Rows of text as .csv, .tsv, .parquet or .jsonl, by other means than ours."""
+    table = datasets.Dataset.from_list(rows)
+    with path.open("wb") as file:
+        if path.suffix == ".parquet":
+            table.to_parquet(file)
+        elif path.suffix == ".jsonl":
+            table.to_json(file, lines=True)
+        else:
+            table.to_csv(file, sep="\t" if path.suffix == ".tsv" else ",")
+    return str(path)
+
+
+# pandas, which writes these tables, cannot quote a lone carriage return.
+cell = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), max_size=12)
+tables = st.lists(
+    st.fixed_dictionaries({"input": cell.filter(bool), "out put": cell}), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=tables)
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet", "jsonl"])
+def test_any_text_survives_every_kind_of_file(tmp_path_factory, suffix, rows):
+    path = tmp_path_factory.mktemp("tables") / f"a.{suffix}"
+    found = read_rows(write_table(path, rows), ("input", "out put"))
+    assert [row.columns for row in found] == rows
+
+
+def test_places_in_a_csv_are_lines(write):
+    path = write("a.csv", '\ufeffinput,output\r\n"a\n\nb",c\r\n\r\n"d ""e""",""\r\n')
+    assert [tuple(row) for row in read_rows(path, ("input",))] == [
+        (f"{path}, line 2", {"input": "a\n\nb", "output": "c"}),
+        (f"{path}, line 6", {"input": 'd "e"', "output": ""}),
+    ]
+
+
+def test_long_documents_fit_into_a_csv(write):
+    path = write("a.csv", f"text\n{'red ' * 100_000}\n")
+    assert len(read_documents(path)[0]) == 400_000
+
+
+def test_lists_of_messages_survive_parquet(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "hi", "name": None}]}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read_rows(str(tmp_path / "a.parquet"), ("messages",))[0].columns == rows[0]
+
+
+def test_folders_named_like_partitions_add_no_columns(tmp_path):
+    folder = tmp_path / "split=train"
+    folder.mkdir()
+    (row,) = read_rows(write_table(folder / "a.parquet", [{"text": "red"}]), ("text",))
+    assert row.columns == {"text": "red"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "", "not JSON: .* at line 1, column 1"),
+        ("a.json", '[{"input": "a",\n"output" 3}]', "not JSON: .* at line 2, column 10"),
+        ("a.jsonl", '{"input": "a", "output": "b"}\n{"input"}', "not JSON: .* at line 2, column 9"),
+        ("a.json", "[" * 100_000, "not JSON of rows: nested too deep"),
+        ("a.json", "[]", "has no rows"),
+        ("a.jsonl", "\n\n", "has no rows"),
+        ("a.json", '{"rows": []}', "accepted is a list of objects"),
+        (
+            "a.json",
+            '[{"input": "a", "output": "b"}, 3]',
+            "row 2 is of type int: accepted is an obj",
+        ),
+        (
+            "a.jsonl",
+            '{"input": "a", "output": "b"}\n\n{"question": "a", "output": "b"}',
+            "line 3 has no column 'input': its columns are question, output; expected are input, o",
+        ),
+        ("a.json", [{"input": "a", "output": 3}], "row 1: output = 3: accepted is text"),
+        ("a.json", [{"input": None, "output": "a"}], "row 1: input = None: accepted is text"),
+        ("a.xlsx", "input,output", "accepted is a file"),
+        ("a.txt", "red", "a file of rows is .json, .jsonl, .csv, .tsv or .parquet"),
+        ("a.csv", "", "has no rows"),
+        ("a.csv", "input,output\n", "has no rows"),
+        ("a.csv", "input;output\na;b\n", "line 2 has no column 'input': its columns are input;o"),
+        ("a.tsv", "input\toutput\na\n", "line 2 has 1 fields: the first line names 2 columns"),
+        ("a.csv", 'input,output\na,b\nc,"d\n\n', "a.csv is not csv: .*, from line 3 to line"),
+        ("a.csv", "input,output,input\na,b,c\n", "line 1 names the column 'input' twice"),
+        ("a.parquet", "PAR1 red PAR1", "a.parquet is not a whole parquet file: "),
+        ("a.parquet", "", "a.parquet is not a whole parquet file: "),
+    ],
+)
+def test_bad_rows_are_refused(write, name, content, message):
+    with pytest.raises(ValueError, match=message) as error:
+        load_examples(write(name, content), config(), make_tokenizer())
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bytes_that_are_no_text_are_refused(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"red \xff\xfe")
+    with pytest.raises(ValueError, match=r"a.txt is not UTF-8 text \(byte 4\)"):
+        load_examples(str(tmp_path / "a.txt"), config("text"), make_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["nothing.json", "/no/such/file", "a/b/c", "./x", "a b"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(FileNotFoundError, match="there is no such file"):
+        load_examples(name, config(), make_tokenizer())
+
+
+def test_a_folder_and_an_empty_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="is a folder: accepted is a file"):
+        load_examples(str(tmp_path), config(), make_tokenizer())
+    with pytest.raises(ValueError, match="has no name"):
+        load_examples("", config(), make_tokenizer())
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """hub(load): `load` in place of `datasets.load_dataset`."""
+    return lambda load: monkeypatch.setattr(datasets, "load_dataset", load)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("someone/some.data-set", (("someone/some.data-set",), "train")),
+        ("someone/data:part", (("someone/data", "part"), "train")),
+        ("someone/data:part:test", (("someone/data", "part"), "test")),
+        ("data::test", (("data",), "test")),
+    ],
+)
+def test_hub_data_is_read_from_the_split_train_or_a_named_one(hub, write, name, call):
+    calls = []
+
+    def load(*names, split):
+        calls.append((names, split))
+        return iter(ROWS)
+
+    hub(load)
+    tokenizer = make_tokenizer()
+    examples = load_examples(name, config(), tokenizer)
+    local = load_examples(write("a.json", ROWS), config(), tokenizer)
+    assert [e.tokens.tolist() for e in examples] == [e.tokens.tolist() for e in local]
+    assert calls == [call]
+
+
+SECRET = "hf_notasecret"
+GATED = "Dataset 'someone/data' is a gated dataset on the Hub. You must be authenticated."
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            ConnectionError(f"no\nnetwork for {SECRET}"),
+            r"the hub could not be reached \(ConnectionError\); connect to the network",
+        ),
+        (OSError(f"401 {SECRET}"), r"the hub does not give it \(OSError\); .*`hf auth login`"),
+        (ValueError(f"Invalid header value b'Bearer {SECRET}'"), r"not give it \(ValueError\)"),
+        (RuntimeError("Dataset scripts are no longer supported"), "by a script, which is never"),
+        (datasets.exceptions.DatasetNotFoundError(f"{GATED} {SECRET}"), "accept the terms .*`hf a"),
+        (
+            datasets.exceptions.DatasetNotFoundError(f"doesn't exist {SECRET}"),
+            "the hub shows you no such data set; check the name, log in with `hf auth login`",
+        ),
+        (
+            ValueError("Unknown split \"train\". Should be one of ['validation']."),
+            r"Should be one of \['validation'\]. Give ID:CONFIGURATION:SPLIT",
+        ),
+        (ValueError("Config name is missing.\nPick one: ['a', 'b']"), r"Pick one: \['a', 'b'\]"),
+    ],
+)
+def test_what_the_hub_does_not_give_is_one_sentence_without_secrets(hub, error, message):
+    def load(name, split):
+        raise error
+
+    hub(load)
+    with pytest.raises(FileNotFoundError, match=rf"^someone/data: there is no .*{message}") as info:
+        load_examples("someone/data", config(), make_tokenizer())
+    text = str(info.value)
+    assert "\n" not in text and text.endswith("or give a local file")
+    trace = "".join(traceback.format_exception(info.value))
+    assert SECRET not in trace

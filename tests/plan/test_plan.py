@@ -1,0 +1,228 @@
+"""The plan: what is stored is exact, what is suggested fits, and nothing is read or written."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.base.file import base_shapes, read_base, save_base
+from irqlora_jax.base.storage import abstract_base, measure_base
+from irqlora_jax.cli import main
+from irqlora_jax.config import Config, TrainConfig
+from irqlora_jax.data import longest_row
+from irqlora_jax.data.config import DataConfig
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.plan import plan as plans
+from irqlora_jax.plan.gpus import DEVICES, find_device
+from irqlora_jax.plan.measure import Target, find_target, measure, read_base_shapes
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.runs.state import init_state, make_model, make_optimizer
+from irqlora_jax.sharding import MeshConfig, device_bytes
+from tests.architectures import MODELS
+from tests.models import LLAMA, random_base, write_run
+
+pytestmark = pytest.mark.usefixtures("optimizer_promotion")
+
+SMALL = LlamaConfig.from_dict(
+    LLAMA.to_dict() | {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 300}
+)
+CONFIG = Config(
+    "model",
+    "folder",
+    adapter=AdapterConfig(rank=8),
+    data=DataConfig(source_length=40, target_length=24),
+    train=TrainConfig(batch_size=4, compute_dtype="float32"),
+    mesh=MeshConfig(data=1),
+)
+
+
+def write_model(folder: Path, llama: LlamaConfig = SMALL, **more: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(llama.to_dict() | {"dtype": "float32"} | more))
+    return folder
+
+
+def target(memory: int) -> Target:
+    return Target("a device", jax.devices(), memory, memory)
+
+
+@pytest.mark.parametrize("block", [64, 40])
+@pytest.mark.parametrize("name", ["nf4", "nf3", "int2", "none"])
+def test_a_base_file_is_as_long_as_the_arithmetic_says(
+    tmp_path: Path, name: Any, block: int
+) -> None:
+    # Widths that are no multiple of a block, so that rows are padded.
+    wide = LlamaConfig.from_dict(
+        SMALL.to_dict() | {"hidden_size": 256, "intermediate_size": 600, "vocab_size": 4000}
+    )
+    quant = QuantConfig(format=name, block_size=block, calibration="none")
+    base = random_base(wide, quant)
+    file = tmp_path / "base.safetensors"
+    save_base(file, base, wide, quant)
+    stored = measure_base(abstract_base(wide, quant, np.float32))
+    assert stored == measure_base(base)
+    assert abs(file.stat().st_size / stored.total - 1) < 0.01
+    shapes, llama = base_shapes(file)
+    assert llama == wide and measure_base(shapes) == stored
+    same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype  # noqa: E731
+    assert jax.tree.all(jax.tree.map(same, shapes, read_base(file)[0]))
+
+
+def test_bits_of_llama_7b() -> None:
+    """4 bits a code; 8 bits a scale and 8 a shift every 64 weights, 32 every 256 of those."""
+    stored = measure_base(abstract_base(MODELS["7b"], QuantConfig()))
+    assert stored.weights == 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    assert stored.codes * 8 == 4 * stored.weights
+    assert stored.shifts * 8 == stored.weights * (8 + 32 / 256) / 64
+    assert stored.scales - stored.shifts == 32 * 7 * 4  # a mean for every matrix
+    assert stored.rest == 2 * (2 * 32000 * 4096 + 65 * 4096)
+
+
+def test_the_plan_counts_the_arrays_of_a_run() -> None:
+    base = random_base(SMALL, CONFIG.quant)
+    need = measure(CONFIG, base, SMALL, target(2**40))
+    model = make_model(SMALL, CONFIG.adapter, CONFIG.train)
+    state = init_state(model, make_optimizer(CONFIG.train), 0)
+    assert need.base.total == sum(x.nbytes for x in jax.tree.leaves(base))
+    assert need.adapters == sum(x.nbytes for x in jax.tree.leaves(state.adapters))
+    assert need.optimizer == sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
+    assert need.step > need.adapters  # the gradients at least
+    assert (need.rows, need.length, need.devices) == (4, 64, 1)
+
+
+def test_a_mesh_is_planned_device_by_device() -> None:
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, fsdp=4))
+    llama = LlamaConfig.from_dict(SMALL.to_dict() | {"intermediate_size": 320, "head_dim": 16})
+    base = abstract_base(llama, config.quant)
+    one, four = (measure(c, base, llama, target(2**40)) for c in (CONFIG, config))
+    assert four.devices == 4
+    assert 4 * four.base.codes == one.base.codes
+    assert four.adapters < 0.5 * one.adapters and four.peak < one.peak
+
+
+def test_an_offloaded_state_is_counted_on_the_host() -> None:
+    train = dataclasses.replace(CONFIG.train, offload_optimizer=True)
+    base = abstract_base(SMALL, CONFIG.quant)
+    here = measure(CONFIG, base, SMALL, target(2**40))
+    away = measure(dataclasses.replace(CONFIG, train=train), base, SMALL, target(2**40))
+    assert here.host == 0 and away.host > 0.95 * here.optimizer
+    assert away.host + away.optimizer == here.optimizer
+
+
+@pytest.mark.parametrize("share", [1.2, 0.6])
+def test_what_is_suggested_fits_when_it_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    folder = write_model(tmp_path / "model")
+    config = dataclasses.replace(CONFIG, model=str(folder))
+    base, llama = read_base_shapes(config)
+    memory = int(share * measure(config, base, llama, target(2**40)).peak)
+    monkeypatch.setattr(plans, "find_target", lambda *_: target(memory))
+    monkeypatch.setattr(plans, "_MOST_ROWS", 8)
+    lines: list[str] = []
+    fits = plans.plan(config, None, lines.append)
+    text = "\n".join(lines)
+    assert fits == (share > 1) == ("fits, with" in text)
+    if fits:
+        return
+    flags = text.split("so it fits:")[1].split()
+    changes = {
+        k[2:]: json.loads(v) if v != "bfloat16" else v
+        for k, v in zip(flags[::2], flags[1::2], strict=True)
+    }
+    assert changes
+    new = plans._with(config, changes)
+    assert measure(new, base, llama, target(memory)).peak <= memory
+
+
+def test_an_unknown_device_is_refused_with_the_known_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model=nowhere", f"--output_dir={tmp_path / 'run'}", "--plan", "gtx1080"]
+    assert main(["train", *flags]) == 2
+    said = capsys.readouterr().err
+    assert "gtx1080" in said and all(name in said for name in DEVICES)
+
+
+@pytest.mark.parametrize("name", ["H200", "NVIDIA H200", "RTX A6000", "a100 80GB", "RTX 4090"])
+def test_devices_go_by_the_names_that_people_use(name: str) -> None:
+    assert find_device(name).title.split()[-1].lower() in name.lower().replace("80gb", "gb")
+
+
+def test_without_the_compiler_for_gpus_the_plan_says_that_it_estimates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And from a folder with a config.json alone, writing nothing."""
+    folder = write_model(tmp_path / "model")
+    monkeypatch.setattr("irqlora_jax.plan.measure.absent_devices", lambda *_: None)
+    monkeypatch.setattr("irqlora_jax.plan.measure.prepare", lambda *_: None)
+    out = tmp_path / "run"
+    flags = [f"--model={folder}", f"--output_dir={out}", "--train.batch_size=2", "--plan=t4"]
+    assert main(["train", *flags]) == 0
+    said = capsys.readouterr().out
+    assert "estimated" in said and "T4" in said and "fits" in said
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "model"]
+
+
+def test_of_a_model_on_the_hub_config_json_alone_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, asked = write_model(tmp_path / "model", torch_dtype="float16", dtype=None), []
+
+    def fetch(repo: str, filename: str) -> str:
+        asked.append((repo, filename))
+        return str(folder / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    base, llama = read_base_shapes(dataclasses.replace(CONFIG, model="owner/name"))
+    assert llama == SMALL and base["norm"]["weight"].dtype == np.float16
+    assert set(asked) == {("owner/name", "config.json")}
+
+
+def test_a_quantized_base_is_planned_from_its_header(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "base", adapter=None)
+    quant = QuantConfig(calibration="none")
+    base, llama = read_base_shapes(dataclasses.replace(CONFIG, model=str(folder), quant=quant))
+    assert llama == LLAMA
+    assert device_bytes(base) == device_bytes(read_base(folder / "base.safetensors")[0])
+    with pytest.raises(ValueError, match="calibration"):
+        read_base_shapes(dataclasses.replace(CONFIG, model=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("data", "length"),
+    [
+        (DataConfig(), 512),
+        (DataConfig(source_length=700, target_length=2), 704),
+        (DataConfig(format="text", sequence_length=20), 24),
+        (DataConfig(packing=True, packing_length=777), 777),
+        (DataConfig(source_length=4000), 2048),
+    ],
+)
+def test_the_longest_row(data: DataConfig, length: int) -> None:
+    assert longest_row(data, 2048) == length
+
+
+@pytest.mark.parametrize(("size", "most"), [("7b", 7.2), ("65b", 50.0)])
+def test_the_budgets_hold_by_the_estimate_too(size: str, most: float) -> None:
+    """Looser than those of tests/cuda, which need jax's CUDA plugin."""
+    config = dataclasses.replace(
+        Config("model", "folder", mesh=MeshConfig(data=1)), train=TrainConfig(batch_size=1)
+    )
+    found = dataclasses.replace(find_target(None, 1), compiler="estimate", shared=False)
+    need = measure(config, abstract_base(MODELS[size], config.quant), MODELS[size], found)
+    assert need.peak / 2**30 <= most
+
+
+def test_a_plan_with_a_kernel_is_that_of_xla() -> None:
+    """It is made where the kernel's device may not be."""
+    asked = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, matmul="triton"))
+    base = abstract_base(SMALL, CONFIG.quant)
+    plain, kernel = (measure(one, base, SMALL, target(2**40)) for one in (CONFIG, asked))
+    assert kernel == plain

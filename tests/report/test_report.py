@@ -1,0 +1,464 @@
+"""The page about a run: what it shows, and that nothing in a folder can break it."""
+
+import html.parser
+import json
+import math
+import shutil
+import subprocess
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from irqlora_jax import cli
+from irqlora_jax.base.file import save_base
+from irqlora_jax.base.survey import BINS
+from irqlora_jax.evaluate.mmlu_files import SUBCATEGORIES
+from irqlora_jax.report import svg, write
+from irqlora_jax.report.gather import course, gather
+from irqlora_jax.report.markup import tag
+from irqlora_jax.report.page import page
+from irqlora_jax.report.scored import wilson
+from irqlora_jax.sharding import LINEAR_NAMES
+from tests.models import NARROW, PLAIN, random_base
+
+HOSTILE = "</pre><script>alert(1)</script> & \"quoted\" 'too' \x00\x1b ]]> \ud800 <!--"
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def write_lines(file: Path, rows: Sequence[Any]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_survey(layers: int = 32) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+
+    def kind(entropy: float, codes: list[int]) -> dict[str, Any]:
+        values = {n: (entropy + rng.normal(0, 0.01, layers)).tolist() for n in LINEAR_NAMES}
+        errors = {n: (0.09 + rng.normal(0, 0.002, layers)).tolist() for n in LINEAR_NAMES}
+        return {"mean_entropy": entropy, "entropy": values, "error": errors, "codes": codes}
+
+    shifts = np.histogram(rng.normal(0, 0.05, 9999), BINS, (-1.0025, 1.0025))[0].tolist()
+    codes = [int(1e6 * math.exp(-(((i - 7) / 5) ** 2))) for i in range(16)]
+    return {
+        "format": "nf4",
+        "calibration": "icq",
+        "block_size": 64,
+        "weights": 1000,
+        "sampled": 10,
+        "plain": kind(3.68, codes),
+        "calibrated": kind(3.75, codes[::-1]) | {"shifts": shifts},
+    }
+
+
+def make_metrics(steps: int = 400) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for step in range(10, steps + 1, 10):
+        rows.append(
+            {
+                "step": step,
+                "loss": 1 + math.exp(-step / 100),
+                "grad_norm": 0.3,
+                "learning_rate": 2e-4,
+                "tokens_per_second": 5000.0 + step,
+                "device_share": 0.98,
+                "peak_memory": 7 * 2**30,
+            }
+        )
+        if step % 100 == 0:
+            rows.append({"step": step, "eval_loss": 1.1 + math.exp(-step / 100)})
+    return rows
+
+
+def make_mmlu(accuracy: float, baseline: bool) -> dict[str, Any]:
+    subjects = [name for part in SUBCATEGORIES.values() for name in part]
+    return {
+        "task": "mmlu",
+        "baseline": baseline,
+        "checkpoint": "last",
+        "step": None if baseline else 400,
+        "settings": {"task": "mmlu", "baseline": baseline, "mmlu": "mmlu data", "subjects": []},
+        "accuracy": accuracy,
+        "count": 57 * 100,
+        "by_subject": {name: accuracy + 0.002 * i for i, name in enumerate(subjects)},
+        "counts": dict.fromkeys(subjects, 100),
+    }
+
+
+def make_results() -> list[dict[str, Any]]:
+    names = ("model", "entropy", "loss", "accuracy", "bits", "seconds")
+    rows = [
+        ("full precision", None, 1.4942, 0.771, 32.0, 0.0),
+        ("nf4 + ICQ", 3.75, 2.7268, 0.573, 4.38, 2.3),
+        ("nf4 + ICQ, finetuned", 3.75, 1.3454, 0.764, 4.38, 17.6),
+    ]
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def make_config(**changes: Any) -> dict[str, Any]:
+    return {
+        "model": "somewhere/base",
+        "output_dir": "runs/x",
+        "quant": {"format": "nf4", "block_size": 64, "calibration": "none"},
+        "adapter": {"method": "iec", "rank": 6, "alpha": 9.0, "targets": list(LINEAR_NAMES)},
+        "train": {"steps": 400},
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("base") / "base.safetensors"
+    save_base(file, random_base(NARROW, PLAIN), NARROW, PLAIN, "somewhere/base")
+    return file
+
+
+@pytest.fixture
+def run(base: Path, tmp_path: Path) -> Path:
+    """The folder of a run with everything in it, made by hand."""
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    shutil.copyfile(base, folder / "base.safetensors")
+    write_lines(folder / "metrics.jsonl", make_metrics())
+    environment = {
+        "device": "NVIDIA H100",
+        "platform": "gpu",
+        "devices": 2,
+        "versions": {"jax": "0.10.2"},
+    }
+    files = {
+        "config.json": make_config(),
+        "quantization.json": make_survey(),
+        "results.json": make_results(),
+        "eval-mmlu.json": make_mmlu(0.41, False),
+        "eval-mmlu-baseline.json": make_mmlu(0.35, True),
+        "environment.json": environment,
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+class Strict(html.parser.HTMLParser):
+    """Every element is closed in its turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.open.append(tag)
+        self.seen.add(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.seen.add(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def parse(text: str) -> ElementTree.Element:
+    """The page as XML, and as HTML; the same elements in both."""
+    strict = Strict()
+    strict.feed(text)
+    strict.close()
+    assert strict.open == []
+    root = ElementTree.fromstring(text)
+    assert {element.tag.removeprefix(SVG).lower() for element in root.iter()} == {
+        name.lower() for name in strict.seen
+    }
+    # As HTML, only these may be closed at once outside of a picture.
+    for element in root.iter():
+        if not element.tag.startswith(SVG) and len(element) == 0 and not element.text:
+            assert element.tag in ("meta", "td", "th", "p", "pre", "div"), element.tag
+    return root
+
+
+def figures(root: ElementTree.Element) -> dict[str, list[list[str]]]:
+    """The table of every plot, by title, its head first."""
+    return {
+        figure.findtext("figcaption") or "": [
+            ["".join(cell.itertext()) for cell in row] for row in figure.iter("tr")
+        ]
+        for figure in root.iter("figure")
+    }
+
+
+def sections(root: ElementTree.Element) -> list[str]:
+    return ["".join(h2.itertext()) for h2 in root.iter("h2")]
+
+
+ALL = [
+    "Results",
+    "Entropy of the codes",
+    "Codes, shifts and errors",
+    "Training",
+    "Evaluation",
+    "Memory",
+    "Repeat it",
+]
+
+
+def test_the_page_shows_what_was_measured(run: Path) -> None:
+    text = page(gather(run))
+    root = parse(text)
+    assert sections(root) == ALL
+    shown, survey = figures(root), make_survey()
+    for name in LINEAR_NAMES:
+        assert shown[name][0] == ["layer", "plain", "ICQ"]
+        for layer in (0, 31):
+            plain, after = (
+                survey[kind]["entropy"][name][layer] for kind in ("plain", "calibrated")
+            )
+            assert shown[name][1 + layer] == [str(layer), f"{plain:.5g}", f"{after:.5g}"]
+        assert float(shown[f"Error of {name}"][1][1]) == pytest.approx(
+            100 * survey["plain"]["error"][name][0], rel=1e-4
+        )
+    means = [np.mean([survey["plain"]["entropy"][n][i] for n in LINEAR_NAMES]) for i in range(32)]
+    shown_means = [float(row[1]) for row in shown["Mean of all projections"][1:]]
+    np.testing.assert_allclose(shown_means, means, rtol=1e-4)
+    codes = shown["How often each level of nf4 is used"]
+    counts = survey["plain"]["codes"]
+    assert [row[0] for row in codes[1:4]] == ["-1.00", "-0.70", "-0.53"]
+    shares = [100 * count / sum(counts) for count in counts]
+    np.testing.assert_allclose([float(row[1]) for row in codes[1:]], shares, rtol=1e-4)
+    shifts = shown["Shifts of the blocks"]
+    assert sum(float(row[2]) for row in shifts[1:]) == pytest.approx(100, abs=0.01)
+    around = [row for row in shifts[1:] if float(row[0]) < 0 < float(row[1])]
+    assert len(around) == 1 and float(around[0][0]) == -float(around[0][1])
+
+    assert shown["Loss"][0] == ["step", "training", "evaluation"]
+    assert ["100", "1.3679", "1.4679"] in shown["Loss"] and ["110", "1.3329", ""] in shown["Loss"]
+    assert shown["Speed"][-1] == ["400", "5400"]
+    assert shown["Peak memory"][1] == ["10", "7"]
+    stem = shown["MMLU, STEM"]
+    assert stem[0] == ["", "before the finetune", "finetuned, step 400"]
+    low, high = wilson(0.41, 100)
+    assert stem[1][:1] + stem[1][2:] == ["astronomy", f"41.0% ({low:.1%} to {high:.1%})"]
+    subjects = [row[0] for title, rows in shown.items() if "MMLU" in title for row in rows[1:]]
+    assert len(set(subjects)) == 57
+    words = " ".join("".join(root.itertext()).split())
+    for sentence in (
+        "mean entropy of the codes 3.680 before and 3.750 after, of 4 bits",
+        "Evaluation loss from 2.7268 to 1.3454 nats a token and accuracy from 57.3% to 76.4% "
+        "after 400 steps.",
+        "LoRA with IEC, rank 6, alpha 9, on 7 projections of every layer",
+        "2 times NVIDIA H100",
+        "jax 0.10.2",
+        "The device held 7.00 GiB at most while training.",
+        "irqlora eval --run NEW_FOLDER --task mmlu --baseline --mmlu 'mmlu data'",
+    ):
+        assert sentence in words, sentence
+
+
+def test_lines_and_bars_lie_where_their_figures_say(run: Path) -> None:
+    root = parse(page(gather(run)))
+    loss = next(f for f in root.iter("figure") if f.findtext("figcaption") == "Loss")
+    paths = {
+        p.get("class"): p.get("d") for p in loss.iter(f"{SVG}path") if "l " in p.get("class", "")
+    }
+    path = paths["l s0"]
+    assert path is not None
+    points = np.array([p.split() for p in path.removeprefix("M").split("L")], float)
+    expected = np.array([[row["step"], row["loss"]] for row in make_metrics() if "loss" in row])
+    for axis, sign in ((0, 1), (1, -1)):  # paper counts from the top
+        line = np.polyfit(expected[:, axis], points[:, axis], 1)
+        assert sign * line[0] > 0
+        np.testing.assert_allclose(np.polyval(line, expected[:, axis]), points[:, axis], atol=0.11)
+    bars = next(f for f in root.iter("figure") if f.findtext("figcaption") == "MMLU, STEM")
+    width = [
+        float(r.get("width", 0))
+        for r in bars.iter(f"{SVG}rect")
+        if r.find(f"{SVG}title") is not None
+    ]
+    values = [float(c.split("%")[0]) for row in figures(root)["MMLU, STEM"][1:] for c in row[1:]]
+    np.testing.assert_allclose(np.array(width) / width[0], np.array(values) / values[0], rtol=5e-3)
+
+
+def test_nothing_is_fetched_and_nothing_runs(run: Path) -> None:
+    text = page(gather(run))
+    assert "default-src 'none'" in text.replace("&#x27;", "'")
+    for word in ("<script", "href=", "src=", "url(", "@import", "<link", "onload"):
+        assert word not in text
+    assert set(text.split("http")[1:][0][:20].split()) and all(
+        part.startswith("://www.w3.org/2000/svg") or part.startswith("-equiv")
+        for part in text.split("http")[1:]
+    )
+
+
+def test_hostile_text_stays_text(run: Path) -> None:
+    hostile = HOSTILE.replace("\ud800", "")  # which YAML refuses
+    (run / "config.json").write_text(
+        json.dumps(make_config(model=hostile, data={"train": hostile}))
+    )
+    rows = [row | {"model": hostile} for row in make_results()]
+    (run / "results.json").write_text(json.dumps(rows))
+    questions = {
+        "task": HOSTILE,
+        "settings": {"task": HOSTILE, "questions": HOSTILE},
+        "by_subject": {HOSTILE: 0.5, "b": 0.25},
+        "accuracy": 0.4,
+    }
+    (run / "eval-x.json").write_text(json.dumps(questions))
+    survey = make_survey(2)
+    for kind in ("plain", "calibrated"):
+        for measure in ("entropy", "error"):
+            survey[kind][measure][HOSTILE] = survey[kind][measure].pop("q_proj")
+    (run / "quantization.json").write_text(json.dumps(survey | {"calibration": HOSTILE}))
+    path = write.report(write.ReportConfig(str(run)), say=lambda _: None)
+    text = path.read_text(encoding="utf-8")
+    assert "<script" not in text and "<!--" not in text
+    root = parse(text)
+    assert sections(root) == ALL
+    assert "".join(root.itertext()).count("<script>alert(1)</script>") >= 8
+    with pytest.raises(
+        (AssertionError, ElementTree.ParseError)
+    ):  # the parser of this test is strict indeed
+        parse(text.replace("&lt;script", "<script", 1))
+
+
+@pytest.mark.parametrize(
+    ("missing", "without"),
+    [
+        ("quantization.json", {"Entropy of the codes", "Codes, shifts and errors"}),
+        ("metrics.jsonl", {"Training"}),
+        ("results.json", {"Results"}),
+        ("eval-*.json", {"Evaluation"}),
+        ("base.safetensors", {"Memory"}),
+        ("environment.json", set()),
+        ("config.json", set()),
+        ("[!b]*.json*", set(ALL) - {"Memory", "Repeat it"}),
+    ],
+)
+def test_what_is_missing_is_left_out(run: Path, missing: str, without: set[str]) -> None:
+    for file in run.glob(missing):
+        file.unlink()
+    assert sections(parse(page(gather(run)))) == [name for name in ALL if name not in without]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"plain": {}}', '[{"model": 3}]', "\x00"])
+def test_what_is_broken_is_named(run: Path, content: str) -> None:
+    names = ["quantization.json", "results.json", "eval-mmlu.json", "environment.json"]
+    names += ["metrics.jsonl", "config.json", "base.safetensors"]
+    for name in names:
+        kept = (run / name).read_bytes()
+        (run / name).write_text(content)
+        root = parse(page(gather(run)))
+        # Lines that are none are skipped, and what is merely empty is not broken.
+        sound = (("results.json", "[]"), ("eval-mmlu.json", '{"plain": {}}'))
+        if name != "metrics.jsonl" and (name, content) not in sound:
+            words = "".join(root.itertext())
+            assert "Left out" in sections(root) or set(ALL) - set(sections(root)), (name, words)
+        (run / name).write_bytes(kept)
+    assert sections(parse(page(gather(run)))) == ALL
+
+
+def test_numbers_that_are_none_are_gaps(run: Path) -> None:
+    rows = make_metrics(100)
+    rows[2]["loss"] = None  # as the log writes nan
+    rows[3]["tokens_per_second"] = math.inf
+    for row in rows:
+        row["grad_norm"] = math.nan
+    write_lines(run / "metrics.jsonl", rows)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('not a line\n{"loss": 3}\n{"step": 110, "lo')
+    root = parse(page(gather(run)))
+    assert sections(root) == ALL
+    shown = figures(root)
+    assert shown["Loss"][3][:2] == ["30", "-"] and shown["Speed"][4] == ["40", "-"]
+    assert not any("gradient" in title for title in shown)  # nothing of it can be drawn
+    loss = next(f for f in root.iter("figure") if f.findtext("figcaption") == "Loss")
+    lines = [
+        p for p in loss.iter(f"{SVG}path") if p.get("class") == "l s0" and "L" in p.get("d", "")
+    ]
+    assert len(lines) == 2
+    for word in ("nan", "inf", "None"):
+        assert word not in " ".join(p.get("d", "") for p in root.iter(f"{SVG}path"))
+
+
+def test_long_runs_are_averaged() -> None:
+    rows = [{"step": step, "loss": float(step)} for step in range(1, 1001)]
+    steps, values = course(rows, "loss", most=200)
+    assert steps == list(range(5, 1001, 5)) and values == list(range(3, 1001, 5))
+    assert course(rows, "missing") == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0.0, 1.0), (2.61, 2.79), (-3.0, 5.0), (1e-7, 3e-7), (0.0, 123456.0), (5.0, 5.0), (1e9, 3e9)],
+)
+def test_ticks_are_round_different_and_within(low: float, high: float) -> None:
+    ends = svg.round_ends(low, high)
+    for a, b in ((low, high), ends):
+        marks = svg.ticks(a, b)
+        assert all(a - 1e-9 * abs(a) <= mark <= b + 1e-9 * abs(b) for mark in marks)
+        labels = svg.tick_labels(marks)
+        assert len(set(labels)) == len(marks) >= (1 if a == b else 2)
+        assert max(map(len, labels)) <= 8
+    assert ends[0] <= low and high <= ends[1]
+
+
+def test_intervals_against_published_ones() -> None:
+    """Wilson intervals of Newcombe (1998), table I."""
+    for right, count, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)):
+        assert wilson(right / count, count) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+    assert wilson(0.5, None) == wilson(0.5, 0) == (None, None)
+
+
+def test_markup_escapes_what_it_is_given() -> None:
+    element = tag("p", HOSTILE, tag("b", "<"), class_=HOSTILE, data_x=1 / 3, none=None)
+    (found,) = [ElementTree.fromstring(element)]
+    assert found.get("data-x") == "0.33" and found.get("none") is None
+    cleaned = (
+        HOSTILE.replace("\x00", "\ufffd").replace("\x1b", "\ufffd").replace("\ud800", "\ufffd")
+    )
+    assert found.text == cleaned and found.get("class") == cleaned
+
+
+def test_a_page_that_cannot_be_written_is_no_end_of_a_run(run: Path, monkeypatch, capsys) -> None:
+    said: list[str] = []
+    (run / "report.html").mkdir()  # what is moved there is refused
+    write.try_to_write(run, said.append)
+    assert len(said) == 1 and "was not written" in said[0] and "irqlora report --run" in said[0]
+    assert cli.main(["report", f"--run={run}"]) == 2
+    assert "--output FILE" in capsys.readouterr().err
+
+    def fail(found: Any) -> str:
+        raise RuntimeError("an error\nof two lines")
+
+    monkeypatch.setattr(write, "page", fail)
+    write.try_to_write(run, said.append)
+    assert "RuntimeError: an error of two lines" in said[1]
+
+
+@pytest.mark.skipif(
+    not any(map(shutil.which, ("chromium", "google-chrome"))), reason="there is no browser"
+)
+def test_a_phone_shows_it_without_scrolling_sideways(run: Path, tmp_path: Path) -> None:
+    text = page(gather(run)).replace("http-equiv", "data-was")  # or else this test could not look
+    text = text.replace("<details", '<details open=""')
+    frame = tag("iframe", " ", srcdoc=text, width=360, height=700, id="page")
+    script = """<script>onload = () => {
+        const page = document.getElementById("page").contentDocument;
+        const out = [...page.querySelectorAll("figure > svg")].filter(picture => {
+          const box = picture.getBoundingClientRect();
+          return [...picture.querySelectorAll("text")].some(text => {
+            const own = text.getBoundingClientRect();
+            return own.left < box.left - 1 || own.right > box.right + 1;
+          });
+        });
+        document.title = `${page.documentElement.scrollWidth} wide, ${out.length} cut, `
+          + `${page.querySelectorAll("figure > svg").length} drawn`;
+      }</script>"""
+    wrapper = tmp_path / "wrapper.html"
+    wrapper.write_text(f"<!DOCTYPE html><title>-</title>{frame}{script}", encoding="utf-8")
+    browser = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", wrapper.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    title = done.stdout.split("<title>")[1].split("</title>")[0]
+    assert title in ("360 wide, 0 cut, 28 drawn", "345 wide, 0 cut, 28 drawn"), title

@@ -1,0 +1,424 @@
+"""Runs that stop, go on, end early, diverge and refuse."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from irqlora_jax.config import Config, QuantizeConfig
+from irqlora_jax.data import load_examples, make_batches
+from irqlora_jax.generate.decode import generate
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.runs.checkpoints import Checkpoints
+from irqlora_jax.runs.load import load_run
+from irqlora_jax.runs.quantize import quantize_model
+from irqlora_jax.runs.state import init_state, make_optimizer
+from irqlora_jax.train import loop
+from irqlora_jax.train.finetune import run
+from irqlora_jax.train.metrics import MetricsLog
+from irqlora_jax.train.stop import Stop
+
+pytestmark = pytest.mark.usefixtures("optimizer_promotion")
+
+ROOT = Path(__file__).parents[2]
+WORLD = ROOT / "examples" / "factworld"
+FAST = QuantConfig(format="nf3", calibration="none")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A base that is quantized once for all tests."""
+    folder = tmp_path_factory.mktemp("base") / "nf3"
+    quantize_model(QuantizeConfig(str(WORLD / "base-small"), str(folder), FAST, False), print)
+    return folder
+
+
+def settings_for(base: Path, folder: Path, **changes) -> dict:
+    settings = {
+        "output_dir": str(folder),
+        "model": str(base),
+        "quant.calibration": "none",
+        "data.train": str(WORLD / "data" / "train.jsonl"),
+        "data.eval": str(WORLD / "data" / "eval.jsonl"),
+        "data.max_examples": 64,
+        "evaluate.questions": None,
+        "evaluate.baselines": False,
+        "adapter.dropout": 0.1,
+        "train.steps": 6,
+        "train.batch_size": 4,
+        "train.eval_every": 0,
+        "train.save_every": 2,
+        "mesh.data": 1,
+        "log.progress": False,
+        "log.every": 1,
+    }
+    return settings | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def config_for(base: Path, folder: Path, **changes) -> Config:
+    return Config.load(ROOT / "configs/quickstart.yaml", settings_for(base, folder, **changes))
+
+
+def quiet(config: Config):
+    return run(config, lambda _: None)
+
+
+def steps_of(folder: Path) -> list[int]:
+    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdecimal())
+
+
+def rows_of(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses_of(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in rows_of(folder) if "loss" in row]
+
+
+def evaluations_of(folder: Path) -> list[tuple[int, float]]:
+    return [(row["step"], row["eval_loss"]) for row in rows_of(folder) if "eval_loss" in row]
+
+
+def state_of(folder: Path) -> list[np.ndarray]:
+    """The last state of a run, as arrays."""
+    config, model = Config.load(folder / "config.json"), load_run(folder).model
+    like = jax.eval_shape(lambda: init_state(model, make_optimizer(config.train), config.seed))
+    with Checkpoints(folder) as checkpoints:
+        state = checkpoints.restore(checkpoints.find("last"), like)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit by bit: the last state, and every loss on the way."""
+    for a, b in zip(state_of(one), state_of(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert losses_of(one) == losses_of(other)
+    assert evaluations_of(one) == evaluations_of(other)
+
+
+class StoppedError(Exception):
+    """Stands for a crash."""
+
+
+def at_step(monkeypatch, step: int, action: Callable[[], None]) -> None:
+    """Does something when the loss of a step is logged, before it is written."""
+    write = MetricsLog.write
+
+    def act(self, done, values):
+        if done == step and "loss" in values:
+            action()
+        write(self, done, values)
+
+    monkeypatch.setattr(MetricsLog, "write", act)
+
+
+def crash() -> None:
+    raise StoppedError
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, tmp_path_factory) -> Path:
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with jax.numpy_dtype_promotion("standard"):
+        quiet(config_for(base, folder))
+    return folder
+
+
+def test_a_crashed_run_goes_on_bit_by_bit(base, whole, tmp_path, monkeypatch) -> None:
+    """Crashed in the middle of step 5, after the checkpoint of step 4."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, crash)
+        with pytest.raises(StoppedError):
+            quiet(config_for(base, folder))
+    said: list[str] = []
+    result = run(config_for(base, folder), said.append)
+    assert any("going on from step 4" in line for line in said)
+    assert result.steps == 6 and [step for step, _ in losses_of(folder)] == [1, 2, 3, 4, 5, 6]
+    assert_same_run(whole, folder)
+    results = [json.loads((f / "results.json").read_text()) for f in (whole, folder)]
+    assert results[0][0].pop("seconds") != results[1][0].pop("seconds")
+    assert results[0] == results[1]
+
+
+def test_sigterm_saves_and_the_run_goes_on_bit_by_bit(base, whole, tmp_path, monkeypatch) -> None:
+    """The signal comes while step 4 is computed, so that is the last one; nothing is evaluated."""
+    folder, said = tmp_path / "run", []
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as ended:
+            run(config_for(base, folder, train__save_every=0), said.append)
+    assert ended.value.code == 143 and steps_of(folder) == [4]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert "SIGTERM: ended after step 4 of 6" in said[-1] and "same command" in said[-1]
+    assert not (folder / "results.json").exists()
+    quiet(config_for(base, folder))
+    assert_same_run(whole, folder)
+
+
+def test_ctrl_c_on_the_command_line(base: Path, tmp_path: Path) -> None:
+    """A process of its own, interrupted when its first steps are logged."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    changes = {"train__steps": 4000, "train__save_every": 0, "train__schedule": "constant"}
+    flags = [
+        f"--{name}={json.dumps(value) if not isinstance(value, str) else value}"
+        for name, value in settings_for(base, folder, **changes).items()
+    ]
+    command = [sys.executable, "train.py", "--config=configs/quickstart.yaml", *flags]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err.decode()
+    assert b"SIGINT: ended after step" in out and b"Traceback" not in err
+    assert b"once more ends at once" in err
+    (step,) = steps_of(folder)
+    quiet(config_for(base, folder, **changes | {"train__steps": step + 2}))
+    quiet(config_for(base, other, **changes | {"train__steps": step + 2}))
+    assert steps_of(folder) == [step, step + 2] and steps_of(other) == [step + 2]
+    assert_same_run(folder, other)
+
+
+@pytest.mark.parametrize("moment", range(1, 9))
+def test_whenever_the_signal_is_seen_the_last_state_is_saved(
+    base, tmp_path, monkeypatch, moment
+) -> None:
+    class Late(Stop):
+        """Becomes known when it is asked for the so-manyth time."""
+
+        asked = 0
+
+        @property
+        def signal(self):
+            self.asked += 1
+            return signal.SIGINT if self.asked >= moment else None
+
+        @signal.setter
+        def signal(self, value):
+            pass
+
+    monkeypatch.setattr(loop, "Stop", Late)
+    folder, said = tmp_path / "run", []
+    with pytest.raises(SystemExit):
+        run(config_for(base, folder, train__eval_every=1, train__save_every=0), said.append)
+    last = losses_of(folder)[-1][0]
+    assert f"ended after step {last} of 6" in said[-1] and steps_of(folder)[-1] == last
+
+
+def test_the_second_signal_ends_at_once(base, tmp_path, monkeypatch) -> None:
+    def twice() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    folder = tmp_path / "run"
+    at_step(monkeypatch, 3, twice)
+    with pytest.raises(KeyboardInterrupt):
+        quiet(config_for(base, folder))
+    assert steps_of(folder) == [2]
+
+
+def test_several_devices_are_used_and_another_mesh_may_go_on(base, whole, tmp_path) -> None:
+    """As many as divide the batch by default, then two that split the weights, then one."""
+    folder, said = tmp_path / "run", []
+    run(config_for(base, folder, mesh__data=None, train__steps=2), said.append)
+    assert "4 of 8 devices (data 4, fsdp 1, tensor 1)" in said[0]
+    quiet(config_for(base, folder, mesh__fsdp=2, train__steps=3))
+    quiet(config_for(base, folder, train__steps=4))
+    assert [step for step, _ in losses_of(folder)] == [1, 2, 3, 4]
+    np.testing.assert_allclose(losses_of(folder), losses_of(whole)[:4], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def worsening(base: Path, tmp_path_factory) -> Path:
+    """A run that is evaluated at every step and soon gets worse."""
+    folder = tmp_path_factory.mktemp("worsening") / "run"
+    with jax.numpy_dtype_promotion("standard"):
+        quiet(config_for(base, folder, **WORSENING))
+    return folder
+
+
+WORSENING = {
+    "train__steps": 12,
+    "train__learning_rate": 0.02,
+    "train__save_every": 0,
+    "train__eval_every": 1,
+    "train__early_stopping": 3,
+    "train__keep_checkpoints": 1,
+    "evaluate__samples": ["question what is", "question"],
+    "evaluate__sample_tokens": 4,
+}
+
+
+def test_early_stopping_and_the_best_checkpoint(base: Path, worsening: Path) -> None:
+    losses = [loss for _, loss in evaluations_of(worsening)]
+    best = losses.index(min(losses)) + 1
+    assert 1 <= best < 9 and len(losses) == best + 3  # by definition of the patience
+    # The best is kept beside the newest one, and evaluates to what was said of it.
+    assert steps_of(worsening) == [best, best + 3]
+    with Checkpoints(worsening) as checkpoints:
+        assert checkpoints.best() == best and checkpoints.find("best") == best
+        assert [checkpoints.loss(step) for step in steps_of(worsening)] == [min(losses), losses[-1]]
+    assert load_run(worsening, checkpoint="best").step == best
+    last, better = json.loads((worsening / "results.json").read_text())
+    assert (last["model"], last["loss"]) == ("finetuned", losses[-1])
+    assert (better["model"], better["loss"]) == (f"finetuned, best (step {best})", min(losses))
+    # The same command finds nothing more to do.
+    said: list[str] = []
+    result = run(config_for(base, worsening, **WORSENING), said.append)
+    assert (result.steps, result.best) == (best + 3, best)
+    assert any(f"ended early, after step {best + 3} of 12: 3 evaluations" in s for s in said)
+    assert [loss for _, loss in evaluations_of(worsening)] == losses
+
+
+def test_patience_survives_a_crash(base, worsening, tmp_path, monkeypatch) -> None:
+    """Crashed after two evaluations without a better loss: the third ends it, not three more."""
+    last = evaluations_of(worsening)[-1][0]
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_step(patch, last, crash)
+        with pytest.raises(StoppedError):
+            quiet(config_for(base, folder, **WORSENING | {"train__save_every": 1}))
+    result = quiet(config_for(base, folder, **WORSENING))
+    assert result.steps == last
+    assert_same_run(worsening, folder)
+
+
+def test_the_log_has_what_evaluations_are_about(worsening: Path) -> None:
+    steps = [row for row in rows_of(worsening) if "loss" in row]
+    assert all(row["learning_rate"] == pytest.approx(0.02) for row in steps)
+    assert all(row["grad_norm"] > 0 and row["peak_memory"] > 2**20 for row in steps)
+    assert "tokens_per_second" not in steps[0]  # that is when the program was compiled
+    assert all(row["tokens_per_second"] > 0 for row in steps[1:])
+    assert all(0 <= row["device_share"] <= 1 for row in steps[1:])
+    model = load_run(worsening)
+    prompt = model.tokenizer("question what is")["input_ids"]
+    eos = model.model.config.eos_token_ids
+    (new,) = generate(model.model, model.variables, [prompt], 4, eos_token_ids=eos)
+    evaluated = [row for row in rows_of(worsening) if "eval_loss" in row]
+    for row in evaluated:
+        assert row["eval_tokens_per_second"] > 0
+        assert [s["prompt"] for s in row["samples"]] == ["question what is", "question"]
+    answer = evaluated[-1]["samples"][0]["answer"]
+    assert answer.split() == model.tokenizer.decode(new, skip_special_tokens=True).split() != []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train__learning_rate": 0.5}, ["train.learning_rate = 0.001 there, 0.5 here"]),
+        ({"train__schedule": "cosine"}, ["train.schedule = 'constant' there, 'cosine' here"]),
+        ({"model": "other"}, ["model = ", "'other' here"]),
+        ({"quant__format": "nf4"}, ["quant.format = 'nf3' there, 'nf4' here"]),
+        ({"adapter__rank": 4}, ["adapter.rank = 8 there, 4 here"]),
+        ({"data__max_examples": 32}, ["data.max_examples = 64 there, 32 here"]),
+    ],
+)
+def test_another_run_in_the_folder_is_refused(base, whole, changes: dict, words: list[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    with pytest.raises(ValueError, match="holds another run") as error:
+        quiet(config_for(base, whole, **changes))
+    assert all(word in str(error.value) for word in words)
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+
+
+def test_other_contents_of_the_data_file_are_refused(base: Path, tmp_path: Path) -> None:
+    data, folder = tmp_path / "data.jsonl", tmp_path / "run"
+    lines = (WORLD / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+    data.write_text("".join(lines[:16]))
+    changes = {"data__train": str(data), "train__steps": 1}
+    quiet(config_for(base, folder, **changes))
+    data.write_text("".join(lines[:15] + lines[16:17]))
+    with pytest.raises(ValueError, match=r"data.train = .*data.jsonl': gives 16 examples") as error:
+        quiet(config_for(base, folder, **changes))
+    assert str(error.value).count("sha256") == 2 and "output_dir" in str(error.value)
+    # The same rows in another form are the same data.
+    rows = [json.loads(line) for line in lines[:16]]
+    data.write_text("\n\n".join(json.dumps(dict(reversed(row.items()))) for row in rows))
+    assert quiet(config_for(base, folder, **changes)).steps == 1
+
+
+def test_the_original_model_may_be_gone(base: Path, tmp_path: Path) -> None:
+    copy, folder = tmp_path / "copy", tmp_path / "run"
+    shutil.copytree(base, copy)
+    quiet(config_for(copy, folder, train__steps=1))
+    shutil.rmtree(copy)
+    assert quiet(config_for(copy, folder, train__steps=2)).steps == 2
+    with pytest.raises(FileNotFoundError, match=r"evaluate.baselines = True: needs .* model = "):
+        quiet(config_for(copy, folder, evaluate__baselines=True))
+
+
+DIVERGING = {"train__clip_norm": None, "train__save_every": 1}
+
+
+def test_a_nan_loss_names_step_examples_and_checkpoint(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = config_for(base, folder, train__learning_rate=1e30, **DIVERGING)
+    with pytest.raises(FloatingPointError) as error:
+        quiet(config)
+    (failed,) = set(range(1, 7)) - {step for step, _ in losses_of(folder)} - {3, 4, 5, 6}
+    assert f"loss = nan at step {failed}, in a batch" in str(error.value)
+    examples = load_examples(config.data.train, config.data, load_run(folder).tokenizer)
+    indices = sorted(make_batches(examples, config.data, 4, config.seed).indices(failed - 1))
+    assert f"examples {', '.join(map(str, indices))} (counted from 0)" in str(error.value)
+    assert f"the last checkpoint is of step {failed - 1}" in str(error.value)
+    assert steps_of(folder) == [failed - 1]
+
+
+def test_a_state_that_is_not_finite_is_never_saved(base: Path, tmp_path: Path) -> None:
+    """The first loss and gradient are finite, but float32 cannot hold the update."""
+    folder = tmp_path / "run"
+    with pytest.raises(FloatingPointError, match="not finite after step 1; there is no checkpoint"):
+        rates = {"train__learning_rate": 1e38, "train__weight_decay": 1e4}
+        quiet(config_for(base, folder, **rates, **DIVERGING))
+    assert steps_of(folder) == [] and np.isfinite(losses_of(folder)).all()
+
+
+def test_packed_and_half_precision(base: Path, tmp_path: Path) -> None:
+    """Packing and bfloat16 adapters through a whole run: the loss falls."""
+    folder = tmp_path / "run"
+    changes = {
+        "data__packing": True,
+        "data__packing_length": 64,
+        "adapter__dtype": "bfloat16",
+        "train__steps": 30,
+        "train__learning_rate": 0.01,
+    }
+    quiet(config_for(base, folder, **changes))
+    losses = [loss for _, loss in losses_of(folder)]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
+    variables = load_run(folder).variables
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables["params"])} == {"bfloat16"}
+
+
+def test_questions_and_baselines_make_the_table(tmp_path: Path) -> None:
+    questions = str(WORLD / "data" / "questions.jsonl")
+    asked = {"evaluate__questions": questions, "evaluate__max_questions": 64}
+    result = quiet(
+        config_for(
+            WORLD / "base-small",
+            tmp_path / "run",
+            train__steps=1,
+            evaluate__baselines=True,
+            **asked,
+        )
+    )
+    names = [row.model for row in result.rows]
+    assert names == ["full precision", "plain nf3", "plain nf3, finetuned"]
+    exact, plain, tuned = (dataclasses.asdict(row) for row in result.rows)
+    assert exact["entropy"] is None and exact["bits"] == 32
+    assert plain["entropy"] == tuned["entropy"] and 2 < plain["entropy"] < 3 < plain["bits"] < 4
+    assert exact["loss"] < plain["loss"] and exact["accuracy"] > plain["accuracy"] > 0.3
