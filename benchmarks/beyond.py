@@ -37,6 +37,7 @@ from timing import machine, table
 
 from irqlora_jax.model.attention import rope_frequencies
 from irqlora_jax.model.llama import AdaptedLinear, Layer
+from irqlora_jax.quant.calibrations.joint import JointOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.formats import get_format
@@ -46,7 +47,7 @@ HOWS: dict[str, Mapping[str, Any]] = {
     "none": {"calibration": "none"},
     "ICQ": {"calibration": "icq"},
     "joint 100": {"calibration": "joint"},
-    "joint inf": {"calibration": "joint", "error_weight": float("inf")},
+    "joint inf": {"calibration": "joint", "joint": JointOptions(float("inf"))},
 }
 OUTLIER = 8.0
 Runs = dict[str, list[tuple[float, ...]]]  # figures of the draws, by method

@@ -30,6 +30,7 @@ from testbeds import Testbed, paired, spread, stored, stories
 from timing import compare, machine, table
 
 from irqlora_jax.quant.calibrations import icq, icq_integer, joint
+from irqlora_jax.quant.calibrations.joint import JointOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.entropy import block_entropy
 from irqlora_jax.quant.formats import get_format
@@ -160,7 +161,8 @@ def losses(testbed: Testbed, draws: int, formats: Sequence[str], weights: Sequen
     full = testbed.measure(testbed.bases[0])[0]
     print(f"\n## Loss per token of {testbed.name}, {draws} draws; full precision {full:.4f}\n")
     hows = {"none": {"calibration": "none"}, "ICQ": {"calibration": "icq"}} | {
-        f"joint {weight:g}": {"calibration": "joint", "error_weight": weight} for weight in weights
+        f"joint {weight:g}": {"calibration": "joint", "joint": JointOptions(weight)}
+        for weight in weights
     }
     columns = ("format", "calibration", "mean (sd)", "against none", "against ICQ")
     print(table((*columns, "against joint inf"), []))

@@ -46,6 +46,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.adapters.loftq import LoftqOptions
 from irqlora_jax.base.make import load_base, load_loftq
 from irqlora_jax.export.model import save_model
 from irqlora_jax.files.tensors import FLOATS, read_headers, read_into
@@ -202,9 +203,9 @@ def search_seconds(folder: Path, quant: QuantConfig) -> float:
         for blocks in weights:
             if get_format(quant.format).integer:
                 bits = get_format(quant.format).bits
-                found = icq_integer.search_range(blocks, bits, quant.symmetric, quant.search_range)
+                found = icq_integer.search_range(blocks, bits, quant.symmetric, quant.icq.range)
             else:
-                found = icq.search_shift(blocks, quant.format, quant.search_range)
+                found = icq.search_shift(blocks, quant.format, quant.icq.range)
             jax.block_until_ready(found)
 
     search(load("rehearsal"))
@@ -218,7 +219,7 @@ def load(folder: Path, quant: QuantConfig, args: argparse.Namespace) -> tuple:
     """The base, and with --loftq its pairs."""
     if not args.loftq:
         return load_base(folder, quant, progress=args.progress)[:1]
-    adapter = AdapterConfig(rank=64, init="loftq", loftq_iterations=args.loftq)
+    adapter = AdapterConfig(rank=64, init="loftq", loftq=LoftqOptions(args.loftq))
     key = jax.random.key(0)
     return load_loftq(folder, quant, adapter, key, progress=args.progress)[:2]
 

@@ -4,6 +4,7 @@ Every unknown key and every bad value is an error that names the field, the valu
 accepted. The fields are documented here and nowhere else; `python train.py --help` prints them.
 """
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -19,6 +20,16 @@ from irqlora_jax.sharding import MeshConfig
 from irqlora_jax.text import require
 
 Parsed = TypeVar("Parsed")
+# Names of version 0.1.0, which files and flags may still use.
+_RENAMED = {
+    "quant.search_range": "quant.icq.range",
+    "quant.search_steps": "quant.icq.steps",
+    "quant.search": "quant.icq.search",
+    "quant.error_weight": "quant.joint.error_weight",
+    "quant.refine_steps": "quant.joint.refine_steps",
+    "adapter.connections": "adapter.iec.connections",
+    "adapter.loftq_iterations": "adapter.loftq.iterations",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +168,8 @@ class Config:
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
-        # LoftQ corrects the error of the quantizer.
-        ok = self.quant.format != "none" or self.adapter.init == "default"
+        # Such a start corrects the quantization error.
+        ok = self.quant.quantizes or self.adapter.start.fit is None
         require(ok, "adapter.init", self.adapter.init, "default with quant.format none")
 
     @classmethod
@@ -219,7 +230,9 @@ def parse_flags(kind: type[Parsed], argv: Sequence[str], script: str) -> Parsed:
         exit_on_error=False,
         description=kind.__doc__,
     )
-    parser.add_argument("--config", action="config", help="YAML file; flags override it.")
+    parser.add_argument(
+        "--config", action="config", help="YAML or JSON file. Flags that follow override it."
+    )
     parser.add_class_arguments(kind, as_group=False)
     switches = set(_switches(kind))
     values = [
@@ -227,12 +240,67 @@ def parse_flags(kind: type[Parsed], argv: Sequence[str], script: str) -> Parsed:
         for flag, after in itertools.zip_longest(argv, argv[1:])
     ]
     try:
-        fields = vars(parser.instantiate(parser.parse_args(values)))
+        fields = vars(parser.instantiate(parser.parse_args(_with_current_flags(values))))
     except jsonargparse.ArgumentError as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{text} ({script} --help lists every field)") from error
     fields.pop("config")
     return kind(**fields)
+
+
+def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a stored configuration, renamed from earlier versions.
+
+    Examples:
+        >>> with_current_names({"seed": 0, "quant": {"format": "nf3", "search_steps": 50}})
+        {'seed': 0, 'quant': {'format': 'nf3', 'icq': {'steps': 50}}}
+    """
+    current = copy.deepcopy(dict(values))
+    for old, new in _RENAMED.items():
+        section, name = old.split(".")
+        fields = current.get(section)
+        if isinstance(fields, dict) and name in fields:
+            _, method, option = new.split(".")
+            fields.setdefault(method, {})[option] = fields.pop(name)
+    return current
+
+
+def _with_current_flags(argv: Sequence[str]) -> list[str]:
+    """Flags and configuration files with today's names."""
+    current: list[str] = []
+    for flag in argv:
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if current and current[-1] == "--config":
+            current.append(_read_config(flag))
+        elif flag.startswith("--config="):
+            current.append(f"--config={_read_config(value)}")
+        elif flag.startswith("--") and name in _RENAMED:
+            current.append(f"--{_RENAMED[name]}{equals}{value}")
+        else:
+            current.append(flag)
+    return current
+
+
+def _read_config(path: str) -> str:
+    """A configuration file as YAML text with today's names.
+
+    A file that cannot be read, or that holds no mapping, is left to the parser, which refuses it.
+    """
+    import yaml
+    from jsonargparse import get_loader
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        # In JSON, numbers that are not finite are written in another way.
+        values = json.loads(text) if path.endswith(".json") else get_loader("yaml")(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return path
+    if not isinstance(values, dict):
+        return path
+    current = with_current_names(values)
+    if current == values and not path.endswith(".json"):
+        return path
+    return yaml.safe_dump(current, sort_keys=False)
 
 
 def _switches(kind: type, prefix: str = "--") -> Iterator[str]:

@@ -9,7 +9,7 @@ are copied to all devices.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,10 @@ SPLIT_INPUTS = ("o_proj", "down_proj")
 """Layers that tensor splits along their inputs, the others along their outputs."""
 
 Axes = tuple[str, ...]
+Splits = Mapping[str, tuple[str | None, ...]]
+"""By leaf of an adapter: "out" or "in" for each dimension, None for one that stays whole."""
+PAIR: Splits = {"lora_A": (None, "in"), "lora_B": ("out", None)}
+"""How a pair of LoRA is split."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +86,7 @@ def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = Non
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def spec(mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...]) -> P:
+def spec(mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...], splits: Splits = PAIR) -> P:
     """The rule for one array of the base, the adapters or the optimizer's state.
 
     Adapters, embeddings and the output matrix are split as far as their sizes allow; `check_mesh`
@@ -92,17 +96,21 @@ def spec(mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...]) -> P:
         mesh: of `make_mesh`.
         path: names down to the array, e.g. (layers, mlp, up_proj, weight, packed).
         shape: of the array.
+        splits: of the adapter method (`adapters.Method.splits`).
     """
     if path and path[0] in ("embed_tokens", "lm_head"):
         return P(_fitting(mesh, shape[0], ("tensor", "fsdp")))
     linear = next((name for name in path if name in LINEAR_NAMES), None)
-    if linear is None or len(shape) < 3:
+    if linear is None:
         return P()
     out, into = _linear_axes(linear)
-    if path[-1] == "lora_A":
-        return P(None, None, _fitting(mesh, shape[2], (*into, "fsdp")))
-    if path[-1] == "lora_B":
-        return P(None, _fitting(mesh, shape[1], out))
+    if "weight" not in path:
+        axes = {"out": out, "in": (*into, "fsdp"), None: ()}
+        roles = splits.get(path[-1], (None,) * len(shape[1:]))
+        sizes = zip(shape[1:], roles, strict=True)
+        return P(None, *(_fitting(mesh, size, axes[role]) for size, role in sizes))
+    if len(shape) < 3:
+        return P()
     return P(None, _fitting(mesh, shape[1], out), _fitting(mesh, shape[2], into))
 
 
@@ -120,16 +128,24 @@ def _fitting(mesh: Mesh | AbstractMesh, size: int, axes: Axes) -> Axes | None:
     return taken or None
 
 
-def sharding(mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...]) -> NamedSharding:
+def sharding(
+    mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...], splits: Splits = PAIR
+) -> NamedSharding:
     """`spec` on its mesh."""
-    return NamedSharding(mesh, spec(mesh, path, shape))
+    return NamedSharding(mesh, spec(mesh, path, shape, splits))
 
 
-def tree_shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
-    """The sharding of every array of a tree (base, adapters or training state)."""
+def tree_shardings(mesh: Mesh | AbstractMesh, tree: Any, splits: Splits = PAIR) -> Any:
+    """The sharding of every array of a tree: a base, adapters, or a training state.
+
+    Args:
+        mesh: of `make_mesh`.
+        tree: arrays, or their shapes.
+        splits: of the adapter method.
+    """
 
     def rule(path: Any, leaf: Any) -> NamedSharding:
-        return sharding(mesh, _names(path), leaf.shape)
+        return sharding(mesh, _names(path), leaf.shape, splits)
 
     return jax.tree_util.tree_map_with_path(rule, tree)
 
@@ -155,7 +171,7 @@ def split_activation(x: jax.Array, over_tensor: bool = False) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, rule)
 
 
-def gather(tree: Any, name: str) -> Any:
+def gather(tree: Any, name: str, splits: Splits | None = None) -> Any:
     """Collects the parts of one layer's weight or adapter that fsdp has split; tensor stays split.
 
     It is the packed arrays that travel, so 2 to 4 bits a weight. Does nothing outside of
@@ -165,6 +181,7 @@ def gather(tree: Any, name: str) -> Any:
         tree: weight, QTensor or adapter of a linear layer (without the axis of the layers), or
             embeddings.
         name: of the layer.
+        splits: the `splits` of the method, if `tree` is an adapter.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -172,7 +189,9 @@ def gather(tree: Any, name: str) -> Any:
     stacked = (1,) if name in LINEAR_NAMES else ()
 
     def collect(path: Any, x: jax.Array) -> jax.Array:
-        rule = spec(mesh, (name, *_names(path)), (*stacked, *x.shape))[len(stacked) :]
+        kind = ("weight",) if splits is None else ()
+        shape = (*stacked, *x.shape)
+        rule = spec(mesh, (name, *kind, *_names(path)), shape, splits or {})[len(stacked) :]
         kept = ("tensor" if axes and "tensor" in axes else None for axes in rule)
         return jax.lax.with_sharding_constraint(x, P(*kept))
 

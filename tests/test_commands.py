@@ -9,6 +9,7 @@ from safetensors.numpy import load_file
 
 from irqlora_jax import cli, hf
 from irqlora_jax.base.file import read_base
+from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
@@ -57,7 +58,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_base_is_quantized_once_and_shared(base: Path, tmp_path: Path, capsys) -> None:
     stored, llama = read_base(base / "base.safetensors")
-    quant = QuantConfig(format="nf3", search_steps=5)
+    quant = QuantConfig(format="nf3", icq=IcqOptions(steps=5))
     fresh, expected = hf.load_base(WORLD / "base-small", quant)
     assert llama == expected
     for ours, theirs in zip(

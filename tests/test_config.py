@@ -48,8 +48,8 @@ def test_a_stored_configuration_is_the_configuration(file: Path, tmp_path: Path)
         ("quant: {block_size: 7}", ["quant.block_size", "7", "multiple of 8"]),
         ("quant: {block_size: 6.5}", ["quant.block_size", "6.5", "int"]),
         ("quant: {symmetric: true}", ["quant.symmetric", "false with quant.format nf4"]),
-        ("quant: {search: zero_point}", ["quant.search", "range with quant.format nf4"]),
-        ("quant: {search_range: 2}", ["quant.search_range", "2", "between 0 and 1"]),
+        ("quant: {search: zero_point}", ["quant.icq.search", "range with quant.format nf4"]),
+        ("quant: {search_range: 2}", ["quant.icq.range", "2", "between 0 and 1"]),
         ("adapter: {rank: 0}", ["adapter.rank", "0", "at least 1"]),
         ("adapter: {dropout: 1.0}", ["adapter.dropout", "1.0"]),
         ("adapter: {targets: [query]}", ["adapter.targets", "query", "q_proj"]),
@@ -95,7 +95,7 @@ def test_defaults_are_the_papers_for_7b() -> None:
     assert (train.steps, train.batch_size, train.learning_rate) == (10_000, 16, 2e-4)
     assert (train.clip_norm, train.beta2, train.weight_decay) == (0.3, 0.999, 0.0)
     assert (adapter.rank, adapter.alpha, len(adapter.targets)) == (64, 16, 7)
-    assert (quant.format, quant.block_size, quant.search_range) == ("nf4", 64, 0.1)
+    assert (quant.format, quant.block_size, quant.icq.range) == ("nf4", 64, 0.1)
 
 
 def test_a_switch_may_stand_alone() -> None:

@@ -17,6 +17,7 @@ from irqlora_jax.base.mesh import check_mesh
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.qtensor import QTensor
@@ -60,7 +61,7 @@ def host_base() -> dict:
     """Packed weights as NumPy arrays."""
     model = Llama(CONFIG)
     base = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["base"]
-    quant = QuantConfig(format="nf4", block_size=8, search_steps=5)
+    quant = QuantConfig(format="nf4", block_size=8, icq=IcqOptions(steps=5))
     for group in ("self_attn", "mlp"):
         for linear in base["layers"][group].values():
             parts = [quantize(w, quant) for w in linear["weight"]]
@@ -270,7 +271,7 @@ def test_published_shapes_can_be_split() -> None:
 
 def test_bases_are_read_onto_the_mesh(tmp_path: Path) -> None:
     folder = Path(__file__).parent.parent / "examples" / "factworld" / "base-small"
-    quant = QuantConfig(format="nf3", search_steps=3)
+    quant = QuantConfig(format="nf3", icq=IcqOptions(steps=3))
     mesh = mesh_of((1, 4, 1))
     plain, llama = hf.load_base(folder, quant)
     split, _ = hf.load_base(folder, quant, mesh=mesh)

@@ -32,12 +32,13 @@ from tqdm import tqdm
 
 from irqlora_jax import hf
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.adapters.loftq import loftq
+from irqlora_jax.adapters.loftq import LoftqOptions, loftq
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.data import Batches, load_examples
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.evaluate import evaluation_loss, load_questions, score_questions
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.quant.calibrations.joint import JointOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs.state import make_state
@@ -66,7 +67,7 @@ class Method:
 
 
 _PLAIN, _ICQ = {"calibration": "none"}, {"calibration": "icq"}
-_ERROR = {"calibration": "joint", "error_weight": float("inf")}
+_ERROR = {"calibration": "joint", "joint": JointOptions(float("inf"))}
 _LORA, _IEC = {"method": "lora"}, {"method": "iec"}
 METHODS = {
     "full": Method({"format": "none"}, None),
@@ -80,7 +81,7 @@ METHODS = {
     "ir-qlora": Method(_ICQ, _IEC),
     "joint": Method({"calibration": "joint"}, _LORA),
     "error": Method(_ERROR, _LORA),
-    "error+loftq": Method(_ERROR, _LORA | {"init": "loftq", "loftq_iterations": 3}),
+    "error+loftq": Method(_ERROR, _LORA | {"init": "loftq", "loftq": LoftqOptions(3)}),
 }
 
 
@@ -206,7 +207,7 @@ def _loftq(
                 key, own = jax.random.split(key)
                 scaling = adapter.alpha / adapter.rank
                 parts.append(
-                    loftq(weight, quant, adapter.rank, scaling, adapter.loftq_iterations, own)
+                    loftq(weight, quant, adapter.rank, scaling, adapter.loftq.iterations, own)
                 )
             weights, a, b = (
                 jax.tree.map(lambda *x: jnp.stack(x), *p) for p in zip(*parts, strict=True)

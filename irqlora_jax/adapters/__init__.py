@@ -1,7 +1,10 @@
-"""Adapters: one file a method, each with init, apply and fold (see `lora.py`)."""
+"""Adapters: one file a method (`method.py` is the contract), and where their training starts."""
 
-from types import ModuleType
+from irqlora_jax.adapters.iec import IEC
+from irqlora_jax.adapters.loftq import LOFTQ
+from irqlora_jax.adapters.lora import LORA
+from irqlora_jax.adapters.method import DEFAULT, Initialization
+from irqlora_jax.adapters.method import Method as Method
 
-from irqlora_jax.adapters import iec, lora
-
-METHODS: dict[str, ModuleType] = {"lora": lora, "iec": iec}
+METHODS: dict[str, Method] = {one.name: one for one in (LORA, IEC)}
+INITIALIZATIONS: dict[str, Initialization] = {one.name: one for one in (DEFAULT, LOFTQ)}

@@ -1,17 +1,28 @@
 """Configuration of the adapter."""
 
 import dataclasses
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from irqlora_jax.adapters import INITIALIZATIONS, METHODS
+from irqlora_jax.adapters.iec import IecOptions
+from irqlora_jax.adapters.loftq import LoftqOptions
+from irqlora_jax.adapters.method import Initialization, Method
 from irqlora_jax.sharding import LINEAR_NAMES
 from irqlora_jax.text import require
+
+if TYPE_CHECKING:
+    MethodName = str
+    InitializationName = str
+else:
+    MethodName = Literal[*METHODS]
+    InitializationName = Literal[*INITIALIZATIONS]
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """The trained low-rank update of the frozen layers."""
+    """The trained update of the frozen layers."""
 
-    method: Literal["lora", "iec"] = "iec"
+    method: MethodName = "iec"
     """"lora": QLoRA's pair of matrices. "iec": with the parameter-free connections of IR-QLoRA."""
     rank: int = 64
     """Inner dimension r."""
@@ -23,25 +34,47 @@ class AdapterConfig:
     """Names of the adapted linear layers."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type in which adapters and optimizer state are kept."""
-    init: Literal["default", "loftq"] = "default"
+    init: InitializationName = "default"
     """Where the training starts. "default": the update is 0. "loftq": the quantized weights and the
-    pair are fitted to the weights together (LoftQ), so that the update corrects most of what
-    quantization costs; the base then belongs to this run alone. In Python: `hf.load_loftq`."""
-    loftq_iterations: int = 3
-    """Turns of LoftQ, of which the best is kept."""
-    connections: Literal["both", "u1", "u2"] = "both"
-    """IEC only: which of the two connections is learned, that around A ("u1"), that around B ("u2")
-    or both (IR-QLoRA, table 4). The scalar of the other one stays 0."""
+    pair are fitted to the weights together (LoftQ), so that the update corrects most of the
+    quantization error; the base then belongs to this run alone. In Python: `hf.load_loftq`."""
+    iec: IecOptions = IecOptions()
+    loftq: LoftqOptions = LoftqOptions()
 
     def __post_init__(self) -> None:
+        require(self.method in METHODS, "adapter.method", self.method, ", ".join(METHODS))
         require(self.rank >= 1, "adapter.rank", self.rank, "a whole number of at least 1")
         require(self.alpha > 0, "adapter.alpha", self.alpha, "a positive number")
         require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "0 <= dropout < 1")
         require(len(self.targets) > 0, "adapter.targets", self.targets, "at least one name")
-        ok = self.method == "iec" or self.connections == "both"
-        require(ok, "adapter.connections", self.connections, "both with adapter.method lora")
-        turns = self.loftq_iterations
-        ok = turns >= 1
-        require(ok, "adapter.loftq_iterations", turns, "a whole number of at least 1")
+        known = ("float32", "bfloat16")
+        require(self.dtype in known, "adapter.dtype", self.dtype, " or ".join(known))
+        starts = ", ".join(INITIALIZATIONS)
+        require(self.init in INITIALIZATIONS, "adapter.init", self.init, starts)
         for name in self.targets:
             require(name in LINEAR_NAMES, "adapter.targets", name, ", ".join(LINEAR_NAMES))
+        for other in METHODS.values():
+            if other.name != self.method and other.options is not None:
+                given = getattr(self, other.name, other.options)
+                accepted = f"the default with adapter.method {self.method}, which does not use it"
+                require(given == other.options, f"adapter.{other.name}", given, accepted)
+
+    @property
+    def chosen(self) -> Method:
+        """The method."""
+        return METHODS[self.method]
+
+    @property
+    def start(self) -> Initialization:
+        """The initialization."""
+        return INITIALIZATIONS[self.init]
+
+    @property
+    def options(self) -> Any:
+        """The options of the method; None if it has none."""
+        return getattr(self, self.method, self.chosen.options)
+
+    @property
+    def scale(self) -> float:
+        """The factor of the update: alpha / rank."""
+        return self.alpha / self.rank

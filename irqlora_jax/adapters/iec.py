@@ -10,15 +10,18 @@ every mean m/g times side by side. The paper writes the repetition as a concaten
 merging rule (eq. 16) and the released code repeat in place, and only that folds into a LoRA pair.
 """
 
+import dataclasses
 import math
+from typing import Literal
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from irqlora_jax.adapters import lora
-from irqlora_jax.adapters.lora import Params
+from irqlora_jax.adapters.method import Method, Params
 from irqlora_jax.sharding import split_activation
+from irqlora_jax.text import require
 
 
 def init(
@@ -101,3 +104,31 @@ def _connection(n: int, size: int, dtype: DTypeLike) -> Float[Array, "size n"]:
     windows = math.gcd(n, size)
     rows, columns = jnp.arange(size) // (size // windows), jnp.arange(n) // (n // windows)
     return (rows[:, None] == columns[None, :]).astype(dtype) * jnp.asarray(windows / n, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class IecOptions:
+    """Connections of IEC."""
+
+    connections: Literal["both", "u1", "u2"] = "both"
+    """Which of the two connections is learned: the one around A ("u1"), the one around B ("u2") or
+    both (IR-QLoRA, table 4). The scalar of the other one stays 0."""
+
+    def __post_init__(self) -> None:
+        known = ("both", "u1", "u2")
+        field, value = "adapter.iec.connections", self.connections
+        require(value in known, field, value, ", ".join(known))
+
+
+IEC = Method(
+    name="iec",
+    title="LoRA with IEC",
+    description="an IEC adapter (information elastic connection)",
+    init=lambda key, shape, rank, options, dtype: init(key, shape[1], shape[0], rank, dtype),
+    apply=lambda params, x, dropped, scale, weight: apply(params, x, dropped, scale),
+    # The names of the scalars in released IR-QLoRA adapters.
+    files=lora.LORA.files | {"beta1": "lora_A_scale", "beta2": "lora_B_scale"},  # type: ignore[operator]
+    fold=fold,
+    frozen=lambda options: {"both": (), "u1": ("beta2",), "u2": ("beta1",)}[options.connections],
+    options=IecOptions(),
+)

@@ -1,14 +1,14 @@
-"""LoftQ: a start at which a quantized layer and its pair together are close to the weights, where
-LoRA's own leaves the whole error of the quantizer (Li et al., ICLR 2024, algorithm 1).
+"""LoftQ: the training starts where the quantized layer plus its pair is close to the weights, while
+LoRA's own start leaves the whole quantization error (Li et al., ICLR 2024, algorithm 1).
 
-In turns, Q = quantize(W - s B A) and then s B A = the best approximation of rank r of W - Q, with
-s = alpha / rank and Q as it is stored: its codes, scales and shifts. The first Q is that of W.
+It alternates: Q = quantize(W - s B A), then s B A = the best rank-r approximation of W - Q, with
+s = alpha / rank and Q as stored (codes, scales and shifts). The first Q is quantize(W).
 
-Neither W - Q nor W - s B A ever exists as a whole, but for layers that are decomposed exactly: a
-slab of rows is computed where it is used. So there is little beside W and the packed matrices, Q
-and the best one.
+W - Q and W - s B A are computed slab by slab and never materialized, except for small layers (exact
+SVD). So little memory is needed beside W and two packed matrices: Q and the best one.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -17,10 +17,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
 
+from irqlora_jax.adapters.method import Initialization
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.quant.slabs import map_slabs, rows_of, slab_rows, sum_slabs
+from irqlora_jax.text import require
 
 EXACT_UP_TO = 512
 """Layers whose smaller side is no longer, or no longer than 8 times the rank, have all their
@@ -42,11 +44,10 @@ def loftq(
 ) -> tuple[QTensor, Float[Array, "rank in"], Float[Array, "out rank"]]:
     """Q, lora_A and lora_B with W ~ Q + scaling * lora_B lora_A.
 
-    Of all turns that of the least Frobenius error is kept, Q and the pair fitted to it: the error
-    need not fall from turn to turn. It is never above that of the quantizer alone, whose Q is the
-    first. Singular values that are 0 give rows of A and columns of B that are 0, and so without a
-    gradient: those beyond the smaller side of the layer, and all of them where nothing is to be
-    corrected.
+    The turn with the smallest Frobenius error is kept, since the error need not fall from turn to
+    turn. It is never above the error of the quantizer alone, which gives the first Q. Singular
+    values of 0 give rows of A and columns of B that are 0 and get no gradient: the values beyond
+    the smaller side of the layer, and every value where there is no error to correct.
 
     Args:
         weight: W (float32, bfloat16 or float16).
@@ -79,7 +80,7 @@ def loftq(
     a, b = (jnp.zeros(shape, dtype) for shape in ((rank, in_features), (out_features, rank)))
     best, least = None, jnp.inf
     for turn in range(iterations):
-        quantized = quantize(weight, config, less=_factors(a, b, scale))
+        quantized = quantize(weight, config, minus=_factors(a, b, scale))
         own = jax.random.fold_in(key, turn)
         a, b, norm = _fit(weight, quantized, scale, own, rank, jnp.dtype(dtype))
         if best is None or norm < least:
@@ -159,3 +160,25 @@ def randomized_svd(
     left, square = jnp.linalg.qr(inside)
     u, s, v = jnp.linalg.svd(square)
     return _wide(left, u[:, :rank]), s[:rank], _wide(v[:rank], basis.T)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoftqOptions:
+    """Turns of LoftQ."""
+
+    iterations: int = 3
+    """Turns, of which the best is kept."""
+
+    def __post_init__(self) -> None:
+        field, turns = "adapter.loftq.iterations", self.iterations
+        require(turns >= 1, field, turns, "a whole number of at least 1")
+
+
+LOFTQ = Initialization(
+    name="loftq",
+    title="LoftQ",
+    fit=lambda weight, quant, rank, scale, options, key, dtype: loftq(
+        weight, quant, rank, scale, options.iterations, key, dtype
+    ),
+    options=LoftqOptions(),
+)

@@ -1,10 +1,4 @@
-"""LoRA, the plain low-rank update: y += (alpha / rank) * B A x (Hu et al. 2021; QLoRA, eq. 5).
-
-Every adapter method is one file with the same three functions:
-    init(key, in_features, out_features, rank, dtype) -> parameters of one linear layer
-    apply(parameters, x, dropout_x, alpha / rank) -> the update of the output
-    fold(parameters) -> the plain pair {"lora_A", "lora_B"} that computes the same update
-"""
+"""LoRA, the plain low-rank update: y += (alpha / rank) * B A x (Hu et al. 2021; QLoRA, eq. 5)."""
 
 import math
 
@@ -13,9 +7,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from irqlora_jax.adapters.method import Method, Params
 from irqlora_jax.sharding import split_activation
-
-Params = dict[str, Array]
 
 
 def init(
@@ -60,8 +53,11 @@ def apply(
 
 @jax.custom_vjp
 def expand(u: Float[Array, "*batch rank"], b: Float[Array, "out rank"]) -> Array:
-    """u @ b^T. In the gradient of b it is the few features of u that are transposed, where jax
-    itself would have the gradient of all outputs transposed (CPUs do that in memory)."""
+    """u @ b^T, with a cheaper gradient of b.
+
+    The gradient transposes the few features of u. jax itself would transpose the gradient of all
+    outputs, which CPUs do in memory.
+    """
     return u @ b.T
 
 
@@ -87,3 +83,14 @@ def fold(params: Params) -> Params:
         True
     """
     return params
+
+
+LORA = Method(
+    name="lora",
+    title="LoRA",
+    description="a LoRA adapter",
+    init=lambda key, shape, rank, options, dtype: init(key, shape[1], shape[0], rank, dtype),
+    apply=lambda params, x, dropped, scale, weight: apply(params, x, dropped, scale),
+    files={"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"},
+    fold=fold,
+)

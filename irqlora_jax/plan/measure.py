@@ -204,7 +204,10 @@ def measure(
         # Devices that are not there do not say what memories they have; an abstract mesh may.
         places = mesh.abstract_mesh
         step = make_step(places, state, model=model, optimizer=optimizer, config=train)
-        state = _placed(state, state_shardings(places, state, train.offload_optimizer))
+        state = _placed(
+            state,
+            state_shardings(places, state, train.offload_optimizer, config.adapter.chosen.splits),
+        )
         away = [x for x in jax.tree.leaves(state) if _is_on_host(x)] if not target.shared else []
         host = device_bytes(away)
         need = Need(

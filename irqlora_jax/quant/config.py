@@ -1,68 +1,152 @@
 """Configuration of the quantizer."""
 
 import dataclasses
-from typing import Literal
+import fnmatch
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
+from irqlora_jax.quant.calibrations import CALIBRATIONS, PLAIN
+from irqlora_jax.quant.calibrations.icq import IcqOptions
+from irqlora_jax.quant.calibrations.joint import JointOptions
+from irqlora_jax.quant.formats import FORMATS
 from irqlora_jax.text import require
 
-Format = Literal["nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2", "none"]
+KEPT = "none"
+"""The value of `quant.format` that keeps the weights as they are."""
+if TYPE_CHECKING:
+    FormatName = str
+    CalibrationName = str
+else:
+    FormatName = Literal[*FORMATS, KEPT]
+    CalibrationName = Literal[*CALIBRATIONS]
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantRule:
+    """What is different for some matrices. A field that is null is as in the rest of `quant`."""
+
+    match: str
+    """Names of the matrices, as a shell pattern (*, ?, [0-3]). A name is
+    layers.LAYER.self_attn.PROJECTION or layers.LAYER.mlp.PROJECTION, with layers counted from 0:
+    "layers.0.*" is the first layer, "*.down_proj" one projection of all layers."""
+    format: FormatName | None = None
+    """Code book. "none" keeps these matrices as they are."""
+    block_size: int | None = None
+    """Weights that share a scale and a shift."""
+    calibration: CalibrationName | None = None
+    """How scales and shifts are chosen."""
+    symmetric: bool | None = None
+    """Integers only: zero point fixed in the middle of the codes."""
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The fields that are not null."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["match"]
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
     """How the frozen linear layers are stored."""
 
-    format: Format = "nf4"
+    format: FormatName = "nf4"
     """Code book. "none" keeps the weights as they are (plain LoRA)."""
     block_size: int = 64
     """Weights that share a scale and a shift; a multiple of 8."""
-    calibration: Literal["none", "icq", "joint"] = "icq"
-    """"none": scale from the largest weight. "icq": also the shift (NormalFloat, FP4) or the range
-    (integers) that maximizes the entropy of each block's codes (IR-QLoRA, section 3.2). "joint":
-    the scale and the shift that maximize entropy - error_weight * error / variance."""
-    error_weight: float = 100.0
-    """Joint only: bits of entropy that a relative squared error of 1 costs. 0: entropy alone; .inf:
-    error alone."""
-    refine_steps: int = 4
-    """Joint only: least-squares steps at the end; a block keeps those by which its error falls."""
+    calibration: CalibrationName = "icq"
+    """"none": the largest weight decides the scale. "icq": also the shift (NormalFloat, FP4) or the
+    range (integers) that maximizes the entropy of each block's codes (IR-QLoRA, section 3.2).
+    "joint": the scale and the shift that maximize entropy - error_weight * error / variance."""
     symmetric: bool = False
     """Integers only: zero point fixed in the middle of the codes."""
-    search: Literal["range", "zero_point"] = "range"
-    """Integers only, what ICQ moves: the "range" as in the released code, or the "zero_point" at a
-    fixed scale as in the paper's text."""
-    search_range: float = 0.1
-    """ICQ only, lambda of the paper: half-width of the search (NormalFloat: in standard deviations
-    of the block, integers: as a fraction of the block's range)."""
-    search_steps: int | None = None
-    """ICQ only, n of the paper: 2n+1 candidates. Null: 100, for integers 50."""
     codes_from: Literal["stored", "exact"] = "stored"
-    """Statistics that the codes are computed against: the "stored" (rounded) scale and shift, which
-    the dequantizer uses, or the "exact" ones, as the released code does (for parity only)."""
+    """Statistics that the codes are computed with: the "stored" (rounded) scale and shift, which
+    the dequantizer uses, or the "exact" ones, as in the released code (for parity only)."""
+    icq: IcqOptions = IcqOptions()
+    joint: JointOptions = JointOptions()
+    rules: tuple[QuantRule, ...] = ()
+    """Matrices that are stored in another way. Of the rules that match a matrix the first one
+    holds. Layers that are stored alike run in one compiled loop; every change of format from a
+    layer to the next costs compile time."""
 
     def __post_init__(self) -> None:
+        formats, calibrations = (*FORMATS, KEPT), tuple(CALIBRATIONS)
+        require(self.format in formats, "quant.format", self.format, ", ".join(formats))
         size = self.block_size
         require(size > 0 and size % 8 == 0, "quant.block_size", size, "a positive multiple of 8")
-        width = self.search_range
-        require(0 < width < 1, "quant.search_range", width, "a number between 0 and 1")
-        steps = self.search_steps
-        ok = steps is None or steps >= 1
-        require(ok, "quant.search_steps", steps, "a whole number of at least 1, or null")
-        weight = self.error_weight
-        require(weight >= 0, "quant.error_weight", weight, "a number from 0 to .inf")
-        ok = self.refine_steps >= 0
-        require(ok, "quant.refine_steps", self.refine_steps, "a whole number of at least 0")
-        integer = self.format.startswith("int")
-        ok = integer or not self.symmetric
-        require(ok, "quant.symmetric", self.symmetric, f"false with quant.format {self.format}")
-        ok = integer or self.search == "range"
-        require(ok, "quant.search", self.search, f"range with quant.format {self.format}")
-        ok = not (self.symmetric and self.search == "zero_point")
-        require(ok, "quant.search", self.search, "range with quant.symmetric true")
-        ok = self.calibration != "joint" or self.search == "range"
-        require(ok, "quant.search", self.search, "range with quant.calibration joint")
+        name = self.calibration
+        require(name in calibrations, "quant.calibration", name, ", ".join(calibrations))
+        source = self.codes_from
+        require(source in ("stored", "exact"), "quant.codes_from", source, "stored or exact")
+        format = FORMATS.get(self.format)
+        integer = format is not None and format.integer
+        accepted = f"false with quant.format {self.format}"
+        require(integer or not self.symmetric, "quant.symmetric", self.symmetric, accepted)
+        if format is not None:
+            refusal = CALIBRATIONS[name].refusal(format, self.symmetric, self.options)
+            if refusal is not None:
+                raise ValueError(refusal)
+        for place, rule in enumerate(self.rules):
+            field = f"quant.rules[{place}]"
+            require(bool(rule.overrides), field, rule.match, "a rule that sets something")
+            try:
+                dataclasses.replace(self, rules=(), **rule.overrides)
+            except ValueError as error:
+                raise ValueError(f"{field} ({rule.match!r}): {error}") from error
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "QuantConfig":
+        """Reads what `dataclasses.asdict` gave, also that of earlier versions."""
+        nested = {
+            one.name: type(one.options)(**values[one.name])
+            for one in CALIBRATIONS.values()
+            if one.options is not None and one.name in values
+        }
+        rules = tuple(QuantRule(**rule) for rule in values.get("rules", ()))
+        return cls(**{**values, **nested, "rules": rules})
+
+    @property
+    def options(self) -> Any:
+        """The options of the chosen calibration; None if it has none."""
+        chosen = CALIBRATIONS[self.calibration]
+        return None if chosen.options is None else getattr(self, chosen.name, chosen.options)
+
+    @property
+    def plain(self) -> "QuantConfig":
+        """The same storage without a calibration."""
+        rules = tuple(
+            dataclasses.replace(rule, calibration=None)
+            for rule in self.rules
+            if set(rule.overrides) != {"calibration"}
+        )
+        return dataclasses.replace(self, calibration=PLAIN.name, rules=rules)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any matrix may be quantized."""
+        return any(name != KEPT for name in (self.format, *(rule.format for rule in self.rules)))
 
     @property
     def label(self) -> str:
         """Format and calibration as a table names them."""
-        how = {"none": "", "icq": " + ICQ", "joint": " + joint"}[self.calibration]
-        return self.format + how if how else f"plain {self.format}"
+        title = CALIBRATIONS[self.calibration].title
+        label = f"{self.format} + {title}" if title else f"plain {self.format}"
+        return f"{label}, with rules" if self.rules else label
+
+    def for_matrix(self, name: str) -> "QuantConfig":
+        """How one matrix is stored: without rules, and with the first rule that matches applied.
+
+        Args:
+            name: of the matrix, such as layers.3.self_attn.q_proj.
+
+        Examples:
+            >>> rules = (QuantRule("layers.0.*", format="nf4"),)
+            >>> config = QuantConfig(format="nf3", rules=rules)
+            >>> [config.for_matrix(f"layers.{i}.mlp.up_proj").format for i in (0, 1)]
+            ['nf4', 'nf3']
+        """
+        for rule in self.rules:
+            if fnmatch.fnmatchcase(name, rule.match):
+                return dataclasses.replace(self, rules=(), **rule.overrides)
+        return dataclasses.replace(self, rules=()) if self.rules else self

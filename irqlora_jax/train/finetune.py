@@ -125,7 +125,8 @@ def _finetune(
 ) -> RunResult:
     config, model = job.config, job.model
     offload = config.train.offload_optimizer
-    state = sharded_state(job.mesh, lambda: init_state(model, job.optimizer, config.seed), offload)
+    init = functools.partial(init_state, model, job.optimizer, config.seed)
+    state = sharded_state(job.mesh, init, offload, splits=config.adapter.chosen.splits)
     save_environment(folder, job.mesh)
     with Checkpoints(folder, config.train.keep_checkpoints) as checkpoints:
         latest = checkpoints.latest()
@@ -290,7 +291,8 @@ def _save_start(folder: Path, job: Job, pairs: Base) -> None:
     """The checkpoint of step 0: pairs are not made again, so a run has them before it begins."""
     config = job.config
     init = functools.partial(init_state, job.model, job.optimizer, config.seed)
-    state = sharded_state(job.mesh, init, config.train.offload_optimizer, pairs)
+    splits = config.adapter.chosen.splits
+    state = sharded_state(job.mesh, init, config.train.offload_optimizer, pairs, splits=splits)
     with Checkpoints(folder, config.train.keep_checkpoints) as checkpoints:
         checkpoints.save(0, state)
 

@@ -16,7 +16,7 @@ from irqlora_jax.config import TrainConfig
 from irqlora_jax.model.llama import Llama, head_weight
 from irqlora_jax.model.loss import cross_entropy
 from irqlora_jax.runs.state import TrainState, learning_rate
-from irqlora_jax.sharding import tree_shardings
+from irqlora_jax.sharding import PAIR, Splits, tree_shardings
 
 Batch = dict[str, Array]
 """tokens int32 [batch, seq], targets bool [batch, seq]: the tokens that count in the loss; packed
@@ -25,15 +25,18 @@ batches also have segment_ids int32 [batch, seq]."""
 _GOOD_STEPS = 1000
 
 
-def state_shardings(mesh: Mesh | AbstractMesh, state: TrainState, offload: bool) -> TrainState:
+def state_shardings(
+    mesh: Mesh | AbstractMesh, state: TrainState, offload: bool, splits: Splits = PAIR
+) -> TrainState:
     """Where each array of a state lies.
 
     Args:
         mesh: of `make_mesh`.
         state: arrays, or their shapes.
         offload: keep the moments of the optimizer in pinned memory of the host.
+        splits: of the adapter method.
     """
-    shardings: TrainState = tree_shardings(mesh, state)
+    shardings: TrainState = tree_shardings(mesh, state, splits)
     if not offload:
         return shardings
     host = jax.tree.map(
@@ -45,10 +48,14 @@ def state_shardings(mesh: Mesh | AbstractMesh, state: TrainState, offload: bool)
 
 
 def sharded_state(
-    mesh: Mesh, init: Callable[..., TrainState], offload: bool = False, *arrays: Any
+    mesh: Mesh,
+    init: Callable[..., TrainState],
+    offload: bool = False,
+    *arrays: Any,
+    splits: Splits = PAIR,
 ) -> TrainState:
     """A new state `init(*arrays)`, each part made where it belongs (`state_shardings`)."""
-    shardings = state_shardings(mesh, jax.eval_shape(init, *arrays), offload)
+    shardings = state_shardings(mesh, jax.eval_shape(init, *arrays), offload, splits)
     return jax.jit(init, out_shardings=shardings)(*arrays)
 
 
@@ -156,7 +163,8 @@ def make_step(
         state: arrays, or their shapes.
         model, optimizer, config: as `train_step`.
     """
-    shardings = state_shardings(mesh, state, config.offload_optimizer)
+    splits = PAIR if model.adapter is None else model.adapter.chosen.splits
+    shardings = state_shardings(mesh, state, config.offload_optimizer, splits)
     return jax.jit(
         functools.partial(train_step, model=model, optimizer=optimizer, config=config),
         donate_argnums=0,

@@ -17,12 +17,13 @@ from jax.sharding import PartitionSpec as P
 from irqlora_jax import hf
 from irqlora_jax.adapters import loftq as module
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.adapters.loftq import exact_svd, loftq, randomized_svd
+from irqlora_jax.adapters.loftq import LoftqOptions, exact_svd, loftq, randomized_svd
 from irqlora_jax.config import Config
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.plan.measure import find_target, measure, read_base_shapes
 from irqlora_jax.plan.plan import plan
 from irqlora_jax.quant import encode
+from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize, quantized_shape
 from irqlora_jax.quant.qtensor import QTensor
@@ -47,7 +48,7 @@ WORLD = Path(__file__).parents[2] / "examples" / "factworld"
 KEY = jax.random.key(0)
 SCALING = 16 / 6
 NF2, NF3 = (QuantConfig(format=name, calibration="none") for name in ("nf2", "nf3"))
-ICQ = QuantConfig(format="nf2", search_steps=4)
+ICQ = QuantConfig(format="nf2", icq=IcqOptions(steps=4))
 INT3 = QuantConfig(format="int3", block_size=32)
 # No rows of whole blocks, no half precision that float32 could stand for.
 CASES = [
@@ -122,7 +123,7 @@ def test_the_first_turn_is_kept_where_it_is_the_best(monkeypatch: pytest.MonkeyP
     calls: list[Any] = []
 
     def worse(weight: jax.Array, config: QuantConfig, less: Any) -> QTensor:
-        calls.append(quantize(weight * (1.0 + len(calls)), config, less=less))
+        calls.append(quantize(weight * (1.0 + len(calls)), config, minus=less))
         return calls[-1]
 
     monkeypatch.setattr(module, "quantize", worse)
@@ -211,7 +212,7 @@ SOME = AdapterConfig(
     rank=4,
     alpha=6.0,
     init="loftq",
-    loftq_iterations=2,
+    loftq=LoftqOptions(iterations=2),
     targets=("q_proj", "down_proj"),
     dtype="bfloat16",
 )
@@ -367,7 +368,7 @@ def test_the_baseline_is_the_model_before_its_finetune(finished: Path) -> None:
 def test_the_table_has_the_quantizer_alone_and_with_its_pair(tmp_path: Path) -> None:
     changes = {
         "quant__calibration": "icq",
-        "quant__search_steps": 4,
+        "quant__icq": IcqOptions(steps=4),
         "train__steps": 1,
         "train__save_every": 0,
         "evaluate__baselines": True,
@@ -409,7 +410,7 @@ def test_a_run_that_knew_nothing_of_it_goes_on(finished: Path, tmp_path: Path) -
     quiet(config(folder, adapter__init="default", train__steps=2))
     file = folder / "config.json"
     stored = json.loads(file.read_text())
-    del stored["adapter"]["init"], stored["adapter"]["loftq_iterations"]
+    del stored["adapter"]["init"], stored["adapter"]["loftq"]
     file.write_text(json.dumps(stored))
     quiet(config(folder, adapter__init="default", train__steps=3))
     assert steps_of(folder) == [3]
@@ -420,8 +421,8 @@ def test_a_run_that_knew_nothing_of_it_goes_on(finished: Path, tmp_path: Path) -
 def test_bad_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"adapter.init = 'loftq': accepted is default with quant"):
         config(tmp_path, quant__format="none")
-    with pytest.raises(ValueError, match=r"adapter.loftq_iterations = 0: accepted is a whole"):
-        AdapterConfig(loftq_iterations=0)
+    with pytest.raises(ValueError, match=r"adapter.loftq.iterations = 0: accepted is a whole"):
+        LoftqOptions(iterations=0)
 
 
 def test_the_plan_needs_shapes_alone(tmp_path: Path) -> None:

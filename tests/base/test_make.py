@@ -19,6 +19,7 @@ from irqlora_jax.base import make
 from irqlora_jax.files.tensors import read_ahead
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.qtensor import QTensor
@@ -115,7 +116,7 @@ SQUARE = CONFIG | {"intermediate_size": 40, "num_key_value_heads": 4, "head_dim"
     [
         (PLAIN, CONFIG),
         (QuantConfig(format="int3", block_size=16, calibration="none"), CONFIG),
-        (QuantConfig(format="nf2", block_size=32, search_steps=3), SQUARE),
+        (QuantConfig(format="nf2", block_size=32, icq=IcqOptions(steps=3)), SQUARE),
     ],
     ids=["nf4-none", "int3-none", "nf2-icq"],
 )

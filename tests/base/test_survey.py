@@ -14,6 +14,7 @@ from irqlora_jax.base.file import save_base
 from irqlora_jax.base.survey import BINS, bin_edges, summarize, survey
 from irqlora_jax.config import Config
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.formats import get_format
@@ -23,7 +24,7 @@ from irqlora_jax.runs.quantize import link_base, quantize_base, save_survey
 from irqlora_jax.sharding import LINEAR_NAMES
 from tests.models import NARROW, random_base
 
-ICQ = QuantConfig(format="nf3", block_size=32, search_steps=5)
+ICQ = QuantConfig(format="nf3", block_size=32, icq=IcqOptions(steps=5))
 
 
 def reference(weight: np.ndarray, q: QTensor) -> tuple[float, float, list[int]]:

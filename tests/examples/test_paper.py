@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.adapters.iec import IecOptions
 from irqlora_jax.config import Config
 from irqlora_jax.evaluate.mmlu_files import SUBCATEGORIES
 from irqlora_jax.model.llama import ATTENTION_NAMES, AdaptedLinear
@@ -138,7 +139,7 @@ def test_the_rows_are_the_papers_settings(rows) -> None:
     assert seen["alpaca-nf4-lora"].quant == plain
     assert seen["alpaca-nf4-lora"].adapter.method == "lora"
     assert seen["alpaca-nf4-icq-iec"].quant == QuantConfig()
-    assert seen["alpaca-nf4-iec-u1"].adapter.connections == "u1"
+    assert seen["alpaca-nf4-iec-u1"].adapter.iec.connections == "u1"
     assert seen["alpaca-nf2-icq-iec"].quant == QuantConfig(format="nf2")
     assert seen["alpaca-int4-icq-iec"].quant == QuantConfig(format="int4", block_size=32)
 
@@ -150,7 +151,7 @@ def test_one_connection_is_learned_and_the_other_is_not() -> None:
     params = {"lora_A": random(4, 8), "lora_B": random(6, 4), "beta1": random(), "beta2": random()}
     found = {}
     for connections in ("both", "u1", "u2"):
-        adapter = AdapterConfig(rank=4, connections=connections)
+        adapter = AdapterConfig(rank=4, iec=IecOptions(connections))
         layer = AdaptedLinear((6, 8), adapter, "xla", True, name="q_proj")
 
         def loss(params, layer=layer):
@@ -164,8 +165,8 @@ def test_one_connection_is_learned_and_the_other_is_not() -> None:
         assert own_value == value and own[frozen] == 0
         for name in params.keys() - {frozen}:
             np.testing.assert_allclose(own[name], full[name], rtol=1e-6)
-    with pytest.raises(ValueError, match=r"adapter\.connections = 'u1': accepted is both"):
-        AdapterConfig(method="lora", connections="u1")
+    with pytest.raises(ValueError, match=r"adapter\.iec = .*u1.*accepted is the default"):
+        AdapterConfig(method="lora", iec=IecOptions("u1"))
 
 
 # --------------------------------------------------------------------------- running and printing

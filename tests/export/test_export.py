@@ -17,6 +17,7 @@ from irqlora_jax import hf
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs.load import load_run
@@ -136,7 +137,7 @@ FORMATS = {
     "fp4": QuantConfig(format="fp4", calibration="none"),
     "int4": QuantConfig(format="int4", calibration="none"),
     "int2 symmetric": QuantConfig(format="int2", calibration="none", symmetric=True),
-    "nf2 with ICQ": QuantConfig(format="nf2", search_steps=1),
+    "nf2 with ICQ": QuantConfig(format="nf2", icq=IcqOptions(steps=1)),
     "none": QuantConfig(format="none"),
 }
 

@@ -14,6 +14,7 @@ from irqlora_jax import hf
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.model.config import LlamaConfig, RopeScaling
+from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.load import Run, load_run
 from irqlora_jax.sharding import LINEAR_NAMES
@@ -44,7 +45,7 @@ LLAMA3 = LlamaConfig(
 )
 LORA = AdapterConfig(method="lora", rank=4, alpha=16.0, targets=("q_proj", "o_proj", "down_proj"))
 HALF = AdapterConfig(method="iec", rank=8, alpha=16.0, dtype="bfloat16")
-NF4 = QuantConfig(format="nf4", search_steps=1)
+NF4 = QuantConfig(format="nf4", icq=IcqOptions(steps=1))
 INT3 = QuantConfig(format="int3", calibration="none")
 NF2 = QuantConfig(format="nf2", calibration="none")
 FP4 = QuantConfig(format="fp4", calibration="none")

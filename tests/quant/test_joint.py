@@ -192,10 +192,9 @@ def test_a_quantized_matrix_is_closer_and_no_larger(name):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"error_weight": -1.0}, "quant.error_weight = -1.0"),
-        ({"error_weight": np.nan}, "quant.error_weight = nan"),
-        ({"refine_steps": -1}, "quant.refine_steps = -1"),
-        ({"format": "int4", "search": "zero_point"}, "quant.search = 'zero_point'"),
+        ({"error_weight": -1.0}, "quant.joint.error_weight = -1.0"),
+        ({"error_weight": np.nan}, "quant.joint.error_weight = nan"),
+        ({"refine_steps": -1}, "quant.joint.refine_steps = -1"),
     ],
 )
 def test_what_is_not_accepted_is_named(change, named):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
+from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize, quantized_shape
 from irqlora_jax.quant.matmul import XLA, Implementation, dequant_matmul
@@ -15,7 +16,7 @@ from tests import hlo
 def make(name: str = "nf4", out: int = 24, features: int = 100):
     weight = jax.random.normal(jax.random.key(0), (out, features))
     x = jax.random.normal(jax.random.key(1), (2, 3, features))
-    return x, quantize(weight, QuantConfig(format=name, search_steps=5))  # type: ignore[arg-type]
+    return x, quantize(weight, QuantConfig(format=name, icq=IcqOptions(steps=5)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from irqlora_jax.quant import encode, stats
+from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize, quantized_shape
 from irqlora_jax.quant.entropy import block_entropy
@@ -115,7 +116,7 @@ def test_shapes_that_divide_nothing(
         format=name,  # type: ignore[arg-type]
         block_size=block_size,
         calibration=calibration,  # type: ignore[arg-type]
-        search_steps=5,
+        icq=IcqOptions(steps=5),
     )
     q = quantize(weight, config)
     assert q.shape == (rows, columns)
@@ -191,7 +192,7 @@ def test_a_matrix_is_the_same_in_slabs(
     monkeypatch: pytest.MonkeyPatch, name: str, calibration: str, dtype: Any
 ) -> None:
     """Bit by bit, with a last slab that begins early and with blocks that are padded."""
-    config = QuantConfig(format=name, calibration=calibration, search_steps=4)  # type: ignore[arg-type]
+    config = QuantConfig(format=name, calibration=calibration, icq=IcqOptions(steps=4))  # type: ignore[arg-type]
     weight = normal(41, 150).astype(dtype)
     whole = in_slabs(monkeypatch, 41, weight, None, config)
     assert_same(in_slabs(monkeypatch, 16, weight, None, config), whole)
@@ -210,12 +211,12 @@ def test_shifts_that_are_given_stay_with_their_rows(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", ["nf4", "int3"])
 def test_what_two_factors_leave_is_quantized(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """As the difference is; products of whole numbers are exact in any order."""
-    config = QuantConfig(format=name, search_steps=4)  # type: ignore[arg-type]
+    config = QuantConfig(format=name, icq=IcqOptions(steps=4))  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
     b, a = (jnp.asarray(rng.integers(-3, 4, n), jnp.float32) for n in ((41, 5), (5, 150)))
     weight = (normal(41, 150) * 256).astype(jnp.bfloat16)
     expected = quantize(weight.astype(jnp.float32) - b @ a, config)
-    assert_same(quantize(weight, config, less=(b, a)), expected)
+    assert_same(quantize(weight, config, minus=(b, a)), expected)
     assert_same(in_slabs(monkeypatch, 16, weight, None, config, (b, a)), expected)
 
 
@@ -225,7 +226,7 @@ def test_weights_that_are_no_numbers_are_refused(bad: float) -> None:
         parts = [normal(2, 64), normal(2, 3), normal(3, 64)]
         parts[place] = parts[place].at[1, 2].set(bad)
         with pytest.raises(ValueError, match="NaN or infinite"):
-            quantize(parts[0], QuantConfig(), less=(parts[1], parts[2]))
+            quantize(parts[0], QuantConfig(), minus=(parts[1], parts[2]))
     with pytest.raises(ValueError, match="NaN or infinite"):
         quantize(normal(2, 64).at[1, 3].set(bad), QuantConfig())
 

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from irqlora_jax.base.file import read_base, read_base_config, read_source, save_base
 from irqlora_jax.model.config import LlamaConfig, RopeScaling
+from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.runs.checkpoints import Checkpoints
@@ -29,7 +30,7 @@ CONFIG = LlamaConfig(
 )
 
 
-QUANT = QuantConfig(format="nf3", search_steps=7)
+QUANT = QuantConfig(format="nf3", icq=IcqOptions(steps=7))
 
 
 def make(name: str) -> dict:

@@ -1,1 +1,9 @@
-"""How the scales and shifts of blocks are chosen: one file a method."""
+"""Calibrations: how the scales and shifts of blocks are chosen. One file a method."""
+
+from irqlora_jax.quant.calibrations.calibration import Calibrated as Calibrated
+from irqlora_jax.quant.calibrations.calibration import Calibration as Calibration
+from irqlora_jax.quant.calibrations.icq import ICQ
+from irqlora_jax.quant.calibrations.joint import JOINT
+from irqlora_jax.quant.calibrations.plain import PLAIN as PLAIN
+
+CALIBRATIONS: dict[str, Calibration] = {one.name: one for one in (PLAIN, ICQ, JOINT)}

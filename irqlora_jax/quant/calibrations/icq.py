@@ -6,6 +6,7 @@ the median is tried and the one of highest entropy wins (eq. 8, 9). `icq_integer
 for integers, `entropy.py` what the two share.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -17,6 +18,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Int32, Integer
 
+from irqlora_jax.quant.calibrations.calibration import Calibrated, Calibration
+from irqlora_jax.quant.calibrations.icq_integer import search_range as search_integer_range
+from irqlora_jax.quant.calibrations.icq_integer import search_zero_point
 from irqlora_jax.quant.entropy import (
     FLOAT_MAX,
     above_levels,
@@ -36,6 +40,7 @@ from irqlora_jax.quant.entropy import (
 )
 from irqlora_jax.quant.entropy import block_entropy as block_entropy
 from irqlora_jax.quant.formats import Format, get_format
+from irqlora_jax.text import require
 
 # Standard deviation in units of the scale, from the table of NF4: 1 / Q(0.9677083).
 SIGMA = 1 / 1.8481308
@@ -210,3 +215,55 @@ def _sweep(
     return sweep(
         above, event, n_events, last + 1, lambda i, above: (i, histogram_weight(above, n, block)), n
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class IcqOptions:
+    """Search of ICQ."""
+
+    range: float = 0.1
+    """Half-width of the search, lambda of the paper. NormalFloat and FP4: in standard deviations of
+    the block. Integers: as a fraction of the block's range."""
+    steps: int | None = None
+    """n of the paper: the search tries 2n + 1 candidates. Null: 100, for integers 50."""
+    search: Literal["range", "zero_point"] = "range"
+    """Integers only: move the "range" as the released code does, or the "zero_point" at a fixed
+    scale as the paper's text says."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.range < 1, "quant.icq.range", self.range, "a number between 0 and 1")
+        accepted = "a whole number of at least 1, or null"
+        require(self.steps is None or self.steps >= 1, "quant.icq.steps", self.steps, accepted)
+        known = ("range", "zero_point")
+        require(self.search in known, "quant.icq.search", self.search, " or ".join(known))
+
+
+def _refusal(format: Format, symmetric: bool, options: IcqOptions) -> str | None:
+    if options.search == "range" or (format.integer and not symmetric):
+        return None
+    why = "quant.symmetric true" if format.integer else f"quant.format {format.name}"
+    return f"quant.icq.search = {options.search!r}: accepted is range with {why}"
+
+
+def _calibrate(
+    blocks: Array, format: Format, symmetric: bool, options: IcqOptions, valid: Array | None
+) -> Calibrated:
+    width, steps = options.range, options.steps
+    if not format.integer:
+        shift, _, low, high = shift_and_ends(blocks, format, width, steps or 100, valid)
+        return Calibrated(shift=shift, low=low, high=high)
+    if options.search == "zero_point":
+        found = search_zero_point(blocks, format.bits, width, steps or 50, valid)
+    else:
+        found = search_integer_range(blocks, format.bits, symmetric, width, steps or 50, valid)
+    return Calibrated(scale=found[0], zero=found[1])
+
+
+ICQ = Calibration(
+    name="icq",
+    title="ICQ",
+    description="ICQ (information calibration quantization)",
+    search=_calibrate,
+    options=IcqOptions(),
+    refusal=_refusal,
+)

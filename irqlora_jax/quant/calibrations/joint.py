@@ -14,6 +14,7 @@ stand loses, to 2.3 % (benchmarks/results/2026-11-27-cpu.md). The best one is re
 Lloyd's steps: codes, then least squares.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -23,6 +24,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Int32
 
+from irqlora_jax.quant.calibrations.calibration import Calibrated, Calibration
 from irqlora_jax.quant.entropy import (
     FLOAT_TINY,
     above_levels,
@@ -33,6 +35,7 @@ from irqlora_jax.quant.entropy import (
     masked,
 )
 from irqlora_jax.quant.formats import Format, get_format
+from irqlora_jax.text import require
 
 
 def _grid(moves: np.ndarray, widths: np.ndarray) -> Float32[np.ndarray, "candidates 2"]:
@@ -247,3 +250,32 @@ def _where_better(new: Found, old: Found) -> Found:
     wins = new[0] > old[0]
     first, second, third = (jnp.where(wins, a, b) for a, b in zip(new, old, strict=True))
     return first, second, third
+
+
+@dataclasses.dataclass(frozen=True)
+class JointOptions:
+    """Search of the joint calibration."""
+
+    error_weight: float = 100.0
+    """Bits of entropy that a relative squared error of 1 costs. 0: entropy alone; .inf: error
+    alone."""
+    refine_steps: int = 4
+    """Least-squares steps at the end. A block keeps the steps that lower its error."""
+
+    def __post_init__(self) -> None:
+        weight, steps = self.error_weight, self.refine_steps
+        require(weight >= 0, "quant.joint.error_weight", weight, "a number from 0 to .inf")
+        require(steps >= 0, "quant.joint.refine_steps", steps, "a whole number of at least 0")
+
+
+def _calibrate(
+    blocks: Array, format: Format, symmetric: bool, options: JointOptions, valid: Array | None
+) -> Calibrated:
+    weight, steps = options.error_weight, options.refine_steps
+    scale, place = search(blocks, format, symmetric, weight, steps, valid)
+    if format.integer:
+        return Calibrated(scale=scale, zero=place)
+    return Calibrated(scale=scale, shift=place)
+
+
+JOINT = Calibration("joint", "joint", "joint calibration", _calibrate, JointOptions())

@@ -1,0 +1,96 @@
+"""The contract of an adapter: how a linear layer is updated, trained, stored and merged.
+
+An adapter is one file that defines one `Method`, and one line of `METHODS`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, PRNGKeyArray
+
+from irqlora_jax.sharding import PAIR, Splits
+
+Params = dict[str, Array]
+"""The trained arrays of one linear layer, by leaf name."""
+Shape = tuple[int, int]
+"""(out, in) of a linear layer."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """All that the rest of the package knows of an adapter.
+
+    Attributes:
+        name: value of `adapter.method`.
+        title: short name for tables, such as "LoRA".
+        description: the name as a sentence of a model card uses it, with an article.
+        init: (key, (out, in), rank, options, dtype) -> parameters whose update is 0.
+        apply: (parameters, x [*batch, in], dropped, scale, weight) -> the update of the output
+            [*batch, out]. `dropped` is x after dropout, and x itself where nothing is dropped.
+            `weight` is the frozen weight, a QTensor or a float array [out, in].
+        files: name of every leaf in a PEFT file, behind the name of the layer. Where a file holds
+            lora_A and lora_B alone, the other leaves are as `init` makes them.
+        fold: parameters -> the pair {"lora_A": [rank, in], "lora_B": [out, rank]} that computes the
+            same update, exactly; None: no pair does.
+        delta: (parameters, (out, in)) -> the update of the weight [out, in] at scale 1; None:
+            lora_B lora_A of `fold`. A method without `fold` must have it.
+        frozen: options -> the leaves that get no gradient.
+        penalty: parameters -> a scalar that is added to the loss, once for every layer; None: none.
+        splits: how a mesh splits a leaf: "out" or "in" for a dimension that follows the outputs or
+            inputs of the layer, None for one that stays whole (default: LoRA's pair). Leaves that
+            are not named are copied to every device.
+        options: default options, a frozen dataclass; None for a method without options. A method
+            with options has a field of its name in `AdapterConfig`.
+    """
+
+    name: str
+    title: str
+    description: str
+    init: Callable[[PRNGKeyArray, Shape, int, Any, DTypeLike], Params]
+    apply: Callable[[Params, Array, Array, float, Any], Array]
+    files: Mapping[str, str]
+    fold: Callable[[Params], Params] | None = None
+    delta: Callable[[Params, Shape], Array] | None = None
+    frozen: Callable[[Any], tuple[str, ...]] = lambda options: ()
+    penalty: Callable[[Params], Array] | None = None
+    splits: Splits = dataclasses.field(default_factory=lambda: PAIR)
+    options: Any = None
+
+    def __post_init__(self) -> None:
+        if self.fold is None and self.delta is None:
+            raise ValueError(f"adapter {self.name!r}: needs fold or delta, has neither")
+
+    def weight_update(self, params: Params, shape: Shape) -> Float32[Array, "out in"]:
+        """The update of the weight at scale 1, computed in float32."""
+        wide = {name: value.astype(jnp.float32) for name, value in params.items()}
+        if self.delta is not None:
+            return self.delta(wide, shape)
+        assert self.fold is not None
+        pair = self.fold(wide)
+        # Accelerators would otherwise multiply float32 in fewer bits.
+        return jnp.matmul(pair["lora_B"], pair["lora_A"], precision="highest")
+
+
+@dataclasses.dataclass(frozen=True)
+class Initialization:
+    """Where the training starts.
+
+    Attributes:
+        name: value of `adapter.init`.
+        title: short name for tables; "" for the method's own start.
+        fit: (weight [out, in], QuantConfig, rank, scale, options, key, dtype) -> the quantized
+            weight, lora_A and lora_B, fitted to the weight together; None: the method's own `init`
+            and the quantizer alone. A base that was fitted belongs to one run.
+        options: default options; None without.
+    """
+
+    name: str
+    title: str
+    fit: Callable[..., tuple[Any, Float[Array, "rank in"], Float[Array, "out rank"]]] | None = None
+    options: Any = None
+
+
+DEFAULT = Initialization("default", "")
