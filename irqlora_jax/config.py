@@ -4,7 +4,6 @@ Every unknown key and every bad value is an error that names the field, the valu
 accepted. The fields are documented here and nowhere else; `python train.py --help` prints them.
 """
 
-import copy
 import dataclasses
 import itertools
 import json
@@ -13,23 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from irqlora_jax.adapters import config as adapter
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.data.config import DataConfig
+from irqlora_jax.quant import config as quant
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.sharding import MeshConfig
-from irqlora_jax.text import require
+from irqlora_jax.text import require, with_current_names
 
 Parsed = TypeVar("Parsed")
-# Names of version 0.1.0, which files and flags may still use.
-_RENAMED = {
-    "quant.search_range": "quant.icq.range",
-    "quant.search_steps": "quant.icq.steps",
-    "quant.search": "quant.icq.search",
-    "quant.error_weight": "quant.joint.error_weight",
-    "quant.refine_steps": "quant.joint.refine_steps",
-    "adapter.connections": "adapter.iec.connections",
-    "adapter.loftq_iterations": "adapter.loftq.iterations",
-}
+_RENAMED = {"quant": quant.RENAMED, "adapter": adapter.RENAMED}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,25 +240,13 @@ def parse_flags(kind: type[Parsed], argv: Sequence[str], script: str) -> Parsed:
     return kind(**fields)
 
 
-def with_current_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a stored configuration, renamed from earlier versions.
-
-    Examples:
-        >>> with_current_names({"seed": 0, "quant": {"format": "nf3", "search_steps": 50}})
-        {'seed': 0, 'quant': {'format': 'nf3', 'icq': {'steps': 50}}}
-    """
-    current = copy.deepcopy(dict(values))
-    for old, new in _RENAMED.items():
-        section, name = old.split(".")
-        fields = current.get(section)
-        if isinstance(fields, dict) and name in fields:
-            _, method, option = new.split(".")
-            fields.setdefault(method, {})[option] = fields.pop(name)
-    return current
-
-
 def _with_current_flags(argv: Sequence[str]) -> list[str]:
     """Flags and configuration files with today's names."""
+    renamed = {
+        f"{section}.{old}": ".".join((section, *new))
+        for section, names in _RENAMED.items()
+        for old, new in names.items()
+    }
     current: list[str] = []
     for flag in argv:
         name, equals, value = flag.removeprefix("--").partition("=")
@@ -274,8 +254,8 @@ def _with_current_flags(argv: Sequence[str]) -> list[str]:
             current.append(_read_config(flag))
         elif flag.startswith("--config="):
             current.append(f"--config={_read_config(value)}")
-        elif flag.startswith("--") and name in _RENAMED:
-            current.append(f"--{_RENAMED[name]}{equals}{value}")
+        elif flag.startswith("--") and name in renamed:
+            current.append(f"--{renamed[name]}{equals}{value}")
         else:
             current.append(flag)
     return current
@@ -297,7 +277,10 @@ def _read_config(path: str) -> str:
         return path
     if not isinstance(values, dict):
         return path
-    current = with_current_names(values)
+    current = dict(values)
+    for section, names in _RENAMED.items():
+        if isinstance(current.get(section), dict):
+            current[section] = with_current_names(current[section], names)
     if current == values and not path.endswith(".json"):
         return path
     return yaml.safe_dump(current, sort_keys=False)

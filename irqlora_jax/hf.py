@@ -1,6 +1,7 @@
-"""Hugging Face files in and out."""
+"""Hugging Face files in and out: the public names. Nothing inside the package imports this file."""
 
 from irqlora_jax.base.make import load_base as load_base
+from irqlora_jax.base.make import load_fitted as load_fitted
 from irqlora_jax.base.make import load_loftq as load_loftq
 from irqlora_jax.export.folder import ExportConfig as ExportConfig
 from irqlora_jax.export.folder import export as export
@@ -14,7 +15,6 @@ from irqlora_jax.files.hub import load_tokenizer as load_tokenizer
 from irqlora_jax.files.hub import read_config as read_config
 from irqlora_jax.files.hub import read_values as read_values
 from irqlora_jax.files.hub import snapshot as snapshot
-from irqlora_jax.model.tree import ADAPTER_LEAVES as ADAPTER_LEAVES
 from irqlora_jax.model.tree import adapter_name as adapter_name
 from irqlora_jax.model.tree import linear_path as linear_path
 from irqlora_jax.model.tree import weight_name as weight_name

@@ -1,6 +1,6 @@
 """Text for people: tables, sizes, and the sentence that refuses a value."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -17,6 +17,23 @@ def require(ok: bool, field: str, value: Any, accepted: str) -> None:
     """
     if not ok:
         raise ValueError(f"{field} = {value!r}: accepted is {accepted}")
+
+
+def with_current_names(
+    fields: Mapping[str, Any], renamed: Mapping[str, tuple[str, str]]
+) -> dict[str, Any]:
+    """The fields of a section of the configuration, with those of earlier versions moved.
+
+    Examples:
+        >>> renamed = {"search_steps": ("icq", "steps")}
+        >>> with_current_names({"format": "nf3", "search_steps": 50}, renamed)
+        {'format': 'nf3', 'icq': {'steps': 50}}
+    """
+    current = {name: value for name, value in fields.items() if name not in renamed}
+    for old, (section, option) in renamed.items():
+        if old in fields:
+            current[section] = {**current.get(section, {}), option: fields[old]}
+    return current
 
 
 def readable_size(size: int) -> str:

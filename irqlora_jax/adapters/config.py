@@ -10,6 +10,8 @@ from irqlora_jax.adapters.method import Initialization, Method
 from irqlora_jax.sharding import LINEAR_NAMES
 from irqlora_jax.text import require
 
+RENAMED = {"connections": ("iec", "connections"), "loftq_iterations": ("loftq", "iterations")}
+"""Fields of version 0.1.0, and the options that they are now."""
 if TYPE_CHECKING:
     MethodName = str
     InitializationName = str

@@ -32,13 +32,13 @@ def save_base(
     quant: QuantConfig,
     source: str | None = None,
     *,
-    loftq: bool = False,
+    fitted: bool = False,
 ) -> None:
     """Writes base, architecture and how it was quantized into one safetensors file.
 
     A QTensor becomes one tensor an array (`NAME.packed`, `NAME.scale_codes`, ...) and an entry of
     the metadata that holds its shape, format, block size and layout. `source` is the folder or the
-    id of the model that it was made from; `loftq` marks a base that is incomplete without the
+    id of the model that it was made from; `fitted` marks a base that is incomplete without the
     adapters fitted to it.
     """
     tensors: dict[str, np.ndarray] = {}
@@ -58,7 +58,7 @@ def save_base(
         "quant": json.dumps(dataclasses.asdict(quant)),
         "quantized": json.dumps(static),
         "source": json.dumps(source),
-        "loftq": json.dumps(loftq),
+        "loftq": json.dumps(fitted),
     }
     aside = path.with_name(path.name + ".part")
     try:
@@ -129,7 +129,7 @@ def read_base_config(path: Path) -> tuple[LlamaConfig, QuantConfig]:
         FileNotFoundError, ValueError: as `read_base`.
     """
     metadata = _read_metadata(path)
-    quant = QuantConfig(**json.loads(metadata["quant"]))
+    quant = QuantConfig.from_dict(json.loads(metadata["quant"]))
     return LlamaConfig.from_dict(json.loads(metadata["llama"])), quant
 
 
@@ -142,8 +142,8 @@ def read_source(path: Path) -> str | None:
     return json.loads(_read_metadata(path).get("source", "null"))
 
 
-def is_loftq(path: Path) -> bool:
-    """Whether a base is incomplete without the adapters that LoftQ fitted to it.
+def is_fitted(path: Path) -> bool:
+    """Whether a base was fitted together with adapters (LoftQ), and is incomplete without them.
 
     Raises:
         FileNotFoundError, ValueError: as `read_base`.

@@ -5,8 +5,9 @@ little more host memory than its packed form. Only safetensors are opened, never
 """
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.adapters.loftq import loftq
-from irqlora_jax.adapters.lora import Params
+from irqlora_jax.adapters.lora import LORA
+from irqlora_jax.adapters.method import Params
+from irqlora_jax.base.storage import plan_stacks
 from irqlora_jax.files.hub import read_config, snapshot
 from irqlora_jax.files.small import read_json
 from irqlora_jax.files.tensors import (
@@ -30,19 +32,29 @@ from irqlora_jax.files.tensors import (
     read_into,
 )
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.tree import INDEX, SINGLE, Keys, Tree, insert, weight_name, weight_shapes
-from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.model.tree import (
+    INDEX,
+    LAYERS,
+    SINGLE,
+    Keys,
+    Tree,
+    insert,
+    matrix_name,
+    weight_name,
+    weight_shapes,
+)
+from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.encode import quantize
-from irqlora_jax.quant.formats import get_format
+from irqlora_jax.quant.formats import FORMATS
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.sharding import LINEAR_NAMES, sharding
-from irqlora_jax.text import first_few
+from irqlora_jax.text import first_few, require
 
-Watch = Callable[[int, str, jax.Array, QTensor], None]
-"""Told of every quantized matrix: layer, projection, the float32 weights, and what became of them.
-The weights are overwritten when it returns."""
-Maker = Callable[[Keys, int, jax.Array], tuple[QTensor, Params]]
-"""What becomes of a linear weight, from its path and its layer, and the pair that belongs to it."""
+Watch = Callable[[int, str, jax.Array, QTensor, QuantConfig], None]
+"""Called with every quantized matrix: layer, projection, the float32 weights, the result, and how
+it was made. The weights are overwritten when it returns."""
+Maker = Callable[[Keys, int, jax.Array, QuantConfig], tuple[Any, Params]]
+"""From path, layer, weight and configuration of a matrix to the stored weight and its pair."""
 
 
 def load_base(
@@ -63,25 +75,27 @@ def load_base(
         watch: called with every matrix that was quantized.
 
     Returns:
-        The frozen weights, stacked over the layers, and the architecture.
+        The frozen weights, stacked over the layers (`model/tree.py`), and the architecture.
 
     Raises:
-        FileNotFoundError, NotADirectoryError, ValueError: what is wrong with which file.
+        FileNotFoundError, NotADirectoryError, ValueError: what is wrong with which file; a rule
+            that matches no matrix.
     """
 
-    def make(path: Keys, layer: int, weight: jax.Array) -> tuple[QTensor, Params]:
-        assert quant is not None
-        packed = quantize(weight, quant)
+    def make(
+        path: Keys, layer: int, weight: jax.Array, config: QuantConfig
+    ) -> tuple[QTensor, Params]:
+        packed = quantize(weight, config)
         if watch is not None:
-            watch(layer, path[-1], weight, packed)
+            watch(layer, path[-1], weight, packed, config)
         return packed, {}
 
-    kept = quant is None or quant.format == "none"
-    base, _, config = _load(source, None if kept else make, np.float32, mesh, progress)
+    quant = QuantConfig(format=KEPT) if quant is None else quant
+    base, _, config = _load(source, quant, make, np.float32, mesh, progress)
     return base, config
 
 
-def load_loftq(
+def load_fitted(
     source: str | Path,
     quant: QuantConfig,
     adapter: AdapterConfig,
@@ -90,13 +104,13 @@ def load_loftq(
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> tuple[Tree, Tree, LlamaConfig]:
-    """As `load_base`, with the targets of an adapter quantized by LoftQ (`adapters/loftq.py`).
+    """Like `load_base`, with the targets of an adapter fitted together with their pairs.
 
     Args:
         source: local folder, or id on the hub.
         quant: how the linear layers are stored.
-        adapter: targets, rank, alpha, type and turns of the pairs.
-        key: of the random directions that the singular values of large layers are found with.
+        adapter: initialization, targets, rank, alpha and type of the pairs.
+        key: for random directions, such as those of a randomized SVD.
         mesh: devices to split weights and pairs over (default: all on the first device).
         progress: show a bar.
 
@@ -105,28 +119,57 @@ def load_loftq(
         the layers, and the architecture.
 
     Raises:
-        FileNotFoundError, NotADirectoryError, ValueError: as `load_base`; format "none".
+        FileNotFoundError, NotADirectoryError, ValueError: as `load_base`; nothing is quantized; an
+            initialization that fits nothing.
     """
-    get_format(quant.format)
-    rank, turns = adapter.rank, adapter.loftq_iterations
+    require(quant.quantizes, "quant.format", quant.format, ", ".join(FORMATS))
+    start, fit = adapter.start, adapter.start.fit
+    if fit is None:
+        raise ValueError(f"adapter.init = {start.name!r}: it is not fitted to the weights")
+    options = getattr(adapter, start.name, start.options)
 
-    def make(path: Keys, layer: int, weight: jax.Array) -> tuple[QTensor, Params]:
+    def make(path: Keys, layer: int, weight: jax.Array, config: QuantConfig) -> tuple[Any, Params]:
         if path[-1] not in adapter.targets:
-            return quantize(weight, quant), {}
-        place = jax.random.fold_in(key, LINEAR_NAMES.index(path[-1]))
-        own = jax.random.fold_in(place, layer)
-        packed, a, b = loftq(weight, quant, rank, adapter.alpha / rank, turns, own, adapter.dtype)
+            return quantize(weight, config), {}
+        own = jax.random.fold_in(key, LINEAR_NAMES.index(path[-1]))
+        own = jax.random.fold_in(own, layer)
+        if config.format == KEPT:
+            # There is no error to correct: the pair starts as LoRA's.
+            rows, columns = weight.shape
+            return None, LORA.init(own, (rows, columns), adapter.rank, None, adapter.dtype)
+        dtype = adapter.dtype
+        packed, a, b = fit(weight, config, adapter.rank, adapter.scale, options, own, dtype)
         return packed, {"lora_A": a, "lora_B": b}
 
-    # In their own type: LoftQ needs the matrix again in every turn, and widens a slab at a time.
-    return _load(source, make, None, mesh, progress)
+    # In the type of the file: every turn needs the matrix again, and widens a slab at a time.
+    return _load(source, quant, make, None, mesh, progress, adapter.targets)
+
+
+def load_loftq(
+    source: str | Path,
+    quant: QuantConfig,
+    adapter: AdapterConfig,
+    key: PRNGKeyArray,
+    **options: Any,
+) -> tuple[Tree, Tree, LlamaConfig]:
+    """`load_fitted` with LoftQ (`adapters/loftq.py`), whatever `adapter.init` is."""
+    return load_fitted(source, quant, dataclasses.replace(adapter, init="loftq"), key, **options)
 
 
 def _load(
-    source: str | Path, make: Maker | None, dtype: Any, mesh: Mesh | None, progress: bool
+    source: str | Path,
+    quant: QuantConfig,
+    make: Maker,
+    dtype: Any,
+    mesh: Mesh | None,
+    progress: bool,
+    fitted: Sequence[str] = (),
 ) -> tuple[Tree, Tree, LlamaConfig]:
-    """The base, the pairs that `make` gave, and the architecture. `make` is given matrices of
-    `dtype`, or, if it is None, of the type they have in the file."""
+    """The base, the pairs that `make` gave, and the architecture.
+
+    `make` gets every matrix that is quantized, and every matrix of the projections `fitted`, in
+    `dtype` or, if that is None, in the type of the file.
+    """
     from tqdm import tqdm
 
     folder = snapshot(source)
@@ -139,72 +182,86 @@ def _load(
     with tqdm(
         total=total, desc="Loading", unit=" weights", unit_scale=True, disable=not progress
     ) as bar:
-        layers, pairs = _load_layers(found, config, make, dtype, mesh, bar)
-        base: Tree = {"layers": layers}
+        base, pairs = _load_layers(found, config, quant, make, dtype, mesh, bar, fitted)
         for path, shape in single.items():
             name = weight_name(path)
             weight = aligned(shape, FLOATS[found[name].dtype])
             read_into(weight, found[name], name)
             insert(base, path, {"weight": _to_device([weight], mesh, path)})
             bar.update(math.prod(shape))
-    return base, {"layers": pairs}, config
+    return base, pairs, config
 
 
 def _load_layers(
     found: Mapping[str, Header],
     config: LlamaConfig,
-    make: Maker | None,
+    quant: QuantConfig,
+    make: Maker,
     dtype: Any,
     mesh: Mesh | None,
     bar: Any,
+    fitted: Sequence[str],
 ) -> tuple[Tree, Tree]:
-    """The layers and their pairs. Fills arrays on the host, stacked over the layers, and moves them
-    to the device."""
+    """The layers and their pairs: fills stacked arrays on the host, then moves them."""
     depth, shapes = config.num_hidden_layers, weight_shapes(config)[0]
     stacks: dict[Keys, list[np.ndarray]] = {}  # the leaves of a QTensor, or one float array
     structures: dict[Keys, Any] = {}
-    linear: list[tuple[int, Keys]] = []
-    for layer in range(depth):
-        for path, shape in shapes.items():
-            if make is not None and path[-1] in LINEAR_NAMES:
-                linear.append((layer, path))
-                continue
-            name = weight_name(path, layer)
-            if path not in stacks:
-                stacks[path] = [aligned((depth, *shape), FLOATS[found[name].dtype])]
-                structures[path] = jax.tree.structure(0)
-            read_into(stacks[path][0][layer], found[name], name)
-            bar.update(math.prod(shape))
-    names = [weight_name(path, layer) for layer, path in linear]
+    made: list[tuple[Keys, int, range, QuantConfig]] = []
 
-    def store(layer: int, path: Keys, packed: QTensor, pair: Params) -> None:
-        """A function, so that nothing of a matrix is left when the next one is quantized."""
-        parts = {path: packed} | {(*path, name): x for name, x in pair.items()}
-        for place, part in parts.items():
-            leaves, structures[place] = jax.tree.flatten(part)
-            if place not in stacks:
-                stacks[place] = [aligned((depth, *leaf.shape), leaf.dtype) for leaf in leaves]
-            for stack, leaf in zip(stacks[place], leaves, strict=True):
-                stack[layer] = leaf  # waits for the result, so that the buffer is free again
+    def put(place: Keys, tree: Any, index: int, count: int) -> None:
+        leaves, structures[place] = jax.tree.flatten(tree)
+        if place not in stacks:
+            stacks[place] = [aligned((count, *leaf.shape), leaf.dtype) for leaf in leaves]
+        for stack, leaf in zip(stacks[place], leaves, strict=True):
+            stack[index] = leaf  # waits for the result, so that the buffer is free again
 
+    for name, layers in plan_stacks(config, quant).items():
+        for layer in layers:
+            for path, shape in shapes.items():
+                linear, place = path[-1] in LINEAR_NAMES, (name, *path)
+                own = quant.for_matrix(matrix_name(path, layer))
+                kept = not linear or own.format == KEPT
+                if linear and (not kept or path[-1] in fitted):
+                    made.append((place, layer, layers, own))
+                if not kept:
+                    continue
+                tensor = weight_name(path, layer)
+                if place not in stacks:
+                    stacks[place] = [aligned((len(layers), *shape), FLOATS[found[tensor].dtype])]
+                    structures[place] = jax.tree.structure(0)
+                read_into(stacks[place][0][layer - layers.start], found[tensor], tensor)
+                bar.update(math.prod(shape))
+    names = [weight_name(place[1:], layer) for place, layer, *_ in made]
     with contextlib.closing(read_ahead(found, names, dtype)) as weights:
-        for (layer, path), weight in zip(linear, weights, strict=True):
-            assert make is not None
-            store(layer, path, *make(path, layer, jax.device_put(weight, may_alias=True)))
-            bar.update(weight.size)
+        for (place, layer, layers, own), weight in zip(made, weights, strict=True):
+
+            def step(weight: np.ndarray, place: Keys = place, layer: int = layer) -> None:
+                """A function, so that nothing of a matrix is left when the next one is read."""
+                array = jax.device_put(weight, may_alias=True)
+                packed, pair = make(place[1:], layer, array, own)  # noqa: B023
+                if packed is not None:
+                    put(place, packed, layer - layers.start, len(layers))  # noqa: B023
+                    bar.update(weight.size)
+                for leaf, value in pair.items():
+                    put((LAYERS, *place[1:], leaf), value, layer, depth)
+
+            step(weight)
+
+    pair_leaves = ("lora_A", "lora_B")
 
     def moved(place: Keys) -> Any:
-        arrays = [_to_device(stacks[place], mesh, place) for _ in range(len(stacks[place]))]
+        path = place if place[-1] in pair_leaves else (*place, "weight")
+        arrays = [_to_device(stacks[place], mesh, path) for _ in range(len(stacks[place]))]
         return jax.tree.unflatten(structures[place], arrays)
 
-    layers: Tree = {}
-    pairs: Tree = {}
-    for path in shapes:
-        insert(layers, path, {"weight": moved(path)})
-    for place in stacks:
-        if place not in shapes:
+    base: Tree = {}
+    pairs: Tree = {LAYERS: {}}
+    for place in list(stacks):
+        if place[-1] in pair_leaves:
             insert(pairs, place, moved(place))
-    return layers, pairs
+        else:
+            insert(base, place, {"weight": moved(place)})
+    return base, pairs
 
 
 def _to_device(arrays: list[np.ndarray], mesh: Mesh | None, path: Keys) -> jax.Array:

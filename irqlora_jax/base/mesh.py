@@ -3,22 +3,23 @@
 from jax.sharding import Mesh
 
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.sharding import LINEAR_NAMES, SPLIT_INPUTS
+from irqlora_jax.model.tree import linear_path, matrix_name
+from irqlora_jax.quant.config import KEPT, QuantConfig
+from irqlora_jax.sharding import SPLIT_INPUTS
 
 
-def check_mesh(mesh: Mesh, llama: LlamaConfig, block_size: int | None) -> None:
+def check_mesh(mesh: Mesh, llama: LlamaConfig, quant: QuantConfig) -> None:
     """Refuses a mesh that cannot split a packed layer evenly.
 
     Args:
         mesh: of `make_mesh`.
         llama: the architecture.
-        block_size: weights in a block; None for a base that is not quantized.
+        quant: how the linear layers are stored.
 
     Raises:
         ValueError: which axis cannot split which layer, and what could.
     """
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
-    size = block_size or 1
 
     def check(axes: str, parts: int, count: int, what: str) -> None:
         if count % parts:
@@ -29,18 +30,25 @@ def check_mesh(mesh: Mesh, llama: LlamaConfig, block_size: int | None) -> None:
 
     check("mesh.tensor", tensor, llama.num_attention_heads, "attention heads")
     check("mesh.tensor", tensor, llama.num_key_value_heads, "key-value heads")
-    for name in LINEAR_NAMES:
-        out_features, in_features = llama.linear_shapes[name]
-        if name in SPLIT_INPUTS:
-            check("mesh.fsdp", fsdp, out_features, f"outputs of {name}")
-            blocks = -(-in_features // size)
+    for name, (out_features, in_features) in llama.linear_shapes.items():
+        if name not in SPLIT_INPUTS:
+            axes = "mesh.tensor x mesh.fsdp"
+            check(axes, tensor * fsdp, out_features, f"outputs of {name}")
+            continue
+        check("mesh.fsdp", fsdp, out_features, f"outputs of {name}")
+        for size in sorted(_block_sizes(llama, quant, name)):
             if tensor > 1 and in_features % size:
                 raise ValueError(
                     f"mesh.tensor = {tensor} cannot split the {in_features} inputs of {name} into "
                     f"whole blocks of {size}: accepted is 1, or a quant.block_size that divides "
                     "them"
                 )
+            blocks = -(-in_features // size)
             check("mesh.tensor", tensor, blocks, f"blocks of {size} inputs of {name}")
-        else:
-            axes = "mesh.tensor x mesh.fsdp"
-            check(axes, tensor * fsdp, out_features, f"outputs of {name}")
+
+
+def _block_sizes(llama: LlamaConfig, quant: QuantConfig, name: str) -> set[int]:
+    """Block sizes of a projection in any layer; 1 where it is not quantized."""
+    path, layers = linear_path(name), range(llama.num_hidden_layers)
+    configs = (quant.for_matrix(matrix_name(path, layer)) for layer in layers)
+    return {1 if config.format == KEPT else config.block_size for config in configs}

@@ -1,8 +1,8 @@
 """What a base takes, as exact arithmetic on shapes: nothing is read and nothing is computed."""
 
 import dataclasses
+import fnmatch
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,11 +11,19 @@ from jax.typing import DTypeLike
 
 from irqlora_jax.base.file import Base
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.tree import insert, weight_shapes
-from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.model.tree import (
+    insert,
+    linear_path,
+    linear_stacks,
+    matrix_name,
+    stack_names,
+    weight_shapes,
+)
+from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.encode import quantized_shape
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.sharding import LINEAR_NAMES, device_bytes
+from irqlora_jax.text import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +62,8 @@ def measure_base(base: Base) -> Storage:
         base: arrays, or jax.ShapeDtypeStruct in their place.
     """
     parts = dict.fromkeys(("codes", "scales", "shifts"), 0)
-    for weight in linears(base):
+    linears = [weight for _, weight in linear_stacks(base)]
+    for weight in linears:
         if not isinstance(weight, QTensor):
             parts["codes"] += device_bytes(weight)
             continue
@@ -63,14 +72,7 @@ def measure_base(base: Base) -> Storage:
         parts["scales"] += device_bytes(scales)
         parts["shifts"] += device_bytes((weight.shift_codes, weight.shift_max))
     rest = device_bytes(base) - sum(parts.values())
-    return Storage(**parts, rest=rest, weights=sum(map(_logical, linears(base))))
-
-
-def linears(base: Base) -> Iterator[Any]:
-    """The linear weights of a base, each stacked over the layers."""
-    for group in ("self_attn", "mlp"):
-        for linear in base["layers"][group].values():
-            yield linear["weight"]
+    return Storage(**parts, rest=rest, weights=sum(map(_logical, linears)))
 
 
 def _logical(weight: Any) -> int:
@@ -85,19 +87,48 @@ def abstract_base(llama: LlamaConfig, quant: QuantConfig, dtype: DTypeLike = jnp
         llama: the architecture.
         quant: how the linear layers are stored.
         dtype: of what is not quantized.
+
+    Raises:
+        ValueError: a rule that matches no matrix.
     """
     layered, single = weight_shapes(llama)
-    layers: Base = {}
-    for path, shape in layered.items():
-        weight: Any = jax.ShapeDtypeStruct(shape, dtype)
-        if path[-1] in LINEAR_NAMES and quant.format != "none":
-            weight = _quantized(shape, quant)
-        add = functools.partial(_stacked, llama.num_hidden_layers)
-        insert(layers, path, {"weight": jax.tree.map(add, weight)})
-    base: Base = {"layers": layers}
+    base: Base = {}
+    for name, layers in plan_stacks(llama, quant).items():
+        for path, shape in layered.items():
+            config = quant.for_matrix(matrix_name(path, layers.start))
+            weight: Any = jax.ShapeDtypeStruct(shape, dtype)
+            if path[-1] in LINEAR_NAMES and config.format != KEPT:
+                weight = _quantized(shape, config)
+            add = functools.partial(_stacked, len(layers))
+            insert(base, (name, *path), {"weight": jax.tree.map(add, weight)})
     for path, shape in single.items():
         insert(base, path, {"weight": jax.ShapeDtypeStruct(shape, dtype)})
     return base
+
+
+def plan_stacks(llama: LlamaConfig, quant: QuantConfig) -> dict[str, range]:
+    """The stacks of layers that a base will have (`model.tree.stack_names`).
+
+    Raises:
+        ValueError: a rule that matches no matrix of the model.
+    """
+    shapes = {linear_path(name): shape for name, shape in llama.linear_shapes.items()}
+    names = [
+        [matrix_name(path, layer) for path in shapes] for layer in range(llama.num_hidden_layers)
+    ]
+    for place, rule in enumerate(quant.rules):
+        matched = any(fnmatch.fnmatchcase(name, rule.match) for row in names for name in row)
+        accepted = f"a pattern of names such as {names[0][0]} (layers 0 to {len(names) - 1})"
+        require(matched, f"quant.rules[{place}].match", rule.match, accepted)
+
+    def kind(name: str, shape: tuple[int, int]) -> Any:
+        config = quant.for_matrix(name)
+        if config.format == KEPT:
+            return None
+        leaves, structure = jax.tree.flatten(_quantized(shape, config))
+        return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+    return stack_names([tuple(map(kind, row, shapes.values())) for row in names])
 
 
 @functools.cache  # tracing the search takes a while, and many layers have one shape

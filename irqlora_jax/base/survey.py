@@ -5,6 +5,7 @@ every matrix stand for all of it: a calibration is not searched anew, and the pl
 is cheap, sees about one weight in a hundred of a large model.
 """
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -52,6 +53,7 @@ class Surveyed:
 
     layer: int
     name: str
+    format: str
     weights: int
     sampled: int
     plain: Measures
@@ -90,14 +92,14 @@ def survey(
     rows = np.unique(np.linspace(0, weight.shape[0] - 1, count).round().astype(np.int32))
     part = jnp.asarray(weight[rows])  # a copy: the caller may fill the buffer anew
     calibrated = None
-    if config.calibration == "none":
+    if config == config.plain:
         plain = _measures(part, packed, rows)
     else:
         # Its scales are second-level quantized with the others of the sample, not of the matrix.
-        other = quantize(part, dataclasses.replace(config, calibration="none"))
+        other = quantize(part, config.plain)
         plain = _measures(part, other, np.arange(len(rows), dtype=np.int32))
         calibrated = _measures(part, packed, rows)
-    return Surveyed(layer, name, weight.size, part.size, plain, calibrated)
+    return Surveyed(layer, name, config.format, weight.size, part.size, plain, calibrated)
 
 
 def _measures(part: Array, packed: QTensor, rows: Int32[np.ndarray, " rows"]) -> Measures:
@@ -149,8 +151,10 @@ def summarize(found: Sequence[Surveyed], config: QuantConfig) -> dict[str, Any]:
     Returns:
         "format", "calibration", "block_size"; "weights" and "sampled", their numbers; and for
         "plain" and "calibrated" (left out where nothing was calibrated) "entropy" and "error", by
-        projection a list over the layers, "mean_entropy" of all blocks in bits, "codes", counted,
-        and "shifts", the counts of the bins of `bin_edges` (left out without shifts).
+        projection a list over the layers (null where a layer is not quantized), "mean_entropy" of
+        all blocks in bits, "codes", counted, and "shifts", the counts of the bins of `bin_edges`
+        (left out without shifts); both of the matrices in `format` alone. With rules also
+        "formats", the number of matrices in each format.
     """
     summary: dict[str, Any] = {
         "format": config.format,
@@ -159,27 +163,36 @@ def summarize(found: Sequence[Surveyed], config: QuantConfig) -> dict[str, Any]:
         "weights": sum(one.weights for one in found),
         "sampled": sum(one.sampled for one in found),
     }
+    if config.rules:
+        summary["formats"] = dict(collections.Counter(one.format for one in found))
     total = summary["weights"]
-    for kind in ("plain", "calibrated"):
-        parts = [(one, getattr(one, kind)) for one in found if getattr(one, kind) is not None]
-        if not parts:
-            continue
+    kinds = {"plain": [(one, one.plain) for one in found]}
+    if any(one.calibrated is not None for one in found):
+        kinds["calibrated"] = [(one, one.calibrated or one.plain) for one in found]
+    for kind, parts in kinds.items():
         means = {"mean_entropy": sum(m.entropy * one.weights for one, m in parts) / total}
         summary[kind] = means | {
             measure: _by_projection([(one, getattr(m, measure)) for one, m in parts])
             for measure in ("entropy", "error")
         }
-        summary[kind]["codes"] = _sum([m.codes for _, m in parts])
-        shifts = [m.shifts for _, m in parts if m.shifts is not None]
+        # Histograms of one format only: codes of others mean other levels.
+        same = [m for one, m in parts if one.format == config.format]
+        if same:
+            summary[kind]["codes"] = _sum([m.codes for m in same])
+        shifts = [m.shifts for m in same if m.shifts is not None]
         if shifts:
             summary[kind]["shifts"] = _sum(shifts)
     return summary
 
 
-def _by_projection(values: Sequence[tuple[Surveyed, float]]) -> dict[str, list[float]]:
-    ordered = sorted(values, key=lambda pair: pair[0].layer)
+def _by_projection(
+    values: Sequence[tuple[Surveyed, float]],
+) -> dict[str, list[float | None]]:
+    """By projection a list over the layers; None for a layer that is not quantized."""
+    places = {(one.name, one.layer): round(value, 6) for one, value in values}
     names = dict.fromkeys(one.name for one, _ in values)
-    return {name: [round(v, 6) for one, v in ordered if one.name == name] for name in names}
+    layers = range(max(one.layer for one, _ in values) + 1)
+    return {name: [places.get((name, layer)) for layer in layers] for name in names}
 
 
 def _sum(histograms: Sequence[Sequence[int]]) -> list[int]:

@@ -10,11 +10,12 @@ from jax.sharding import Mesh
 
 from irqlora_jax.base.file import Base
 from irqlora_jax.base.make import load_base
-from irqlora_jax.base.storage import linears, measure_base
+from irqlora_jax.base.storage import measure_base
 from irqlora_jax.config import Config
 from irqlora_jax.data import Example
 from irqlora_jax.evaluate import Question, evaluation_loss, score_questions
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.model.tree import linear_stacks
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.text import aligned
@@ -43,7 +44,7 @@ class Row:
 
 def mean_entropy(base: Base) -> float | None:
     """Mean entropy of all blocks in bits; None if the base is not quantized."""
-    entropies = [w.entropy() for w in linears(base) if isinstance(w, QTensor)]
+    entropies = [w.entropy() for _, w in linear_stacks(base) if isinstance(w, QTensor)]
     if not entropies:
         return None
     return sum(float(e.sum()) for e in entropies) / sum(e.size for e in entropies)
@@ -108,11 +109,10 @@ def baselines(
         start: the adapters that the training started from, with LoftQ.
     """
     quant, bare = config.quant, model.clone(adapter=None)
-    quantized = quant.format != "none"
+    quantized = quant.quantizes
     others: list[tuple[str, QuantConfig | None]] = [("full precision", None)]
-    if quantized and quant.calibration != "none":
-        plain = dataclasses.replace(quant, calibration="none")
-        others.append((plain.label, plain))
+    if quantized and quant != quant.plain:
+        others.append((quant.plain.label, quant.plain))
     if start is not None:
         others.append((quant.label, quant))
     rows = []
@@ -125,7 +125,11 @@ def baselines(
         del other
     if start is not None:
         variables = {"params": start, "base": base}
-        rows.append(scorer.row(f"{quant.label} + LoftQ", model, variables, quantize_seconds))
+        rows.append(
+            scorer.row(
+                f"{quant.label} + {config.adapter.start.title}", model, variables, quantize_seconds
+            )
+        )
     elif quantized:
         rows.append(scorer.row(quant.label, bare, {"params": {}, "base": base}, quantize_seconds))
     return rows

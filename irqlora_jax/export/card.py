@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from irqlora_jax.adapters.lora import LORA
 from irqlora_jax.config import Config
 from irqlora_jax.files.hub import is_hub_id
-from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.calibrations import CALIBRATIONS
+from irqlora_jax.quant.config import QuantConfig, QuantRule
 
 _LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -79,7 +81,7 @@ class Card:
 
     def _front(self) -> str:
         quantized = [] if self.quant is None else [self.quant.format]
-        if self.quant is not None and self.quant.calibration != "none":
+        if self.quant is not None and self.quant != self.quant.plain:
             quantized.append(self.quant.calibration)
         method = [] if self.config is None else ["lora", self.config.adapter.method]
         tags = list(dict.fromkeys(["llama", "ir-qlora", *method, *quantized]))
@@ -93,12 +95,10 @@ class Card:
         quantized = "in full precision"
         if self.quant is not None:
             quantized = f"quantized to {self.quant.format}"
-            if self.quant.calibration == "icq":
-                quantized += " with ICQ (information calibration quantization)"
-            elif self.quant.calibration == "joint":
-                quantized += " with scales and shifts of least error"
-        method = "" if self.config is None else self.config.adapter.method
-        trained = "an IEC adapter (information elastic connection)" if method == "iec" else "LoRA"
+            if self.quant != self.quant.plain:
+                quantized += f" with {CALIBRATIONS[self.quant.calibration].description}"
+        method = LORA if self.config is None else self.config.adapter.chosen
+        trained = method.description
         finetuned = f"{origin}, {quantized}, finetuned with {trained} by irqlora_jax"
         if self.kind == "merged":
             if self.config is None:
@@ -110,17 +110,18 @@ class Card:
         if self.kind == "dequantized":
             text = f"{origin}, {quantized} and dequantized to {self.dtype} by irqlora_jax."
             return text if self.config is None else f"{text} `adapter/` holds its finetune."
-        form = "IEC keeps its two scalars a layer (`lora_A_scale`, `lora_B_scale`)."
+        own = [f"`{name}`" for name in method.files.values() if name not in LORA.files.values()]
+        form = f"{method.title} keeps its own tensors ({', '.join(own)})."
         if self.folded:
-            form = "IEC is folded into the plain pair, which computes the same."
+            form = f"{method.title} is folded into the plain pair, which computes the same."
         about = f"The adapter of {finetuned}."
-        return f"{about} {form}" if method == "iec" else about
+        return f"{about} {form}" if own else about
 
     def _use(self) -> str:
         if self.kind == "merged" or self.config is None:
             return _python(_LOAD.format(name=self.name))
         if not self.folded:
-            note = "PEFT would leave the scalars out without a word, and so compute something else."
+            note = "PEFT ignores tensors that it does not know, so it would compute something else."
             return f"{_python(_LOAD_SCALARS.format(adapter=self.name))}\n\n{note} {self._warning()}"
         base, adapter = self.name, f"{self.name}/adapter"
         if self.kind == "adapter":
@@ -161,17 +162,29 @@ def _python(code: str) -> str:
 
 
 def _settings(section: Any) -> str:
-    if isinstance(section, QuantConfig) and section.format == "none":
+    if isinstance(section, QuantConfig) and not section.quantizes:
         return "format none"
     words = []
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):  # options of a method
+            chosen = (getattr(section, name, None) for name in ("calibration", "method", "init"))
+            if field.name in chosen:
+                words.append(f"{field.name}: {_settings(value).replace(';', ',')}")
+            continue
         if field.name in ("train", "eval", "chat_template") and value:
             value = public_name(value)
-        if value not in (None, ""):
-            value = ", ".join(map(str, value)) if isinstance(value, tuple) else value
+        if value not in (None, "", ()):
+            value = ", ".join(map(_word, value)) if isinstance(value, tuple) else value
             words.append(f"{field.name} {value}")
     return "; ".join(words)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, QuantRule):
+        changes = (f"{name} {change}" for name, change in value.overrides.items())
+        return f"{value.match} ({' '.join(changes)})"
+    return str(value)
 
 
 def _score_tables(scores: Mapping[str, Any]) -> list[str]:

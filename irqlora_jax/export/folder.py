@@ -150,6 +150,12 @@ def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:
         raise ValueError(
             f"run = '{config.run}': has no adapter; accepted is the folder of a run, or kind merged"
         )
+    adapter = run.model.adapter
+    if config.kind != "merged" and config.fold and adapter and adapter.chosen.fold is None:
+        raise ValueError(
+            f"kind = {config.kind!r}: no LoRA pair computes the update of {adapter.chosen.title}; "
+            "accepted is merged"
+        )
     size = sum(leaf.nbytes for leaf in _leaves(run.variables["params"]))
     if config.kind != "adapter":
         size += parameters(run.model.config) * np.dtype(_dtype(config, run)).itemsize
@@ -217,7 +223,7 @@ def _companions(
         kind=kind,
         dtype=dtype,
         model=run.source,
-        quant=None if quant is None or quant.format == "none" else quant,
+        quant=None if quant is None or not quant.quantizes else quant,
         config=run.config,
         step=run.step,
         newest=config.checkpoint == "last",
@@ -243,7 +249,7 @@ def _original(run: Run) -> str | None:
     """What the adapter of a run without quantization belongs to."""
 
     source = run.source
-    if source is None or run.config is None or run.config.quant.format != "none":
+    if source is None or run.config is None or run.config.quant.quantizes:
         return None
     if is_hub_id(source):
         return source

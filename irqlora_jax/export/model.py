@@ -4,6 +4,7 @@ One matrix at a time is dequantized, merged and written, so that a model needs l
 memory than its packed form.
 """
 
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -15,11 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float32, Int
 
-from irqlora_jax.export.peft import folded
+from irqlora_jax.adapters import METHODS
+from irqlora_jax.adapters.method import Params
 from irqlora_jax.files.tensors import write_tensors
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
-from irqlora_jax.model.tree import INDEX, SINGLE, Keys, Tree, weight_name, weight_shapes
+from irqlora_jax.model.tree import (
+    INDEX,
+    LAYERS,
+    SINGLE,
+    Keys,
+    Tree,
+    find_stack,
+    weight_name,
+    weight_shapes,
+)
 from irqlora_jax.quant.qtensor import QTensor
 
 Shapes = dict[str, tuple[int, ...]]
@@ -34,7 +45,7 @@ def save_model(
     shard_size: float = 5.0,
     progress: bool = False,
 ) -> None:
-    """Writes config.json and the weights: dequantized, plus alpha / rank * B A where adapted.
+    """Writes config.json and the weights: dequantized, plus the scaled update where adapted.
 
     Sums are made in float32 and rounded once, to `dtype`.
 
@@ -117,33 +128,36 @@ def _weight(
     base, adapters = variables["base"], variables["params"]
     if layer is None:
         return np.asarray(base[path[0]]["weight"])
-    tree: Any = base["layers"]
+    tree, place = find_stack(base, layer, model.config.num_hidden_layers)
     for name in path:
         tree = tree[name]
     adapter = model.adapter
     if adapter is None or path[-1] not in adapter.targets:
-        return np.asarray(_dense(tree["weight"], layer))
-    pair = folded(adapters["layers"][path[0]][path[1]], layer, adapter.method)
-    scale = jnp.float32(adapter.alpha / adapter.rank)
-    return np.asarray(_merged(tree["weight"], layer, pair["lora_A"], pair["lora_B"], scale))
+        return np.asarray(_dense(tree["weight"], place))
+    params = adapters[LAYERS][path[0]][path[1]]
+    scale = jnp.float32(adapter.scale)
+    return np.asarray(_merged(tree["weight"], place, params, layer, scale, adapter.method))
 
 
 @jax.jit
-def _dense(stack: Any, layer: Int[ArrayLike, ""]) -> Float32[Array, "..."]:
-    one: Any = jax.tree.map(lambda x: x[layer], stack)
+def _dense(stack: Any, place: Int[ArrayLike, ""]) -> Float32[Array, "..."]:
+    one: Any = jax.tree.map(lambda x: x[place], stack)
     return one.dequantize() if isinstance(one, QTensor) else one.astype(jnp.float32)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="method")
 def _merged(
     stack: Any,
+    place: Int[ArrayLike, ""],
+    params: Params,
     layer: Int[ArrayLike, ""],
-    a: Float32[Array, "rank in"],
-    b: Float32[Array, "out rank"],
     scale: Float32[Array, ""],
+    method: str,
 ) -> Float32[Array, "out in"]:
-    # Accelerators would otherwise multiply float32 in fewer bits.
-    return _dense(stack, layer) + scale * jnp.matmul(b, a, precision="highest")
+    weight = _dense(stack, place)
+    own = {name: leaf[layer] for name, leaf in params.items()}
+    rows, columns = weight.shape
+    return weight + scale * METHODS[method].weight_update(own, (rows, columns))
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

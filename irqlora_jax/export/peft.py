@@ -1,4 +1,4 @@
-"""Adapters in and out: PEFT's LoRA and the released IR-QLoRA code's, as trees of this package."""
+"""Adapters of PEFT and of the released IR-QLoRA code, read into trees of this package and written."""
 
 import functools
 import json
@@ -11,12 +11,14 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Int
 
 from irqlora_jax.adapters import METHODS
+from irqlora_jax.adapters.lora import LORA
+from irqlora_jax.adapters.method import Method
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.adapters.lora import Params
+from irqlora_jax.adapters.method import Params
 from irqlora_jax.files.small import read_json
 from irqlora_jax.files.tensors import Header, check_float, read_headers, read_into, write_tensors
 from irqlora_jax.model.llama import Llama
-from irqlora_jax.model.tree import (
+from irqlora_jax.model.tree import LAYERS, (
     ADAPTER,
     ADAPTER_CONFIG,
     Keys,
@@ -32,7 +34,8 @@ from irqlora_jax.text import first_few
 def load_adapter(source: str | Path, model: Llama) -> Tree:
     """Reads a LoRA adapter of PEFT or an adapter of the released IR-QLoRA code.
 
-    A plain LoRA pair serves an IEC model too, with both scalars 0.
+    A plain LoRA pair serves any method that is LoRA while its other leaves are as `init` makes them
+    (IEC with both scalars 0).
 
     Args:
         source: a .safetensors file, or a folder with adapter_model.safetensors.
@@ -56,12 +59,23 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
     }
     if len(names) < len(headers):
         raise ValueError(f"{file}: tensors of several adapters; accepted is one")
-    leaves = ["lora_A", "lora_B"]
-    if any(name.endswith("_scale") for name in names):
-        leaves += ["beta1", "beta2"]
-    depth = model.config.num_hidden_layers
+    method, depth = adapter.chosen, model.config.num_hidden_layers
     paths = [linear_path(name) for name in LINEAR_NAMES if name in adapter.targets]
-    wanted = {adapter_name(p, i, leaf) for p in paths for i in range(depth) for leaf in leaves}
+    places = [(path, layer) for path in paths for layer in range(depth)]
+
+    def keys(part: str) -> set[str]:
+        return {adapter_name(path, layer, part) for path, layer in places}
+
+    # What the file has besides a pair: leaves of this method, or of another one.
+    pair = {leaf: part for leaf, part in method.files.items() if leaf in LORA.files}
+    own = {leaf: part for leaf, part in method.files.items() if not pair or keys(part) & set(names)}
+    others = {
+        part: (other, leaf)
+        for other in METHODS.values()
+        for leaf, part in other.files.items()
+        if part not in method.files.values() and keys(part) & set(names)
+    }
+    wanted = set().union(*map(keys, {**pair, **own}.values()), *map(keys, others))
     missing, extra = sorted(wanted - set(names)), sorted(set(names) - wanted)
     if missing:
         raise ValueError(f"{file}: no tensor {first_few(missing)}")
@@ -71,29 +85,51 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
             f"{file}: tensors that do not belong to a {depth}-layer LLaMA with adapter.targets "
             f"{targets}: {first_few([names[name] for name in extra])}"
         )
+
+    def read(path: Keys, part: str, shape: tuple[int, ...]) -> np.ndarray:
+        found = [names[adapter_name(path, layer, part)] for layer in range(depth)]
+        return np.stack([_read_adapter(headers[key], key, shape, adapter) for key in found])
+
     adapters: Tree = {}
     for path in paths:
-        out_features, in_features = model.config.linear_shapes[path[-1]]
-        shapes = {"lora_A": (adapter.rank, in_features), "lora_B": (out_features, adapter.rank)}
-        parts = {}
-        for leaf in leaves:
-            keys = [names[adapter_name(path, layer, leaf)] for layer in range(depth)]
-            shape = shapes.get(leaf)
-            parts[leaf] = np.stack([_read_adapter(headers[k], k, shape, adapter) for k in keys])
-            if leaf not in shapes and adapter.method == "lora" and parts[leaf].any():
-                key = keys[int(np.flatnonzero(parts[leaf])[0])]
+        shape = model.config.linear_shapes[path[-1]]
+        fresh = _fresh(method.name, shape, adapter)
+        parts = {
+            leaf: read(path, own[leaf], value.shape)
+            if leaf in own
+            else np.broadcast_to(value, (depth, *value.shape))
+            for leaf, value in fresh.items()
+        }
+        for part, (other, leaf) in others.items():
+            neutral = _fresh(other.name, shape, adapter)[leaf]
+            if (read(path, part, neutral.shape) != neutral).any():
                 raise ValueError(
-                    f"{file}: {key} is not 0, so this adapter needs adapter.method iec, not lora"
+                    f"{file}: {'.'.join((*path, part))} changes the update, so this adapter needs "
+                    f"adapter.method {other.name}, not {method.name}"
                 )
-        if adapter.method == "lora":
-            parts = {leaf: parts[leaf] for leaf in shapes}
-        else:
-            zero = np.zeros(depth, np.float32)
-            parts = {"beta1": zero, "beta2": zero} | parts
         dtype = jnp.dtype(adapter.dtype)
-        leaves_out = {leaf: jnp.asarray(value, dtype) for leaf, value in parts.items()}
-        insert(adapters, ("layers", *path), leaves_out)
+        insert(adapters, (LAYERS, *path), {k: jnp.asarray(v, dtype) for k, v in parts.items()})
+        if len(own) < len(fresh):
+            _check_neutral(file, method, {leaf: value[0] for leaf, value in parts.items()})
     return adapters
+
+
+def _fresh(method: str, shape: tuple[int, int], adapter: AdapterConfig) -> dict[str, np.ndarray]:
+    """The leaves of one layer as a method makes them, in float32."""
+    chosen = METHODS[method]
+    options = getattr(adapter, method, chosen.options)
+    made = chosen.init(jax.random.key(0), shape, adapter.rank, options, jnp.float32)
+    return {leaf: np.asarray(value) for leaf, value in made.items()}
+
+
+def _check_neutral(file: Path, method: Method, params: dict[str, np.ndarray]) -> None:
+    """Refuses a pair without the other leaves, if those would change its update."""
+    pair = {leaf: params[leaf] for leaf in LORA.files}
+    folded = method.fold and method.fold({k: jnp.asarray(v) for k, v in params.items()})
+    if folded is None or any((folded[leaf] != value).any() for leaf, value in pair.items()):
+        raise ValueError(
+            f"{file}: holds a LoRA pair alone, from which adapter.method {method.name} cannot start"
+        )
 
 
 def save_adapter(
@@ -113,12 +149,12 @@ def save_adapter(
         adapters: as `Llama.init_adapters` and `load_adapter` give them.
         base_model: what base_model_name_or_path says: folder or hub id of the weights that the
             adapter was trained on.
-        fold: write IEC as the plain pair that computes the same. False keeps its scalars, as the
-            released code does; PEFT ignores them without a word.
+        fold: write the plain pair that computes the same update. False keeps the leaves of the
+            method, such as IEC's scalars in the released code; PEFT ignores what it does not know.
         dtype: of the tensors; the folding is done in float32.
 
     Raises:
-        ValueError: no adapter; a number that `dtype` cannot hold.
+        ValueError: no adapter; no pair computes its update; a number that `dtype` cannot hold.
     """
     adapter = model.adapter
     if adapter is None:
@@ -130,22 +166,29 @@ def save_adapter(
         if name in adapter.targets
     ]
 
-    def leaves(path: Keys, layer: int | Array) -> dict[str, Array]:
-        params = adapters["layers"][path[0]][path[1]]
-        if fold:
-            return folded(params, layer, adapter.method)
-        # A file keeps a scalar as [1].
-        return {leaf: jnp.atleast_1d(stack[layer]) for leaf, stack in params.items()}
+    method = adapter.chosen
+    files = LORA.files if fold else method.files
 
+    def leaves(path: Keys, layer: int | Array) -> dict[str, Array]:
+        params = adapters[LAYERS][path[0]][path[1]]
+        if fold:
+            params = folded(params, layer, method.name)
+        else:
+            # A file keeps a scalar as [1].
+            params = {leaf: jnp.atleast_1d(stack[layer]) for leaf, stack in params.items()}
+        return {files[leaf]: value for leaf, value in params.items()}
+
+    if fold and method.fold is None:
+        raise ValueError(f"fold = True: no LoRA pair computes the update of {method.title}")
     shapes = {
-        adapter_name(path, layer, leaf): value.shape
+        adapter_name(path, layer, part): value.shape
         for path, layer in places
-        for leaf, value in jax.eval_shape(lambda path=path: leaves(path, 0)).items()
+        for part, value in jax.eval_shape(lambda path=path: leaves(path, 0)).items()
     }
     parts = (
-        (adapter_name(path, layer, leaf), np.asarray(value))
+        (adapter_name(path, layer, part), np.asarray(value))
         for path, layer in places
-        for leaf, value in leaves(path, layer).items()
+        for part, value in leaves(path, layer).items()
     )
     write_tensors(folder / ADAPTER, shapes, dtype, parts)
     alpha = adapter.alpha
@@ -168,7 +211,9 @@ def save_adapter(
 @functools.partial(jax.jit, static_argnames="method")
 def folded(params: Params, layer: Int[ArrayLike, ""], method: str) -> Params:
     """The plain pair of one layer of a stacked adapter, in float32."""
-    return METHODS[method].fold({k: v[layer].astype(jnp.float32) for k, v in params.items()})
+    fold = METHODS[method].fold
+    assert fold is not None
+    return fold({leaf: stack[layer].astype(jnp.float32) for leaf, stack in params.items()})
 
 
 def _adapter_file(source: Path) -> Path:
@@ -224,9 +269,9 @@ def _check_adapter_config(file: Path, adapter: AdapterConfig) -> None:
 
 
 def _read_adapter(
-    header: Header, key: str, shape: tuple[int, int] | None, adapter: AdapterConfig
+    header: Header, key: str, shape: tuple[int, ...], adapter: AdapterConfig
 ) -> np.ndarray:
-    """One tensor as float32; shape None: a scalar, which files keep as [1]."""
+    """One tensor as float32. Files keep a scalar as [1]."""
     check_float(header, key)
     if header.shape != (shape or (1,)):
         raise ValueError(
@@ -235,4 +280,4 @@ def _read_adapter(
         )
     value = np.empty(header.shape, np.float32)
     read_into(value, header, key)
-    return value.reshape(shape or ())
+    return value.reshape(shape)

@@ -1,20 +1,22 @@
 """LLaMA 1, 2 and 3 as a functional Flax (linen) module: frozen base, trained adapters.
 
 Two collections: `base` holds the frozen weights (QTensors or float arrays), `params` the adapters.
-Both are stacked over the layers, on a leading axis that `nn.scan` walks along, and carry the names
-of Hugging Face. A model is a value: it keeps no arrays, so everything is passed to `apply`.
+Both are stacked over the layers, on a leading axis that `nn.scan` walks along, and have Hugging
+Face's names. Layers that are stored in different formats lie in several stacks (`tree.py`), which
+are scanned one after the other. A model is a value without arrays: everything is passed to `apply`.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
-from irqlora_jax.adapters import METHODS
 from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.adapters.method import Params
 from irqlora_jax.model.attention import (
     attend,
     rope_frequencies,
@@ -23,11 +25,11 @@ from irqlora_jax.model.attention import (
     wide_einsum,
 )
 from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.tree import LAYERS, linear_path, stacks
 from irqlora_jax.quant.matmul import MatmulName, dequant_matmul
-from irqlora_jax.sharding import LINEAR_NAMES, SPLIT_INPUTS, gather, split_activation
+from irqlora_jax.sharding import SPLIT_INPUTS, gather, split_activation
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-ATTENTION_NAMES = LINEAR_NAMES[:4]
 AttentionName = Literal["xla", "cudnn"]
 Initializer = Callable[..., Array]
 Cache = dict[str, Array]
@@ -61,8 +63,41 @@ def rms_norm(
     return (scaled * weight).astype(x.dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all parts of a model share.
+
+    Attributes:
+        config: the architecture.
+        adapter: the adapters; None without.
+        attention: implementation of `attend`.
+        matmul: implementation of `dequant_matmul`.
+        deterministic: no dropout.
+    """
+
+    config: LlamaConfig
+    adapter: AdapterConfig | None
+    attention: AttentionName | None
+    matmul: MatmulName | None
+    deterministic: bool
+
+
+class Context(NamedTuple):
+    """What all layers are given besides the hidden states.
+
+    Attributes:
+        rope: cosines and sines of the positions.
+        slots: of a cache, where each token is put; None without a cache.
+        segment_ids: packed documents; None if rows are not packed.
+    """
+
+    rope: tuple[Float32[Array, "batch seq half"], Float32[Array, "batch seq half"]]
+    slots: Int[Array, "batch seq"] | None
+    segment_ids: Int[Array, "batch seq"] | None
+
+
 def _frozen(module: nn.Module, shape: tuple[int, ...], init: Initializer = _normal) -> Any:
-    """The weight of a module in the base; random only where `Llama.init` has none to read."""
+    """The weight of a module in the base. `Llama.init`, which has no base, makes a random one."""
 
     def fresh() -> Array:
         return init(module.make_rng("params"), shape, jnp.float32)
@@ -86,51 +121,51 @@ class Weight(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """W x, and where the layer is a target: + alpha / rank * update(x). W is frozen."""
+    """W x, plus the scaled update of the adapter where the layer is a target. W is frozen.
+
+    With `mutable=["stats"]` it also gives the second moments of its inputs, "gram" [in, in] in
+    float32: the sum of x x^T over all tokens. Calibrations from data need them.
+    """
 
     shape: tuple[int, int]
-    adapter: AdapterConfig | None
-    matmul: MatmulName | None
-    deterministic: bool
+    settings: Settings
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch seq in"]) -> Float[Array, "batch seq out"]:
+    def __call__(
+        self, x: Float[Array, "batch seq in"], params: Params | None = None
+    ) -> Float[Array, "batch seq out"]:
+        """`params` are of the adapter; None: the layer is no target."""
         assert self.name is not None
         split_inputs = self.name in SPLIT_INPUTS
         x = split_activation(x, split_inputs)
+        if self.is_mutable_collection("stats"):
+            gram = wide_einsum("bti,btj->ij", x, x)
+            self.sow("stats", "gram", gram, init_fn=lambda: 0.0, reduce_fn=jnp.add)
         weight = gather(_frozen(self, self.shape), self.name)
-        y = dequant_matmul(x, weight, self.matmul)
-        if self.adapter is None or self.name not in self.adapter.targets:
-            return split_activation(y, not split_inputs)
-        adapter, (out_features, in_features) = self.adapter, self.shape
-        method = METHODS[adapter.method]
-
-        def fresh(key: PRNGKeyArray) -> dict[str, Array]:
-            return method.init(key, in_features, out_features, adapter.rank, adapter.dtype)
-
-        names = jax.eval_shape(fresh, jax.random.key(0))
-        params = {name: self.param(name, lambda key, name=name: fresh(key)[name]) for name in names}
-        dropped = nn.Dropout(adapter.dropout)(x, deterministic=self.deterministic)
-        if adapter.connections != "both":
-            other = "beta2" if adapter.connections == "u1" else "beta1"
-            params[other] = jax.lax.stop_gradient(params[other])
-        params = gather(params, self.name)
-        y = y + method.apply(params, x, dropped, adapter.alpha / adapter.rank)
+        y = dequant_matmul(x, weight, self.settings.matmul)
+        if params is not None:
+            adapter = self.settings.adapter
+            assert adapter is not None
+            method, frozen = adapter.chosen, adapter.chosen.frozen(adapter.options)
+            dropped = nn.Dropout(adapter.dropout)(x, deterministic=self.settings.deterministic)
+            leaves = {
+                name: jax.lax.stop_gradient(leaf) if name in frozen else leaf
+                for name, leaf in params.items()
+            }
+            leaves = gather(leaves, self.name, method.splits)
+            y = y + method.apply(leaves, x, dropped, adapter.scale, weight)
         return split_activation(y, not split_inputs)
 
 
 class _Block(nn.Module):
-    """What the parts of a layer share."""
+    """A part of a layer: its linear layers, and their adapters by name."""
 
-    config: LlamaConfig
-    adapter: AdapterConfig | None
-    attention: AttentionName | None
-    matmul: MatmulName | None
-    deterministic: bool
+    settings: Settings
+    adapters: Mapping[str, Params]
 
     def linear(self, name: str, x: Array) -> Array:
-        shape = self.config.linear_shapes[name]
-        return AdaptedLinear(shape, self.adapter, self.matmul, self.deterministic, name=name)(x)
+        shape = self.settings.config.linear_shapes[name]
+        return AdaptedLinear(shape, self.settings, name=name)(x, self.adapters.get(name))
 
 
 class Attention(_Block):
@@ -142,19 +177,18 @@ class Attention(_Block):
         x: Float[Array, "batch seq hidden"],
         cache: Cache | None,
         layer: Int[Array, ""],
-        rope: tuple[Array, Array],
-        slots: Int[Array, "batch seq"] | None,
-        segment_ids: Int[Array, "batch seq"] | None,
+        context: Context,
     ) -> tuple[Float[Array, "batch seq hidden"], Cache | None]:
         def heads(name: str) -> Array:
-            return self.linear(name, x).reshape(*x.shape[:2], -1, self.config.head_dim)
+            return self.linear(name, x).reshape(*x.shape[:2], -1, self.settings.config.head_dim)
 
+        rope, slots = context.rope, context.slots
         q, k, v = rotate(heads("q_proj"), *rope), rotate(heads("k_proj"), *rope), heads("v_proj")
         if cache is not None:
             new = (layer, jnp.arange(x.shape[0])[:, None], slots)
             cache = {"k": cache["k"].at[new].set(k), "v": cache["v"].at[new].set(v)}
             k, v = cache["k"][layer], cache["v"][layer]
-        y = attend(q, k, v, slots, segment_ids, self.attention)
+        y = attend(q, k, v, slots, context.segment_ids, self.settings.attention)
         return self.linear("o_proj", y.reshape(*x.shape[:2], -1)), cache
 
 
@@ -167,30 +201,33 @@ class MLP(_Block):
         return self.linear("down_proj", gate * self.linear("up_proj", x))
 
 
-class Layer(_Block):
+class Layer(nn.Module):
     """One decoder layer; the body of the scan."""
+
+    settings: Settings
 
     @nn.compact
     def __call__(
         self,
         carry: tuple[Float[Array, "batch seq hidden"], Cache | None],
-        layer: Int[Array, ""],
-        rope: tuple[Array, Array],
-        slots: Int[Array, "batch seq"] | None,
-        segment_ids: Int[Array, "batch seq"] | None,
+        own: tuple[Int[Array, ""], Mapping[str, Any]],
+        context: Context,
     ) -> tuple[tuple[Float[Array, "batch seq hidden"], Cache | None], None]:
-        def norm(name: str, x: Array) -> Array:
-            weight = Weight((self.config.hidden_size,), nn.initializers.ones, name=name)()
-            return rms_norm(x, weight, self.config.rms_norm_eps)
+        config = self.settings.config
+        layer, adapters = own
 
-        settings = (self.config, self.adapter, self.attention, self.matmul, self.deterministic)
+        def norm(name: str, x: Array) -> Array:
+            weight = Weight((config.hidden_size,), nn.initializers.ones, name=name)()
+            return rms_norm(x, weight, config.rms_norm_eps)
+
         # The cache of all layers is carried and written to in place: stacking new ones would copy.
         x, cache = carry
         x = split_activation(x)
-        attention = Attention(*settings, name="self_attn")
-        y, cache = attention(norm("input_layernorm", x), cache, layer, rope, slots, segment_ids)
+        attention = Attention(self.settings, adapters.get("self_attn", {}), name="self_attn")
+        y, cache = attention(norm("input_layernorm", x), cache, layer, context)
         x = x + y
-        x = x + MLP(*settings, name="mlp")(norm("post_attention_layernorm", x))
+        mlp = MLP(self.settings, adapters.get("mlp", {}), name="mlp")
+        x = x + mlp(norm("post_attention_layernorm", x))
         return (x, cache), None
 
 
@@ -311,13 +348,13 @@ class Llama(nn.Module):
 
             def fresh(layer: Array, module_key: Array = module_key, shape: Any = shape) -> Any:
                 key = jax.random.fold_in(module_key, layer)
-                init = METHODS[adapter.method].init
-                return init(key, shape[1], shape[0], adapter.rank, adapter.dtype)
+                options, dtype = adapter.options, adapter.dtype
+                return adapter.chosen.init(key, shape, adapter.rank, options, dtype)
 
-            group = "self_attn" if name in ATTENTION_NAMES else "mlp"
-            start = {} if pairs is None else pairs["layers"][group][name]
+            group, _ = linear_path(name)
+            start = {} if pairs is None else pairs[LAYERS][group][name]
             tree.setdefault(group, {})[name] = jax.vmap(fresh)(layers) | start
-        return {"layers": tree}
+        return {LAYERS: tree}
 
     @nn.compact
     def _trunk(
@@ -329,7 +366,7 @@ class Llama(nn.Module):
         cache: Cache | None = None,
     ) -> tuple[Array, Array, Cache | None]:
         """Hidden states, the output matrix, and the cache's new "k" and "v"."""
-        config = self.config
+        config, depth = self.config, self.config.num_hidden_layers
         if self.compute_dtype not in COMPUTE_DTYPES:
             accepted = ", ".join(COMPUTE_DTYPES)
             raise ValueError(f"compute_dtype = {self.compute_dtype!r}: accepted is {accepted}")
@@ -344,18 +381,33 @@ class Llama(nn.Module):
         table = (config.vocab_size, config.hidden_size)
         embeddings = gather(Weight(table, name="embed_tokens")(), "embed_tokens")
         x = embeddings[tokens].astype(self.compute_dtype)
-        layers = nn.scan(
+        settings = Settings(config, self.adapter, self.attention, self.matmul, deterministic)
+        scanned = nn.scan(
             nn.remat(Layer, prevent_cse=False) if self.remat else Layer,
-            variable_axes={"params": 0, "base": 0},
+            variable_axes={"base": 0, "stats": 0},
             split_rngs={"params": True, "dropout": True},
             unroll=self.unroll,
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # type: ignore[arg-type]
-        )(config, self.adapter, self.attention, self.matmul, deterministic, name="layers")
+            in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
+        )
         stored = None if cache is None else {"k": cache["k"], "v": cache["v"]}
         slots = None if cache is None else positions
-        numbers = jnp.arange(config.num_hidden_layers)
-        (x, stored), _ = layers((x, stored), numbers, rope, slots, segment_ids)
+        context, adapters = Context(rope, slots, segment_ids), self._adapters()
+        for name, layers in stacks(self.variables.get("base", {}), depth).items():
+            part = adapters
+            if len(layers) < depth:
+                part = jax.tree.map(lambda x, of=layers: x[of.start : of.stop], adapters)
+            own = jnp.arange(layers.start, layers.stop), part
+            (x, stored), _ = scanned(settings, name=name)((x, stored), own, context)
         norm = Weight((config.hidden_size,), nn.initializers.ones, name="norm")()
         x = rms_norm(x, norm, config.rms_norm_eps)
         head = embeddings if config.tie_word_embeddings else Weight(table, name="lm_head")()
         return x, head, stored
+
+    def _adapters(self) -> Mapping[str, Any]:
+        """The adapters of all layers, one stack. `Llama.init` makes fresh ones."""
+        if self.adapter is None:
+            return {}
+        if self.is_initializing() and not self.has_variable("params", LAYERS):
+            fresh = self.init_adapters(self.make_rng("params"))
+            self.put_variable("params", LAYERS, fresh[LAYERS])
+        return self.get_variable("params", LAYERS)

@@ -1,5 +1,15 @@
-"""Names of tensors, in this package's trees and in the files of Hugging Face and PEFT."""
+"""Names, shapes and stacking of the weights of a LLaMA: in our trees and in Hugging Face files.
 
+A base holds its layers in stacks: arrays with a leading axis over consecutive layers that are
+stored alike. One stack of all layers is called "layers". Where layers differ in format, the stacks
+are called "layers_FIRST", FIRST being the first layer of the stack:
+
+    {"layers_0": ..., "layers_1": ..., "layers_29": ..., "embed_tokens": ..., "norm": ...}
+
+Adapters of all layers lie in one stack "layers", whatever the stacks of the base.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from irqlora_jax.model.config import LlamaConfig
@@ -9,37 +19,54 @@ Tree = dict[str, Any]
 Keys = tuple[str, ...]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-
-ADAPTER_LEAVES = {
-    "lora_A": "lora_A.weight",
-    "lora_B": "lora_B.weight",
-    "beta1": "lora_A_scale",
-    "beta2": "lora_B_scale",
-}
-"""Our name and the file's. The two scalars are those of released IR-QLoRA adapters."""
+ATTENTION_NAMES = LINEAR_NAMES[:4]
+LAYERS = "layers"
 
 
 def linear_path(name: str) -> Keys:
-    """Where a linear layer stands in a decoder layer: q_proj -> (self_attn, q_proj)."""
-    block = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-    return block, name
+    """Where a linear layer is in a decoder layer.
+
+    Examples:
+        >>> linear_path("q_proj"), linear_path("up_proj")
+        (('self_attn', 'q_proj'), ('mlp', 'up_proj'))
+    """
+    return "self_attn" if name in ATTENTION_NAMES else "mlp", name
+
+
+def matrix_name(path: Keys, layer: int) -> str:
+    """Name of a matrix for `quant.rules`.
+
+    Examples:
+        >>> matrix_name(("self_attn", "q_proj"), 3)
+        'layers.3.self_attn.q_proj'
+    """
+    return ".".join((LAYERS, str(layer), *path))
 
 
 def weight_name(path: Keys, layer: int | None = None) -> str:
-    """Name of a weight in a LLaMA file: (self_attn, q_proj), 3 ->
-    model.layers.3.self_attn.q_proj.weight."""
+    """Name of a weight in a LLaMA file.
+
+    Examples:
+        >>> weight_name(("self_attn", "q_proj"), 3), weight_name(("lm_head",))
+        ('model.layers.3.self_attn.q_proj.weight', 'lm_head.weight')
+    """
     prefix = "" if path == ("lm_head",) else "model."
     middle = "" if layer is None else f"layers.{layer}."
     return f"{prefix}{middle}{'.'.join(path)}.weight"
 
 
-def adapter_name(path: Keys, layer: int, leaf: str) -> str:
-    """Name of a part of an adapter in a PEFT file, `leaf` one of `ADAPTER_LEAVES`."""
-    return f"base_model.model.model.layers.{layer}.{'.'.join(path)}.{ADAPTER_LEAVES[leaf]}"
+def adapter_name(path: Keys, layer: int, part: str) -> str:
+    """Name of a part of an adapter in a PEFT file; `part` is a value of `Method.files`.
+
+    Examples:
+        >>> adapter_name(("mlp", "up_proj"), 0, "lora_A.weight")
+        'base_model.model.model.layers.0.mlp.up_proj.lora_A.weight'
+    """
+    return f"base_model.model.model.layers.{layer}.{'.'.join(path)}.{part}"
 
 
 def weight_shapes(config: LlamaConfig) -> tuple[dict[Keys, tuple[int, ...]], dict[Keys, tuple]]:
-    """Shapes of the weights of a layer, and of those outside the layers."""
+    """Shapes of the weights of a layer, and of the weights outside the layers."""
     norm, table = (config.hidden_size,), (config.vocab_size, config.hidden_size)
     layered = {linear_path(name): config.linear_shapes[name] for name in LINEAR_NAMES}
     layered |= {("input_layernorm",): norm, ("post_attention_layernorm",): norm}
@@ -49,8 +76,60 @@ def weight_shapes(config: LlamaConfig) -> tuple[dict[Keys, tuple[int, ...]], dic
     return layered, single
 
 
+def stack_names(kinds: Sequence[Any]) -> dict[str, range]:
+    """The stacks of layers, by name: runs of consecutive layers of the same kind.
+
+    Args:
+        kinds: one value a layer; layers with equal values are stored alike.
+
+    Examples:
+        >>> stack_names(["nf3", "nf3"])
+        {'layers': range(0, 2)}
+        >>> stack_names(["nf4", "nf3", "nf3", "nf4"])
+        {'layers_0': range(0, 1), 'layers_1': range(1, 3), 'layers_3': range(3, 4)}
+    """
+    depth = len(kinds)
+    starts = [i for i in range(depth) if i == 0 or kinds[i] != kinds[i - 1]]
+    if len(starts) == 1:
+        return {LAYERS: range(depth)}
+    ends = [*starts[1:], depth]
+    return {f"{LAYERS}_{i}": range(i, end) for i, end in zip(starts, ends, strict=True)}
+
+
+def stacks(base: Mapping[str, Any], depth: int) -> dict[str, range]:
+    """The stacks of a base by name, and the layers of each.
+
+    Args:
+        base: the tree; one without layers yet is given a single stack.
+        depth: number of layers.
+    """
+    prefix = f"{LAYERS}_"
+    starts = sorted(int(name.removeprefix(prefix)) for name in base if name.startswith(prefix))
+    if not starts:
+        return {LAYERS: range(depth)}
+    ends = [*starts[1:], depth]
+    return {f"{prefix}{i}": range(i, end) for i, end in zip(starts, ends, strict=True)}
+
+
+def linear_stacks(base: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Projection and weight, stacked, of every linear layer of a base."""
+    for name, stack in base.items():
+        if name.partition("_")[0] == LAYERS:
+            for group in ("self_attn", "mlp"):
+                for projection, linear in stack[group].items():
+                    yield projection, linear["weight"]
+
+
+def find_stack(base: Mapping[str, Any], layer: int, depth: int) -> tuple[Any, int]:
+    """The stack that holds a layer, and the place of the layer in it."""
+    for name, layers in stacks(base, depth).items():
+        if layer in layers:
+            return base[name], layer - layers.start
+    raise IndexError(f"layer {layer} of {depth}")
+
+
 def insert(tree: Tree, path: Keys, value: Any) -> None:
-    """Puts a value into nested dictionaries, which come into being on the way."""
+    """Puts a value into nested dictionaries, which are made on the way."""
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = value

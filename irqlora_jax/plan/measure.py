@@ -182,7 +182,7 @@ def measure(
     """
     train, rows, share = config.train, config.train.batch_size // config.train.accumulation, 1
     mesh = make_mesh(config.mesh, rows, target.devices)
-    check_mesh(mesh, llama, None if config.quant.format == "none" else config.quant.block_size)
+    check_mesh(mesh, llama, config.quant)
     if target.compiler == "estimate" and train.compute_dtype != "float32":
         # CPUs compute in float32 whatever the type: then every array is twice as large.
         train, share = dataclasses.replace(train, compute_dtype="float32"), 2

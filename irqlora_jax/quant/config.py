@@ -9,8 +9,16 @@ from irqlora_jax.quant.calibrations import CALIBRATIONS, PLAIN
 from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.calibrations.joint import JointOptions
 from irqlora_jax.quant.formats import FORMATS
-from irqlora_jax.text import require
+from irqlora_jax.text import require, with_current_names
 
+RENAMED = {
+    "search_range": ("icq", "range"),
+    "search_steps": ("icq", "steps"),
+    "search": ("icq", "search"),
+    "error_weight": ("joint", "error_weight"),
+    "refine_steps": ("joint", "refine_steps"),
+}
+"""Fields of version 0.1.0, and the options that they are now."""
 KEPT = "none"
 """The value of `quant.format` that keeps the weights as they are."""
 if TYPE_CHECKING:
@@ -97,7 +105,8 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantConfig":
-        """Reads what `dataclasses.asdict` gave, also that of earlier versions."""
+        """Reads what `dataclasses.asdict` gave, in this or an earlier version."""
+        values = with_current_names(values, RENAMED)
         nested = {
             one.name: type(one.options)(**values[one.name])
             for one in CALIBRATIONS.values()

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from irqlora_jax.base.survey import bin_edges
+from irqlora_jax.quant.calibrations import CALIBRATIONS
 from irqlora_jax.quant.formats import FORMATS, Format
 from irqlora_jax.report.gather import Findings
 from irqlora_jax.report.markup import Markup, join, tag
@@ -11,8 +12,9 @@ from irqlora_jax.report.svg import Axis, Line, Series, columns, grouped, line_pl
 
 
 def calibration_name(name: str) -> str:
-    """A calibration as people write it."""
-    return {"none": "no calibration", "icq": "ICQ", "joint": "joint calibration"}.get(name, name)
+    """A calibration as people write it; its name itself if this version does not know it."""
+    known = CALIBRATIONS.get(name)
+    return name if known is None else known.title or known.description
 
 
 def entropy(found: Findings) -> Markup:
@@ -68,7 +70,8 @@ def quantization(found: Findings) -> Markup:
 
 def _shared_axis(label: str, by_kind: Mapping[str, Mapping[str, Sequence[float]]]) -> Axis:
     """One scale for many plots, so that they can be compared."""
-    found = [v for parts in by_kind.values() for values in parts.values() for v in values]
+    parts = [values for kind in by_kind.values() for values in kind.values()]
+    found = [value for values in parts for value in values if value is not None]
     return Axis(label, *round_ends(min(found), max(found)))
 
 

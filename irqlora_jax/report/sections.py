@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from irqlora_jax.adapters import METHODS
 from irqlora_jax.quant.formats import FORMATS
 from irqlora_jax.report.figure import table
 from irqlora_jax.report.gather import Findings, course
@@ -12,8 +13,6 @@ from irqlora_jax.report.markup import Markup, join, tag
 from irqlora_jax.report.quantized import calibration_name
 from irqlora_jax.report.svg import Axis, Bar, Line, bars, line_plot
 from irqlora_jax.text import readable_size
-
-_METHODS = {"lora": "LoRA", "iec": "LoRA with IEC"}
 
 
 def headline(found: Findings) -> Markup:
@@ -52,6 +51,9 @@ def _format_sentence(found: Findings) -> str:
     text = f"{quant['format']}, {levels} levels, in blocks of {quant['block_size']} weights"
     if found.storage is not None:
         text += f": {found.storage.bits:.2f} bits a weight with scales and shifts"
+    for rule in quant.get("rules") or ():
+        changes = (f"{k} {v}" for k, v in rule.items() if k != "match" and v is not None)
+        text += f"; {rule['match']}: {', '.join(changes)}"
     return f"{text}."
 
 
@@ -78,7 +80,8 @@ def _adapter_sentence(found: Findings) -> str:
     if settings is None:
         return ""
     adapter = settings["adapter"]
-    method = _METHODS.get(adapter["method"], adapter["method"])
+    known = METHODS.get(adapter["method"])
+    method = adapter["method"] if known is None else known.title
     places = f"{len(adapter['targets'])} projections of every layer"
     text = f"{method}, rank {adapter['rank']}, alpha {adapter['alpha']:g}, on {places}"
     if found.trained is not None:

@@ -168,14 +168,31 @@ class Checkpoints:
                 f"{kept}"
             ) from error
 
+    def restore_adapters(self, step: int, like: Any) -> Any:
+        """Reads the adapters of a state alone, into the structure of `like`.
+
+        Raises:
+            ValueError: the stored adapters have another structure or other shapes.
+        """
+        wanted = {"adapters": jax.tree.map(_abstract, like)}
+        handler = self._ocp.PyTreeCheckpointHandler()
+        arguments = self._ocp.args.PyTreeRestore(
+            wanted,
+            restore_args=self._ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        folder: Any = self._folder / str(step) / "default"
+        return handler.restore(folder, arguments)["adapters"]
+
     def restore(self, step: int, like: Any) -> Any:
         """Reads a state into the structure of `like` (arrays or their shapes).
 
         Raises:
             ValueError: the stored state has another structure or other shapes.
         """
-        abstract = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
-            like,
-        )
+        abstract = jax.tree.map(_abstract, like)
         return self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))

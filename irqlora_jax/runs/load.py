@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 
 from irqlora_jax.base.file import (
-    is_loftq,
+    is_fitted,
     read_base,
     read_base_config,
     read_source,
@@ -21,7 +21,6 @@ from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.folder import BASE_FILE, TOKENIZER
-from irqlora_jax.runs.state import init_state, make_optimizer
 
 Which = Literal["last", "best"] | int
 """A checkpoint: the newest, that of the best evaluation loss, or that of a step."""
@@ -61,8 +60,8 @@ def load_run(
 
     Args:
         folder: which.
-        adapter: False leaves the adapter of a run out: the quantized model before its finetune. One
-            of LoftQ has the pair that it began with (step 0).
+        adapter: False leaves the finetuned adapter out. With LoftQ the initial adapter (step 0) is
+            used instead, since the base belongs to it.
         checkpoint: which adapter of a run.
         compute_dtype: type of the activations (default: that of the run, else float32).
 
@@ -88,7 +87,7 @@ def load_run(
     base, llama = read_base(folder / BASE_FILE)
     source = read_source(folder / BASE_FILE)
     dtype = compute_dtype or (config and config.train.compute_dtype) or "float32"
-    if config is not None and config.adapter.init == "loftq" and not adapter:
+    if config is not None and config.adapter.start.fit is not None and not adapter:
         adapter, checkpoint = True, 0
     if config is None or not adapter:
         model = Llama(llama, compute_dtype=dtype)
@@ -96,9 +95,8 @@ def load_run(
     model = Llama(llama, adapter=config.adapter, compute_dtype=dtype)
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.find(checkpoint)
-        optimizer = make_optimizer(config.train)
-        like = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
-        adapters = checkpoints.restore(step, like).adapters
+        like = jax.eval_shape(lambda: model.init_adapters(jax.random.key(0)))
+        adapters = checkpoints.restore_adapters(step, like)
     return Run(folder, config, model, {"params": adapters, "base": base}, tokenizer, step, source)
 
 
@@ -126,23 +124,24 @@ def check_model(config: Config) -> None:
     """Refuses a quantized base that a new run cannot start from.
 
     Raises:
-        ValueError: LoftQ is asked for, or the base was made by LoftQ for another run.
+        ValueError: the initialization needs float weights, or the base was fitted to another run.
     """
     if not is_base(config.model):
         return
     file = Path(config.model) / BASE_FILE
     source = read_source(file)
     origin = "the model that it was made from" + (f" ('{source}')" if source else "")
-    if config.adapter.init == "loftq":
+    start = config.adapter.start
+    if start.fit is not None:
         raise ValueError(
-            f"adapter.init = 'loftq': needs the full-precision weights; model = '{config.model}' "
-            f"holds a quantized base only; accepted is {origin}, which LoftQ quantizes itself"
+            f"adapter.init = {start.name!r}: needs the full-precision weights; model = "
+            f"'{config.model}' holds a quantized base only; accepted is {origin}, which "
+            f"{start.title} quantizes itself"
         )
-    if is_loftq(file):
+    if is_fitted(file):
         raise ValueError(
-            f"model = '{config.model}': its base was quantized by LoftQ for the adapter of that "
-            f"run, and is incomplete without it; accepted is {origin}, or a folder of irqlora "
-            "quantize"
+            f"model = '{config.model}': its base was fitted to the adapter of that run (LoftQ), "
+            f"and is incomplete without it; accepted is {origin}, or a folder of irqlora quantize"
         )
 
 

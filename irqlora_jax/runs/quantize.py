@@ -51,8 +51,8 @@ def quantize_base(
     None where nothing is quantized."""
     found: list[Surveyed] = []
 
-    def watch(layer: int, name: str, weight: jax.Array, packed: QTensor) -> None:
-        found.append(survey(layer, name, weight, packed, quant))
+    def watch(layer: int, name: str, weight: jax.Array, packed: QTensor, own: QuantConfig) -> None:
+        found.append(survey(layer, name, weight, packed, own))
 
     base, llama = load_base(source, quant, mesh=mesh, progress=progress, watch=watch)
     return base, llama, summarize(found, quant) if found else None

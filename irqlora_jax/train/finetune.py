@@ -13,9 +13,9 @@ import jax
 from jax.sharding import Mesh
 
 from irqlora_jax.base.file import Base, read_base, save_base
-from irqlora_jax.base.make import load_loftq
+from irqlora_jax.base.make import load_fitted
 from irqlora_jax.base.mesh import check_mesh
-from irqlora_jax.base.storage import abstract_base, linears, measure_base
+from irqlora_jax.base.storage import abstract_base, measure_base
 from irqlora_jax.config import Config
 from irqlora_jax.data import Example, hold_out, load_examples
 from irqlora_jax.evaluate import load_questions
@@ -25,6 +25,7 @@ from irqlora_jax.files.small import write_text
 from irqlora_jax.generate.samples import read_samples
 from irqlora_jax.machine import fastest_dtype
 from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.tree import linear_stacks
 from irqlora_jax.quant.matmul import laid_out, preferred_layout, require
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.report.write import save_environment, try_to_write
@@ -155,7 +156,7 @@ def _finetune(
         rows = []
         if config.evaluate.baselines:
             start = None
-            if config.adapter.init == "loftq":
+            if config.adapter.start.fit is not None:
                 start = checkpoints.restore(0, state).adapters
             rows = baselines(config, model, base, job.mesh, scorer, quantize_seconds, start)
         name = f"{rows[-1].model}, finetuned" if rows else "finetuned"
@@ -177,7 +178,7 @@ def _check_matmul(config: Config, llama: LlamaConfig) -> None:
     train = config.train
     if train.matmul is None:
         return
-    for stack in linears(abstract_base(llama, config.quant)):
+    for _, stack in linear_stacks(abstract_base(llama, config.quant)):
         weight = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack)
         if isinstance(weight, QTensor):
             weight = dataclasses.replace(weight, layout=preferred_layout(train.matmul))
@@ -197,7 +198,7 @@ def _read_job(config: Config, source: str | Path) -> Job:
     # What is no LLaMA, or fits no mesh, is refused before anything else is read.
     llama = read_architecture(source, config.quant)
     mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulation)
-    check_mesh(mesh, llama, None if config.quant.format == "none" else config.quant.block_size)
+    check_mesh(mesh, llama, config.quant)
     with jax.set_mesh(mesh):
         _check_matmul(config, llama)
     tokenizer = read_tokenizer(source)
@@ -252,9 +253,9 @@ def _read_base(job: Job, source: str | Path) -> tuple[Base, Base | None, dict[st
     progress = config.log.progress
     if is_base(source):
         base, _ = read_base(Path(source) / BASE_FILE, job.mesh)
-    elif config.adapter.init == "loftq":
+    elif config.adapter.start.fit is not None:
         key = jax.random.key(config.seed)
-        base, pairs, _ = load_loftq(
+        base, pairs, _ = load_fitted(
             source, config.quant, config.adapter, key, mesh=job.mesh, progress=progress
         )
     else:
@@ -277,8 +278,8 @@ def _begin_folder(
     if is_base(config.model):
         link_base(config.model, folder)
     else:
-        file, loftq = folder / BASE_FILE, pairs is not None
-        save_base(file, base, job.model.config, config.quant, config.model, loftq=loftq)
+        file, fitted = folder / BASE_FILE, pairs is not None
+        save_base(file, base, job.model.config, config.quant, config.model, fitted=fitted)
         save_survey(folder, survey)
     if pairs is not None:
         _save_start(folder, job, pairs)
@@ -309,8 +310,8 @@ def describe(config: Config, llama: LlamaConfig, base: Base, examples: int, mesh
             f"\n{mesh.size} of {len(jax.devices())} devices ({axes}), "
             f"{readable_size(largest)} of the base on each"
         )
-    quantized = "unquantized" if config.quant.format == "none" else config.quant.label
-    start = " from LoftQ" if adapter.init == "loftq" else ""
+    quantized = config.quant.label if config.quant.quantizes else "unquantized"
+    start = f" from {adapter.start.title}" if adapter.start.title else ""
     return (
         f"{config.model}: {llama.num_hidden_layers} layers of {llama.hidden_size}, {quantized}, "
         f"{stored.bits:.2f} bits a weight, {readable_size(stored.total)} with embeddings\n"

@@ -10,6 +10,7 @@ import pytest
 from irqlora_jax.quant import stats
 from irqlora_jax.quant.calibrations import joint
 from irqlora_jax.quant.calibrations.icq_integer import plain_range
+from irqlora_jax.quant.calibrations.joint import JointOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.entropy import block_entropy
@@ -199,4 +200,4 @@ def test_a_quantized_matrix_is_closer_and_no_larger(name):
 )
 def test_what_is_not_accepted_is_named(change, named):
     with pytest.raises(ValueError, match=named):
-        QuantConfig(**{"calibration": "joint", **change})
+        JointOptions(**change)
