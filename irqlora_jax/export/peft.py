@@ -1,4 +1,4 @@
-"""Adapters of PEFT and of the released IR-QLoRA code, read into trees of this package and written."""
+"""Adapters of PEFT and of the released IR-QLoRA code: read into our trees, and written."""
 
 import functools
 import json
@@ -11,16 +11,16 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Int
 
 from irqlora_jax.adapters import METHODS
-from irqlora_jax.adapters.lora import LORA
-from irqlora_jax.adapters.method import Method
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.adapters.method import Params
+from irqlora_jax.adapters.lora import LORA
+from irqlora_jax.adapters.method import Method, Params
 from irqlora_jax.files.small import read_json
 from irqlora_jax.files.tensors import Header, check_float, read_headers, read_into, write_tensors
 from irqlora_jax.model.llama import Llama
-from irqlora_jax.model.tree import LAYERS, (
+from irqlora_jax.model.tree import (
     ADAPTER,
     ADAPTER_CONFIG,
+    LAYERS,
     Keys,
     Tree,
     adapter_name,
