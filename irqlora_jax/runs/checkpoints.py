@@ -182,7 +182,7 @@ class Checkpoints:
             partial_restore=True,
         )
         folder: Any = self._folder / str(step) / "default"
-        return handler.restore(folder, arguments)["adapters"]
+        return handler.restore(folder, args=arguments)["adapters"]
 
     def restore(self, step: int, like: Any) -> Any:
         """Reads a state into the structure of `like` (arrays or their shapes).

@@ -77,10 +77,8 @@ def _resumes(folder: Path, config: Config) -> bool:
     stored_file = folder / "config.json"
     if not stored_file.is_file():
         raise ValueError(f"output_dir = '{folder}': holds other files; accepted is a new folder")
-    # A run of an earlier version was made with the defaults of the fields that it had not.
-    stored = _settings(Config("", ""))
-    stored |= _flatten(json.loads(stored_file.read_text(encoding="utf-8")))
-    asked = _settings(config)
+    # Fields that an earlier version did not have are at their defaults.
+    stored, asked = _settings(Config.load(stored_file)), _settings(config)
     may_change = _MAY_CHANGE
     if config.train.schedule == "constant":
         may_change += ("train.steps",)
