@@ -93,10 +93,11 @@ def baselines(
     quantize_seconds: float | None,
     start: dict[str, Any] | None = None,
 ) -> list[Row]:
-    """Scores what a run came from: the full-precision model and its quantized forms.
+    """Scores the model before its finetune: in full precision, and quantized.
 
-    With LoftQ the last of them is base and pair together, and the quantizer alone, which has
-    another base, comes before.
+    The plain quantizer and, if the run has a calibration of its own, ICQ (the paper's) come before
+    the quantizer of the run. With LoftQ the last row is the base with its initial adapter, and the
+    quantizer alone comes before it.
 
     Args:
         config: of the run.
@@ -113,6 +114,9 @@ def baselines(
     if quantized and quant.calibration != "none":
         plain = dataclasses.replace(quant, calibration="none")
         others.append((plain.label, plain))
+        if quant.calibration != "icq":
+            paper = dataclasses.replace(quant, calibration="icq")
+            others.append((paper.label, paper))
     if start is not None:
         others.append((quant.label, quant))
     rows = []
