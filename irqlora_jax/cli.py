@@ -1,4 +1,4 @@
-"""The command line: `irqlora train | eval | report | quantize | folder | chat`."""
+"""The command line: `irqlora train | eval | report | quantize | export | chat`."""
 
 import dataclasses
 import sys
@@ -14,7 +14,7 @@ _USAGE = """usage: irqlora COMMAND [--config FILE] [--section.field value ...]
   eval       questions, MMLU, perplexity, generation (also: python eval.py)
   report     write the page about a run again
   quantize   quantize a base once, for many runs to share
-  folder     write a run as Hugging Face folders: adapter, merged or dequantized
+  export     write a run as Hugging Face folders: adapter, merged or dequantized
   chat       talk to a model in the terminal
 
 irqlora COMMAND --help lists every option with its unit and default."""
@@ -94,7 +94,7 @@ def _commands() -> dict[str, tuple[type, Callable[[Any], None]]]:
         "eval": (EvalConfig, _eval),
         "report": (ReportConfig, _report),
         "quantize": (QuantizeConfig, _quantize),
-        "folder": (ExportConfig, _export),
+        "export": (ExportConfig, _export),
         "chat": (ChatConfig, _chat),
     }
 

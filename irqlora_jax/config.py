@@ -109,7 +109,8 @@ class EvaluateConfig:
     max_questions: int | None = None
     """Ask only the first so many (null: all)."""
     baselines: bool = False
-    """Also measure the full-precision model and the quantizers without a finetune, for a table."""
+    """Also measure, for a table, the full-precision model and the quantized model without a
+    finetune. Beside the run's calibration this shows the plain quantizer and, with joint, ICQ."""
     samples: tuple[str, ...] = ()
     """Prompts (with data.format alpaca: instructions) that are answered at every evaluation."""
     sample_tokens: int = 64
@@ -174,7 +175,7 @@ class Config:
         Examples:
             >>> config = Config.load("configs/quickstart.yaml", {"quant.format": "nf4"})
             >>> config.quant.format, config.quant.calibration, config.adapter.method
-            ('nf4', 'icq', 'iec')
+            ('nf4', 'joint', 'iec')
         """
         argv = [f"--config={path}"]
         for name, value in (overrides or {}).items():

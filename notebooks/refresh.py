@@ -1,8 +1,8 @@
 """Runs the notebooks again and keeps their outputs: `python notebooks/refresh.py [FILE ...]`.
 
-Needs the extra `notebook`. What differs from one machine to the next is left out: paths, times,
-warnings, progress bars. The address of the repository, here and in README.md, comes from
-pyproject.toml.
+Needs the extra `notebook`. Things that differ between machines are left out: paths, times,
+warnings, progress bars. The address of the repository comes from pyproject.toml. Once its owner is
+known, the first cell of every notebook gets a badge that opens it in Colab.
 """
 
 import base64
@@ -20,7 +20,11 @@ from nbclient import NotebookClient
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-SHOWN = ("quickstart", "gradients")  # the other one takes a GPU to have outputs worth showing
+SHOWN = ("quickstart", "gradients")  # the outputs of the other one need a GPU
+UNKNOWN = "OWNER"
+"""The owner in pyproject.toml as long as nobody knows it."""
+COLAB = "https://colab.research.google.com"
+BADGE = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]"
 
 
 def repository() -> str:
@@ -29,10 +33,17 @@ def repository() -> str:
     return urls["Repository"].removeprefix("https://github.com/")
 
 
-def addressed(text: str) -> str:
-    """A text that names the repository, with its address of today."""
-    name = repository()
-    return re.sub(rf"(github(?:\.com)?)/[\w.-]+/{name.split('/')[1]}\b", rf"\1/{name}", text)
+def addressed(text: str, owned: str) -> str:
+    """A text with the current address of the repository, `owned` (OWNER/NAME)."""
+    return re.sub(rf"(github(?:\.com)?)/[\w.-]+/{owned.split('/')[1]}\b", rf"\1/{owned}", text)
+
+
+def badged(text: str, name: str, owned: str) -> str:
+    """The first cell of the notebook `name`, with its badge if the owner in `owned` is known."""
+    title, *rest = (part for part in text.split("\n\n") if not part.startswith(BADGE))
+    if not owned.startswith(f"{UNKNOWN}/"):
+        rest.insert(0, f"{BADGE}({COLAB}/github/{owned}/blob/main/notebooks/{name}.ipynb)")
+    return "\n\n".join([title, *rest])
 
 
 def execute(path: Path, environment: Mapping[str, str]) -> nbformat.NotebookNode:
@@ -88,9 +99,11 @@ def _small(png: str) -> str:
 
 def main(names: list[str]) -> None:
     files = [Path(name) for name in names] or sorted(Path(__file__).parent.glob("*.ipynb"))
-    for file in [ROOT / "README.md", *files]:
-        file.write_text(addressed(file.read_text()))
+    owned = repository()
     for file in files:
+        notebook = nbformat.read(file, as_version=4)
+        notebook.cells[0].source = badged(notebook.cells[0].source, file.stem, owned)
+        file.write_text(addressed(nbformat.writes(notebook, indent=1) + "\n", owned))
         if file.stem in SHOWN:
             with tempfile.TemporaryDirectory() as folder:
                 environment = {"IRQLORA_NOTEBOOK_RUN": f"{folder}/{file.stem}"}

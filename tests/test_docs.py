@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from irqlora_jax.config import Config
+from tests.test_rooms import FLOORS
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 LINKED = [
@@ -21,10 +24,11 @@ SHOWN = {
     "quant.packing": ("pack", "unpack"),
     "quant.stats": ("encode_groups", "decode_groups", "encode_zero", "decode_zero"),
     "quant.entropy": ("block_entropy",),
-    "quant.icq": ("search_shift",),
-    "quant.icq_integer": ("plain_range", "search_range", "search_zero_point"),
-    "quant.joint": ("search",),
-    "quant.qtensor": ("QTensor", "quantize"),
+    "quant.calibrations.icq": ("search_shift",),
+    "quant.calibrations.icq_integer": ("plain_range", "search_range", "search_zero_point"),
+    "quant.calibrations.joint": ("search",),
+    "quant.qtensor": ("QTensor",),
+    "quant.encode": ("quantize",),
     "quant.matmul": ("dequant_matmul",),
     "adapters.lora": ("init", "apply", "fold"),
     "adapters.iec": ("init", "spread", "apply", "fold"),
@@ -64,6 +68,27 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page: Path) -> None:
     names: dict[str, object] = {"__name__": page.stem}
     for line, code in blocks(page):
         exec(compile("\n" * line + code, str(page), "exec"), names)
+
+
+def test_the_architecture_page_lists_the_floors() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", page, re.MULTILINE)
+    floors = {int(floor): set(re.findall(r"`(\w+)`", rooms)) for floor, rooms in rows}
+    assert floors == {floor: set(rooms) for floor, rooms in enumerate(FLOORS, 1)}
+
+
+def test_the_readme_is_short_and_shows_the_quickstart_as_it_is() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.split()) <= 1100
+    config = Config.load("configs/quickstart.yaml")
+    for label in ("plain nf3", "nf3 + ICQ", config.quant.label, f"{config.quant.label}, finetuned"):
+        assert re.search(rf"^    {re.escape(label)}  ", readme, re.MULTILINE), label
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_shows_the_address_of_an_unknown_owner(page: Path) -> None:
+    assert "github.com/OWNER" not in page.read_text(encoding="utf-8")
+    assert "github/OWNER" not in page.read_text(encoding="utf-8")
 
 
 def prose(page: Path) -> str:

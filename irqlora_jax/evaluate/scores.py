@@ -16,6 +16,7 @@ from irqlora_jax.data import Example
 from irqlora_jax.evaluate import Question, evaluation_loss, score_questions
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.model.tree import linear_stacks
+from irqlora_jax.quant.calibrations.icq import ICQ
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.text import aligned
@@ -94,10 +95,11 @@ def baselines(
     quantize_seconds: float | None,
     start: dict[str, Any] | None = None,
 ) -> list[Row]:
-    """Scores what a run came from: the full-precision model and its quantized forms.
+    """Scores the model before its finetune: in full precision, and quantized.
 
-    With LoftQ the last of them is base and pair together, and the quantizer alone, which has
-    another base, comes before.
+    The plain quantizer and, if the run has a calibration of its own, ICQ (the paper's) come before
+    the quantizer of the run. With LoftQ the last row is the base with its initial adapter, and the
+    quantizer alone comes before it.
 
     Args:
         config: of the run.
@@ -113,6 +115,9 @@ def baselines(
     others: list[tuple[str, QuantConfig | None]] = [("full precision", None)]
     if quantized and quant != quant.plain:
         others.append((quant.plain.label, quant.plain))
+        if quant.calibration != ICQ.name:
+            paper = dataclasses.replace(quant, calibration=ICQ.name)
+            others.append((paper.label, paper))
     if start is not None:
         others.append((quant.label, quant))
     rows = []

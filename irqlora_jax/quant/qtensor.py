@@ -51,6 +51,7 @@ class QTensor:
         layout: arrangement of the packed codes.
 
     Examples:
+        >>> from irqlora_jax import QuantConfig, quantize
         >>> weight = jnp.array([[-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0]])
         >>> q = quantize(weight, QuantConfig(format="nf2", block_size=8, calibration="none"))
         >>> q.codes().tolist(), q.scale().tolist(), q.shift()

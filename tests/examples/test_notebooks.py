@@ -46,24 +46,37 @@ def test_file(name: str) -> None:
     assert len(json.dumps(notebook)) < 300_000
 
 
+def badge(name: str, owned: str) -> str:
+    return (
+        "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+        f"(https://colab.research.google.com/github/{owned}/blob/main/notebooks/{name}.ipynb)"
+    )
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_address(name: str) -> None:
-    """The badge opens this notebook, its first cell clones this repository, README links both."""
+    """The first code cell clones this repository. A badge opens the notebook, if the owner of the
+    repository is known. README links the file."""
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
     repository = urls["Repository"]
     owned = repository.removeprefix("https://github.com/")
     assert re.fullmatch(r"[\w.-]+/irqlora_jax", owned)
-    badge = (
-        "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
-        f"(https://colab.research.google.com/github/{owned}/blob/main/notebooks/{name}.ipynb)"
-    )
     cells = ["".join(cell["source"]) for cell in read(name)["cells"]]
-    readme = (ROOT / "README.md").read_text()
-    assert badge in cells[0]
-    assert badge in readme
+    known = not owned.startswith("OWNER/")
+    assert (badge(name, owned) in cells[0]) == ("Open in Colab" in cells[0]) == known
     assert f"git clone -q {repository}\n" in cells[1]
-    for text in (*cells, readme):
+    assert f"](notebooks/{name}.ipynb)" in (ROOT / "README.md").read_text()
+    for text in cells:
         assert set(re.findall(r"github(?:\.com)?/([\w.-]+/irqlora_jax)", text)) <= {owned}
+
+
+def test_a_badge_stands_behind_the_title_once_the_owner_is_known() -> None:
+    pytest.importorskip("nbclient", reason="needs the extra notebook")
+    badged, known = refresh().badged, f"# Title\n\n{badge('a', 'me/irqlora_jax')}\n\nText."
+    assert badged("# Title\n\nText.", "a", "me/irqlora_jax") == known
+    assert badged(known, "a", "me/irqlora_jax") == known
+    assert badged(known, "a", "you/irqlora_jax") == known.replace("me/", "you/")
+    assert badged(known, "a", "OWNER/irqlora_jax") == "# Title\n\nText."
 
 
 ENVIRONMENTS = {
@@ -123,8 +136,8 @@ def test_quickstart(tmp_path: Path) -> None:
     before, after = numbers(written["entropy-plot"])
     assert 2.5 < before < after < 3
     table = {line[:24].strip(): numbers(line[24:]) for line in written["train"].splitlines()}
-    losses = [table[row][-4] for row in ("full precision", "plain nf3", "nf3 + ICQ, finetuned")]
-    assert losses[0] < 1.6 and losses[2] < losses[1] < 2.8
+    losses = [table[row][-4] for row in ("full precision", "nf3 + joint", "nf3 + joint, finetuned")]
+    assert losses[0] < 1.6 and losses[2] < losses[1] < table["plain nf3"][-4] < 2.8
     assert written["ask"].count("\n") == 3
     assert "<iframe" in written["report"] and "&lt;svg" in written["report"]
 

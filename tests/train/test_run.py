@@ -17,12 +17,16 @@ import pytest
 
 from irqlora_jax.config import Config, QuantizeConfig
 from irqlora_jax.data import load_examples, make_batches
+from irqlora_jax.evaluate import scores
+from irqlora_jax.evaluate.scores import Row, Scorer
+from irqlora_jax.files.hub import read_config
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.load import load_run
 from irqlora_jax.runs.quantize import quantize_model
-from irqlora_jax.runs.state import init_state, make_optimizer
+from irqlora_jax.runs.state import init_state, make_model, make_optimizer
+from irqlora_jax.sharding import make_mesh
 from irqlora_jax.train import loop
 from irqlora_jax.train.finetune import run
 from irqlora_jax.train.metrics import MetricsLog
@@ -402,6 +406,32 @@ def test_packed_and_half_precision(base: Path, tmp_path: Path) -> None:
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
     variables = load_run(folder).variables
     assert {leaf.dtype.name for leaf in jax.tree.leaves(variables["params"])} == {"bfloat16"}
+
+
+class Named(Scorer):
+    """Keeps the names of the rows and measures nothing."""
+
+    def row(self, name, *rest):
+        return Row(name, None, None, None, 0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "quantized"),
+    [
+        ("none", ["plain nf3"]),
+        ("icq", ["plain nf3", "nf3 + ICQ"]),
+        ("joint", ["plain nf3", "nf3 + ICQ", "nf3 + joint"]),
+    ],
+)
+def test_baselines_show_the_papers_calibration_too(
+    monkeypatch, calibration: str, quantized: list[str]
+) -> None:
+    monkeypatch.setattr(scores, "load_base", lambda source, quant, mesh: ({}, quant))
+    config = config_for(WORLD / "base-small", Path("run"), quant__calibration=calibration)
+    model = make_model(read_config(WORLD / "base-small"), config.adapter, config.train)
+    mesh = make_mesh(config.mesh, config.train.batch_size)
+    rows = scores.baselines(config, model, {}, mesh, Named([], [], 1, 1), None)
+    assert [row.model for row in rows] == ["full precision", *quantized]
 
 
 def test_questions_and_baselines_make_the_table(tmp_path: Path) -> None:
