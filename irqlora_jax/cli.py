@@ -51,7 +51,7 @@ def _evaluate_and_report(config: Any) -> None:
     evaluate_run(config)
     folder = Path(config.run)
     if (folder / BASE_FILE).is_file() and (folder / "config.json").is_file():
-        try_to_write(folder, print)
+        try_to_write(folder)
 
 
 def _report() -> Loaded:
@@ -135,9 +135,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         options = parse_flags(kind, flags, f"irqlora {name}")
         from irqlora_jax.machine import cache_programs
+        from irqlora_jax.messages import shown
 
-        cache_programs()
-        command(options)
+        with shown():
+            cache_programs()
+            command(options)
     except (ValueError, OSError) as error:
         print(f"irqlora {name}: {error}", file=sys.stderr)
         return 2

@@ -208,10 +208,12 @@ def test_a_disk_without_room_is_refused_before_the_weights_are_read(
     assert not case.output.exists()
 
 
-def test_examples_longer_than_the_context_are_counted_and_cut(case: Case, capsys, caplog) -> None:
+def test_examples_longer_than_the_context_are_counted_and_cut(case: Case, capsys) -> None:
     case.edit_config(max_position_embeddings=8)
     assert train_script.main(case.flags("--train.steps=1")) == 0
-    assert "32 of 32 rows were cut to the model's context of 8 tokens" in caplog.text
+    out, err = capsys.readouterr()
+    message = "32 of 32 rows were cut to the model's context of 8 tokens"
+    assert message in err and message not in out
 
 
 def test_a_run_from_the_command_line_and_another_one_in_its_folder(case: Case, capsys) -> None:
