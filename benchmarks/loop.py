@@ -106,7 +106,7 @@ def main() -> int:
             Clock(Path(name), job.config, ours.step) as clock,
         ):
             ours.step()  # compiles
-            train(job, ours.base, ours.new_state(), checkpoints, clock, lambda text: None)
+            train(job, ours.base, ours.new_state(), checkpoints, clock)
     rows, shares = [], []
     for before, loop, after in zip(clock.alone, clock.loop, clock.alone[1:], strict=False):
         alone = (before + after) / 2

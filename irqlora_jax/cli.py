@@ -1,38 +1,26 @@
-"""The command line: `irqlora train | eval | report | quantize | export | chat`."""
+"""The command line: `irqlora train | eval | report | quantize | export | chat`.
 
-import dataclasses
+Nothing else is imported until the command is known, so help and mistakes get their answer at once.
+"""
+
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-from irqlora_jax.config import Config, QuantizeConfig, parse_flags
+import irqlora_jax
 
-_USAGE = """usage: irqlora COMMAND [--config FILE] [--section.field value ...]
-
-  train      finetune a quantized LLaMA (also: python train.py); --plan only says whether it fits
-  eval       questions, MMLU, perplexity, generation (also: python eval.py)
-  report     write the page about a run again
-  quantize   quantize a base once, for many runs to share
-  export     write a run as Hugging Face folders: adapter, merged or dequantized
-  chat       talk to a model in the terminal
-
-irqlora COMMAND --help lists every option with its unit and default."""
+# The class of the options, and the function that does the work.
+Loaded = tuple[type, Callable[[Any], Any]]
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainOptions(Config):
-    __doc__ = Config.__doc__
+def _train() -> Loaded:
+    from irqlora_jax.config import TrainOptions
 
-    plan: bool | str = False
-    """Only say whether the run fits, and what would: `--plan` for the device at hand, `--plan NAME`
-    for another (t4, 4090, l4, a6000, a100-40, a100-80, h100, h200, ...). The training step is
-    compiled from shapes: no weights are read, nothing is written."""
+    return TrainOptions, _finetune_or_plan
 
 
-def _train(options: TrainOptions) -> None:
-    fields = (field.name for field in dataclasses.fields(Config))
-    config = Config(**{name: getattr(options, name) for name in fields})
+def _finetune_or_plan(options: Any) -> None:
+    config = options.config()
     if options.plan is False:
         from irqlora_jax.train.finetune import run
 
@@ -47,13 +35,15 @@ def _train(options: TrainOptions) -> None:
     plan(config, name)
 
 
-def _quantize(config: Any) -> None:
-    from irqlora_jax.runs.quantize import quantize_model
+def _eval() -> Loaded:
+    from irqlora_jax.evaluate.tasks import EvalConfig
 
-    quantize_model(config)
+    return EvalConfig, _evaluate_and_report
 
 
-def _eval(config: Any) -> None:
+def _evaluate_and_report(config: Any) -> None:
+    from pathlib import Path
+
     from irqlora_jax.evaluate.tasks import evaluate_run
     from irqlora_jax.report.write import try_to_write
     from irqlora_jax.runs.folder import BASE_FILE
@@ -61,42 +51,64 @@ def _eval(config: Any) -> None:
     evaluate_run(config)
     folder = Path(config.run)
     if (folder / BASE_FILE).is_file() and (folder / "config.json").is_file():
-        try_to_write(folder, print)
+        try_to_write(folder)
 
 
-def _report(config: Any) -> None:
-    from irqlora_jax.report.write import report
+def _report() -> Loaded:
+    from irqlora_jax.report.write import ReportConfig, report
 
-    report(config)
-
-
-def _export(config: Any) -> None:
-    from irqlora_jax.export.folder import export
-
-    export(config)
+    return ReportConfig, report
 
 
-def _chat(config: Any) -> None:
-    from irqlora_jax.generate.chat import chat
+def _quantize() -> Loaded:
+    from irqlora_jax.config import QuantizeConfig
+    from irqlora_jax.runs.quantize import quantize_model
 
-    chat(config)
+    return QuantizeConfig, quantize_model
 
 
-def _commands() -> dict[str, tuple[type, Callable[[Any], None]]]:
-    """The options and the function of every command."""
-    from irqlora_jax.evaluate.tasks import EvalConfig
-    from irqlora_jax.export.folder import ExportConfig
-    from irqlora_jax.generate.chat import ChatConfig
-    from irqlora_jax.report.write import ReportConfig
+def _export() -> Loaded:
+    from irqlora_jax.export.folder import ExportConfig, export
 
-    return {
-        "train": (TrainOptions, _train),
-        "eval": (EvalConfig, _eval),
-        "report": (ReportConfig, _report),
-        "quantize": (QuantizeConfig, _quantize),
-        "export": (ExportConfig, _export),
-        "chat": (ChatConfig, _chat),
-    }
+    return ExportConfig, export
+
+
+def _chat() -> Loaded:
+    from irqlora_jax.generate.chat import ChatConfig, chat
+
+    return ChatConfig, chat
+
+
+# Name: its line in the help, and a function that imports what the command needs.
+_COMMANDS: dict[str, tuple[str, Callable[[], Loaded]]] = {
+    "train": (
+        "finetune a quantized LLaMA (also: python train.py); --plan only says whether it fits",
+        _train,
+    ),
+    "eval": ("questions, MMLU, perplexity, generation (also: python eval.py)", _eval),
+    "report": ("write the page about a run again", _report),
+    "quantize": ("quantize a base once, for many runs to share", _quantize),
+    "export": ("write a run as Hugging Face folders: adapter, merged or dequantized", _export),
+    "chat": ("talk to a model in the terminal", _chat),
+}
+
+
+def _usage() -> str:
+    lines = "\n".join(f"  {name:<9}  {line}" for name, (line, _) in _COMMANDS.items())
+    return f"""usage: irqlora COMMAND [--config FILE] [--section.field value ...]
+
+{lines}
+
+irqlora COMMAND --help lists every option with its unit and default.
+irqlora --version prints the version."""
+
+
+def _unknown(name: str) -> str:
+    import difflib
+
+    nearest = difflib.get_close_matches(name, _COMMANDS, n=1)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"{name!r} is not a command; {hint}the commands are {', '.join(_COMMANDS)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,18 +120,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     name, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print(_USAGE)
+        print(_usage())
         return 0
-    from irqlora_jax.machine import cache_programs
-
+    if name == "--version":
+        print(f"irqlora {irqlora_jax.__version__}")
+        return 0
+    if name not in _COMMANDS:
+        print(f"irqlora: {_unknown(name)}", file=sys.stderr)
+        return 2
     try:
-        commands = _commands()
-        if name not in commands:
-            raise ValueError(f"{name!r}: accepted is {', '.join(commands)}")
-        kind, command = commands[name]
+        _, load = _COMMANDS[name]
+        kind, command = load()
+        from irqlora_jax.config import parse_flags
+
         options = parse_flags(kind, flags, f"irqlora {name}")
-        cache_programs()
-        command(options)
+        from irqlora_jax.machine import cache_programs
+        from irqlora_jax.messages import shown
+
+        with shown():
+            cache_programs()
+            command(options)
     except (ValueError, OSError) as error:
         print(f"irqlora {name}: {error}", file=sys.stderr)
         return 2

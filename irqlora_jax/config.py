@@ -197,6 +197,21 @@ class QuantizeConfig:
     """Show a progress bar."""
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainOptions(Config):
+    __doc__ = Config.__doc__
+
+    plan: bool | str = False
+    """Only say whether the run fits, and what would: `--plan` for the device at hand, `--plan NAME`
+    for another (t4, 4090, l4, a6000, a100-40, a100-80, h100, h200, ...). The training step is
+    compiled from shapes: no weights are read, nothing is written."""
+
+    def config(self) -> Config:
+        """The configuration of the run."""
+        names = (field.name for field in dataclasses.fields(Config))
+        return Config(**{name: getattr(self, name) for name in names})
+
+
 def parse_config(argv: Sequence[str]) -> Config:
     """The configuration on a command line: `--config FILE` and `--section.key value` overrides.
 

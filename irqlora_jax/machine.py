@@ -1,12 +1,13 @@
 """The machine at hand: its device, its memory, installed packages, the cache of programs."""
 
 import importlib.metadata
+import logging
 import os
 import re
 import resource
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import jax
 
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 FloatName = Literal["float32", "bfloat16", "float16"]
+logger = logging.getLogger(__name__)
 
 
 def installed_version(package: str) -> str:
@@ -51,13 +53,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _print_error(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-def cache_programs(
-    environment: Mapping[str, str] = os.environ, say: Callable[[str], None] = _print_error
-) -> Path | None:
+def cache_programs(environment: Mapping[str, str] = os.environ) -> Path | None:
     """Makes jax keep compiled programs in a folder, for this process and later ones.
 
     The folder is $JAX_COMPILATION_CACHE_DIR, else $XDG_CACHE_HOME/irqlora_jax, else
@@ -66,7 +62,6 @@ def cache_programs(
 
     Args:
         environment: the environment variables.
-        say: receives a message if the folder cannot be used.
 
     Returns:
         The folder, or None if nothing is kept.
@@ -81,7 +76,7 @@ def cache_programs(
             pass
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         reason = getattr(error, "strerror", None) or error
-        say(f"compiled programs are not kept: {CACHE_VARIABLE} = '{folder}': {reason}")
+        logger.warning(f"compiled programs are not kept: {CACHE_VARIABLE} = '{folder}': {reason}")
         jax.config.update("jax_enable_compilation_cache", False)
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))

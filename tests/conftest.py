@@ -1,7 +1,9 @@
 """Strict arithmetic and several devices for every test."""
 
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before jax reads it: what one test compiles the others need not, those of the other worker and the
@@ -39,6 +41,20 @@ def optimizer_promotion():
     """optax itself mixes floats with integers, so tests that run an optimizer allow that."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The messages of the package during a test; the list grows as they come."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("irqlora_jax")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lines
+    logger.setLevel(logging.NOTSET)
+    logger.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

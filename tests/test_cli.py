@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import eval as eval_script
+import irqlora_jax
 import train as train_script
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
@@ -205,10 +208,12 @@ def test_a_disk_without_room_is_refused_before_the_weights_are_read(
     assert not case.output.exists()
 
 
-def test_examples_longer_than_the_context_are_counted_and_cut(case: Case, capsys, caplog) -> None:
+def test_examples_longer_than_the_context_are_counted_and_cut(case: Case, capsys) -> None:
     case.edit_config(max_position_embeddings=8)
     assert train_script.main(case.flags("--train.steps=1")) == 0
-    assert "32 of 32 rows were cut to the model's context of 8 tokens" in caplog.text
+    out, err = capsys.readouterr()
+    message = "32 of 32 rows were cut to the model's context of 8 tokens"
+    assert message in err and message not in out
 
 
 def test_a_run_from_the_command_line_and_another_one_in_its_folder(case: Case, capsys) -> None:
@@ -258,3 +263,55 @@ def test_bad_evaluations(capsys, flags: list[str], words: list[str]) -> None:
     assert err.count("\n") == 1
     for word in words:
         assert word in err
+
+
+def modules_after(*argv: str) -> tuple[int, set[str], str, str]:
+    """The exit code of a command in a new process, the modules it imported, stdout and stderr."""
+    script = (
+        "import sys\n"
+        "from irqlora_jax.cli import main\n"
+        "try:\n"
+        "    code = main(sys.argv[1:])\n"
+        "except SystemExit as error:\n"
+        "    code = error.code\n"
+        "print()\n"
+        "print(code, *sys.modules)\n"
+    )
+    command = [sys.executable, "-c", script, *argv]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    *lines, last = done.stdout.splitlines()
+    code, *modules = last.split(" ")
+    return int(code), set(modules), "\n".join(lines), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        ([], 0, "usage: irqlora COMMAND"),
+        (["--help"], 0, "usage: irqlora COMMAND"),
+        (["--version"], 0, f"irqlora {irqlora_jax.__version__}"),
+        (["trian"], 2, "irqlora: 'trian' is not a command; did you mean 'train'?"),
+        (["xyz"], 2, "irqlora: 'xyz' is not a command; the commands are train, eval"),
+    ],
+)
+def test_nothing_is_imported_before_the_command_is_known(
+    argv: list[str], code: int, words: str
+) -> None:
+    found, modules, out, err = modules_after(*argv)
+    assert found == code and words in (err if code else out)
+    assert not {"jax", "numpy", "jsonargparse", "irqlora_jax.config"} & modules
+    assert {name for name in modules if name.startswith("irqlora_jax.")} == {"irqlora_jax.cli"}
+
+
+def test_only_the_chosen_command_is_imported() -> None:
+    code, modules, out, _ = modules_after("report", "--help")
+    assert code == 0 and out.startswith("usage: irqlora report")
+    assert "irqlora_jax.report.write" in modules
+    for room in ("train", "plan", "export", "generate.chat", "evaluate.tasks"):
+        assert f"irqlora_jax.{room}" not in modules
+
+
+def test_the_package_is_the_command() -> None:
+    command = [sys.executable, "-m", "irqlora_jax", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"irqlora {irqlora_jax.__version__}\n"

@@ -128,7 +128,7 @@ def test_a_folder_is_never_quantized_into_twice(base: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["trian"], ["trian", "train, eval, report, quantize, export, chat"]),
+        (["trian"], ["trian", "'train'?", "train, eval, report, quantize, export, chat"]),
         (["train"], ["model", "irqlora train --help"]),
         (["quantize", "--model=a", "--output_dir=b", "--quant.fromat=nf4"], ["--quant.fromat"]),
         (["quantize", "--model=nowhere", "--output_dir=b"], ["nowhere", "no such folder"]),

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "irqlora_jax"
 # From low to high. Rooms on one floor may not import each other.
 FLOORS = (
-    ("text", "machine", "kernels"),
+    ("text", "messages", "machine", "kernels"),
     ("sharding", "data"),
     ("quant",),
     ("adapters",),

@@ -18,7 +18,7 @@ from irqlora_jax.data.rows import Row as Row
 from irqlora_jax.data.rows import read_documents
 from irqlora_jax.data.rows import read_rows as read_rows
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Example(NamedTuple):
@@ -166,7 +166,7 @@ def _windows(
 ) -> list[Example]:
     length, documents = config.sequence_length, read_documents(source)
     if max_length is not None and max_length < length:
-        _log.warning(
+        logger.warning(
             "%s: data.sequence_length = %d is more than the model's context of %d tokens, which is "
             "used instead",
             *(source, length, max_length),
@@ -191,4 +191,4 @@ def _end(tokenizer: Any) -> list[int]:
 
 def _warn(source: str, count: int, total: int, what: str) -> None:
     if count:
-        _log.warning("%s: %d of %d rows %s", source, count, total, what)
+        logger.warning("%s: %d of %d rows %s", source, count, total, what)

@@ -31,7 +31,7 @@ TEXT_COLUMNS: dict[str, tuple[str, ...]] = {"hh_rlhf": ("chosen",), "oasst1": ("
 _HUMAN, _BOT = "<human>: ", "\n<bot>: "
 GUANACO = {"prompter": "### Human: ", "assistant": "### Assistant: "}
 """What stands in front of what each role of OASST1 says."""
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
@@ -121,7 +121,7 @@ def _trees(source: str, rows: Sequence[Row]) -> list[Text]:
             turns.append(message)
         kept += len(turns)
         texts.append(Text(root.place, "".join(map(_turn, turns))))
-    _log.info(
+    logger.info(
         "%s: %d conversations of the best replies, %d of %d messages",
         *(source, len(texts), kept, len(rows)),
     )

@@ -24,7 +24,7 @@ from irqlora_jax.generate.decode import generate
 from irqlora_jax.model.llama import Llama
 
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class HarnessLM(TemplateLM):
@@ -320,7 +320,7 @@ class Kept:
                 with self._path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps([key, answer]) + "\n")
         except OSError as error:
-            _log.warning(
+            logger.warning(
                 "%s: cannot be written (%s), so an interrupted evaluation begins anew",
                 *(self._path, error.strerror),
             )

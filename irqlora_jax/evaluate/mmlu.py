@@ -25,7 +25,7 @@ from irqlora_jax.evaluate.mmlu_files import (
 from irqlora_jax.files.small import write_text
 from irqlora_jax.model.llama import Llama
 
-_log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +296,7 @@ def _keep(path: Path, kept: Mapping[str, Any]) -> bool:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(kept) + "\n")
     except OSError as error:
-        _log.warning(
+        logger.warning(
             "%s: cannot be written (%s), so an interrupted evaluation begins anew",
             *(path, error.strerror),
         )

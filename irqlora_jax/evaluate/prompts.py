@@ -3,8 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from irqlora_jax.evaluate.results import unwritable
 from irqlora_jax.generate.conversation import Style, encode_turns, spoken
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.runs.load import Run
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,6 @@ def answer_all(
     output: Path,
     identity: str,
     progress: bool = False,
-    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Answers all prompts, into a .jsonl file with a row for each, in their order.
 
@@ -97,7 +99,6 @@ def answer_all(
             (whether it ended by itself).
         identity: what tells the model from others.
         progress: show a bar.
-        say: told what happens.
 
     Returns:
         What there is to count: prompts, tokens, finished, truncated.
@@ -111,7 +112,9 @@ def answer_all(
     tokens = [encode_turns(style, run.tokenizer, p.text, context=p.context) for p in prompts]
     fitted, truncated = _fit(run, tokens, sampling.max_new_tokens)
     if truncated:
-        say(f"{truncated} of {len(prompts)} prompts were cut on the left to fit into the context")
+        logger.info(
+            f"{truncated} of {len(prompts)} prompts were cut on the left to fit into the context"
+        )
     batches = _batches(run, fitted, sampling.max_new_tokens, batch_size)
     setting = (identity, style, sampling, batch_size, [tuple(row) for row in fitted])
     key = hashlib.sha256(repr(setting).encode()).hexdigest()

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax
 from irqlora_jax.files.small import write_text
 from irqlora_jax.machine import installed_version
 from irqlora_jax.runs.load import Run
+
+logger = logging.getLogger(__name__)
 
 
 def result_path(run: Run, stem: str, output: str | None) -> Path:
@@ -61,7 +64,7 @@ def describe(run: Run, settings: Any) -> dict[str, Any]:
     }
 
 
-def write_result(path: Path, result: Mapping[str, Any], say: Callable[[str], None]) -> None:
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Writes the JSON completely or not at all, and says where.
 
     Raises:
@@ -72,7 +75,7 @@ def write_result(path: Path, result: Mapping[str, Any], say: Callable[[str], Non
         write_text(path, json.dumps(result, indent=1) + "\n")
     except OSError as error:
         raise unwritable(path, error) from error
-    say(f"written to {path}")
+    logger.info(f"written to {path}")
 
 
 def unwritable(path: Path, error: OSError) -> OSError:

@@ -3,9 +3,9 @@
 import dataclasses
 import hashlib
 import importlib.util
+import logging
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +19,11 @@ from irqlora_jax.evaluate.prompts import Sampling, answer_all, read_prompts
 from irqlora_jax.evaluate.questions import load_questions, score_questions
 from irqlora_jax.generate.conversation import Style, encode_turns, find_style, spoken
 from irqlora_jax.generate.decode import generate
+from irqlora_jax.messages import shows_messages
 from irqlora_jax.runs.load import Run, load_run, read_checkpoint
 from irqlora_jax.text import aligned
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 _TASKS = ("mmlu", "factworld", "questions", "perplexity", "generate")
 _LM_EVAL = "lm-eval:"
 
@@ -107,12 +108,12 @@ class EvalConfig:
             raise ValueError(f"shots = {self.shots}: accepted is 0 or more")
 
 
-def evaluate_run(asked: EvalConfig, say: Say = print) -> dict[str, Any]:
+@shows_messages
+def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
     """Runs one task, shows its result and then writes it as JSON.
 
     Args:
         asked: what.
-        say: prints a line.
 
     Returns:
         What was written: the scores, and what was evaluated with which settings and versions.
@@ -136,15 +137,15 @@ def evaluate_run(asked: EvalConfig, say: Say = print) -> dict[str, Any]:
     }.get(asked.task, _harness)
     started = time.perf_counter()
     try:
-        scores = task(asked, run, path, say)
+        scores = task(asked, run, path)
     except KeyboardInterrupt:
         for part in (_kept(path), _kept(_answers(asked, path))):
             if part.is_file():
-                say(f"what is done is kept in {part}; the same command goes on from there")
+                logger.info(f"what is done is kept in {part}; the same command goes on from there")
         raise
     seconds = time.perf_counter() - started
     result = results.describe(run, asked) | {"seconds": round(seconds, 3)} | scores
-    results.write_result(_summary(asked, path), result, say)
+    results.write_result(_summary(asked, path), result)
     if asked.task == "mmlu":
         forget(_kept(path), len(scores["counts"]))
     if asked.task.startswith(_LM_EVAL):
@@ -201,7 +202,7 @@ def _summary(asked: EvalConfig, path: Path) -> Path:
     return path.with_suffix(".summary.json" if path.suffix == ".json" else ".json")
 
 
-def _mmlu(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, Any]:
+def _mmlu(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
     assert asked.mmlu is not None and asked.shots is not None
     scores = mmlu(
         run.model,
@@ -217,16 +218,16 @@ def _mmlu(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, Any]:
         identity=results.identity(run, asked.baseline),
         progress=asked.progress,
     )
-    say(_mmlu_table(scores))
+    logger.info(_mmlu_table(scores))
     context = run.model.config.max_position_embeddings
     fewer = sum(n for shots, n in scores.shots.items() if int(shots) < asked.shots)
     if fewer:
-        say(
+        logger.info(
             f"{fewer} of {scores.count} questions had fewer than {asked.shots} examples, and "
             f"{scores.truncated} were cut, to fit into the context of {context} tokens"
         )
     if scores.ties:
-        say(f"{scores.ties} questions had several best letters, of which the first counts")
+        logger.info(f"{scores.ties} questions had several best letters, of which the first counts")
     return dataclasses.asdict(scores)
 
 
@@ -245,7 +246,7 @@ def _mmlu_table(scores: MmluScores) -> str:
     return aligned(rows)
 
 
-def _harness(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, Any]:
+def _harness(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
     # Here, because the extra may be missing.
     from irqlora_jax.evaluate.harness import harness
 
@@ -274,13 +275,13 @@ def _harness(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, Any
                 rows.append((name, *counts, metric, f"{value:.4f}", spread))
     if scores.mean_acc is not None and len(scores.scores) > 1:
         rows.append(("mean", "", "", "acc", f"{scores.mean_acc:.4f}", ""))
-    say(aligned(rows))
+    logger.info(aligned(rows))
     if scores.truncated:
-        say(f"{scores.truncated} requests were cut on the left to fit into the context")
+        logger.info(f"{scores.truncated} requests were cut on the left to fit into the context")
     return dataclasses.asdict(scores)
 
 
-def _questions(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, Any]:
+def _questions(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
     from tqdm import tqdm
 
     file, limit = asked.questions, asked.limit
@@ -302,13 +303,13 @@ def _questions(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, A
         rows.append(("recall", f"{scores.recall:.1%}"))
     if scores.bits_per_fact is not None:
         rows.append(("bits per fact", f"{scores.bits_per_fact:.3f}"))
-    say(aligned(rows))
+    logger.info(aligned(rows))
     if scores.truncated:
-        say(f"{scores.truncated} of {scores.count} questions were cut on the left to fit")
+        logger.info(f"{scores.truncated} of {scores.count} questions were cut on the left to fit")
     return dataclasses.asdict(scores)
 
 
-def _perplexity(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, Any]:
+def _perplexity(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
     assert asked.text is not None
     try:
         text = Path(asked.text).read_text(encoding="utf-8")
@@ -333,17 +334,17 @@ def _perplexity(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, 
         ("window", f"{scores.window}"),
         ("stride", f"{scores.stride}"),
     ]
-    say(aligned(rows))
+    logger.info(aligned(rows))
     return dataclasses.asdict(scores)
 
 
-def _generate(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, Any]:
+def _generate(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
     sampling = Sampling(
         asked.max_new_tokens, asked.temperature, asked.top_k, asked.top_p, asked.seed
     )
     style = find_style(run.config, run.tokenizer)
     if asked.prompt is not None:
-        return _answer_one(asked.prompt, run, style, sampling, say)
+        return _answer_one(asked.prompt, run, style, sampling)
     assert asked.prompts is not None
     prompts = read_prompts(asked.prompts, asked.limit)
     output = _answers(asked, path)
@@ -356,15 +357,12 @@ def _generate(asked: EvalConfig, run: Run, path: Path, say: Say) -> dict[str, An
         output=output,
         identity=results.identity(run, asked.baseline),
         progress=asked.progress,
-        say=say,
     )
-    say(f"{counts['prompts']} answers, {counts['tokens']} tokens, in {output}")
+    logger.info(f"{counts['prompts']} answers, {counts['tokens']} tokens, in {output}")
     return counts | {"answers": str(output)}
 
 
-def _answer_one(
-    prompt: str, run: Run, style: Style, sampling: Sampling, say: Say
-) -> dict[str, Any]:
+def _answer_one(prompt: str, run: Run, style: Style, sampling: Sampling) -> dict[str, Any]:
     tokens = encode_turns(style, run.tokenizer, prompt)
     context = run.model.config.max_position_embeddings
     if len(tokens) >= context:
@@ -385,5 +383,5 @@ def _answer_one(
     )[0]
     answer = "".join(spoken(run.tokenizer, new, prompt=tokens, stops=style.stops))
     text = prompt + answer if style.continues else answer.strip()
-    say(text)
+    logger.info(text)
     return {"prompt": prompt, "text": text}

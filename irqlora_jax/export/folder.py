@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,12 @@ from irqlora_jax.export.card import Card
 from irqlora_jax.export.model import parameters, save_model
 from irqlora_jax.export.peft import save_adapter
 from irqlora_jax.files.hub import is_hub_id
+from irqlora_jax.messages import shows_messages
 from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import Run, is_base, load_run, scores
 
 _GENERATION = "generation_config.json"
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,8 @@ class ExportConfig:
         require(ok, "base_model", "null with kind merged")
 
 
-def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
+@shows_messages
+def export(config: ExportConfig) -> Path:
     """Writes what `config` asks for; the folder is there when it is complete, and not before.
 
     Everything is written into a folder OUTPUT_DIR.part and moved at the end. Only a process that is
@@ -69,7 +73,6 @@ def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
 
     Args:
         config: what, and where to.
-        say: takes the last line.
 
     Returns:
         The folder.
@@ -77,7 +80,12 @@ def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
     Raises:
         ValueError, OSError: bad input or a full disk, in one sentence; nothing is left then.
     """
+    folder = _write(config)
+    logger.info(f"{config.kind}: {folder} (how to load it: {folder / 'README.md'})")
+    return folder
 
+
+def _write(config: ExportConfig) -> Path:
     folder = Path(config.output_dir).expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output_dir = '{folder}': exists; accepted is a new folder")
@@ -93,7 +101,6 @@ def export(config: ExportConfig, say: Callable[[str], None] = print) -> Path:
                 (aside / "adapter").mkdir()
                 base = config.base_model or str(folder)
                 _adapter_folder(aside / "adapter", f"{folder.name}/adapter", run, config, base)
-    say(f"{config.kind}: {folder} (how to load it: {folder / 'README.md'})")
     return folder
 
 
@@ -114,7 +121,7 @@ def export_dequantized(run: str | Path, out: str | Path, **options: Any) -> Path
 
 def _quiet(run: str | Path, out: str | Path, kind: Any, options: dict[str, Any]) -> Path:
     settings: dict[str, Any] = {"progress": False} | options
-    return export(ExportConfig(str(run), str(out), kind, **settings), say=lambda _: None)
+    return _write(ExportConfig(str(run), str(out), kind, **settings))
 
 
 @contextlib.contextmanager

@@ -1,11 +1,13 @@
 """Whether a run fits, before any of it is read: `irqlora train --config FILE --plan [NAME]`."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from typing import Any
 
 from irqlora_jax.base.file import Base
 from irqlora_jax.config import Config
+from irqlora_jax.messages import shows_messages
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.plan.gpus import find_device
 from irqlora_jax.plan.measure import (
@@ -23,9 +25,11 @@ _TIGHT = 0.95  # of the usable memory: beyond it, fragments of free memory may b
 _MOST_SHARE = 0.95  # the driver and the libraries need the rest
 _MOST_ROWS = 1024
 _SMALL_CHUNK = 256
+logger = logging.getLogger(__name__)
 
 
-def plan(config: Config, name: str | None = None, say: Callable[[str], None] = print) -> bool:
+@shows_messages
+def plan(config: Config, name: str | None = None) -> bool:
     """Says what a run needs and whether that fits; where it does not, tries what would.
 
     Reads a config.json or the header of a quantized base, and writes nothing.
@@ -33,7 +37,6 @@ def plan(config: Config, name: str | None = None, say: Callable[[str], None] = p
     Args:
         config: of the run.
         name: device to plan for, of `irqlora_jax.devices`; None: the one at hand.
-        say: told the result, in parts.
 
     Returns:
         Whether it fits.
@@ -47,19 +50,19 @@ def plan(config: Config, name: str | None = None, say: Callable[[str], None] = p
     base, llama = read_base_shapes(config)
     target = find_target(name, device_count(config))
     need = measure(config, base, llama, target)
-    say(_table(config, need, target))
+    logger.info(_table(config, need, target))
     room = target.memory - need.peak
     if need.peak <= _TIGHT * target.memory:
-        say(f"fits, with {readable_size(room)} to spare")
+        logger.info(f"fits, with {readable_size(room)} to spare")
         rows, most = _most_rows(config, base, llama, target, need)
         if rows > need.rows:
-            say(f"up to {rows} rows at a time fit (tried: peak {readable_size(most.peak)})")
+            logger.info(f"up to {rows} rows at a time fit (tried: peak {readable_size(most.peak)})")
         return True
     if room >= 0:
-        say(f"fits, but tightly: {readable_size(room)} to spare")
+        logger.info(f"fits, but tightly: {readable_size(room)} to spare")
     else:
-        say(f"does not fit: {readable_size(-room)} too much")
-    _advise(config, base, llama, target, need, say)
+        logger.info(f"does not fit: {readable_size(-room)} too much")
+    _advise(config, base, llama, target, need)
     return room >= 0
 
 
@@ -127,14 +130,7 @@ def _most_rows(
     return best
 
 
-def _advise(
-    config: Config,
-    base: Base,
-    llama: LlamaConfig,
-    target: Target,
-    need: Need,
-    say: Callable[[str], None],
-) -> None:
+def _advise(config: Config, base: Base, llama: LlamaConfig, target: Target, need: Need) -> None:
     """Tries what saves memory, each on top of the others, and says what is enough."""
     words, memory = "", target.memory
     if memory < _MOST_SHARE * target.whole:
@@ -148,9 +144,9 @@ def _advise(
     def tell(changes: dict[str, Any], found: Need) -> None:
         if found.step:
             verdict = "fits" if found.peak <= limit else "does not fit"
-            say(f"  {_gib(found.peak)} GiB, {verdict}: {words}{_flags(changes)}")
+            logger.info(f"  {_gib(found.peak)} GiB, {verdict}: {words}{_flags(changes)}")
 
-    say(f"tried, with {_gib(memory)} GiB usable:")
+    logger.info(f"tried, with {_gib(memory)} GiB usable:")
     taken: dict[str, Any] = {}
     best = need
     if words:
@@ -163,7 +159,7 @@ def _advise(
             taken, best = taken | change, found
             tell(taken, best)
     if best.peak > limit:
-        say("nothing more to try: take a larger device, or quant.format nf3 or nf2")
+        logger.info("nothing more to try: take a larger device, or quant.format nf3 or nf2")
         return
 
     def fits_too(changes: dict[str, Any]) -> bool:
@@ -183,9 +179,9 @@ def _advise(
             if fits_too(fewer):
                 taken = fewer
                 break
-    say(f"so it fits: {words}{_flags(taken)}".rstrip())
+    logger.info(f"so it fits: {words}{_flags(taken)}".rstrip())
     if words:
-        say("(XLA_CLIENT_MEM_FRACTION is a variable of the environment)")
+        logger.info("(XLA_CLIENT_MEM_FRACTION is a variable of the environment)")
 
 
 def _flags(changes: dict[str, Any]) -> str:

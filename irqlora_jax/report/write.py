@@ -3,8 +3,8 @@
 import dataclasses
 import datetime
 import json
+import logging
 import platform
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -12,11 +12,13 @@ from jax.sharding import Mesh
 
 from irqlora_jax.files.small import write_text
 from irqlora_jax.machine import installed_version
+from irqlora_jax.messages import ON_STDOUT, shows_messages
 from irqlora_jax.report.gather import ENVIRONMENT_FILE, gather
 from irqlora_jax.report.page import page
 
 REPORT_FILE = "report.html"
 _PACKAGES = ("irqlora-jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,8 @@ class ReportConfig:
     """File to write. Null: report.html in that folder."""
 
 
-def report(asked: ReportConfig, say: Callable[[str], None] = print) -> Path:
+@shows_messages
+def report(asked: ReportConfig) -> Path:
     """Writes the page.
 
     Raises:
@@ -45,19 +48,21 @@ def report(asked: ReportConfig, say: Callable[[str], None] = print) -> Path:
     except OSError as error:
         reason = f"cannot be written ({error.strerror})"
         raise OSError(f"{path}: {reason}; --output FILE is another place") from error
-    say(f"written to {path}")
+    logger.info(f"written to {path}")
     return path
 
 
-def try_to_write(folder: Path, say: Callable[[str], None]) -> None:
+@shows_messages
+def try_to_write(folder: Path) -> None:
     """Writes the page of a run that has everything else already; says so if that fails."""
     try:
-        report(ReportConfig(str(folder)), say)
+        report(ReportConfig(str(folder)))
     except Exception as error:  # whatever it is, the run is done and must not end with it
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        say(
+        logger.warning(
             f"{folder / REPORT_FILE} was not written ({reason}); the run itself is whole, and "
-            f"`irqlora report --run {folder}` tries again"
+            f"`irqlora report --run {folder}` tries again",
+            extra=ON_STDOUT,
         )
 
 

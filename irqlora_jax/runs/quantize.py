@@ -1,9 +1,9 @@
 """`irqlora quantize`: a base that many runs share."""
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from irqlora_jax.base.survey import Surveyed, summarize, survey
 from irqlora_jax.config import QuantizeConfig
 from irqlora_jax.files.hub import load_tokenizer, read_config, snapshot
 from irqlora_jax.files.small import write_text
+from irqlora_jax.messages import shows_messages
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
@@ -29,6 +30,8 @@ from irqlora_jax.runs.folder import (
     check_writable,
 )
 from irqlora_jax.text import readable_size
+
+logger = logging.getLogger(__name__)
 
 
 def link_base(source: str | Path, folder: Path) -> None:
@@ -64,7 +67,8 @@ def save_survey(folder: Path, summary: dict[str, Any] | None) -> None:
         write_text(folder / SURVEY_FILE, json.dumps(summary) + "\n")
 
 
-def quantize_model(config: QuantizeConfig, say: Callable[[str], None] = print) -> None:
+@shows_messages
+def quantize_model(config: QuantizeConfig) -> None:
     """Writes base.safetensors, quantization.json and tokenizer/ into a new folder, for many runs to
     share.
 
@@ -85,7 +89,7 @@ def quantize_model(config: QuantizeConfig, say: Callable[[str], None] = print) -
     # The base comes last: it marks a whole folder.
     save_base(folder / BASE_FILE, base, llama, config.quant, config.model)
     size = readable_size((folder / BASE_FILE).stat().st_size)
-    say(
+    logger.info(
         f"{measure_base(base).bits:.2f} bits a weight, {size} in {folder}; next:\n"
         f"  irqlora train --config FILE --model {folder}"
     )

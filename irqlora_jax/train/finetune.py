@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 import json
+import logging
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from irqlora_jax.files.hub import read_config
 from irqlora_jax.files.small import write_text
 from irqlora_jax.generate.samples import read_samples
 from irqlora_jax.machine import fastest_dtype
+from irqlora_jax.messages import shows_messages
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.tree import linear_stacks
 from irqlora_jax.quant.matmul import laid_out, preferred_layout, require
@@ -54,6 +55,8 @@ from irqlora_jax.train.metrics import MetricsLog, check_packages
 from irqlora_jax.train.step import sharded_state as sharded_state
 from irqlora_jax.train.step import train_step as train_step
 
+logger = logging.getLogger(__name__)
+
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
@@ -72,7 +75,8 @@ class RunResult:
     rows: tuple[Row, ...]
 
 
-def run(config: Config, say: Callable[[str], None] = print) -> RunResult:
+@shows_messages
+def run(config: Config) -> RunResult:
     """Quantizes, finetunes, evaluates and saves; goes on where an earlier run stopped.
 
     SIGINT or SIGTERM end the training after the step it is at, with a checkpoint; the second one at
@@ -80,7 +84,6 @@ def run(config: Config, say: Callable[[str], None] = print) -> RunResult:
 
     Args:
         config: of the run.
-        say: told what happens, in a few lines.
 
     Raises:
         ValueError, OSError: bad input, in one sentence; nothing is overwritten then. A disk that
@@ -117,13 +120,11 @@ def run(config: Config, say: Callable[[str], None] = print) -> RunResult:
         del pairs
         # The file keeps its own layout.
         base = laid_out(base, config.train.matmul)
-        say(describe(config, job.model.config, base, len(job.examples), job.mesh))
-        return _finetune(job, base, folder, seconds, say)
+        logger.info(describe(config, job.model.config, base, len(job.examples), job.mesh))
+        return _finetune(job, base, folder, seconds)
 
 
-def _finetune(
-    job: Job, base: Base, folder: Path, quantize_seconds: float | None, say: Callable[[str], None]
-) -> RunResult:
+def _finetune(job: Job, base: Base, folder: Path, quantize_seconds: float | None) -> RunResult:
     config, model = job.config, job.model
     offload = config.train.offload_optimizer
     init = functools.partial(init_state, model, job.optimizer, config.seed)
@@ -134,21 +135,21 @@ def _finetune(
         if latest is not None:
             state = checkpoints.restore(latest, state)
             if latest > 0:  # else it is what LoftQ began with
-                say(f"going on from step {latest} of {folder}")
+                logger.info(f"going on from step {latest} of {folder}")
         started = time.perf_counter()
-        with MetricsLog(folder, latest or 0, config, say) as log:
-            ended = train(job, base, state, checkpoints, log, say)
+        with MetricsLog(folder, latest or 0, config) as log:
+            ended = train(job, base, state, checkpoints, log)
         checkpoints.wait()
         seconds = time.perf_counter() - started
         state, step = ended.state, int(ended.state.step)
         if ended.signal is not None:
-            say(
+            logger.info(
                 f"{ended.signal.name}: ended after step {step} of {config.train.steps}, saved in "
                 f"{folder}; the same command goes on from there"
             )
             raise SystemExit(128 + ended.signal)
         if ended.early is not None:
-            say(f"ended early, after step {step} of {config.train.steps}: {ended.early}")
+            logger.info(f"ended early, after step {step} of {config.train.steps}: {ended.early}")
         best, loss = checkpoints.best(), checkpoints.loss(step)
         scorer = Scorer(
             job.eval_examples, job.questions, config.train.batch_size, config.train.loss_chunk
@@ -167,9 +168,9 @@ def _finetune(
             name = f"{name}, best (step {best})"
             rows.append(scorer.row(name, model, variables, None, checkpoints.loss(best)))
     write_text(folder / "results.json", json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
-    say(table(rows))
-    try_to_write(folder, say)
-    say(next_commands(config))
+    logger.info(table(rows))
+    try_to_write(folder)
+    logger.info(next_commands(config))
     return RunResult(folder, step, best, tuple(rows))
 
 

@@ -3,10 +3,11 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,6 +31,8 @@ from irqlora_jax.text import readable_size
 from irqlora_jax.train.metrics import MetricsLog
 from irqlora_jax.train.step import make_step
 from irqlora_jax.train.stop import Stop
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +65,7 @@ class Ended:
 
 
 def train(
-    job: Job,
-    base: Base,
-    state: TrainState,
-    checkpoints: Checkpoints,
-    log: MetricsLog,
-    say: Callable[[str], None],
+    job: Job, base: Base, state: TrainState, checkpoints: Checkpoints, log: MetricsLog
 ) -> Ended:
     """Goes on from `state` to the last step, to an early stop, or to a signal.
 
@@ -90,10 +88,6 @@ def train(
         unit="step",
         disable=not job.config.log.progress,
     )
-
-    def tell(text: str) -> None:
-        with tqdm.external_write_mode():
-            say(text)
 
     def prepare(step: int) -> tuple[int, list[int], dict[str, Array]]:
         return step + 1, batches.indices(step), put_batch(job.mesh, batches[step])
@@ -127,7 +121,7 @@ def train(
                     best = min((loss for _, loss in log.evaluations), default=math.inf)
                     log.write(done, values)
                     if loss is not None:
-                        tell(f"step {done}: evaluation loss {loss:.4f}")
+                        logger.info(f"step {done}: evaluation loss {loss:.4f}")
                         saves = saves or loss < best
                         early = _patience_is_over(job, log)
                 # Asked once: a signal that comes behind this line ends the next step.

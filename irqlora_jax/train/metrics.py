@@ -17,6 +17,7 @@ and at evaluations eval_loss (nats per target), eval_seconds, eval_tokens_per_se
 import dataclasses
 import importlib
 import json
+import logging
 import math
 import uuid
 from collections.abc import Callable, Mapping
@@ -25,11 +26,13 @@ from typing import Any, Protocol
 
 from irqlora_jax.config import Config, LogConfig
 from irqlora_jax.files.small import write_text
+from irqlora_jax.messages import ON_STDOUT
 
 Values = Mapping[str, Any]
 """Numbers by name, and perhaps "samples": [{"prompt": text, "answer": text}, ...]."""
 
 _FILE = "metrics.jsonl"
+logger = logging.getLogger(__name__)
 
 
 def check_packages(config: LogConfig) -> None:
@@ -140,22 +143,15 @@ class MetricsLog:
     The file is the record. Anything else that fails (a network) is given up, once said.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        step: int,
-        config: Config | None = None,
-        say: Callable[[str], None] = print,
-    ) -> None:
+    def __init__(self, folder: Path, step: int, config: Config | None = None) -> None:
         """Opens the log; lines of steps that will be done again are dropped.
 
         Args:
             folder: of the run.
             step: that the run goes on from.
             config: of the run, for `log` (default: the file alone).
-            say: told of what fails.
         """
-        self._path, self._say = folder / _FILE, say
+        self._path = folder / _FILE
         self.evaluations: list[tuple[int, float]] = []
         self._sinks: list[Sink] = []
         if self._path.exists():
@@ -206,6 +202,7 @@ class MetricsLog:
         except Exception as error:
             # Its text may quote the headers of a request, and with them a key.
             failure = type(error).__name__
-            self._say(f"{name} failed ({failure}); the run goes on, {self._path} has everything")
+            text = f"{name} failed ({failure}); the run goes on, {self._path} has everything"
+            logger.warning(text, extra=ON_STDOUT)
             return False
         return True

@@ -31,6 +31,7 @@ from irqlora_jax.quant.slabs import rows_of
 from irqlora_jax.runs.load import load_run
 from irqlora_jax.sharding import MeshConfig, make_mesh, tree_shardings
 from irqlora_jax.train import finetune
+from irqlora_jax.train.finetune import run
 from tests.base.test_make import make_tensors, write_folder
 from tests.models import assert_same
 from tests.train.test_run import (
@@ -39,7 +40,6 @@ from tests.train.test_run import (
     at_step,
     config_for,
     crash,
-    quiet,
     steps_of,
 )
 
@@ -298,7 +298,7 @@ def config(folder: Path, model: Path = WORLD / "base-small", **changes: Any) -> 
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("loftq") / "run"
     with jax.numpy_dtype_promotion("standard"):
-        quiet(config(folder))
+        run(config(folder))
     return folder
 
 
@@ -324,14 +324,14 @@ def test_a_crashed_run_ends_as_if_it_had_not(
             at_step(patch, int(moment[-1]), crash)
         else:
             crash_before(moment)(patch)
-        quiet(config(folder))
+        run(config(folder))
     assert 0 in steps_of(folder)
     if moment.startswith("step"):
         monkeypatch.setattr(f"{finetune.__name__}.load_loftq", lambda *_, **__: crash())
     else:
         # What a start that was broken off even earlier leaves.
         (folder / "checkpoints" / "0").rename(folder / "checkpoints" / "0.orbax-checkpoint-tmp")
-    quiet(config(folder))
+    run(config(folder))
     assert_same_run(folder, finished)
 
 
@@ -344,7 +344,7 @@ def test_other_checkpoints_are_nobody_elses_leftover(finished: Path, tmp_path: P
         for file in also:
             shutil.copy(finished / file, folder)
         with pytest.raises(ValueError, match="holds other files; accepted is a new folder"):
-            quiet(config(folder))
+            run(config(folder))
         assert steps_of(folder)
 
 
@@ -373,7 +373,7 @@ def test_the_table_has_the_quantizer_alone_and_with_its_pair(tmp_path: Path) -> 
         "train__save_every": 0,
         "evaluate__baselines": True,
     }
-    rows = {row.model: row for row in quiet(config(tmp_path / "run", **changes)).rows}
+    rows = {row.model: row for row in run(config(tmp_path / "run", **changes)).rows}
     assert list(rows) == [
         *("full precision", "plain nf3", "nf3 + ICQ", "nf3 + ICQ + LoftQ"),
         "nf3 + ICQ + LoftQ, finetuned",
@@ -387,8 +387,8 @@ def test_the_table_has_the_quantizer_alone_and_with_its_pair(tmp_path: Path) -> 
 def test_bases_that_do_not_go_with_loftq_are_refused(finished: Path, tmp_path: Path) -> None:
     origin = f"accepted is the model that it was made from ('{WORLD / 'base-small'}'), "
     plain = tmp_path / "plain"
-    quiet(config(plain, adapter__init="default", train__steps=1))
-    for action in (quiet, lambda c: plan(c, say=lambda _: None)):
+    run(config(plain, adapter__init="default", train__steps=1))
+    for action in (run, plan):
         with pytest.raises(ValueError) as refused:
             action(config(tmp_path / "new", plain))
         assert str(refused.value) == (
@@ -407,15 +407,15 @@ def test_bases_that_do_not_go_with_loftq_are_refused(finished: Path, tmp_path: P
 def test_a_run_that_knew_nothing_of_it_goes_on(finished: Path, tmp_path: Path) -> None:
     """The config.json of an earlier version has not all fields."""
     folder = tmp_path / "run"
-    quiet(config(folder, adapter__init="default", train__steps=2))
+    run(config(folder, adapter__init="default", train__steps=2))
     file = folder / "config.json"
     stored = json.loads(file.read_text())
     del stored["adapter"]["init"], stored["adapter"]["loftq"]
     file.write_text(json.dumps(stored))
-    quiet(config(folder, adapter__init="default", train__steps=3))
+    run(config(folder, adapter__init="default", train__steps=3))
     assert steps_of(folder) == [3]
     with pytest.raises(ValueError, match=r"adapter.init = 'default' there, 'loftq' here"):
-        quiet(config(folder, train__steps=3))
+        run(config(folder, train__steps=3))
 
 
 def test_bad_settings_are_refused(tmp_path: Path) -> None:

@@ -268,18 +268,17 @@ def loaded(monkeypatch, variables, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def test_commonsense_tasks_score_as_our_own_questions(loaded, data, tmp_path):
+def test_commonsense_tasks_score_as_our_own_questions(loaded, data, tmp_path, said):
     names = [f"local_{name}" for name in COMMONSENSE]
     folder = write_tasks(tmp_path / "tasks", data)
     settings = {"batch_size": 4, "progress": False}
-    said = []
     asked = EvalConfig("model", f"lm-eval:{','.join(names)}", task_folder=str(folder), **settings)
-    result = evaluate_run(asked, said.append)
+    result = evaluate_run(asked)
     assert list(result["scores"]) == names
     for name, (file, _, _) in COMMONSENSE.items():
         path = data / file / "test.json"
         ours = EvalConfig("model", "questions", questions=str(path), **settings)
-        ours = evaluate_run(ours, lambda _: None)
+        ours = evaluate_run(ours)
         scores = result["scores"][f"local_{name}"]
         assert scores["acc"] == pytest.approx(ours["accuracy"])
         assert scores["acc_norm"] == pytest.approx(ours["accuracy_norm"])
@@ -299,7 +298,7 @@ def test_commonsense_tasks_score_as_our_own_questions(loaded, data, tmp_path):
     assert "local_boolq" in table and f"{result['mean_acc']:.4f}" in table.splitlines()[-1]
 
 
-def test_what_was_answered_is_not_asked_again(loaded, data, tmp_path, monkeypatch):
+def test_what_was_answered_is_not_asked_again(loaded, data, tmp_path, monkeypatch, said):
     folder = write_tasks(tmp_path / "tasks", data)
     asked = EvalConfig(
         *("model", "lm-eval:local_boolq,local_piqa"),
@@ -307,7 +306,7 @@ def test_what_was_answered_is_not_asked_again(loaded, data, tmp_path, monkeypatc
         batch_size=4,
         progress=False,
     )
-    whole = evaluate_run(asked, lambda _: None)
+    whole = evaluate_run(asked)
     stream = harness_model.stream_scores
     counts = []
 
@@ -319,16 +318,15 @@ def test_what_was_answered_is_not_asked_again(loaded, data, tmp_path, monkeypatc
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(harness_model, "stream_scores", interrupted)
-    said = []
     with pytest.raises(KeyboardInterrupt):
-        evaluate_run(asked, said.append)
+        evaluate_run(asked)
     part = tmp_path / "eval-lm-eval-local_boolq+local_piqa-model.json.part"
     assert "the same command goes on" in said[-1] and str(part.name) in said[-1]
     with part.open("a") as file:
         file.write('["broken off')
     with pytest.raises(KeyboardInterrupt):
-        evaluate_run(asked, said.append)
-    again = evaluate_run(asked, said.append)
+        evaluate_run(asked)
+    again = evaluate_run(asked)
     assert counts == [14, 9, 4]
     assert again["scores"] == whole["scores"]
     assert not part.exists()

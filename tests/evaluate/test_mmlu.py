@@ -429,16 +429,15 @@ def loaded(monkeypatch, variables, tmp_path):
     return run
 
 
-def test_the_task_goes_on_where_it_was_interrupted(loaded, folder, tmp_path):
-    said = []
+def test_the_task_goes_on_where_it_was_interrupted(loaded, folder, tmp_path, said):
     asked = EvalConfig("model", "mmlu", mmlu=str(folder), batch_size=4, progress=False)
     loaded.tokenizer.stop_at = "sociology"
     with pytest.raises(KeyboardInterrupt):
-        evaluate_run(asked, said.append)
+        evaluate_run(asked)
     part = tmp_path / "eval-mmlu-model.json.part"
     assert part.is_file() and "the same command goes on" in said[-1]
     loaded.tokenizer.stop_at, loaded.tokenizer.subjects = None, []
-    result = evaluate_run(asked, said.append)
+    result = evaluate_run(asked)
     assert loaded.tokenizer.subjects == ["sociology", "virology"]
     assert not part.exists()
     assert not list((tmp_path / "model").iterdir())
@@ -470,9 +469,8 @@ def test_results_of_many_tasks_have_a_file_of_their_own():
     assert len({stem(names) for names in many}) == 2 and max(map(len, map(stem, many))) < 110
 
 
-def test_the_table_is_shown_before_the_file_fails(loaded, folder, tmp_path):
+def test_the_table_is_shown_before_the_file_fails(loaded, folder, tmp_path, said):
     (tmp_path / "file").write_text("")
-    said = []
     asked = EvalConfig(
         *("model", "mmlu"),
         mmlu=str(folder),
@@ -482,7 +480,7 @@ def test_the_table_is_shown_before_the_file_fails(loaded, folder, tmp_path):
         progress=False,
     )
     with pytest.raises(OSError, match=r"out.json: cannot be written \(.*--output FILE") as error:
-        evaluate_run(asked, said.append)
+        evaluate_run(asked)
     assert "\n" not in str(error.value)
     assert any(text.startswith("subject") for text in said)
 

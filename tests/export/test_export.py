@@ -107,7 +107,7 @@ def expected_shapes(llama: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 @pytest.mark.parametrize("kind", ["merged", "dequantized"])
 def test_every_number_of_a_model(tmp_path: Path, run: Path, kind: Any) -> None:
-    out = hf.export(hf.ExportConfig(str(run), str(tmp_path / "out"), kind), say=lambda _: None)
+    out = hf.export(hf.ExportConfig(str(run), str(tmp_path / "out"), kind))
     loaded, found = load_run(run), read(out)
     assert {name: value.shape for name, value in found.items()} == expected_shapes(LLAMA)
     assert {value.dtype for value in found.values()} == {np.dtype(np.float32)}

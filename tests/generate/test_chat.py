@@ -362,12 +362,12 @@ def answer(monkeypatch, variables, tmp_path):
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
 
-    def answer(lines, learned=None, say=lambda _: None, **settings):
+    def answer(lines, learned=None, **settings):
         run = Run(tmp_path / "model", learned, MODEL, variables, TOKENIZER, None)
         monkeypatch.setattr(tasks_module, "load_run", lambda *_, **__: run)
         (tmp_path / "prompts.txt").write_text("\n".join(lines))
         given = {"prompts": "prompts.txt", "max_new_tokens": 8, "batch_size": 2} | settings
-        return evaluate_run(EvalConfig("model", "generate", progress=False, **given), say)
+        return evaluate_run(EvalConfig("model", "generate", progress=False, **given))
 
     return answer
 
@@ -395,7 +395,7 @@ def test_answers_stand_in_the_order_of_their_prompts(answer, variables, tmp_path
     assert not list(tmp_path.glob("*.part")) and not list((tmp_path / "model").iterdir())
 
 
-def test_interrupted_answers_are_kept(answer, monkeypatch):
+def test_interrupted_answers_are_kept(answer, monkeypatch, said):
     drawing = {"temperature": 1.0, "seed": 3}
     answer(LINES, output="whole.jsonl", **drawing)
     calls = []
@@ -407,9 +407,8 @@ def test_interrupted_answers_are_kept(answer, monkeypatch):
         return generate(*arguments, **settings)
 
     monkeypatch.setattr(prompts_module, "generate", interrupted)
-    said = []
     with pytest.raises(KeyboardInterrupt):
-        answer(LINES, output="out.jsonl", say=said.append, **drawing)
+        answer(LINES, output="out.jsonl", **drawing)
     assert "out.jsonl.part; the same command goes on" in said[-1]
     assert len(written("out.jsonl.part")) == 3 and not Path("out.jsonl").exists()
     # A line that was broken off does not count.
@@ -426,9 +425,8 @@ def test_interrupted_answers_are_kept(answer, monkeypatch):
     assert Path("out.json").is_file()
 
 
-def test_long_prompts_are_cut_and_counted(answer):
-    said = []
-    result = answer(["a" * 300, "b"], say=said.append, max_new_tokens=500, output="out.json")
+def test_long_prompts_are_cut_and_counted(answer, said):
+    result = answer(["a" * 300, "b"], max_new_tokens=500, output="out.json")
     assert result["truncated"] == 1 and "1 of 2 prompts were cut" in said[0]
     rows = written("out.json")
     # A quarter of the context is left for the answer; the other one has all of it.
@@ -446,9 +444,8 @@ def test_answers_stop_where_the_other_speaks(answer, monkeypatch):
     assert row["tokens"] == len(ids(" Yes.### Human:"))
 
 
-def test_one_prompt(answer, variables):
-    said = []
-    result = answer([], prompts=None, prompt="abc", say=said.append)
+def test_one_prompt(answer, variables, said):
+    result = answer([], prompts=None, prompt="abc")
     prompt = [0, *ids("abc")]
     (new,) = generate(MODEL, variables, [prompt], 8, eos_token_ids=(1,))
     assert result["text"] == said[0] == "abc" + "".join(spoken(TOKENIZER, new, prompt=prompt))

@@ -308,7 +308,7 @@ def test_hostile_text_stays_text(run: Path) -> None:
         for measure in ("entropy", "error"):
             survey[kind][measure][HOSTILE] = survey[kind][measure].pop("q_proj")
     (run / "quantization.json").write_text(json.dumps(survey | {"calibration": HOSTILE}))
-    path = write.report(write.ReportConfig(str(run)), say=lambda _: None)
+    path = write.report(write.ReportConfig(str(run)))
     text = path.read_text(encoding="utf-8")
     assert "<script" not in text and "<!--" not in text
     root = parse(text)
@@ -419,10 +419,16 @@ def test_markup_escapes_what_it_is_given() -> None:
     assert found.text == cleaned and found.get("class") == cleaned
 
 
-def test_a_page_that_cannot_be_written_is_no_end_of_a_run(run: Path, monkeypatch, capsys) -> None:
-    said: list[str] = []
+def test_from_python_the_path_is_shown_without_configuration(run: Path, capsys) -> None:
+    path = write.report(write.ReportConfig(str(run)))
+    assert capsys.readouterr().out == f"written to {path}\n"
+
+
+def test_a_page_that_cannot_be_written_is_no_end_of_a_run(
+    run: Path, monkeypatch, capsys, said: list[str]
+) -> None:
     (run / "report.html").mkdir()  # what is moved there is refused
-    write.try_to_write(run, said.append)
+    write.try_to_write(run)
     assert len(said) == 1 and "was not written" in said[0] and "irqlora report --run" in said[0]
     assert cli.main(["report", f"--run={run}"]) == 2
     assert "--output FILE" in capsys.readouterr().err
@@ -431,7 +437,7 @@ def test_a_page_that_cannot_be_written_is_no_end_of_a_run(run: Path, monkeypatch
         raise RuntimeError("an error\nof two lines")
 
     monkeypatch.setattr(write, "page", fail)
-    write.try_to_write(run, said.append)
+    write.try_to_write(run)
     assert "RuntimeError: an error of two lines" in said[1]
 
 

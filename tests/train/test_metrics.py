@@ -132,10 +132,11 @@ def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch) -> None:
     assert fake.finished == 2
 
 
-def test_a_network_that_fails_is_said_once_and_costs_nothing(tmp_path: Path, monkeypatch) -> None:
+def test_a_network_that_fails_is_said_once_and_costs_nothing(
+    tmp_path: Path, monkeypatch, said: list[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb(broken=True))
-    said: list[str] = []
-    with MetricsLog(tmp_path, 0, config_for(tmp_path, wandb="colors"), said.append) as log:
+    with MetricsLog(tmp_path, 0, config_for(tmp_path, wandb="colors")) as log:
         for step in (1, 2, 3):
             log.write(step, {"loss": 1.0})
     assert len(fake.rows) == 1 and len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
@@ -146,7 +147,7 @@ def test_a_network_that_fails_is_said_once_and_costs_nothing(tmp_path: Path, mon
         raise ConnectionError
 
     monkeypatch.setattr(fake, "init", unreachable)
-    with MetricsLog(tmp_path, 3, config_for(tmp_path, wandb="colors"), said.append) as log:
+    with MetricsLog(tmp_path, 3, config_for(tmp_path, wandb="colors")) as log:
         log.write(4, {"loss": 1.0})
     assert len(said) == 2
 

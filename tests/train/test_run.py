@@ -43,7 +43,7 @@ FAST = QuantConfig(format="nf3", calibration="none")
 def base(tmp_path_factory) -> Path:
     """A base that is quantized once for all tests."""
     folder = tmp_path_factory.mktemp("base") / "nf3"
-    quantize_model(QuantizeConfig(str(WORLD / "base-small"), str(folder), FAST, False), print)
+    quantize_model(QuantizeConfig(str(WORLD / "base-small"), str(folder), FAST, False))
     return folder
 
 
@@ -71,10 +71,6 @@ def settings_for(base: Path, folder: Path, **changes) -> dict:
 
 def config_for(base: Path, folder: Path, **changes) -> Config:
     return Config.load(ROOT / "configs/quickstart.yaml", settings_for(base, folder, **changes))
-
-
-def quiet(config: Config):
-    return run(config, lambda _: None)
 
 
 def steps_of(folder: Path) -> list[int]:
@@ -136,19 +132,18 @@ def whole(base: Path, tmp_path_factory) -> Path:
     """An uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     with jax.numpy_dtype_promotion("standard"):
-        quiet(config_for(base, folder))
+        run(config_for(base, folder))
     return folder
 
 
-def test_a_crashed_run_goes_on_bit_by_bit(base, whole, tmp_path, monkeypatch) -> None:
+def test_a_crashed_run_goes_on_bit_by_bit(base, whole, tmp_path, monkeypatch, said) -> None:
     """Crashed in the middle of step 5, after the checkpoint of step 4."""
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         at_step(patch, 5, crash)
         with pytest.raises(StoppedError):
-            quiet(config_for(base, folder))
-    said: list[str] = []
-    result = run(config_for(base, folder), said.append)
+            run(config_for(base, folder))
+    result = run(config_for(base, folder))
     assert any("going on from step 4" in line for line in said)
     assert result.steps == 6 and [step for step, _ in losses_of(folder)] == [1, 2, 3, 4, 5, 6]
     assert_same_run(whole, folder)
@@ -157,19 +152,21 @@ def test_a_crashed_run_goes_on_bit_by_bit(base, whole, tmp_path, monkeypatch) ->
     assert results[0] == results[1]
 
 
-def test_sigterm_saves_and_the_run_goes_on_bit_by_bit(base, whole, tmp_path, monkeypatch) -> None:
+def test_sigterm_saves_and_the_run_goes_on_bit_by_bit(
+    base, whole, tmp_path, monkeypatch, said
+) -> None:
     """The signal comes while step 4 is computed, so that is the last one; nothing is evaluated."""
-    folder, said = tmp_path / "run", []
+    folder = tmp_path / "run"
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
         at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit) as ended:
-            run(config_for(base, folder, train__save_every=0), said.append)
+            run(config_for(base, folder, train__save_every=0))
     assert ended.value.code == 143 and steps_of(folder) == [4]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     assert "SIGTERM: ended after step 4 of 6" in said[-1] and "same command" in said[-1]
     assert not (folder / "results.json").exists()
-    quiet(config_for(base, folder))
+    run(config_for(base, folder))
     assert_same_run(whole, folder)
 
 
@@ -191,15 +188,15 @@ def test_ctrl_c_on_the_command_line(base: Path, tmp_path: Path) -> None:
     assert b"SIGINT: ended after step" in out and b"Traceback" not in err
     assert b"once more ends at once" in err
     (step,) = steps_of(folder)
-    quiet(config_for(base, folder, **changes | {"train__steps": step + 2}))
-    quiet(config_for(base, other, **changes | {"train__steps": step + 2}))
+    run(config_for(base, folder, **changes | {"train__steps": step + 2}))
+    run(config_for(base, other, **changes | {"train__steps": step + 2}))
     assert steps_of(folder) == [step, step + 2] and steps_of(other) == [step + 2]
     assert_same_run(folder, other)
 
 
 @pytest.mark.parametrize("moment", range(1, 9))
 def test_whenever_the_signal_is_seen_the_last_state_is_saved(
-    base, tmp_path, monkeypatch, moment
+    base, tmp_path, monkeypatch, said, moment
 ) -> None:
     class Late(Stop):
         """Becomes known when it is asked for the so-manyth time."""
@@ -216,9 +213,9 @@ def test_whenever_the_signal_is_seen_the_last_state_is_saved(
             pass
 
     monkeypatch.setattr(loop, "Stop", Late)
-    folder, said = tmp_path / "run", []
+    folder = tmp_path / "run"
     with pytest.raises(SystemExit):
-        run(config_for(base, folder, train__eval_every=1, train__save_every=0), said.append)
+        run(config_for(base, folder, train__eval_every=1, train__save_every=0))
     last = losses_of(folder)[-1][0]
     assert f"ended after step {last} of 6" in said[-1] and steps_of(folder)[-1] == last
 
@@ -231,17 +228,17 @@ def test_the_second_signal_ends_at_once(base, tmp_path, monkeypatch) -> None:
     folder = tmp_path / "run"
     at_step(monkeypatch, 3, twice)
     with pytest.raises(KeyboardInterrupt):
-        quiet(config_for(base, folder))
+        run(config_for(base, folder))
     assert steps_of(folder) == [2]
 
 
-def test_several_devices_are_used_and_another_mesh_may_go_on(base, whole, tmp_path) -> None:
+def test_several_devices_are_used_and_another_mesh_may_go_on(base, whole, tmp_path, said) -> None:
     """As many as divide the batch by default, then two that split the weights, then one."""
-    folder, said = tmp_path / "run", []
-    run(config_for(base, folder, mesh__data=None, train__steps=2), said.append)
+    folder = tmp_path / "run"
+    run(config_for(base, folder, mesh__data=None, train__steps=2))
     assert "4 of 8 devices (data 4, fsdp 1, tensor 1)" in said[0]
-    quiet(config_for(base, folder, mesh__fsdp=2, train__steps=3))
-    quiet(config_for(base, folder, train__steps=4))
+    run(config_for(base, folder, mesh__fsdp=2, train__steps=3))
+    run(config_for(base, folder, train__steps=4))
     assert [step for step, _ in losses_of(folder)] == [1, 2, 3, 4]
     np.testing.assert_allclose(losses_of(folder), losses_of(whole)[:4], rtol=1e-5)
 
@@ -251,7 +248,7 @@ def worsening(base: Path, tmp_path_factory) -> Path:
     """A run that is evaluated at every step and soon gets worse."""
     folder = tmp_path_factory.mktemp("worsening") / "run"
     with jax.numpy_dtype_promotion("standard"):
-        quiet(config_for(base, folder, **WORSENING))
+        run(config_for(base, folder, **WORSENING))
     return folder
 
 
@@ -267,7 +264,9 @@ WORSENING = {
 }
 
 
-def test_early_stopping_and_the_best_checkpoint(base: Path, worsening: Path) -> None:
+def test_early_stopping_and_the_best_checkpoint(
+    base: Path, worsening: Path, said: list[str]
+) -> None:
     losses = [loss for _, loss in evaluations_of(worsening)]
     best = losses.index(min(losses)) + 1
     assert 1 <= best < 9 and len(losses) == best + 3  # by definition of the patience
@@ -281,8 +280,7 @@ def test_early_stopping_and_the_best_checkpoint(base: Path, worsening: Path) -> 
     assert (last["model"], last["loss"]) == ("finetuned", losses[-1])
     assert (better["model"], better["loss"]) == (f"finetuned, best (step {best})", min(losses))
     # The same command finds nothing more to do.
-    said: list[str] = []
-    result = run(config_for(base, worsening, **WORSENING), said.append)
+    result = run(config_for(base, worsening, **WORSENING))
     assert (result.steps, result.best) == (best + 3, best)
     assert any(f"ended early, after step {best + 3} of 12: 3 evaluations" in s for s in said)
     assert [loss for _, loss in evaluations_of(worsening)] == losses
@@ -295,8 +293,8 @@ def test_patience_survives_a_crash(base, worsening, tmp_path, monkeypatch) -> No
     with monkeypatch.context() as patch:
         at_step(patch, last, crash)
         with pytest.raises(StoppedError):
-            quiet(config_for(base, folder, **WORSENING | {"train__save_every": 1}))
-    result = quiet(config_for(base, folder, **WORSENING))
+            run(config_for(base, folder, **WORSENING | {"train__save_every": 1}))
+    result = run(config_for(base, folder, **WORSENING))
     assert result.steps == last
     assert_same_run(worsening, folder)
 
@@ -334,7 +332,7 @@ def test_the_log_has_what_evaluations_are_about(worsening: Path) -> None:
 def test_another_run_in_the_folder_is_refused(base, whole, changes: dict, words: list[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     with pytest.raises(ValueError, match="holds another run") as error:
-        quiet(config_for(base, whole, **changes))
+        run(config_for(base, whole, **changes))
     assert all(word in str(error.value) for word in words)
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
@@ -344,25 +342,25 @@ def test_other_contents_of_the_data_file_are_refused(base: Path, tmp_path: Path)
     lines = (WORLD / "data" / "train.jsonl").read_text().splitlines(keepends=True)
     data.write_text("".join(lines[:16]))
     changes = {"data__train": str(data), "train__steps": 1}
-    quiet(config_for(base, folder, **changes))
+    run(config_for(base, folder, **changes))
     data.write_text("".join(lines[:15] + lines[16:17]))
     with pytest.raises(ValueError, match=r"data.train = .*data.jsonl': gives 16 examples") as error:
-        quiet(config_for(base, folder, **changes))
+        run(config_for(base, folder, **changes))
     assert str(error.value).count("sha256") == 2 and "output_dir" in str(error.value)
     # The same rows in another form are the same data.
     rows = [json.loads(line) for line in lines[:16]]
     data.write_text("\n\n".join(json.dumps(dict(reversed(row.items()))) for row in rows))
-    assert quiet(config_for(base, folder, **changes)).steps == 1
+    assert run(config_for(base, folder, **changes)).steps == 1
 
 
 def test_the_original_model_may_be_gone(base: Path, tmp_path: Path) -> None:
     copy, folder = tmp_path / "copy", tmp_path / "run"
     shutil.copytree(base, copy)
-    quiet(config_for(copy, folder, train__steps=1))
+    run(config_for(copy, folder, train__steps=1))
     shutil.rmtree(copy)
-    assert quiet(config_for(copy, folder, train__steps=2)).steps == 2
+    assert run(config_for(copy, folder, train__steps=2)).steps == 2
     with pytest.raises(FileNotFoundError, match=r"evaluate.baselines = True: needs .* model = "):
-        quiet(config_for(copy, folder, evaluate__baselines=True))
+        run(config_for(copy, folder, evaluate__baselines=True))
 
 
 DIVERGING = {"train__clip_norm": None, "train__save_every": 1}
@@ -372,7 +370,7 @@ def test_a_nan_loss_names_step_examples_and_checkpoint(base: Path, tmp_path: Pat
     folder = tmp_path / "run"
     config = config_for(base, folder, train__learning_rate=1e30, **DIVERGING)
     with pytest.raises(FloatingPointError) as error:
-        quiet(config)
+        run(config)
     (failed,) = set(range(1, 7)) - {step for step, _ in losses_of(folder)} - {3, 4, 5, 6}
     assert f"loss = nan at step {failed}, in a batch" in str(error.value)
     examples = load_examples(config.data.train, config.data, load_run(folder).tokenizer)
@@ -387,7 +385,7 @@ def test_a_state_that_is_not_finite_is_never_saved(base: Path, tmp_path: Path) -
     folder = tmp_path / "run"
     with pytest.raises(FloatingPointError, match="not finite after step 1; there is no checkpoint"):
         rates = {"train__learning_rate": 1e38, "train__weight_decay": 1e4}
-        quiet(config_for(base, folder, **rates, **DIVERGING))
+        run(config_for(base, folder, **rates, **DIVERGING))
     assert steps_of(folder) == [] and np.isfinite(losses_of(folder)).all()
 
 
@@ -401,7 +399,7 @@ def test_packed_and_half_precision(base: Path, tmp_path: Path) -> None:
         "train__steps": 30,
         "train__learning_rate": 0.01,
     }
-    quiet(config_for(base, folder, **changes))
+    run(config_for(base, folder, **changes))
     losses = [loss for _, loss in losses_of(folder)]
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
     variables = load_run(folder).variables
@@ -437,7 +435,7 @@ def test_baselines_show_the_papers_calibration_too(
 def test_questions_and_baselines_make_the_table(tmp_path: Path) -> None:
     questions = str(WORLD / "data" / "questions.jsonl")
     asked = {"evaluate__questions": questions, "evaluate__max_questions": 64}
-    result = quiet(
+    result = run(
         config_for(
             WORLD / "base-small",
             tmp_path / "run",

@@ -1,0 +1,87 @@
+"""How the messages of the package reach the user.
+
+Every module logs to `logging.getLogger(__name__)`: `info` for what happens, `warning` where
+something failed or was given up. The functions behind the commands (`train.run`, `evaluate_run`,
+`plan`, `quantize_model`, `export`, `report`) show these messages without any configuration.
+
+Python drops messages of level INFO unless somebody configures logging. A notebook would then train
+in silence. So these functions run inside `shown()`, which adds a handler to the logger
+"irqlora_jax" and removes it at the end. Only this logger changes, and only for that time: the root
+logger belongs to the application. Propagation is off meanwhile. Otherwise a handler of the root
+logger (Colab has one) would show every message a second time.
+
+An application that configures logging keeps control:
+    logging.basicConfig(level=logging.INFO)                     the messages go to its handlers
+    logging.getLogger("irqlora_jax").addHandler(...)            and to this one; set a level too
+    logging.getLogger("irqlora_jax").setLevel(logging.WARNING)  only warnings are shown
+"""
+
+import contextlib
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+ON_STDOUT = {"on_stdout": True}
+"""For `logger.warning(..., extra=ON_STDOUT)`: a warning that belongs among the results."""
+
+_package = logging.getLogger("irqlora_jax")
+
+
+class Plain(logging.Handler):
+    """Writes messages as `print` does: INFO to stdout, warnings to stderr (see `ON_STDOUT`)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a message. Progress bars are cleared for it and drawn again below it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        warns = record.levelno >= logging.WARNING and not getattr(record, "on_stdout", False)
+        with _bars_cleared():
+            print(self.format(record), file=sys.stderr if warns else sys.stdout)
+
+
+def _bars_cleared() -> contextlib.AbstractContextManager[Any]:
+    bars: Any = sys.modules.get("tqdm")  # where it is not imported, there is no bar
+    return contextlib.nullcontext() if bars is None else bars.tqdm.external_write_mode()
+
+
+def _is_configured() -> bool:
+    """Whether the application takes the messages itself, or `shown` is already at work."""
+    own = bool(_package.handlers)
+    return own or (_package.hasHandlers() and _package.isEnabledFor(logging.INFO))
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[None]:
+    """Shows the messages of the package inside, unless the application configured logging."""
+    if _is_configured():
+        yield
+        return
+    handler, level, propagate = Plain(), _package.level, _package.propagate
+    _package.addHandler(handler)
+    _package.propagate = False
+    if level == logging.NOTSET:
+        _package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        _package.removeHandler(handler)
+        _package.setLevel(level)
+        _package.propagate = propagate
+
+
+def shows_messages(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Makes a function run inside `shown()`."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with shown():
+            return function(*args, **kwargs)
+
+    return wrapped
