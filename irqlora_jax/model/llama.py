@@ -17,10 +17,10 @@ from irqlora_jax.adapters import METHODS
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.model.attention import (
     attend,
+    einsum_f32,
     rope_frequencies,
     rotate,
     segment_positions,
-    wide_einsum,
 )
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.quant.matmul import MatmulName, dequant_matmul
@@ -48,7 +48,7 @@ def head_logits(
     hidden: Float[Array, "*batch hidden"], weight: Float[Array, "vocab hidden"]
 ) -> Float32[Array, "*batch vocab"]:
     """Logits from `Llama.features` and `head_weight`; products in the type of `hidden`."""
-    return wide_einsum("...h,vh->...v", hidden, weight.astype(hidden.dtype))
+    return einsum_f32("...h,vh->...v", hidden, weight.astype(hidden.dtype))
 
 
 def rms_norm(
