@@ -1,8 +1,7 @@
-"""Runs the notebooks again and keeps their outputs: `python notebooks/refresh.py [FILE ...]`.
+"""Runs the notebooks again and stores their outputs: `python notebooks/refresh.py [FILE ...]`.
 
-Needs the extra `notebook`. What differs from one machine to the next is left out: paths, times,
-warnings, progress bars. The address of the repository, here and in README.md, comes from
-pyproject.toml.
+Needs the extra `notebook`. Removes output that differs between machines: paths, times, warnings,
+progress bars. Writes the repository's address from pyproject.toml into the notebooks and README.md.
 """
 
 import base64
@@ -20,7 +19,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-SHOWN = ("quickstart", "gradients")  # the other one takes a GPU to have outputs worth showing
+SHOWN = ("quickstart", "gradients")  # only with a GPU are the third notebook's outputs useful
 
 
 def repository() -> str:
@@ -30,17 +29,17 @@ def repository() -> str:
 
 
 def addressed(text: str) -> str:
-    """A text that names the repository, with its address of today."""
+    """Replaces the repository's address in a text by the current one."""
     name = repository()
     return re.sub(rf"(github(?:\.com)?)/[\w.-]+/{name.split('/')[1]}\b", rf"\1/{name}", text)
 
 
 def execute(path: Path, environment: Mapping[str, str]) -> nbformat.NotebookNode:
-    """The notebook with its outputs.
+    """Executes a notebook and returns it with its outputs.
 
     Args:
-        path: which.
-        environment: variables for it, IRQLORA_NOTEBOOK_NAME for its parameters.
+        path: the notebook.
+        environment: variables for it; IRQLORA_NOTEBOOK_NAME sets a parameter.
 
     Raises:
         nbclient.exceptions.CellExecutionError: a cell failed.
@@ -51,7 +50,7 @@ def execute(path: Path, environment: Mapping[str, str]) -> nbformat.NotebookNode
 
 
 def cleaned(notebook: nbformat.NotebookNode, folder: str) -> nbformat.NotebookNode:
-    """Outputs as they are committed; runs lay in `folder`."""
+    """Cleans outputs for the repository. The notebook wrote its runs into `folder`."""
     for cell in notebook.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
@@ -78,10 +77,12 @@ def _is_noise(output: nbformat.NotebookNode) -> bool:
 
 
 def _small(png: str) -> str:
-    """A plot with 256 colors, which takes a third of the bytes."""
+    """Reduces a plot to 256 colors, which takes a third of the bytes."""
     file = io.BytesIO()
     image = Image.open(io.BytesIO(base64.b64decode(png)))
-    image = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)  # keeps thin lines apart
+    image = image.convert("RGB").quantize(
+        256, Image.Quantize.MAXCOVERAGE
+    )  # keeps thin lines distinct
     image.save(file, "png", optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
