@@ -90,9 +90,7 @@ def attend(
         ValueError: the implementation cannot serve; the message says why, and which one can.
     """
     operands = q, k, v, slots, segment_ids
-    chosen = choose(
-        implementation, _IMPLEMENTATIONS, *operands, operation="attention", setting="attention"
-    )
+    chosen = choose(implementation, _IMPLEMENTATIONS, *operands, setting="attention")
     return chosen.forward(*operands, chunk)
 
 

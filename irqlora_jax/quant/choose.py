@@ -33,22 +33,15 @@ def serves_all(*_: Any) -> None:
     """The `refusal` of an implementation that can serve all operands."""
 
 
-def kernel(
-    name: str,
-    module: str,
-    forward: str,
-    backward: str | None = None,
-    *,
-    is_faster: Callable[..., bool],
-) -> Implementation:
+def kernel(name: str, module: str, *functions: str, place: Callable[..., tuple]) -> Implementation:
     """An implementation in `kernels/`. Its module is imported only when a function is called.
 
     Args:
         name: the name that users ask for.
         module: name of the file; it has a function `refusal`.
-        forward: name of the function that computes the operation.
-        backward: name of the function that computes the gradient.
-        is_faster: as of `Implementation`.
+        *functions: names of its functions for `forward` and, if there is one, `backward`.
+        place: takes the operands; returns format, shape and rows as `kernels/measured.json` has
+            them. The kernel is faster where that file says so.
     """
 
     def function(attribute: str) -> Callable[..., Any]:
@@ -58,32 +51,20 @@ def kernel(
 
         return call
 
-    gradient = None if backward is None else function(backward)
-    return Implementation(name, function("refusal"), function(forward), gradient, is_faster)
+    def is_faster(operation: str, *operands: Any) -> bool:
+        from irqlora_jax.kernels import measured  # type: ignore
 
+        kind = jax.devices()[0].device_kind
+        return measured.is_faster(operation, name, kind, *place(*operands))
 
-def was_faster(
-    operation: str, name: str, format: str, shape: tuple[int, int], rows: int = 0
-) -> bool:
-    """Whether `kernels/measured.json` says that a kernel is faster on this device.
-
-    Args:
-        operation: as in that file.
-        name: of the implementation.
-        format: name of the code book.
-        shape: [out, in] of the matrix; of a search [0, weights of a block].
-        rows: of the activations; 0 for a search.
-    """
-    from irqlora_jax.kernels.measured import is_faster  # type: ignore
-
-    return is_faster(operation, name, jax.devices()[0].device_kind, format, shape, rows)
+    return Implementation(name, *map(function, ("refusal", *functions)), is_faster=is_faster)
 
 
 def choose(
     name: str | None,
     implementations: Sequence[Implementation],
     *operands: Any,
-    operation: str,
+    operation: str = "",
     setting: str = "implementation",
     served: str = "here",
 ) -> Implementation:
@@ -93,7 +74,7 @@ def choose(
         name: the name that was asked for, or None.
         implementations: the preferred ones first. The last one serves all operands.
         *operands: arguments of `refusal` and `is_faster`.
-        operation: first argument of `is_faster`.
+        operation: first argument of `is_faster`, as in `kernels/measured.json`.
         setting: name of the argument or option, for the message.
         served: what is computed and where, for the message.
 

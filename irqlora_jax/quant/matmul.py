@@ -14,7 +14,7 @@ import jax
 from jaxtyping import Array, Float
 
 from irqlora_jax.quant import packing
-from irqlora_jax.quant.choose import Implementation, choose, kernel, serves_all, was_faster
+from irqlora_jax.quant.choose import Implementation, choose, kernel, serves_all
 from irqlora_jax.quant.qtensor import QTensor
 
 MatmulName = Literal["xla", "mosaic", "triton"]
@@ -23,13 +23,8 @@ FORWARD, BACKWARD = "matmul", "matmul_transposed"
 """y = x W^T, and the gradient of x, g W."""
 
 
-def measured_faster(name: str) -> Callable[[str, Array, QTensor], bool]:
-    """`Implementation.is_faster` of a product, from `kernels/measured.json`."""
-
-    def is_faster(operation: str, x: Array, weight: QTensor) -> bool:
-        return was_faster(operation, name, weight.format, weight.shape, math.prod(x.shape[:-1]))
-
-    return is_faster
+def _place(x: Array, weight: QTensor) -> tuple[str, tuple[int, int], int]:
+    return weight.format, weight.shape, math.prod(x.shape[:-1])
 
 
 def _xla_forward(x: Array, weight: QTensor) -> Array:
@@ -40,9 +35,8 @@ def _xla_backward(g: Array, weight: QTensor) -> Array:
     return g @ weight.dequantize(g.dtype)
 
 
-_KERNEL = FORWARD, BACKWARD  # the functions that a kernel's module has
-MOSAIC = kernel("mosaic", "matmul_mosaic", *_KERNEL, is_faster=measured_faster("mosaic"))
-TRITON = kernel("triton", "matmul_triton", *_KERNEL, is_faster=measured_faster("triton"))
+MOSAIC = kernel("mosaic", "matmul_mosaic", FORWARD, BACKWARD, place=_place)
+TRITON = kernel("triton", "matmul_triton", FORWARD, BACKWARD, place=_place)
 XLA = Implementation("xla", serves_all, _xla_forward, _xla_backward)
 IMPLEMENTATIONS = (MOSAIC, TRITON, XLA)
 """The preferred ones first."""

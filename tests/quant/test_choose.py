@@ -42,7 +42,7 @@ def test_a_refusal_is_one_sentence_that_names_the_others(name, number, message) 
 
 
 def test_a_kernel_is_imported_only_when_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    lazy = kernel("lazy", "no_such_file", "forward", is_faster=lambda *_: False)
+    lazy = kernel("lazy", "no_such_file", "forward", place=lambda number: ("nf4", (number, 1), 1))
     everywhere = Implementation("xla", serves_all, abs)
     assert choose(None, (lazy, everywhere), 1, operation="test") is everywhere
     with pytest.raises(ModuleNotFoundError, match="no_such_file"):

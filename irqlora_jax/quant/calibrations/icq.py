@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Int32, Integer
 
-from irqlora_jax.quant.choose import Implementation, choose, kernel, serves_all, was_faster
+from irqlora_jax.quant.choose import Implementation, choose, kernel, serves_all
 from irqlora_jax.quant.entropy import (
     FLOAT_MAX,
     above_levels,
@@ -105,12 +105,12 @@ def _xla_search(
     return in_chunks(on_cpu, functools.partial(search, swept=False), 4, blocks, valid)
 
 
-def _is_faster(operation: str, blocks: Array, format: Format) -> bool:
-    return was_faster(operation, "triton", format.name, (0, blocks.shape[1]))
+def _place(blocks: Array, format: Format) -> tuple[str, tuple[int, int]]:
+    return format.name, (0, blocks.shape[1])
 
 
 _SEARCHES = (
-    kernel("triton", "search_triton", "search_shift", is_faster=_is_faster),
+    kernel("triton", "search_triton", "search_shift", place=_place),
     Implementation("xla", serves_all, _xla_search),
 )
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Int32, Integer
 
-from irqlora_jax.quant.choose import Implementation, choose, kernel, serves_all, was_faster
+from irqlora_jax.quant.choose import Implementation, choose, kernel, serves_all
 from irqlora_jax.quant.entropy import (
     FLOAT_MAX,
     FLOAT_TINY,
@@ -216,12 +216,12 @@ def _xla_search(
     return in_chunks(on_cpu, functools.partial(best, on_cpu=False), 3, blocks, valid)
 
 
-def _is_faster(operation: str, blocks: Array, bits: int) -> bool:
-    return was_faster(operation, "triton", f"int{bits}", (0, blocks.shape[1]))
+def _place(blocks: Array, bits: int) -> tuple[str, tuple[int, int]]:
+    return f"int{bits}", (0, blocks.shape[1])
 
 
 _SEARCHES = (
-    kernel("triton", "search_integer_triton", "search", is_faster=_is_faster),
+    kernel("triton", "search_integer_triton", "search", place=_place),
     Implementation("xla", serves_all, _xla_search),
 )
 
