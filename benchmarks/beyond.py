@@ -1,15 +1,17 @@
-"""What else could be done with scales and shifts: two experiments beside the library.
+"""Two experiments with scales and shifts that the library does not have.
 
     python benchmarks/beyond.py outliers feedback [--stories MODEL VALID_TEXT TRAIN_TEXT]
 
-outliers: does joint's lead over ICQ last where a channel in each matrix is 8 times as large? One
-channel of each norm and of the values and gates of every layer grows, and what it reads shrinks, so
-the model computes the same.
-feedback: GPTQ (Frantar et al. 2022), with the scales and shifts that a calibration stores for the
-original weights: columns are rounded in order, and what one loses is made up for by those behind
-it, as the inputs of some documents ask.
-Factworld's small base for all formats, the large one for 2 bits, and stories260K, each in draws
-(testbeds.py): mean (standard deviation), and paired differences with their standard error.
+outliers: is joint still better than ICQ if one channel of each matrix is 8 times as large? In every
+layer, one channel grows in the inputs of each matrix, and the weights or norms that produce this
+input shrink, so that the model computes the same function.
+feedback: GPTQ (Frantar et al. 2022) with the scales and shifts that a calibration stores for the
+original weights. It rounds column after column, and later columns compensate for the error of the
+earlier ones. The inputs come from a few documents.
+
+The models are Factworld's small base for all formats, its large base for 2 bits, and stories260K,
+each in several draws (testbeds.py). Tables show means (standard deviations), and paired differences
+with their standard errors.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from testbeds import (
     stored,
     stories,
 )
-from timing import machine, table
+from timing import line, machine, table
 
 from irqlora_jax.model.attention import rope_frequencies
 from irqlora_jax.model.llama import AdaptedLinear, Layer
@@ -50,11 +52,11 @@ HOWS: dict[str, Mapping[str, Any]] = {
     "joint inf": {"calibration": "joint", "joint": JointOptions(float("inf"))},
 }
 OUTLIER = 8.0
-Runs = dict[str, list[tuple[float, ...]]]  # figures of the draws, by method
+Runs = dict[str, list[tuple[float, ...]]]  # figures of each draw, by method
 
 
 def report(testbed: Testbed, label: str, runs: Runs, pairs: Mapping[str, str]) -> None:
-    """Prints a row for each method and figure, with the difference to another method."""
+    """Prints a row for each figure and method. `pairs` says with which method to compare."""
     for place, figure in enumerate(testbed.figures):
         for name, values in runs.items():
             own = [value[place] for value in values]
@@ -63,20 +65,20 @@ def report(testbed: Testbed, label: str, runs: Runs, pairs: Mapping[str, str]) -
                 other = [value[place] for value in runs[pairs[name]]]
                 difference = f"{paired(own, other)} ({pairs[name]})"
             cells = (testbed.name, label, figure, name, spread(own), difference)
-            print(f"| {' | '.join(cells)} |", flush=True)
+            print(line(cells), flush=True)
 
 
 def head(title: str, label: str) -> None:
-    """Begins a table."""
+    """Prints the head of a table."""
     columns = ("model", label, "figure", "method", "mean (sd)", "difference, standard error (to)")
-    print(f"\n## {title}\n\n{table(columns, [])}")
+    print(f"\n## {title}\n\n{table(columns)}")
 
 
 # --------------------------------------------------------------------------------------- outliers
 
 
 def planted(base: Base, testbed: Testbed, factor: float, key: jax.Array) -> Base:
-    """The same function with one channel of each kind and layer `factor` times as large."""
+    """The same function, with one channel of each kind and layer `factor` times as large."""
     factors = {}
     for place, (name, (layers, size)) in enumerate(channels(testbed.config).items()):
         chosen = jax.random.randint(jax.random.fold_in(key, place), (layers,), 0, size)
@@ -88,13 +90,13 @@ def planted(base: Base, testbed: Testbed, factor: float, key: jax.Array) -> Base
 def figures(
     testbed: Testbed, format: str, how: str, number: int, factor: float = 1.0
 ) -> tuple[float, ...]:
-    """Of one draw, quantized and not finetuned."""
+    """The figures of one quantized draw, which is not finetuned."""
     base = planted(testbed.draw(number), testbed, factor, jax.random.key(100 + number))
     return testbed.measure(stored(base, QuantConfig(format=format, **HOWS[how])))  # type: ignore[arg-type]
 
 
 def outliers(testbed: Testbed, formats: Sequence[str], draws: int) -> None:
-    """Prints the rows of a testbed."""
+    """Prints the rows of one testbed."""
     for name in formats:
         for factor in (1.0, OUTLIER):
             runs = {
@@ -110,7 +112,7 @@ def outliers(testbed: Testbed, formats: Sequence[str], draws: int) -> None:
 
 @functools.partial(jax.jit, static_argnames="config")
 def layer_inputs(weights: Any, x: jax.Array, count: jax.Array, config: Any) -> tuple[Any, Any]:
-    """One layer: what follows it, and of each linear layer in it X^T X over the counted tokens."""
+    """Output of one layer, and X^T X over the counted tokens for each linear layer in it."""
     seen: dict[str, jax.Array] = {}
 
     def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -142,15 +144,15 @@ def fed_back(
     format: str,
     damping: float = 0.01,
 ) -> jax.Array:
-    """The rounded weights [out, in], where each column makes up for those in front of it.
+    """Rounded weights [out, in]; each column compensates for the errors of earlier columns.
 
     Args:
         weight: [out, in].
         squares: X^T X of the inputs, [in, in].
-        scale: of every weight, [out, in].
-        shift: as well.
+        scale: one for each weight, [out, in].
+        shift: one for each weight, [out, in].
         format: code book.
-        damping: part of the mean of the diagonal that is added to it.
+        damping: fraction of the diagonal's mean that is added to the diagonal.
     """
     levels = jnp.asarray(np.sort(get_format(format).table))
     size = weight.shape[1]
@@ -161,22 +163,24 @@ def fed_back(
         unit = (w[:, j] - shift[:, j]) / jnp.where(scale[:, j] == 0, 1, scale[:, j])
         nearest = jnp.abs(unit[:, None] - levels[None]).argmin(1)
         rounded = levels[nearest] * scale[:, j] + shift[:, j]
-        behind = jnp.where(jnp.arange(size) > j, upper[j], 0) / upper[j, j]
-        return (w - (w[:, j] - rounded)[:, None] * behind[None]).at[:, j].set(rounded)
+        later = jnp.where(jnp.arange(size) > j, upper[j], 0) / upper[j, j]
+        return (w - (w[:, j] - rounded)[:, None] * later[None]).at[:, j].set(rounded)
 
     return jax.lax.fori_loop(0, size, column, weight)
 
 
 def of_each_weight(values: jax.Array, packed: QTensor) -> jax.Array:
-    """Scales or shifts of blocks, repeated: [..., out, in]."""
+    """Repeats the scales or shifts of blocks for each weight: [..., out, in]."""
     return jnp.repeat(values, packed.block_size, axis=-1)[..., : packed.shape[1]]
 
 
 def with_feedback(base: Base, testbed: Testbed, quant: QuantConfig) -> Base:
-    """All linear layers, each from what the rounded ones in front of its layer make of the
-    documents."""
+    """Rounds all linear layers with feedback.
+
+    The inputs of a layer come from the documents, through the rounded layers before it.
+    """
     tokens = jnp.asarray(testbed.documents)
-    x, count = base["embed_tokens"]["weight"][tokens], tokens != 0  # 0 pads, in both vocabularies
+    x, count = base["embed_tokens"]["weight"][tokens], tokens != 0  # 0 is padding in both models
     done = []
     for number in range(testbed.config.num_hidden_layers):
         weights = jax.tree.map(lambda leaf, n=number: leaf[n], base["layers"])
@@ -199,7 +203,7 @@ def with_feedback(base: Base, testbed: Testbed, quant: QuantConfig) -> Base:
 
 
 def feedback(testbed: Testbed, formats: Sequence[str], draws: int) -> None:
-    """Prints the rows of a testbed."""
+    """Prints the rows of one testbed."""
     for name in formats:
         runs: Runs = {}
         for how in ("ICQ", "joint inf"):
@@ -220,12 +224,18 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=parts)
     parser.add_argument("--small", nargs="*", default=("nf4", "nf3"), help="formats")
     parser.add_argument("--large", nargs="*", default=("nf2",), help="formats")
-    parser.add_argument("--formats", nargs="*", default=("nf4", "nf3", "nf2"), help="of stories")
-    parser.add_argument("--stories", nargs=3, type=Path, help="model, text to evaluate, for inputs")
+    parser.add_argument(
+        "--formats", nargs="*", default=("nf4", "nf3", "nf2"), help="formats of stories260K"
+    )
+    parser.add_argument(
+        "--stories", nargs=3, type=Path, help="model, text to evaluate on, text for the inputs"
+    )
     parser.add_argument("--bases", type=Path, help="folder with more bases (of ablation.py)")
     parser.add_argument("--draws", type=int, default=5, help="at least 2")
     parser.add_argument("--questions", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=20_480, help="to evaluate stories on")
+    parser.add_argument(
+        "--tokens", type=int, default=20_480, help="tokens to evaluate stories260K on"
+    )
     args = parser.parse_args()
     print(machine())
     worlds = [("small", args.small), ("large", args.large)]

@@ -1,18 +1,18 @@
-"""Speed and quality of the joint calibration beside ICQ and the plain quantizer.
+"""Speed and quality of the joint calibration, compared with ICQ and the plain quantizer.
 
     python benchmarks/calibration.py MODEL TEXT [--parts speed quality loss] [--draws 5]
 
 MODEL is a Hugging Face folder of stories260K, TEXT a text of TinyStories.
 
-speed: the search of joint beside that of ICQ (search.py), in turns, in the block size of each
-format. Exit code 1 if joint takes more than 5 times as long.
-quality: blocks of 64 that are normal, of Student's t with 4 degrees of freedom, normal with every
-thousandth weight 8 times as large, or stories260K's; mean over the blocks of squared error over
-variance, and of the entropy of the codes, for the exact scales and shifts that a search returns.
-"grid" is a slow reference in NumPy and float64: 21 shifts x 25 scales as they stand, judged by the
-error, and 4 least-squares steps.
-loss: stories260K quantized as the library stores it, loss per token, in draws (testbeds.py), with
-the difference to ICQ and its standard error.
+speed: joint's search and ICQ's search (search.py), in turns, in the block size of each format. Exit
+code 1 if joint takes more than 5 times as long.
+quality: squared error over variance, and entropy of the codes, as means over blocks of 64. The
+blocks are normal, of Student's t with 4 degrees of freedom, normal with every thousandth weight 8
+times as large, or from stories260K. Scales and shifts are exact, as a search returns them. "grid"
+is a slow reference in NumPy and float64: the best of 21 shifts x 25 scales by the error, followed
+by 4 least-squares steps.
+loss: loss per token of stories260K, quantized as the library stores it, in several draws
+(testbeds.py), with the paired differences and their standard errors.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from search import FORMATS, ours, shaped
 from testbeds import Testbed, paired, spread, stored, stories
-from timing import compare, machine, table
+from timing import compare, line, machine, table, verdict
 
 from irqlora_jax.quant.calibrations import icq, icq_integer, joint
 from irqlora_jax.quant.calibrations.joint import JointOptions
@@ -42,11 +42,11 @@ Found = tuple[np.ndarray, np.ndarray]  # scale and shift of every block
 
 
 def speed(count: int, turns: int) -> bool:
-    """Prints the table; whether joint is fast enough."""
+    """Prints the table and returns whether joint is fast enough."""
     blocks = jax.random.normal(jax.random.key(0), (count, 64), jnp.float32) * 0.02
     print(f"\n## Speed, {blocks.size:,} normal weights\n")
     columns = ("format", "ICQ, weights/s", "joint 100", "time / ICQ", "joint inf", "time / ICQ")
-    print(table(columns, []))
+    print(table(columns))
     fast = True
     for name in FORMATS:
         own = shaped(name, blocks)
@@ -60,12 +60,12 @@ def speed(count: int, turns: int) -> bool:
             cells.append(f"{blocks.size / times[weight].median:.2e}")
             cells.append(times["icq"].speedups(times[weight]))
             fast &= times["icq"].speedup(times[weight]) <= BOUND
-        print(f"| {' | '.join(cells)} |", flush=True)
+        print(line(cells), flush=True)
     return fast
 
 
 def searched(blocks: np.ndarray, name: str, how: str) -> Found:
-    """Of one calibration: none, icq, grid, or a weight of the error for joint."""
+    """What a calibration finds: none, icq, grid, or joint with this weight of the error."""
     fmt, w = get_format(name), jnp.asarray(blocks)
     if how == "grid":
         return grid(blocks, name)
@@ -82,7 +82,7 @@ def searched(blocks: np.ndarray, name: str, how: str) -> Found:
 
 
 def ranks(blocks: np.ndarray, name: str, scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Of the nearest levels."""
+    """Ranks of the nearest levels."""
     points = get_format(name).midpoints.astype(np.float64)
     unit = (blocks - shift[:, None]) / np.where(scale == 0, 1, scale)[:, None]
     return np.searchsorted(points, unit, side="left")
@@ -96,7 +96,7 @@ def errors(blocks: np.ndarray, name: str, scale: np.ndarray, shift: np.ndarray) 
 
 
 def grid(blocks: np.ndarray, name: str) -> Found:
-    """The least error among 21 shifts x 25 scales, then least squares where it helps."""
+    """The smallest error of 21 shifts x 25 scales, then 4 least-squares steps where they help."""
     levels = np.sort(get_format(name).table).astype(np.float64)
     middle, half = (levels[0] + levels[-1]) / 2, (levels[-1] - levels[0]) / 2
     median = np.sort(blocks, 1)[:, blocks.shape[1] // 2 - 1]
@@ -153,7 +153,7 @@ def quality(testbed: Testbed, count: int) -> None:
                 bits = float(block_entropy(codes, 2 ** get_format(name).bits).mean())
                 cells.append(f"{lost[how]:.5f}, {bits:.3f}")
             cells.append(f"{lost['inf'] / lost['grid']:.4f}")
-            print(f"| {' | '.join((kind, name, *cells))} |", flush=True)
+            print(line((kind, name, *cells)), flush=True)
 
 
 def losses(testbed: Testbed, draws: int, formats: Sequence[str], weights: Sequence[float]) -> None:
@@ -165,7 +165,7 @@ def losses(testbed: Testbed, draws: int, formats: Sequence[str], weights: Sequen
         for weight in weights
     }
     columns = ("format", "calibration", "mean (sd)", "against none", "against ICQ")
-    print(table((*columns, "against joint inf"), []))
+    print(table((*columns, "against joint inf")))
     bases = [testbed.draw(number) for number in range(draws)]
     for name in formats:
         found = {
@@ -180,7 +180,7 @@ def losses(testbed: Testbed, draws: int, formats: Sequence[str], weights: Sequen
                 paired(values, found[other]) if other != how else ""
                 for other in ("none", "ICQ", "joint inf")
             )
-            print(f"| {' | '.join((name, how, spread(values), *others))} |", flush=True)
+            print(line((name, how, spread(values), *others)), flush=True)
 
 
 def main() -> int:
@@ -190,13 +190,17 @@ def main() -> int:
     parser.add_argument("text", type=Path, help="text to evaluate on")
     parts = ("speed", "quality", "loss")
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
-    parser.add_argument("--blocks", type=int, default=16384, help="for the speed")
+    parser.add_argument("--blocks", type=int, default=16384, help="blocks for the speed")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--few", type=int, default=1000, help="blocks for the quality")
     parser.add_argument("--draws", type=int, default=5, help="at least 2")
-    parser.add_argument("--tokens", type=int, default=51_200, help="for the loss")
-    parser.add_argument("--formats", nargs="+", default=SIX, choices=FORMATS, help="for the loss")
-    parser.add_argument("--weights", nargs="+", type=float, default=WEIGHTS, help="for the loss")
+    parser.add_argument("--tokens", type=int, default=51_200, help="used for the loss")
+    parser.add_argument(
+        "--formats", nargs="+", default=SIX, choices=FORMATS, help="used for the loss"
+    )
+    parser.add_argument(
+        "--weights", nargs="+", type=float, default=WEIGHTS, help="used for the loss"
+    )
     args = parser.parse_args()
     print(machine())
     fast = speed(args.blocks, args.turns) if "speed" in args.parts else True
@@ -205,7 +209,7 @@ def main() -> int:
         quality(testbed, args.few)
     if "loss" in args.parts:
         losses(testbed, args.draws, args.formats, sorted({*args.weights, math.inf}))
-    print(f"\njoint takes at most {BOUND:g} times as long as ICQ: {'met' if fast else 'NOT MET'}")
+    print(f"\njoint takes at most {BOUND:g} times as long as ICQ: {verdict(fast)}")
     return 0 if fast else 1
 
 

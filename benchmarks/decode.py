@@ -1,9 +1,10 @@
-"""Decoding, one text at a time: packed weights beside bfloat16 ones.
+"""Decoding one text at a time: packed weights compared with bfloat16 weights.
 
     python benchmarks/decode.py [--size 7b] [--slots 512]
 
-Tokens a second of `Llama.decode` with a full cache, greedy, several tokens in one program, for the
-unquantized model and for nf4 with ICQ by every implementation that serves here. Random weights.
+Tokens a second of greedy decoding with `Llama.decode` and a full cache, several tokens in one
+program. Compares the unquantized model with nf4 and ICQ, by every implementation that can serve
+here. Weights are random.
 """
 
 import argparse
@@ -18,13 +19,13 @@ from timing import compare, machine, table
 from train_step import FLOAT, SHIFTED, add_size, fill_size, llama, random_base
 
 from irqlora_jax.model.llama import Llama
-from irqlora_jax.quant.matmul import laid_out, require
+from irqlora_jax.quant.matmul import check_implementation, with_preferred_layout
 
 STEPS = 16
 
 
 def decoder(args: argparse.Namespace, base: dict[str, Any], matmul: Any) -> Callable[[], Any]:
-    """Greedy tokens behind a cache that is full but for them."""
+    """A call that decodes STEPS tokens greedily. They fill the last slots of the cache."""
     model = Llama(llama(args), compute_dtype=args.dtype, matmul=matmul)
     slots = args.slots + STEPS
     cache = model.init_cache(1, slots) | {"length": jnp.full((1,), args.slots, jnp.int32)}
@@ -44,11 +45,11 @@ def decoder(args: argparse.Namespace, base: dict[str, Any], matmul: Any) -> Call
 
 
 def refusal(base: dict[str, Any], matmul: Any, dtype: str) -> str | None:
-    """Why an implementation cannot serve, if it cannot."""
+    """Why an implementation cannot serve, or None."""
     stack = base["layers"]["mlp"]["down_proj"]["weight"]
     weight = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack)
     try:
-        require(matmul, jax.ShapeDtypeStruct((1, weight.shape[1]), dtype), weight)
+        check_implementation(matmul, jax.ShapeDtypeStruct((1, weight.shape[1]), dtype), weight)
     except ValueError as error:
         return str(error)
     return None
@@ -66,7 +67,7 @@ def main() -> int:
     calls = {"unquantized": decoder(args, random_base(args, FLOAT), None)}
     packed = random_base(args, SHIFTED)
     for name in ("xla", "triton", "mosaic"):
-        base = laid_out(packed, name)
+        base = with_preferred_layout(packed, name)
         if (reason := refusal(base, name, args.dtype)) is not None:
             print(reason)
             continue

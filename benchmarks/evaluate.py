@@ -1,15 +1,15 @@
-"""Evaluation beside a plain forward pass over the same padded rows.
+"""Evaluation compared with a plain forward pass over the same padded rows.
 
     python benchmarks/evaluate.py [--size cpu] [--subjects 1] [--questions 24]
 
-Tokens a second of `questions`, `mmlu` and lm-eval's interface (where the extra `eval` is
-installed), reading of files, tokenizing and reading of results included. The plain pass makes the
-logits of the very rows that the evaluation computes, padding and all; "hidden" stops in front of
-them. Each must be at most 10 % slower than the plain pass: exit code 1 if one is not. `mmlu` is
-asked twice, every prompt from its start, and with what the questions of a subject have in front of
-them computed once, which is the default; tokens are then still those of the whole prompts.
+Tokens a second of `questions`, `mmlu` and lm-eval's interface (with the extra `eval`). Times
+include reading files, tokenizing, and reading results. The plain pass computes the logits of
+exactly the rows that the evaluation computes, with their padding; "hidden" stops before the logits.
+Each evaluation must have at least 0.9 of the plain pass's speed; exit code 1 otherwise. `mmlu` runs
+in two ways: each prompt from its start, and with the common start of a subject's prompts computed
+only once, which is the default. Both count the tokens of whole prompts.
 
-Weights and words are random, prompts as long as those of MMLU, 5-shot, with LLaMA's tokenizer.
+Weights and words are random. Prompts are as long as 5-shot MMLU prompts with LLaMA's tokenizer.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from timing import compare, machine, table, versions
+from timing import compare, machine, table, verdict, versions
 from train_step import SHIFTED, add_size, fill_size, llama, random_base
 
 from irqlora_jax.evaluate import Question, choice_scores, choices, mmlu, score_questions
@@ -37,7 +37,7 @@ WORDS = 3000
 
 
 def word_tokenizer() -> Any:
-    """A token a word."""
+    """A tokenizer with one token for each word."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -51,17 +51,17 @@ def word_tokenizer() -> Any:
 
 
 def words(rng: np.random.Generator, count: int) -> str:
-    """Random ones."""
+    """`count` random words."""
     return " ".join(f"w{i}" for i in rng.integers(0, WORDS, count))
 
 
 def lengths(rng: np.random.Generator, count: int, mean: float) -> list[int]:
-    """Skewed, as those of questions are."""
+    """Random lengths, skewed as the lengths of questions are."""
     return [int(n) + 8 for n in rng.gamma(2.0, (mean - 8) / 2, count)]
 
 
 def write_mmlu(folder: Path, subjects: int, questions: int) -> None:
-    """Files of the official layout: 9 tokens a choice, 60 a question on average."""
+    """Writes MMLU files: 9 tokens for each choice, and on average 60 for each question."""
     rng = np.random.default_rng(0)
     for split, count in (("dev", 5), ("test", questions)):
         (folder / split).mkdir()
@@ -94,18 +94,18 @@ def recorded(call: Callable[[], Any]) -> list[np.ndarray]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(model: Llama, variables: Any, tokens: Any) -> Any:
-    """Logits, of which a number a row is kept."""
+    """The plain pass: computes logits and keeps one number of each row."""
     return model.apply(variables, tokens).max(axis=(1, 2))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def hidden(model: Llama, variables: Any, tokens: Any) -> Any:
-    """The same of what the output matrix takes."""
+    """As `forward`, without the product with the output matrix."""
     return model.apply(variables, tokens, method="features").max(axis=(1, 2))
 
 
 def requests(count: int) -> Iterator[SimpleNamespace]:
-    """Of lm-eval: four endings for each context."""
+    """Requests of lm-eval: four endings for each context."""
     rng = np.random.default_rng(1)
     for n in lengths(rng, count, 60):
         context = words(rng, n)
@@ -119,7 +119,7 @@ def main() -> int:
     add_size(parser)
     parser.set_defaults(hidden=256, layers=4, ffn=768, heads=4, length=2048, batch=8)
     parser.add_argument("--subjects", type=int, default=1)
-    parser.add_argument("--questions", type=int, default=24, help="of each subject")
+    parser.add_argument("--questions", type=int, default=24, help="questions of each subject")
     parser.add_argument("--repeats", type=int, default=5)
     args = fill_size(parser.parse_args())
     print(f"{machine()}; {versions(('lm_eval',))}", flush=True)
@@ -129,10 +129,10 @@ def main() -> int:
     tokenizer = word_tokenizer()
     folder = Path(tempfile.mkdtemp())
     write_mmlu(folder, args.subjects, args.questions)
-    settled = True
+    fast = True
 
     def ask(share: bool) -> list[np.ndarray]:
-        """MMLU as `mmlu` asks it, but for the bookkeeping."""
+        """Scores MMLU as `mmlu` does, without its bookkeeping."""
         scores = []
         for subject in range(args.subjects):
             read = read_subject(folder, f"subject{subject}", "test", 5, None)
@@ -154,7 +154,7 @@ def main() -> int:
     try:
         from irqlora_jax.evaluate.harness_model import HarnessLM
     except ImportError:
-        print("no lm-eval here")
+        print("lm-eval is not installed")
     else:
         lm = list(requests(count))
         evaluations["lm-eval"] = lambda: HarnessLM(
@@ -176,18 +176,18 @@ def main() -> int:
         for called, time in times.items():
             ratio = time.speedups(times["plain"])
             table_rows.append((f"{called} ({len(rows)} batches)", time.rate(tokens), ratio))
-            settled &= called == "hidden" or time.speedup(times["plain"]) >= LEAST
+            fast &= called == "hidden" or time.speedup(times["plain"]) >= LEAST
         if "mmlu" in times:
             gain = times["mmlu"].speedups(times[name])
             apart, together = (np.stack(ask(share)) for share in (False, True))
             error = np.abs(apart - together).max()
             same = (apart.argmax(1) == together.argmax(1)).mean()
-            note = f"mmlu, beginnings shared: {gain} times as fast; "
+            note = f"mmlu, common starts computed once: {gain} times as fast; "
             note += f"log-probabilities within {error:.1e}, {same:.1%} of the letters the same"
     print(table(("evaluation", "tokens/s", "to the plain pass"), table_rows))
     print(note)
-    print(f"each must be {LEAST} of the plain pass: {'met' if settled else 'NOT MET'}")
-    return 0 if settled else 1
+    print(f"each must be at least {LEAST} of the plain pass: {verdict(fast)}")
+    return 0 if fast else 1
 
 
 if __name__ == "__main__":

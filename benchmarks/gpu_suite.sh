@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# All that only a GPU can tell, in two halves of under 9 minutes each: the limits of the parts add up
-# to 535 and 500 s.
+# Runs the benchmarks that need a GPU, in two halves of under 9 minutes each: the limits of the parts
+# add up to 535 and 500 s.
 #
 #     benchmarks/gpu_suite.sh             # or PYTHON=... benchmarks/gpu_suite.sh
-#     benchmarks/gpu_suite.sh kernels     # the kernels of kernels/ beside XLA's path
+#     benchmarks/gpu_suite.sh kernels     # compares the kernels in kernels/ with XLA's path
 #     SMALL=1 benchmarks/gpu_suite.sh     # the same parts at tiny sizes, on a CPU too
 #
-# Beside jax[cuda13], flax, optax, orbax-checkpoint, jaxtyping, safetensors, tqdm and transformers it
-# needs jsonargparse (quickstart), and torch with CUDA, peft and bitsandbytes (the peers). Where
-# those cannot be installed, unpack their wheels into a folder and set PYTHONPATH to it. A part that
-# fails or runs out of time fails the suite, and the others are run all the same.
+# It needs jax[cuda13], flax, optax, orbax-checkpoint, jaxtyping, safetensors, tqdm and transformers,
+# jsonargparse (quickstart), and torch with CUDA, peft and bitsandbytes (the peers). If they cannot
+# be installed, unpack their wheels into a folder and set PYTHONPATH to it. If a part fails or
+# reaches its limit, the suite fails, but the other parts still run.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
@@ -17,13 +17,13 @@ export TQDM_DISABLE=1 XLA_PYTHON_CLIENT_PREALLOCATE=false TOKENIZERS_PARALLELISM
 python=${PYTHON:-python3}
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
-# What one part has compiled and tried out, the next need not.
+# The parts share compiled programs and autotuning results.
 export JAX_COMPILATION_CACHE_DIR=$out/cache
 small=${SMALL:-}
 failed=()
 parts=()
 
-part() { # name, limit in seconds, command; with SMALL set, what stands behind "--small" instead
+part() { # name, limit in seconds, command; with SMALL set, the arguments after "--small" instead
     local name=$1 limit=$2 usual=() tiny=() now=usual word
     shift 2
     for word in "$@"; do
@@ -57,7 +57,7 @@ steps)
         --quant.calibration icq --train.steps 4 --train.eval_every 4 --train.save_every 4 --evaluate.max_questions 50
     ;;
 kernels)
-    # Apart: a fault of one takes its process along, and Mosaic's take seconds to compile.
+    # Two processes: a crash ends its process, and Mosaic's kernels take seconds to compile.
     part triton 150 benchmarks/kernels.py --implementations triton --record "$out/measured.json" \
         --rows 1 16 2048 --shapes 4096x4096 11008x4096 --repeats 3 --blocks 1048576 \
         --small --implementations triton --rows 1 16 --shapes 64x64 --more-formats \

@@ -1,21 +1,20 @@
-"""The kernels of kernels/ beside XLA's path and a dense product, in one run, on a GPU.
+"""Compares the kernels in kernels/ with XLA's path and a dense product, on a GPU.
 
     python benchmarks/kernels.py [--rows 1 16 2048 4096 8192] [--record kernels/measured.json]
 
-Times of y = x W^T and dX = g W for every implementation that serves, on random data, with weights
-that together are larger than the L2 cache (`matmul.py` says how), in turns; the relative error
-against float64 beside each time. "floor" is the time that the packed weight, the scales and the
-shifts take from memory at `--bandwidth` (by default what the data sheet of the device says). Then
-the ICQ search of many blocks. What must hold of the fastest implementation is said below. Exit code
-1 if an error is above 1e-2 or a search differs from XLA's; kernels that are slower than XLA's path
-are named.
+Times y = x W^T and dX = g W in turns, for every implementation that can serve, on random data. The
+weights together are larger than the L2 cache (see `matmul.py`). Each time has its relative error
+against float64. "floor" is the time to read the packed weight, the scales and the shifts from
+memory at `--bandwidth` (default: the device's data sheet). Then the script times the ICQ search of
+many blocks. `MUST` has the goals for the fastest implementation. Exit code 1 if an error is above
+1e-2 or a search differs from XLA's. The script names kernels that are slower than XLA's path.
 
---tune times tiles beside those of each kernel's rule first, and takes the fastest of them.
+--tune times other tiles first, besides those of each kernel's rule, and uses the fastest.
 
---record adds to the file what was faster at two neighboring numbers of rows, with device, version
-and date: only such a kernel is ever a default (kernels/measured.py).
+--record adds to the file the kernels that were faster at two neighboring numbers of rows, with
+device, version and date. Only such kernels are ever a default (kernels/measured.py).
 
-On a CPU no kernel serves, and XLA's path stands alone: that checks the script.
+On a CPU no kernel can serve, and XLA's path runs alone, which tests the script.
 """
 
 import argparse
@@ -34,24 +33,27 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import numpy as np
-from matmul import BOUND, FORMATS, Case, copies, relative_error, repeated, rounds
-from timing import Timing, compare, machine, table
+from matmul import BOUND, FORMATS, Case, copies, product_error, repeated, rounds
+from timing import Timing, compare, machine, table, verdict
 
-from irqlora_jax.kernels import mosaic_tiles, search_integer_triton, search_triton, tiles_triton
-from irqlora_jax.kernels.matmul_mosaic import MOSAIC
-from irqlora_jax.kernels.matmul_triton import TRITON
+from irqlora_jax.kernels import (
+    matmul_mosaic_tiles,
+    matmul_triton_tiles,
+    search_integer_triton,
+    search_triton,
+)
 from irqlora_jax.kernels.measured import Measurement
 from irqlora_jax.quant.calibrations import icq, icq_integer
 from irqlora_jax.quant.formats import get_format
-from irqlora_jax.quant.matmul import XLA, Implementation
+from irqlora_jax.quant.matmul import MOSAIC, TRITON, XLA, Implementation
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008")
 SEARCHES = ("nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2")
 IMPLEMENTATIONS = (XLA, TRITON, MOSAIC)
-# Of the memory, bytes a second, by a part of the device's name; from its maker's data sheets.
+# Bytes a second from memory, by a part of the device's name, from NVIDIA's data sheets.
 BANDWIDTHS = {"H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "L4": 0.3e12}
 DENSE, FORWARD, TRANSPOSED = "dense", "matmul", "matmul_transposed"
-# By product and rows, speed to the dense product: must, and aim.
+# Speed relative to the dense product, by product and rows: must, and aim.
 MUST = {
     FORWARD: {
         1: (2.0, 3.2),
@@ -66,7 +68,7 @@ MUST = {
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """One implementation beside XLA's path."""
+    """One implementation compared with XLA's path."""
 
     operation: str
     implementation: str
@@ -75,11 +77,11 @@ class Found:
     rows: int
     speedup: float  # over XLA's path
     to_dense: float
-    tiles: dict[str, Any]  # that differ from the rule
+    tiles: dict[str, Any]  # fields that differ from the rule
 
 
 def weights_for(one: Implementation, case: Case, weights: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The weights as an implementation takes them, or none if it cannot serve."""
+    """The weights in the layout of an implementation, or none if it cannot serve."""
     layout = "fragments" if one.name == "mosaic" else "planes"
     if one is not XLA and weights[0].block_size == 64:
         weights = tuple(weight.with_layout(layout) for weight in weights)
@@ -91,13 +93,13 @@ def weights_for(one: Implementation, case: Case, weights: tuple[Any, ...]) -> tu
 
 
 def alternatives(one: Implementation, what: str, case: Case, weight: Any) -> list[Any]:
-    """Tiles to be timed, those of the rule first."""
+    """Tiles to time. The rule's come first."""
     bits, transposed = get_format(weight.format).bits, what == TRANSPOSED
     if one is MOSAIC:
-        rule = mosaic_tiles.default_tiles(case.tokens, *weight.shape, bits, transposed)
-        return [rule, *mosaic_tiles.neighbors(rule, bits, transposed)]
-    rule = tiles_triton.default_tiles(case.tokens, *weight.shape, bits, transposed)
-    return [rule, *tiles_triton.neighbors(rule)]
+        rule = matmul_mosaic_tiles.default_tiles(case.tokens, *weight.shape, bits, transposed)
+        return [rule, *matmul_mosaic_tiles.neighbors(rule, bits, transposed)]
+    rule = matmul_triton_tiles.default_tiles(case.tokens, *weight.shape, bits, transposed)
+    return [rule, *matmul_triton_tiles.neighbors(rule)]
 
 
 def tune(one: Implementation, what: str, case: Case, weights: tuple[Any, ...]) -> dict[str, Any]:
@@ -115,7 +117,7 @@ def tune(one: Implementation, what: str, case: Case, weights: tuple[Any, ...]) -
         call = functools.partial(several, given, weights)
         try:
             jax.block_until_ready(call())
-        except Exception as error:  # the compiler's, of tiles that are too large
+        except Exception as error:  # the compiler refuses tiles that are too large
             print(f"{one.name}, {tiles}: {str(error).splitlines()[0]}", file=sys.stderr)
             continue
         calls[tiles] = functools.partial(repeated, call, rounds(case.tokens))
@@ -133,7 +135,7 @@ def measure(
     tuned: bool,
     implementations: Sequence[Implementation],
 ) -> tuple[list[tuple[str, ...]], list[Found], float]:
-    """Rows of the table, what was found, and the largest error."""
+    """Rows of the table, the results, and the largest error."""
     packed, dense = case.weights(name), case.weights(DENSE)
     calls: dict[tuple[str, str], Callable[[], Any]] = {}
     errors: dict[tuple[str, str], float] = {}
@@ -148,7 +150,7 @@ def measure(
         calls[who, what] = functools.partial(repeated, call, rounds(case.tokens))
         if who != DENSE:
             factor = exact.T if what == FORWARD else exact
-            errors[who, what] = relative_error(several(given, weights)[0], given, factor)
+            errors[who, what] = product_error(several(given, weights)[0], given, factor)
 
     add(DENSE, FORWARD, lambda x, w: x @ w.T, case.x, dense)
     add(DENSE, TRANSPOSED, lambda g, w: g @ w, case.g, dense)
@@ -167,7 +169,7 @@ def measure(
                     best = dataclasses.replace(rule, **changes)
                     product = functools.partial(product, tiles=best)
                 add(one.name, what, product, given, weights)
-            except Exception as error:  # the others are measured all the same
+            except Exception as error:  # go on with the others
                 calls.pop((one.name, what), None)
                 errors[one.name, what] = float("inf")
                 place = f"{one.name}, {what}, {case.shape}, {case.tokens}, {name}"
@@ -192,7 +194,7 @@ def measure(
 
 
 def search(names: Sequence[str], blocks: int, repeats: int) -> tuple[bool, list[Found]]:
-    """The ICQ search by its kernel and by XLA; whether they are equal."""
+    """Times the ICQ search by its kernel and by XLA; returns equality and results."""
     normal = jax.random.normal(jax.random.key(0), (blocks, 64), "bfloat16") * 0.02
     equal, found, rows = True, [], []
     for name in names:
@@ -210,7 +212,7 @@ def search(names: Sequence[str], blocks: int, repeats: int) -> tuple[bool, list[
             calls["triton"] = functools.partial(call, implementation="triton")
             try:
                 jax.block_until_ready(calls["triton"]())
-            except Exception as error:  # the others are measured all the same
+            except Exception as error:  # go on with the others
                 del calls["triton"]
                 equal = False
                 print(f"FAILED search, {name}: {error!s:.600}")
@@ -235,7 +237,7 @@ def search(names: Sequence[str], blocks: int, repeats: int) -> tuple[bool, list[
 
 
 def to_record(found: Sequence[Found]) -> list[Measurement]:
-    """What was faster at both of two neighboring numbers of rows (a search: at all)."""
+    """Kernels that were faster at both of two neighboring numbers of rows, and faster searches."""
     kind, today = jax.devices()[0].device_kind, datetime.date.today().isoformat()
     groups: dict[tuple[Any, ...], list[Found]] = {}
     for one in (one for one in found if one.implementation != XLA.name):
@@ -244,7 +246,7 @@ def to_record(found: Sequence[Found]) -> list[Measurement]:
     faster = []
     for (operation, implementation, fmt, shape), ones in groups.items():
         ones = sorted(ones, key=lambda one: one.rows)
-        # A single number of rows is a range of its own, and so is every one that was measured.
+        # Every measured number of rows is a range of its own too.
         pairs = [*itertools.pairwise(ones), *((one, one) for one in ones)]
         for low, high in pairs:
             least = min(low.speedup, high.speedup)
@@ -256,8 +258,10 @@ def to_record(found: Sequence[Found]) -> list[Measurement]:
 
 
 def record(file: Path | None, known: Sequence[Any], found: Sequence[Found]) -> None:
-    """Writes what was known and what was found so far: compiling is slow, and a run may end at a
-    limit of time."""
+    """Writes the known and the new measurements.
+
+    Called after each case, because a run may reach a time limit: compiling is slow.
+    """
     if file is not None:
         new = [dataclasses.asdict(one) for one in to_record(found)]
         file.write_text(json.dumps([*known, *new], indent=1) + "\n")
@@ -271,12 +275,12 @@ def main() -> int:
     parser.add_argument("--formats", nargs="+", default=["nf4"], choices=FORMATS)
     parser.add_argument("--more-formats", nargs="*", default=["nf3", "nf2", "int4"])
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
-    parser.add_argument("--blocks", type=int, default=2**22, help="of the search")
+    parser.add_argument("--blocks", type=int, default=2**22, help="blocks for the search")
     parser.add_argument("--search-formats", nargs="*", default=SEARCHES)
     parser.add_argument("--repeats", type=int, default=5)
     kind = jax.devices()[0].device_kind
     usual = next((rate for name, rate in BANDWIDTHS.items() if name in kind), 4.8e12)
-    parser.add_argument("--bandwidth", type=float, default=usual, help="bytes/s of the memory")
+    parser.add_argument("--bandwidth", type=float, default=usual, help="bytes/s from memory")
     names = [one.name for one in IMPLEMENTATIONS]
     parser.add_argument("--implementations", nargs="*", default=names[1:], choices=names[1:])
     parser.add_argument("--tune", action="store_true")
@@ -310,14 +314,12 @@ def main() -> int:
     for (operation, shape, rows), speed in best.items():
         if rows in MUST[operation]:
             must, aim = MUST[operation][rows]
-            verdict = "met" if speed >= must else "MISSED"
-            print(
-                f"{operation} {shape}, {rows} rows: {speed:.3f} (must {must}, aim {aim}) {verdict}"
-            )
+            goal = f"{speed:.3f} (must {must}, aim {aim}) {verdict(speed >= must)}"
+            print(f"{operation} {shape}, {rows} rows: {goal}")
     for one in found:
         if one.speedup <= 1 and one.implementation != XLA.name:
             print(f"slower than XLA's path: {dataclasses.asdict(one)}")
-    print(f"largest relative error {largest:.1e}, must be {BOUND}; searches equal: {equal}")
+    print(f"largest relative error {largest:.1e}, must be at most {BOUND}; searches equal: {equal}")
     return 0 if largest <= BOUND and equal else 1
 
 

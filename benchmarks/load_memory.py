@@ -1,4 +1,4 @@
-"""Host memory needed to quantize a checkpoint while it is read, or to export a run.
+"""Host memory that it takes to quantize a checkpoint while reading it, or to export a run.
 
     python benchmarks/load_memory.py [--calibration none|icq] [--layers 11] [--cold] ...
     python benchmarks/load_memory.py --loftq 3 --calibration none
@@ -7,23 +7,23 @@
 (with the package installed, or PYTHONPATH=.)
 
 Writes a synthetic bfloat16 LLaMA in shards (about 1 GB by default), loads it in a fresh process and
-compares the growth of the resident set with the packed base. Accepted are two tensors of the
-largest linear layer, in float32, on top of the packed base. Exit code 1 if more is needed. With
---export the packed base is there before, with an IEC adapter of rank 64, and what is measured is
-the writing of the merged model; accepted are three such tensors.
+compares the growth of the resident set with the packed base. The limit is the packed base and two
+float32 tensors of the largest linear layer; exit code 1 above it. With --export the packed base is
+loaded before, with an IEC adapter of rank 64. The script then measures the writing of the merged
+model, and the limit is three such tensors.
 
-With --loftq TURNS the targets are quantized by LoftQ of rank 64; its pairs count as packed.
+With --loftq TURNS, LoftQ of rank 64 quantizes the targets, and its pairs count as packed.
 
-With --calibration icq the seconds to load are compared with those of the search alone, on the same
-weights already in memory, in turns, twice each; accepted is 1.5 times.
+With --calibration icq, the script compares the seconds to load with the seconds of the search
+alone, on the same weights in memory, in turns, twice each. The limit is 1.5 times.
 
-The quantizer is compiled before, on one layer of the same widths: compiling takes some 100 MB for a
-moment, whatever the size of the model. What that left behind is given back to the system before the
-measurement, so that it hides nothing. With --cold the compilation is measured too.
+The quantizer is compiled before, on one layer of the same widths. Compiling takes about 100 MB for
+a moment, for any size of model. Then the script returns freed memory to the system, so that new
+allocations show as growth. With --cold the measurement includes the compilation.
 
-The resident set (RSS) has two parts: anonymous memory, which is what a process must really have,
-and pages of mapped files, which the system can drop at any time. Both are sampled every
-millisecond, and the kernel's own record of the largest RSS (VmHWM) stands beside them.
+The resident set (RSS) has two parts: anonymous memory, which a process must really have, and pages
+of mapped files, which the system can drop at any time. The script samples both every millisecond,
+and also prints the kernel's record of the largest RSS (VmHWM).
 """
 
 import argparse
@@ -69,7 +69,7 @@ def resident() -> dict[str, int]:
 
 
 def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
-    """One shard a layer and one for the rest, so that writing needs little memory too."""
+    """Writes one shard for each layer and one for the rest, so that writing needs little memory."""
     rng = np.random.default_rng(0)
 
     def random(*shape: int) -> np.ndarray:
@@ -104,7 +104,7 @@ def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
 
 
 def llama(args: argparse.Namespace) -> LlamaConfig:
-    """The model that is measured."""
+    """The measured model."""
     return LlamaConfig(
         vocab_size=args.vocab,
         hidden_size=args.hidden,
@@ -117,29 +117,29 @@ def llama(args: argparse.Namespace) -> LlamaConfig:
 
 
 def rehearsal(args: argparse.Namespace) -> LlamaConfig:
-    """The model that is loaded before it."""
+    """The model that is loaded before the measured one."""
     if args.cold:
         args = argparse.Namespace(vocab=64, hidden=256, ffn=192, layers=1)
     return dataclasses.replace(llama(args), num_hidden_layers=1, vocab_size=64)
 
 
 def give_back() -> None:
-    """Returns freed memory to the system, so that what is taken again counts as growth."""
+    """Returns freed memory to the system, so that new allocations count as growth."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:
-        print("no malloc_trim: memory freed before may be used again unseen", file=sys.stderr)
+        print("no malloc_trim: reuse of freed memory does not show as growth", file=sys.stderr)
     else:
         trim(0)
-    # Since Linux 4.0 this sets VmHWM back to the present VmRSS.
+    # Since Linux 4.0 this resets VmHWM to the current VmRSS.
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        print("VmHWM could not be reset: it tells of the rehearsal too", file=sys.stderr)
+        print("VmHWM could not be reset: it includes the rehearsal", file=sys.stderr)
 
 
 def measure(folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Loads the rehearsal, then the model, and returns what the memory did."""
+    """Loads the rehearsal, then the model; returns the growth of memory and the seconds."""
     quant = QuantConfig(format=args.format, calibration=args.calibration)
     if args.export:
         export(folder / "rehearsal out", args, *adapted(folder / "rehearsal", quant))
@@ -171,7 +171,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     peaks["VmHWM"] = resident()["VmHWM"]
     search = 0.0
     if args.calibration == "icq" and not args.export and not args.loftq:
-        # In turns, and after the memory was measured: what these free may be taken again unseen.
+        # In turns, and after the memory was measured, because reuse of freed memory does not show.
         base = None
         first = search_seconds(folder, quant)
         start = time.perf_counter()
@@ -187,7 +187,7 @@ def measure(folder: Path, args: argparse.Namespace) -> dict[str, float]:
 
 
 def search_seconds(folder: Path, quant: QuantConfig) -> float:
-    """The search alone, of all linear layers, with the weights in memory and the program ready."""
+    """Seconds of the search of all linear layers, with weights in memory and a compiled program."""
 
     def load(part: str) -> list[jax.Array]:
         weights = []
@@ -216,7 +216,7 @@ def search_seconds(folder: Path, quant: QuantConfig) -> float:
 
 
 def load(folder: Path, quant: QuantConfig, args: argparse.Namespace) -> tuple:
-    """The base, and with --loftq its pairs."""
+    """Loads the base and, with --loftq, its pairs."""
     if not args.loftq:
         return load_base(folder, quant, progress=args.progress)[:1]
     adapter = AdapterConfig(rank=64, init="loftq", loftq=LoftqOptions(args.loftq))
@@ -225,20 +225,20 @@ def load(folder: Path, quant: QuantConfig, args: argparse.Namespace) -> tuple:
 
 
 def adapted(folder: Path, quant: QuantConfig) -> tuple[Llama, dict]:
-    """A base with an adapter."""
+    """A quantized base with an adapter."""
     base, config = load_base(folder, quant)
     model = Llama(config, AdapterConfig(method="iec", rank=64))
     return model, {"params": model.init_adapters(jax.random.key(0)), "base": base}
 
 
 def export(folder: Path, args: argparse.Namespace, model: Llama, variables: dict) -> None:
-    """Writes the two merged."""
+    """Writes the merged model."""
     folder.mkdir()
     save_model(folder, model, variables, dtype=args.export, progress=args.progress)
 
 
 def report(result: dict[str, float], args: argparse.Namespace) -> bool:
-    """Prints the figures; true if they are accepted."""
+    """Prints the figures; returns whether they are within the limits."""
     config = llama(args)
     linear = 4 * max(rows * columns for rows, columns in config.linear_shapes.values())
     table = 4 * config.vocab_size * config.hidden_size
@@ -250,12 +250,12 @@ def report(result: dict[str, float], args: argparse.Namespace) -> bool:
     )
     done = "export" if args.export else "load  "
     print(f"seconds to {done}                    {result['seconds']:9.1f}")
-    accepted_time = True
+    in_time = True
     if result["search"]:
         ratio = result["seconds"] / result["search"]
-        accepted_time = ratio <= 1.5
+        in_time = ratio <= 1.5
         print(f"seconds of the search alone          {result['search']:9.1f}")
-        print(f"load / search                        {ratio:9.2f}   accepted is 1.50")
+        print(f"load / search                        {ratio:9.2f}   must be at most 1.50")
     if not args.export:
         print(f"packed base, with embeddings (MB)    {result['packed'] / mb:9.1f}")
     print(f"largest linear layer, float32 (MB)   {linear / mb:9.1f}")
@@ -267,16 +267,16 @@ def report(result: dict[str, float], args: argparse.Namespace) -> bool:
         ratio = (growth - result["packed"]) / linear
         print(f"{name:24} {growth / mb:9.1f} {ratio:40.2f}")
         worst = max(worst, ratio)
-    accepted = 3 if args.export else 2
-    print(f"worst {worst:.2f}, accepted is {accepted:.2f}")
-    return worst <= accepted and accepted_time
+    limit = 3 if args.export else 2
+    print(f"worst {worst:.2f}, must be at most {limit:.2f}")
+    return worst <= limit and in_time
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--calibration", choices=["none", "icq"], default="icq")
     parser.add_argument("--format", default="nf4")
-    parser.add_argument("--loftq", type=int, default=0, help="turns of LoftQ (0: without)")
+    parser.add_argument("--loftq", type=int, default=0, help="turns of LoftQ (0: no LoftQ)")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--ffn", type=int, default=5632)

@@ -1,11 +1,11 @@
-"""What the kernels of kernels/ become for GPUs that need not be there: compiled, never run.
+"""The machine code of the kernels in kernels/ for absent GPUs: compiled, never run.
 
     python benchmarks/machine_code.py
 
-Registers of a thread, bytes spilled, instructions on tensor cores (HMMA, HGMMA) and in all, by
-GPU, kernel, format and rows, for real weights of LLaMA-7B. Needs jax-cuda13-plugin and
-jax-cuda13-pjrt of the version of jax, and nvidia-cuda-nvcc, nvidia-cuda-cuobjdump and
-nvidia-cuda-nvdisasm.
+Prints registers of a thread, spilled bytes, and instructions (on tensor cores, HMMA and HGMMA, and
+in all) by GPU, kernel, format and rows, for the shape of a weight of LLaMA-7B. Needs
+jax-cuda13-plugin and jax-cuda13-pjrt of jax's version, and nvidia-cuda-nvcc, nvidia-cuda-cuobjdump
+and nvidia-cuda-nvdisasm.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU that is there is left alone
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+os.environ["JAX_PLATFORMS"] = "cpu"  # do not use a GPU, even if there is one
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +30,17 @@ from irqlora_jax.plan.gpus import DEVICES, absent_devices
 from irqlora_jax.quant.calibrations.icq_integer import range_candidates
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantized_shape
-from tests import sass
+from tests.cuda import sass
 from tests.cuda.abstract_gpu import abstract_gpu
 
-GPUS = ("a100-80", "l4", "h200")  # an H100 takes the programs of an H200
+GPUS = ("a100-80", "l4", "h200")  # an H100 runs the programs of an H200
 FORMATS = ("nf4", "nf3", "nf2", "int4")
 ROWS = (1, 16, 2048)
 OUT, FEATURES = 11008, 4096
 
 
 def kernels_of(gpu: str, function: Callable[..., Any], *shapes: Any) -> dict[str, sass.Machine]:
-    """The kernels that a function becomes; empty where the device is not known to jax."""
+    """The kernels in the compiled program of a function."""
     devices = absent_devices(DEVICES[gpu])
     if devices is None:
         raise SystemExit("needs jax-cuda13-plugin and jax-cuda13-pjrt")
@@ -53,7 +53,7 @@ def kernels_of(gpu: str, function: Callable[..., Any], *shapes: Any) -> dict[str
 
 
 def row(gpu: str, name: str, fmt: str, count: Any, found: dict[str, sass.Machine]) -> list[tuple]:
-    """One line for the kernel itself, none where XLA had it from before."""
+    """One row for our kernel; none if XLA had compiled it before."""
     names = (
         "forward_kernel",
         "transposed_kernel",

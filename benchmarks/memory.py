@@ -1,11 +1,11 @@
-"""The memory of a training step on GPUs that are not there, and how it grows.
+"""The memory of a training step on absent GPUs, and how it grows.
 
     python benchmarks/memory.py > benchmarks/results/DATE-memory.md
 
-needs jax-cuda13-plugin and jax-cuda13-pjrt, and no GPU: the step is compiled from shapes, for the
-device of each row. "stored" (base, adapters, optimizer state) is arithmetic and exact; "estimate"
-is the peak that `--plan` gives where the CUDA plugin is not installed. Rank 64 on all seven layers,
-nf4 with ICQ, IEC, attention by XLA, unless a row says otherwise. All in GiB.
+Needs jax-cuda13-plugin and jax-cuda13-pjrt, but no GPU: it compiles the step from shapes, for the
+device of each row. "stored" (base, adapters, optimizer state) is computed exactly. "estimate" is
+the peak that `--plan` prints without the CUDA plugin. Rank 64 on all seven layers, nf4 with ICQ,
+IEC, attention by XLA, unless a row says otherwise. All figures are in GiB.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.sharding import MeshConfig
 from irqlora_jax.text import aligned
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.architectures import MODELS
 
 BUDGETS = {"7b": 7.0, "13b": 12.0, "65b": 44.0}
@@ -44,9 +44,10 @@ def need(
     estimate: bool = False,
     **train: Any,
 ) -> Need:
-    """What a step of `rows` rows of `tokens` tokens needs."""
+    """The memory that a step with `rows` rows of `tokens` tokens needs."""
     config = Config(
-        *("model", "folder"),
+        model="model",
+        output_dir="folder",
         quant=QuantConfig(format=form, calibration="none" if form == "none" else "icq"),
         adapter=AdapterConfig(rank=rank, dtype=dtype),
         data=DataConfig(source_length=tokens // 2, target_length=tokens // 2),
@@ -73,13 +74,12 @@ def row(device: str, model: str, estimate: bool = True, **settings: Any) -> tupl
     stored = found.base.total + found.adapters + found.optimizer
     guess = need(device, model, estimate=True, **settings).peak if estimate else 0
     what = ", ".join(f"{k} {v}" for k, v in settings.items()) or "rows 1, tokens 512"
-    return (
-        f"{model} {device}: {what}",
-        *(gib(found.base.total), gib(found.adapters), gib(found.optimizer), gib(found.host)),
-        *(gib(stored), gib(found.step), gib(found.peak)),
-        f"{gib(guess)} ({guess / found.peak - 1:+.1%})" if estimate else "-",
-        f"{BUDGETS[model]:.0f}" if model in BUDGETS and not settings.get("rows") else "-",
-    )
+    sizes = (found.base.total, found.adapters, found.optimizer, found.host)
+    sizes += (stored, found.step, found.peak)
+    guessed = f"{gib(guess)} ({guess / found.peak - 1:+.1%})" if estimate else "-"
+    budgeted = model in BUDGETS and not settings.get("rows")
+    budget = f"{BUDGETS[model]:.0f}" if budgeted else "-"
+    return f"{model} {device}: {what}", *map(gib, sizes), guessed, budget
 
 
 HEAD = ("", "base", "adapters", "optimizer", "on host", "stored", "step", "peak", "estimate")
@@ -91,7 +91,7 @@ def main() -> None:
     versions = {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "jax-cuda13-plugin")}
     print("# Memory of a training step, compiled for absent GPUs\n")
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
-    print("\nCompiled, not run: no GPU was at hand. Command: `python benchmarks/memory.py`.\n")
+    print("\nCompiled without a GPU, not run. Command: `python benchmarks/memory.py`.\n")
     small, away = {"dtype": "bfloat16"}, {"offload_optimizer": True}
     tables = {
         "Budgets: 1 row of 512 tokens": lambda: [

@@ -1,9 +1,8 @@
-"""Another framework's training step in a process of its own, timed in turns with ours.
+"""Runs another framework's training step in its own process, to time it in turns with ours.
 
-A peer is a script that ends with `serve(variants)`. It gets its settings as one JSON argument, says
-on its standard output what it is ("versions", "variants", "about"), and then does one step for
-every line it reads. Each process keeps its own threads, memory and packages; the one that is not
-asked sleeps.
+A peer is a script that ends with `serve(variants)`. It gets its settings as one JSON argument,
+prints what it is ("versions", "variants", "about"), and then does one step for every line that it
+reads. Each process has its own threads, memory and packages, and sleeps while the other one works.
 """
 
 import json
@@ -15,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 Step = Callable[[], float]
-"""One training step, finished when it returns; gives the loss."""
+"""One training step. It returns the loss when the device has finished."""
 
 
 class Peer:
-    """A peer seen from the benchmark that compares with it. Close it to end the process."""
+    """A peer, as the benchmark sees it. `close` ends its process."""
 
     def __init__(self, script: str, settings: Mapping[str, Any], python: str) -> None:
-        """Starts it; its models are built while we build ours."""
+        """Starts the process. It builds its models while we build ours."""
         command = [python, str(Path(__file__).with_name(script)), json.dumps(settings)]
         self._process = subprocess.Popen(
             command,
@@ -34,19 +33,19 @@ class Peer:
         self.losses: dict[str, float] = {}
 
     def ready(self) -> dict[str, Any]:
-        """Waits until its models are built: "versions", "variants" and "about" each of them.
+        """Waits for the models; returns "versions", "variants" and "about" (a text for each).
 
         Raises:
-            ChildProcessError: it ended before; what it wrote on its standard error says why.
+            ChildProcessError: the process ended before; its standard error says why.
         """
         return self._ask("")
 
     def step(self, variant: str) -> None:
-        """One step of a variant."""
+        """Does one step of a variant."""
         self.losses[variant] = self._ask(variant)["loss"]
 
     def peak_bytes(self) -> int | None:
-        """Device memory it took at most, where its framework knows."""
+        """Peak device memory of the peer, or None if its framework does not know it."""
         return self._ask("peak")["peak"]
 
     def close(self) -> None:
@@ -75,7 +74,7 @@ def serve(
     versions: str,
     peak: Callable[[], int | None] = lambda: None,
 ) -> None:
-    """Does what `Peer` asks for, until it closes the pipe."""
+    """Answers the requests of `Peer` until it closes the pipe."""
     answers = os.fdopen(_OUTPUT, "w")
     head = {"variants": list(variants), "about": dict(about), "versions": versions}
     for line in sys.stdin:
@@ -91,8 +90,11 @@ def serve(
 
 
 def settings() -> dict[str, Any]:
-    """Those a peer was started with. Call it first: libraries may print on the standard output,
-    which belongs to the answers, so what they print goes to the standard error from here on."""
+    """The settings of this peer. Call it before other imports.
+
+    The standard output is for the answers, but libraries may print there too. From this call on,
+    their output goes to the standard error.
+    """
     global _OUTPUT
     _OUTPUT = os.dup(1)
     os.dup2(2, 1)

@@ -1,6 +1,6 @@
 """bitsandbytes' 4-bit product: NF4 with double quantization, called as PEFT's layers call it.
 
-Started by matmul.py. A step goes through several weights, several times, and then waits.
+matmul.py starts it. A step uses several weights, several times, and then waits for the device.
 """
 
 import functools
@@ -18,7 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def product(shape: str, tokens: int, copies: int, rounds: int, gradient: bool) -> Step:
-    """A step for one case; its memory is taken at the first call."""
+    """A step for one case. It allocates its memory at the first call."""
     out, features = map(int, shape.split("x"))
     dtype = getattr(torch, ASKED["dtype"])
 

@@ -1,9 +1,9 @@
 """Hugging Face transformers and PEFT on bitsandbytes' NF4 (double quantization), in bfloat16.
 
-Started by train_step.py. Two ways, as people finetune with it: as PEFT documents it
-(prepare_model_for_kbit_training: norms, embeddings and head in float32, adapters in float32,
-autocast, the paged AdamW of QLoRA), and with the fastest settings we know (all of it in bfloat16,
-fused AdamW). Both with SDPA attention and, where asked, gradient checkpointing of every layer.
+train_step.py starts it. There are two variants. One follows PEFT's documentation
+(prepare_model_for_kbit_training: norms, embeddings, head and adapters in float32, autocast, the
+paged AdamW of QLoRA). The other has the fastest settings that we know (everything in bfloat16,
+fused AdamW). Both use SDPA attention and, if asked, gradient checkpointing of every layer.
 """
 
 from peer import Step, serve, settings
@@ -47,9 +47,10 @@ def quantized_model() -> LlamaForCausalLM:
 
 
 def quantized(linear: torch.nn.Linear) -> bnb.nn.Linear4bit:
-    """The same layer in NF4 with double quantization. It is quantized on the way to the device."""
+    """The same layer in NF4 with double quantization. Moving it to the device quantizes it."""
     four = bnb.nn.Linear4bit(
-        *(linear.in_features, linear.out_features),
+        linear.in_features,
+        linear.out_features,
         bias=False,
         compute_dtype=torch.bfloat16,
         compress_statistics=True,
@@ -63,7 +64,7 @@ def quantized(linear: torch.nn.Linear) -> bnb.nn.Linear4bit:
 
 
 def training_step(documented: bool) -> tuple[Step, str]:
-    """A step, and what is trained."""
+    """A step, and a text about the trained numbers."""
     model = quantized_model()
     checkpointing = {"use_reentrant": False}
     if documented:

@@ -1,8 +1,8 @@
 """google-tunix with qwix: NF4 QLoRA and float LoRA on its Llama3, as `PeftTrainer` trains it.
 
-Started by train_step.py. The step is the one that `PeftTrainer` jits (nnx.value_and_grad with
-respect to LoRAParam, its default loss over full logits), the model is unrolled over the layers, and
-remat is its RematConfig.DECODER, which recomputes whole decoder layers as ours does.
+train_step.py starts it. The step is the one that `PeftTrainer` jits (nnx.value_and_grad with
+respect to LoRAParam, and its default loss over full logits). The model is unrolled over the layers.
+Remat is RematConfig.DECODER, which recomputes whole decoder layers, as our model does.
 """
 
 import warnings
@@ -28,7 +28,7 @@ LINEARS = ".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 def random_model() -> Llama3:
-    """Llama3 with random weights (its own initial ones are 0 in the MLP)."""
+    """Llama3 with random weights; its own initial weights are 0 in the MLP."""
     config = ModelConfig(
         num_layers=ASKED["layers"],
         vocab_size=ASKED["vocab"],
@@ -87,7 +87,7 @@ def trainer_step(weight_qtype: str | None) -> tuple[Step, int]:
 
     def run() -> float:
         loss, _, _ = step(batch)
-        # The optimizer is updated in the same program, which is finished when the adapters are.
+        # The same program updates the optimizer, and it has finished when the adapters are ready.
         jax.block_until_ready(nnx.state(trainer.model, nnx.LoRAParam))
         return float(loss)
 

@@ -1,14 +1,13 @@
-"""Plain quantization and dequantization beside bitsandbytes' CPU code.
+"""Compares plain quantization and dequantization with bitsandbytes' CPU code.
 
     python benchmarks/quantize.py [--rows 2048] [--columns 2048] [--growth]
 
-The same normal float32 matrix in blocks of 64, without calibration and without a second level on
-their side, codes from the exact scales on ours. Both run in turns, after a warm-up; ratios are
-those of each turn, with their spread. Exit code 1 if the codes differ, or if ours is less than 4
+Both take the same normal float32 matrix in blocks of 64, without calibration. bitsandbytes does not
+quantize its scales, and ours takes codes from the exact scales. Both run in turns after a warm-up;
+ratios are per turn, with their spread. Exit code 1 if the codes differ, or if ours is less than 4
 times (quantize) or 2 times (dequantize) as fast. --growth shows time against matrix size and bits.
-Results of 32 MiB and more come from the system page by page, which then takes most of the time of
-either; the default matrix stays below.
-Without bitsandbytes (extra `parity`) ours is shown alone.
+For results of 32 MiB or more the system allocates page by page, which then takes most of the time;
+the default matrix is smaller. Without bitsandbytes (extra `parity`), the script times ours alone.
 """
 
 import argparse
@@ -32,18 +31,18 @@ to_float32 = jax.jit(QTensor.dequantize)
 
 
 def config(name: str) -> QuantConfig:
-    """No calibration, codes as bitsandbytes computes them."""
+    """No calibration; codes as bitsandbytes computes them."""
     return QuantConfig(format=name, calibration="none", codes_from="exact")  # type: ignore[arg-type]
 
 
 def beside_bitsandbytes(name: str, weight: jax.Array, turns: int) -> list[tuple[Any, ...]]:
-    """Rows: format, what, weights a second of both, ratio; and whether each is accepted."""
+    """Rows of format, operation, weights a second of both, ratio, and whether it is met."""
     torch, functional = released.import_peer()
     theirs = torch.from_numpy(np.array(weight))
     packed, state = functional.quantize_4bit(theirs, blocksize=64, quant_type=name)
     ours = quantize(weight, config(name))
     pairs = np.asarray(ours.codes()).reshape(-1, 2)
-    levels = get_format(name).table  # FP4 has two zeros, their CPU code one
+    levels = get_format(name).table  # compares levels: FP4 has two zeros, their CPU code one
     flat = packed.numpy().reshape(-1)
     equal = all(
         np.array_equal(levels[pairs[:, i]], levels[flat >> shift & 15])
@@ -61,17 +60,19 @@ def beside_bitsandbytes(name: str, weight: jax.Array, turns: int) -> list[tuple[
     }
     rows = []
     for what, (mine, peer) in calls.items():
-        times = compare({"ours": mine, "peer": peer}, turns, 2)  # what torch returns is ready
+        times = compare(
+            {"ours": mine, "peer": peer}, turns, 2
+        )  # torch on a CPU is not asynchronous
         speeds = (f"{weight.size / times[who].median:.2e}" for who in ("ours", "peer"))
-        accepted = equal and times["ours"].speedup(times["peer"]) >= REQUIRED[what]
-        rows.append((name, what, *speeds, times["ours"].speedups(times["peer"]), accepted))
+        met = equal and times["ours"].speedup(times["peer"]) >= REQUIRED[what]
+        rows.append((name, what, *speeds, times["ours"].speedups(times["peer"]), met))
     if not equal:
         print(f"{name}: the codes differ")
     return rows
 
 
 def growth() -> list[tuple[str, ...]]:
-    """Rows: format, bits, matrix, weights a second."""
+    """Rows of format, bits, matrix, weights a second."""
     rows = []
     cases = [("nf4", size) for size in (256, 512, 1024, 2048, 4096)]
     for name, size in cases + [(name, 2048) for name in FORMATS if name != "nf4"]:
@@ -94,20 +95,20 @@ def main() -> int:
     weight = jax.random.normal(jax.random.key(0), (args.rows, args.columns), jnp.float32) * 0.02
     print(f"{machine()}; {args.rows} x {args.columns}\n")
     missing = released.peer_missing()
-    accepted = True
+    met = True
     if missing:
         print(f"The peer is missing: {missing}\n")
     else:
         rows = [
             row for name in ("nf4", "fp4") for row in beside_bitsandbytes(name, weight, args.turns)
         ]
-        accepted = all(row[-1] for row in rows)
+        met = all(row[-1] for row in rows)
         columns = ("format", "what", "ours, weights/s", "bitsandbytes, weights/s")
         print(table((*columns, "ratio (min-max)"), [row[:-1] for row in rows]))
     if args.growth or missing:
         columns = ("format", "bits", "matrix", "quantize, weights/s", "dequantize, weights/s")
         print("\n" + table(columns, growth()))
-    return 0 if accepted else 1
+    return 0 if met else 1
 
 
 if __name__ == "__main__":

@@ -1,15 +1,16 @@
-"""The search that IR-QLoRA's released code makes, as the peer of ours: torch and bitsandbytes.
+"""The search of IR-QLoRA's released code, as the peer of our search: torch and bitsandbytes.
 
-For every candidate the whole tensor is quantized anew; the entropy of each block is a float32 sum
-over the bins, for each of which the codes are repeated and compared with an int64 number. The
-released code has 16 bins whatever the format; fewer bits need no more than 2**bits, so that number
-can be given, as a procedure that someone might have mended so. A block keeps a
-candidate that is strictly better than all before. NF4 and FP4 are quantized by bitsandbytes, as
-released. It has no NF3 and NF2: there the same procedure uses torch.bucketize on the midpoints of
-the code book. The integer search is the loop over the factor of the range (AutoGPTQ's quantizer
-with that loop added). Written from its description.
+It is written from a description of that code. For every candidate it quantizes the whole tensor
+again. The entropy of each block is a float32 sum over bins; for each bin, the codes are repeated
+and compared with an int64 number. A block keeps a candidate that is strictly better than all others
+before it.
 
-Torch and bitsandbytes (extra `parity`) are imported when a search is made.
+The released code has 16 bins for all formats. Fewer bits need only 2**bits bins, so `bins` can be
+set, as somebody might have improved the procedure. bitsandbytes quantizes NF4 and FP4, as in the
+released code. It has no NF3 and NF2: for these, torch.bucketize uses the midpoints of the code
+book. The integer search is AutoGPTQ's quantizer with a loop over factors of the range.
+
+A search imports torch and bitsandbytes (extra `parity`) when it is called.
 """
 
 import warnings
@@ -24,7 +25,7 @@ BINS = 16
 
 
 def peer_missing() -> str | None:
-    """What keeps the peer from running, None if nothing does."""
+    """Why the peer cannot run, or None."""
     try:
         import_peer()
     except ImportError as error:
@@ -42,7 +43,7 @@ def search_shift(
         name: nf4, nf3, nf2 or fp4.
         search_range: lambda of the paper.
         steps: half the number of candidates.
-        bins: of the entropy.
+        bins: number of bins of the entropy.
     """
     torch, _ = import_peer()
     middle = blocks.median(dim=1, keepdim=True).values
@@ -69,7 +70,7 @@ def search_range(
     steps: int = 50,
     bins: int = BINS,
 ) -> tuple[Any, Any]:
-    """Codes (uint8 tensor [n, group]) in the chosen ranges, and the scales [n].
+    """Codes (uint8 tensor [n, group]) with the chosen ranges, and the scales [n].
 
     Args:
         groups: float32 tensor [n, group] on any device.
@@ -77,7 +78,7 @@ def search_range(
         symmetric: fixes the zero point.
         search_range: largest relative change of the range.
         steps: number of candidates above, and below, the plain range.
-        bins: of the entropy.
+        bins: number of bins of the entropy.
     """
     torch, _ = import_peer()
     top = 2**bits - 1
@@ -108,7 +109,7 @@ def search_range(
 
 
 def quantize(centered: Any, name: str) -> Any:
-    """Codes (uint8 tensor [n, block]) of blocks without their shift, the scale is max|w|."""
+    """Codes (uint8 tensor [n, block]) of blocks minus their shift; the scale is max|w|."""
     torch, functional = import_peer()
     block = centered.shape[1]
     if name in ("nf4", "fp4"):
@@ -116,8 +117,8 @@ def quantize(centered: Any, name: str) -> Any:
         pairs = packed.view(-1, 1)
         codes = torch.cat([pairs >> 4, pairs & 15], dim=1).view(-1, block)
         if name == "fp4" and codes.device.type == "cpu":
-            # On GPUs code 8, FP4's -0, stands for small w < 0; the CPU code gives it to w > 0, and
-            # an exact 0 another code than what is a little larger.
+            # On GPUs, small w < 0 get code 8, FP4's -0. The CPU code gives it to small w > 0, and
+            # gives an exact 0 a different code than a slightly larger number.
             codes = torch.where(codes & 7 == 0, (centered < 0).to(torch.uint8) * 8, codes)
         return codes
     scale = centered.abs().amax(dim=1, keepdim=True).clamp(min=1e-38)
@@ -135,7 +136,7 @@ def entropy(codes: Any, bins: int) -> Any:
 
 
 def import_peer() -> tuple[Any, Any]:
-    """torch, and bitsandbytes.functional."""
+    """Imports torch and bitsandbytes.functional."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import torch

@@ -1,14 +1,14 @@
-"""Weights per second of the ICQ searches, beside the procedure of the released code.
+"""Weights a second of the ICQ searches, compared with the procedure of the released code.
 
     python benchmarks/search.py [--blocks 32768] [--peer_blocks 4096] [--growth] [--formats nf4 ..]
 
-Normal random weights in blocks of 64 (integers: groups of 32), default ranges and candidates (201;
-integers 101). The peer (released.py; extra `parity`) has fewer blocks, since it takes 5 seconds
-for a quarter of a million weights, and runs on the GPU if torch sees one. With fewer than 4 bits it
-runs a second time, with its entropies over 2**bits bins in the place of the 16 that it has as
-released. All run in turns, after a warm-up; ratios are those of each turn, with their spread. Exit
-code 1 if the ratio to the released procedure is below 150, or if the codes of the peer have a
-higher entropy than ours in any block, both counted exactly.
+Weights are normal, in blocks of 64 (integers: groups of 32), with the default ranges and candidates
+(201; integers 101). The peer (released.py; extra `parity`) gets fewer blocks, because it takes 5
+seconds for a quarter of a million weights. It runs on the GPU if torch sees one. With fewer than 4
+bits it runs a second time, with entropies over 2**bits bins and not the released 16. All run in
+turns after a warm-up; ratios are per turn, with their spread. Exit code 1 if the ratio to the
+released procedure is below 150, or if in any block the peer's codes have a higher entropy than
+ours, both counted exactly.
 --growth shows time against number of weights, block size and number of candidates.
 """
 
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import released
-from timing import Timing, compare, machine, median_seconds, table
+from timing import Timing, compare, line, machine, median_seconds, table
 
 from irqlora_jax.quant.calibrations import icq, icq_integer
 from irqlora_jax.quant.config import QuantConfig
@@ -44,7 +44,7 @@ def ours(name: str, blocks: jax.Array, steps: int | None = None) -> Callable[[],
 
 
 def shaped(name: str, blocks: jax.Array) -> jax.Array:
-    """In the block size of the format."""
+    """Reshapes blocks of 64 to the block size of the format."""
     return blocks.reshape(-1, 32) if get_format(name).integer else blocks
 
 
@@ -60,7 +60,7 @@ def plain_speed(name: str, blocks: jax.Array, calibration: str) -> str:
 
 
 def peer_call(name: str, blocks: Any, bins: int, found: dict[str, Any]) -> Callable[[], None]:
-    """The released procedure; it leaves its codes in `found`."""
+    """The released procedure. It stores its codes in `found`."""
     import torch
 
     def call() -> None:
@@ -78,8 +78,10 @@ def peer_call(name: str, blocks: Any, bins: int, found: dict[str, Any]) -> Calla
 def beside_peer(
     name: str, blocks: jax.Array, peer_blocks: int, turns: int
 ) -> tuple[dict[str, Timing], int, int]:
-    """Times of "ours", "released" and (below 4 bits) "fewer bins", the weights that the peer had,
-    and the blocks in which ours is worse."""
+    """Times of "ours", "released" and (below 4 bits) "fewer bins".
+
+    Also returns how many weights the peer searched, and in how many blocks ours is worse.
+    """
     import torch
 
     levels = 2 ** get_format(name).bits
@@ -116,7 +118,7 @@ def main() -> int:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=32768, help="blocks of 64 weights")
-    parser.add_argument("--peer_blocks", type=int, default=4096, help="of them for the peer")
+    parser.add_argument("--peer_blocks", type=int, default=4096, help="blocks for the peer")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=FORMATS)
     parser.add_argument("--growth", action="store_true")
@@ -128,8 +130,8 @@ def main() -> int:
         print(f"The peer is missing: {missing}\n")
     columns = ("format", "search, weights/s", "released, weights/s", "ratio (min-max)")
     columns += ("to fewer bins", "blocks worse", "quantize with ICQ", "without")
-    print(table(columns, []))
-    accepted = True
+    print(table(columns))
+    met = True
     for name in args.formats:
         cells = ["-"] * 4
         if missing:
@@ -138,7 +140,7 @@ def main() -> int:
             peers = min(args.peer_blocks, args.blocks)
             times, size, worse = beside_peer(name, blocks, peers, args.turns)
             scale = blocks.size / size
-            accepted &= scale * times["ours"].speedup(times["released"]) >= REQUIRED and worse == 0
+            met &= scale * times["ours"].speedup(times["released"]) >= REQUIRED and worse == 0
             speed = blocks.size / times["ours"].median
             ratios = [
                 times["ours"].speedups(times[peer], scale) if peer in times else ""
@@ -146,11 +148,11 @@ def main() -> int:
             ]
             cells = [f"{size / times['released'].median:.2e}", *ratios, str(worse)]
         cells += [plain_speed(name, blocks, calibration) for calibration in ("icq", "none")]
-        print(f"| {' | '.join((name, f'{speed:.2e}', *cells))} |", flush=True)
+        print(line((name, f"{speed:.2e}", *cells)), flush=True)
     if args.growth:
         columns = ("format", "weights", "block", "candidates", "seconds", "weights/s")
         print("\n" + table(columns, growth("nf4") + growth("int4")))
-    return 0 if accepted else 1
+    return 0 if met else 1
 
 
 if __name__ == "__main__":

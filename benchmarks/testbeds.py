@@ -1,9 +1,8 @@
-"""Models that calibrations are measured on, each in several draws: the same function, other blocks.
+"""Models to measure calibrations on, in several draws: the same function with different blocks.
 
-stories260K has weights of a real training (its files are arguments), factworld (examples/factworld)
-counts what is remembered. Nothing is finetuned here. Weights are quantized as the library stores
-them and computed with as the float32 numbers that this stands for, so that one compiled program
-serves all formats.
+stories260K has really trained weights (its files are arguments). factworld (examples/factworld)
+measures how many facts a model remembers. Nothing is finetuned here. Weights are quantized as the
+library stores them, then dequantized to float32, so that one compiled program serves all formats.
 """
 
 import dataclasses
@@ -32,16 +31,20 @@ from draws import quantized
 from permute import permute
 
 Base = dict[str, Any]
-JITTER = 0.1  # channels of a draw are rescaled by factors within 1 +- this
+JITTER = 0.1  # factors of a draw's channels are within 1 +- this
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Testbed:
-    """Attributes:
-    figures: what `measure` returns, each with the sign of better.
-    bases: one for each draw, in turns.
-    measure: figures of a float base.
-    documents: rows of tokens like those of the training, for what wants inputs.
+    """A model with draws of its weights and a way to measure it.
+
+    Attributes:
+        name: name for tables.
+        figures: names of the figures that `measure` returns; 1 if more is better, else -1.
+        bases: float bases; the draws take them in turn.
+        config: of the model.
+        measure: the figures of a float base.
+        documents: rows of tokens as in the training, for methods that need inputs.
     """
 
     name: str
@@ -52,10 +55,10 @@ class Testbed:
     documents: np.ndarray
 
     def draw(self, number: int) -> Base:
-        """The same function as the base, to rounding, in other blocks.
+        """The same function as the base, up to rounding, with different blocks.
 
-        Where a row is one block (64 inputs), a permutation only changes the order in it; so that
-        roundings differ there too, channels are rescaled a little.
+        If a row is a single block (64 inputs), a permutation only changes the order in the block.
+        So channels are also rescaled a little, to change the roundings.
         """
         base = self.bases[number % len(self.bases)]
         key = jax.random.key(number)
@@ -69,7 +72,7 @@ class Testbed:
 
 
 def channels(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """Channels of each layer that can be rescaled: [layers, size] by where they are read."""
+    """Channels that can be rescaled: [layers, size], by the module that reads them."""
     layers, values = config.num_hidden_layers, config.num_key_value_heads * config.head_dim
     return {
         "attention": (layers, config.hidden_size),
@@ -80,8 +83,11 @@ def channels(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def rescale(base: Base, config: LlamaConfig, factors: dict[str, jax.Array]) -> Base:
-    """Multiplies columns of linear layers by `factors` (of `channels`) and divides what they read,
-    weights of norms or rows of the layer in front: the function stays."""
+    """Rescales channels (`channels`) without changing the function.
+
+    Multiplies columns of linear layers by `factors`. Divides the weights that produce these inputs:
+    weights of norms, or rows of the previous linear layer.
+    """
     layers = base["layers"]
     attention, mlp = dict(layers["self_attn"]), dict(layers["mlp"])
 
@@ -120,22 +126,22 @@ def is_packed(x: Any) -> bool:
 
 
 def dequantized(base: Base) -> Base:
-    """Float32 weights in the place of the packed ones."""
+    """Replaces packed weights by float32 weights."""
     return jax.tree.map(lambda x: _dequantize(x) if is_packed(x) else x, base, is_leaf=is_packed)
 
 
 def stored(base: Base, config: QuantConfig) -> Base:
-    """The float32 weights that the quantized base stands for."""
+    """The float32 weights that the quantized base represents."""
     return dequantized(quantized(base, config))
 
 
 def stories(
     model: Path, text: Path, tokens: int = 51_200, documents: Path | None = None
 ) -> Testbed:
-    """stories260K: loss per token (nats) of the first tokens of a text, windows of 256.
+    """stories260K: loss per token (nats) of the first tokens of a text, in windows of 256.
 
-    The windows are those of `perplexity`: all tokens but the first count once, and each sees up to
-    255 before it.
+    The windows are those of `perplexity`: all tokens except the first count once, and each sees up
+    to 255 tokens before it.
     """
     base, config = hf.load_base(model, None)
     tokenizer = hf.load_tokenizer(model)
@@ -155,12 +161,12 @@ def stories(
 
 
 def facts(name: str, questions: int = 2048, more: Path | None = None) -> Testbed:
-    """Factworld's base-NAME: multiple choice (%), bits per fact of held-out questions.
+    """Factworld's base-NAME: multiple choice (%) and bits per fact of held-out questions.
 
     Args:
         name: small or large.
-        questions: so many of them.
-        more: folder with further bases, NAME-1 and so on, as ablation.py pretrains them.
+        questions: number of questions.
+        more: folder with more bases, NAME-1 and so on, which ablation.py pretrains.
     """
     folders = [factworld.FOLDER / f"base-{name}"]
     folders += sorted(p for p in more.glob(f"{name}-*") if p.is_dir()) if more else []

@@ -1,7 +1,7 @@
-"""How the benchmarks measure time, and what they say of the machine.
+"""How the benchmarks measure time and describe the machine.
 
-Every call is warmed up (which compiles it), every time is taken after the device has finished, and
-what is compared is run in turns, so that whatever else the machine does meets all alike.
+Every call is warmed up, which compiles it. Every time ends when the device has finished. Calls that
+are compared run in turns, so that other load on the machine affects all of them alike.
 """
 
 import dataclasses
@@ -12,11 +12,12 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "google-tunix", "qwix", "torch", "transformers")
 PACKAGES += ("peft", "bitsandbytes")
@@ -24,7 +25,7 @@ PACKAGES += ("peft", "bitsandbytes")
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Wall times of the repeats of one call, in seconds."""
+    """Wall times of one call's repeats, in seconds."""
 
     seconds: tuple[float, ...]
 
@@ -38,16 +39,16 @@ class Timing:
         return f"{self.median * 1e3:.4g} ({low * 1e3:.4g}-{high * 1e3:.4g})"
 
     def rate(self, count: float) -> str:
-        """`count` a second, by the median and the spread, for a table."""
+        """`count` / seconds, as median and spread, for a table."""
         rates = [count / s for s in (self.median, max(self.seconds), min(self.seconds))]
         return "{} ({}-{})".format(*(f"{r:,.0f}" if r >= 100 else f"{r:.3g}" for r in rates))
 
     def speedup(self, other: "Timing") -> float:
-        """How many times as fast as the other: the median of the ratios of each turn."""
+        """How many times as fast as `other`: the median of the turns' ratios."""
         return statistics.median(self._ratios(other))
 
     def speedups(self, other: "Timing", scale: float = 1.0) -> str:
-        """`speedup` with its spread, for a table; times `scale`, where ours had more to do."""
+        """`speedup` with its spread, for a table, times `scale` if ours had more work."""
         ratios = [scale * ratio for ratio in self._ratios(other)]
         digits = 0 if min(ratios) >= 10 else 3
         low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
@@ -63,10 +64,10 @@ def compare(
     """Times calls in turns.
 
     Args:
-        calls: by name. What they return is waited for if it holds JAX arrays; any other call must
-            wait for its device itself.
-        repeats: turns; every second one goes backwards, so that nobody always follows the same.
-        warmup: calls of each beforehand that do not count. The first compiles.
+        calls: calls by name. Time ends when the JAX arrays that a call returns are ready; a call
+            that returns none must wait for its device itself.
+        repeats: number of turns. Every second turn goes backwards, so that the order varies.
+        warmup: calls of each before the first turn; they do not count. The first one compiles.
     """
     for call in calls.values():
         for _ in range(warmup):
@@ -82,12 +83,12 @@ def compare(
 
 
 def median_seconds(call: Callable[[], Any], repeats: int = 7) -> float:
-    """Median wall time of a call that returns JAX arrays, after one that compiles."""
+    """Median wall time of a call that returns JAX arrays, without compilation."""
     return compare({"": call}, repeats)[""].median
 
 
 def versions(packages: tuple[str, ...] = PACKAGES) -> str:
-    """Python and those of the packages that are installed."""
+    """The versions of Python and of the packages that are installed."""
     found = [f"Python {platform.python_version()}"]
     for package in packages:
         try:
@@ -123,7 +124,23 @@ def _driver() -> list[str]:
     return [f"driver {asked.stdout.splitlines()[0]}"] if asked.returncode == 0 else []
 
 
-def table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """Markdown."""
-    lines = [columns, ("---",) * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]] = ()) -> str:
+    """A table in Markdown; without rows only its head."""
+    return "\n".join(map(line, (columns, ("---",) * len(columns), *rows)))
+
+
+def line(cells: Iterable[str]) -> str:
+    """One row of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+def verdict(met: bool) -> str:
+    """How a benchmark reports that something holds, or does not."""
+    return "met" if met else "MISSED"
+
+
+def relative_error(x: jax.Array, expected: Any) -> float:
+    """Norm of the error, relative to the norm of `expected`, in float64."""
+    expected = np.asarray(expected, np.float64)
+    difference = np.asarray(x, np.float64) - expected
+    return float(np.linalg.norm(difference) / np.linalg.norm(expected))

@@ -1,14 +1,14 @@
-"""Is it worth training the scales and shifts of the blocks together with the adapter?
+"""Does it help to train the scales and shifts of the blocks together with the adapter?
 
     python benchmarks/trained_scales.py [--bases FOLDER] [--formats nf4 nf3 nf2]
 
-Factworld's small base, and those of FOLDER (small-1 and so on, as ablation.py pretrains them), each
-finetuned as in the ablation: LoRA alone, and with a factor for every scale and an offset, in
-scales, for every shift, which begin at 1 and 0 and are trained by the same optimizer. Trained they
-are float32 numbers, stored as such one bit a weight; so this is the most that they can give. The
-learning rate of each method is the best of the grid on the validation entities of the first base,
-the figures are those of the test entities: mean (standard deviation) over the bases, and the paired
-difference to LoRA alone with its standard error.
+Finetunes Factworld's small base and the bases in FOLDER (small-1 and so on, which ablation.py
+pretrains) as in the ablation, in two ways: LoRA alone, and LoRA with a trained factor for every
+scale and a trained offset, in units of the scale, for every shift. They start at 1 and 0, and the
+same optimizer trains them. The trained numbers stay float32, which takes one bit a weight, so this
+is the largest gain that is possible. Each method has the learning rate of the grid that is best on
+the validation entities of the first base. The figures are for the test entities: mean (standard
+deviation) over the bases, and the paired difference to LoRA alone with its standard error.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from testbeds import Base, paired, quantized, spread
-from timing import machine, table
+from timing import line, machine, table
 
 from irqlora_jax import hf
 from irqlora_jax.adapters.config import AdapterConfig
@@ -32,7 +32,7 @@ from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
 
 # isort: split
-import ablation  # testbeds has put its folder on the path
+import ablation  # testbeds adds its folder to the path
 import world as factworld
 
 HOWS: dict[str, Mapping[str, Any]] = {
@@ -45,19 +45,19 @@ GROUPS = ("self_attn", "mlp")
 
 @dataclasses.dataclass(frozen=True)
 class Regridded:
-    """A model with scales and shifts that are moved by its adapters' "grid"."""
+    """A model whose adapters have a "grid" that moves its scales and shifts."""
 
     model: Llama
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As `Llama.apply`, for adapters of `start` and a base of `apart`."""
+        """`Llama.apply` for adapters from `start` and a base from `apart`."""
         params, base = variables["params"], moved(variables["base"], variables["params"]["grid"])
         return self.model.apply({"params": params["lora"], "base": base}, *args, **kwargs)
 
 
 @jax.jit
 def apart(packed: Base) -> Base:
-    """Levels [..., out, in], scales and shifts [..., out, blocks] in the place of each QTensor."""
+    """Replaces each QTensor by its `parts`."""
     layers = dict(packed["layers"])
     for group in GROUPS:
         layers[group] = {
@@ -67,7 +67,7 @@ def apart(packed: Base) -> Base:
 
 
 def parts(weight: QTensor) -> dict[str, jax.Array]:
-    """Of one stack of matrices."""
+    """Levels [..., out, blocks, block], and scales and shifts [..., out, blocks], of a QTensor."""
     scale, shift = weight.scale(), weight.shift()
     assert shift is not None and weight.shape[-1] % weight.block_size == 0
     unit = blocks(weight.dequantize(), scale) - shift[..., None]
@@ -76,7 +76,7 @@ def parts(weight: QTensor) -> dict[str, jax.Array]:
 
 
 def blocks(weight: jax.Array, scale: jax.Array) -> jax.Array:
-    """[..., out, in] as [..., out, blocks, block]."""
+    """Reshapes [..., out, in] to [..., out, blocks, block]."""
     return weight.reshape(*scale.shape, -1)
 
 
@@ -95,7 +95,7 @@ def moved(base: Base, grid: Any) -> Base:
 
 
 def start(model: Llama, base: Base) -> Any:
-    """LoRA's own start, and a grid that moves nothing."""
+    """LoRA's initial adapters, and a grid that moves nothing."""
     grid = {
         group: {
             name: {part: jnp.zeros_like(linear["scale"]) for part in ("factor", "offset")}
@@ -107,7 +107,7 @@ def start(model: Llama, base: Base) -> Any:
 
 
 class Bench:
-    """Finetunes and measures; keeps the data."""
+    """Holds the data; finetunes and measures."""
 
     def __init__(self, folders: list[Path], steps: int, questions: int | None) -> None:
         tokenizer = hf.load_tokenizer(folders[0])
@@ -120,7 +120,7 @@ class Bench:
         )
 
     def run(self, number: int, quant: QuantConfig, trains_grid: bool, rate: float) -> Any:
-        """The figures of one finetune."""
+        """Finetunes one base and returns its figures."""
         weights, config = hf.load_base(self.folders[number], None)
         base = apart(quantized(weights, quant))
         adapter = AdapterConfig(method="lora", rank=ablation.RANK, alpha=ablation.ALPHA)
@@ -130,7 +130,11 @@ class Bench:
             lambda path, _: jnp.float32(trains_grid or path[0].key == "lora"), adapters
         )
         adapters, _ = ablation.finetune(
-            *(base, adapters, self.batches, jnp.float32(rate), trained),
+            base,
+            adapters,
+            self.batches,
+            jnp.float32(rate),
+            trained,
             model=Regridded(model),
             config=self.config,
         )
@@ -144,14 +148,14 @@ def main() -> None:
     parser.add_argument("--bases", type=Path, help="folder with more bases (of ablation.py)")
     parser.add_argument("--formats", nargs="+", default=("nf4", "nf3", "nf2"))
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--questions", type=int, help="of the test (default: all)")
+    parser.add_argument("--questions", type=int, help="test questions (default: all)")
     args = parser.parse_args()
     folders = [factworld.FOLDER / "base-small"]
     folders += sorted(p for p in args.bases.glob("small-?") if p.is_dir()) if args.bases else []
     bench = Bench(folders, args.steps, args.questions)
     print(f"{machine()}; {len(folders)} bases, {args.steps} steps\n")
     columns = ("format", "calibration", "trained", "rate", "accuracy (%)", "to LoRA")
-    print(table((*columns, "bits per fact", "to LoRA"), []))
+    print(table((*columns, "bits per fact", "to LoRA")))
     for name in args.formats:
         for how, fields in HOWS.items():
             quant = QuantConfig(format=name, **fields)
@@ -166,7 +170,7 @@ def main() -> None:
                     values = [factor * run["test"][figure] for run in runs]
                     other = alone.setdefault(figure, values)
                     cells += [spread(values), paired(values, other) if trains_grid else ""]
-                print(f"| {' | '.join(cells)} |", flush=True)
+                print(line(cells), flush=True)
 
 
 if __name__ == "__main__":

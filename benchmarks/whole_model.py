@@ -1,10 +1,9 @@
-"""Seconds of ICQ for a whole model whose weights are on the device already.
+"""Seconds of ICQ for a whole model whose weights are already on the device.
 
     python benchmarks/whole_model.py [--size 7b] [--format nf4]
 
-Random weights in bfloat16, layer after layer through `quantize`, as a checkpoint is quantized but
-without the reading. At --size 7b, 6.5e9 weights, a GPU must take at most 10 s: exit code 1 if it
-takes longer.
+Quantizes random bfloat16 weights layer after layer, as for a checkpoint but without reading. With
+--size 7b, which has 6.5e9 weights, a GPU must take at most 10 s; exit code 1 otherwise.
 """
 
 import argparse
@@ -14,7 +13,7 @@ import time
 
 import jax
 import jax.numpy as jnp
-from timing import machine
+from timing import machine, verdict
 from train_step import add_size, fill_size, llama
 
 from irqlora_jax.quant.config import QuantConfig
@@ -37,7 +36,7 @@ def main() -> int:
         for layer in range(args.layers)
         for shape in shapes
     ]
-    # Compiles: one program a shape.
+    # Compiles one program for each shape.
     jax.block_until_ready([quantize(weight, config) for weight in weights[: len(shapes)]])
     start = time.perf_counter()
     jax.block_until_ready([quantize(weight, config) for weight in weights])
@@ -47,7 +46,7 @@ def main() -> int:
     print(f"{count / seconds:.3g} weights/s")
     if args.size != "7b" or jax.default_backend() == "cpu":
         return 0
-    print(f"must be at most {MOST} s: {'met' if seconds <= MOST else 'MISSED'}")
+    print(f"must be at most {MOST} s: {verdict(seconds <= MOST)}")
     return 0 if seconds <= MOST else 1
 
 

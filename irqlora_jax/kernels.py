@@ -1,8 +1,8 @@
 """Makes the Pallas sources importable as irqlora_jax.kernels.*
 
-In a checkout they are the sibling folder kernels/, in an installed wheel they lie next to this
-file. The folder has no __init__.py: as a top-level package `kernels` it would shadow the one of
-that name that transformers looks for.
+In a checkout they are in the sibling folder kernels/, in an installed wheel next to this file. The
+folder has no __init__.py: as a top-level package it would shadow the package named `kernels` that
+transformers looks for.
 """
 
 from pathlib import Path

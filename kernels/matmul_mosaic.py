@@ -1,9 +1,9 @@
-"""x @ W^T and g @ W on Hopper GPUs, with W in 2, 3 or 4 bits until it is in registers (Mosaic GPU).
+"""x @ W^T and g @ W on Hopper GPUs (Mosaic GPU). W keeps its 2, 3 or 4 bits until the registers.
 
-In the layout "fragments" a thread loads just the codes of its part of an operand of the tensor
-cores (wgmma); they become levels by byte permutes (`byte_table.py`), and weights by one
-multiply-add for two of them. No dequantized weight is ever in the memory of the GPU.
-`mosaic_product.py` has the loops.
+In the layout "fragments", a thread loads exactly the codes of its part of a tensor core operand
+(wgmma). Byte permutes turn codes into levels (`matmul_mosaic_byte_table.py`), and one multiply-add
+turns two levels into weights. No dequantized weight is ever in the memory of the GPU.
+`matmul_mosaic_product.py` has the loops.
 """
 
 import dataclasses
@@ -17,27 +17,24 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, UInt32
 
-from irqlora_jax.kernels import measured, mosaic_tiles
-from irqlora_jax.kernels.mosaic_product import product
+from irqlora_jax.kernels import measured
+from irqlora_jax.kernels.matmul_mosaic_product import product
+from irqlora_jax.kernels.matmul_mosaic_tiles import BLOCK, Tiles, default_tiles
 from irqlora_jax.machine import compute_capability
 from irqlora_jax.quant import packing
 from irqlora_jax.quant.formats import get_format
-from irqlora_jax.quant.matmul import Implementation, was_faster
 from irqlora_jax.quant.qtensor import QTensor
-
-Tiles, default_tiles = mosaic_tiles.Tiles, mosaic_tiles.default_tiles
-BLOCK = mosaic_tiles.BLOCK
 
 
 def refusal(x: Array, weight: QTensor, device: Any = None) -> str | None:
-    """Why the kernel cannot serve x and W on a device (by default jax's first); None if it can."""
+    """Why the kernels cannot serve x and W on a device (None: jax's first); None if they can."""
     device = jax.devices()[0] if device is None else device
     capability = compute_capability(device)
     if capability != (9, 0):
         return f"it needs compute capability 9.0, {device.device_kind} has {_dotted(capability)}"
     mesh = jax.sharding.get_abstract_mesh()
     sizes = [size for name, size in mesh.shape.items() if name not in mesh.manual_axes]
-    if math.prod(sizes) > 1:  # within shard_map all axes are manual
+    if math.prod(sizes) > 1:  # inside shard_map all axes are manual
         return f"it runs on one device, the mesh has {math.prod(sizes)}"
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes x in bfloat16 or float16, this one is {x.dtype}"
@@ -55,16 +52,16 @@ def refusal(x: Array, weight: QTensor, device: Any = None) -> str | None:
 def matmul(
     x: Float[Array, "*batch in"], weight: QTensor, tiles: Tiles | None = None
 ) -> Float[Array, "*batch out"]:
-    """x @ weight^T in the type of x, bfloat16 or float16; sums are float32.
+    """x @ weight^T in the type of x, bfloat16 or float16. Sums are float32.
 
-    The levels, and the scale and the shift of a block, are rounded to the type of x before they are
-    multiplied and added, which rounds once.
+    Levels, scales and shifts are first rounded to the type of x. One multiply-add, which rounds
+    once, makes the weight from them.
 
     Args:
         x: activations.
-        weight: in the layout "fragments", in blocks of 64.
-        tiles: how to cut the work; by default as was measured to be the fastest here
-            (`measured.py`), or `default_tiles`.
+        weight: in the layout "fragments", with blocks of 64.
+        tiles: how the work is cut; None: the tiles that `measured.json` has for this place, or
+            else `default_tiles`.
     """
     return _product("matmul", x, weight, tiles)
 
@@ -72,7 +69,7 @@ def matmul(
 def matmul_transposed(
     g: Float[Array, "*batch out"], weight: QTensor, tiles: Tiles | None = None
 ) -> Float[Array, "*batch in"]:
-    """g @ weight in the type of g, rounded and summed as in `matmul`, arguments as there."""
+    """g @ weight in the type of g, with the roundings, sums and arguments of `matmul`."""
     return _product("matmul_transposed", g, weight, tiles)
 
 
@@ -87,7 +84,7 @@ def _product(operation: str, x: Array, weight: QTensor, tiles: Tiles | None) -> 
         kind = jax.devices()[0].device_kind
         tuned = measured.tuned_tiles(operation, "mosaic", kind, fmt.name, weight.shape, m)
         tiles = dataclasses.replace(default_tiles(m, n, k, fmt.bits, transposed), **tuned)
-    # The copies are made of tiles of 8 x 64, and want lines of a multiple of 16 bytes.
+    # Copies move tiles of 8 x 64, and need lines of a multiple of 16 bytes.
     rows = jnp.pad(rows, ((0, -m % 8), (0, -terms % BLOCK)))
     codes = weight.packed.reshape(n, -1)
     codes = jnp.pad(codes, ((0, 0), (0, -codes.shape[1] % 16)))
@@ -96,15 +93,15 @@ def _product(operation: str, x: Array, weight: QTensor, tiles: Tiles | None) -> 
     kernel = product(*sizes, fmt.bits, fmt.levels, dtype, tiles, transposed)
     found = kernel(codes, affine(weight, x.dtype), rows)
     if tiles.splits > 1:
-        # One after the other, not as a reduction whose order is the compiler's.
+        # One after the other: in a reduction the compiler would choose the order.
         found = functools.reduce(jnp.add, list(found)).T.astype(x.dtype)
     return found[:m, :out].reshape(*x.shape[:-1], out)
 
 
 def affine(weight: QTensor, dtype: DTypeLike) -> UInt32[Array, "blocks padded"]:
-    """Scale (low half) and shift (high half) of every block, a column for each row of W.
+    """Scale (low half) and shift (high half) of every block, with one column for each row of W.
 
-    Columns are padded to a multiple of 4: TMA wants lines of a multiple of 16 bytes.
+    The columns are padded to a multiple of 4, because TMA needs lines of a multiple of 16 bytes.
     """
     scale, shift = weight.scale(), weight.shift()
     low = lax.bitcast_convert_type(scale.astype(dtype), jnp.uint16).astype(jnp.uint32)
@@ -117,7 +114,7 @@ def affine(weight: QTensor, dtype: DTypeLike) -> UInt32[Array, "blocks padded"]:
 
 @functools.cache
 def _missing() -> str | None:
-    """What the installed jax lacks."""
+    """Names that the kernels need and the installed jax lacks, in a sentence."""
     try:
         from jax.experimental.mosaic import gpu as mgpu
         from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -132,6 +129,3 @@ def _missing() -> str | None:
 
 def _dotted(capability: tuple[int, int] | None) -> str:
     return "none" if capability is None else ".".join(map(str, capability))
-
-
-MOSAIC = Implementation("mosaic", refusal, matmul, matmul_transposed, was_faster("mosaic"))

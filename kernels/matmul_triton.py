@@ -1,8 +1,8 @@
-"""x @ W^T and g @ W with packed W in one kernel each, by the Triton backend of Pallas.
+"""x @ W^T and g @ W with packed W, one kernel each, by the Triton backend of Pallas.
 
-For NVIDIA GPUs of compute capability 8.0 or more. Nothing dequantized is ever written to memory:
-every program dequantizes the tiles that it multiplies, in float32, and rounds them to the type of
-the activations, as the XLA path does. It sums in float32.
+For NVIDIA GPUs of compute capability 8.0 or more. No dequantized weight is ever written to memory:
+every program dequantizes its tiles in float32 and rounds them to the type of the activations, as
+XLA's path does. Sums are float32.
 """
 
 import dataclasses
@@ -15,18 +15,23 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int32
 
-from irqlora_jax.kernels.backend_triton import announce, backend, refusal
-from irqlora_jax.kernels.dequantize_triton import Blocks, Field, dequantize
-from irqlora_jax.kernels.factors_triton import Factors
+from irqlora_jax.kernels import triton_backend
+from irqlora_jax.kernels.matmul_triton_dequantize import Blocks, Field, dequantize
+from irqlora_jax.kernels.matmul_triton_factors import Factors
+from irqlora_jax.kernels.matmul_triton_tiles import Tiles, default_tiles
 from irqlora_jax.kernels.measured import tuned_tiles
-from irqlora_jax.kernels.tiles_triton import Tiles, default_tiles
+from irqlora_jax.kernels.triton_backend import announce, backend
 from irqlora_jax.quant import packing
 from irqlora_jax.quant.formats import get_format
-from irqlora_jax.quant.matmul import Implementation, was_faster
 from irqlora_jax.quant.qtensor import QTensor
 
 BLOCK_SIZES = (32, 64, 128, 256)
-"""Triton's arrays have powers of two as sizes, and its products at least 16 terms."""
+"""The sizes of Triton's arrays are powers of two, and its products have at least 16 terms."""
+
+
+def refusal(x: Array, weight: QTensor) -> str | None:
+    """Why the kernels cannot serve x and W on jax's first device; None if they can."""
+    return triton_backend.refusal() or _unfit(x, weight, interpret=False)
 
 
 def matmul(
@@ -38,10 +43,11 @@ def matmul(
     """x @ weight^T, summed in float32, in the type of x.
 
     Args:
-        x: activations, bfloat16 or float16; when interpreted float32 too.
-        weight: one matrix [out, in] in layout "planes", its block size one of `BLOCK_SIZES`.
-        tiles: None for those measured to be the fastest here (`measured.py`), or `default_tiles`.
-        interpret: evaluate the kernel by XLA, on any device.
+        x: activations, bfloat16 or float16; float32 too if interpreted.
+        weight: one matrix [out, in] in the layout "planes", with a block size of `BLOCK_SIZES`.
+        tiles: how the work is cut; None: the tiles that `measured.json` has for this place, or
+            else `default_tiles`.
+        interpret: whether XLA interprets the kernel, on any device.
 
     Raises:
         ValueError: another type, layout or block size, or a stack of matrices.
@@ -59,7 +65,7 @@ def matmul_transposed(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Float[Array, "*batch in"]:
-    """g @ weight, summed in float32, in the type of g. Arguments as those of `matmul`."""
+    """g @ weight, summed in float32, in the type of g, with the arguments of `matmul`."""
     rows = g.reshape(-1, g.shape[-1])
     _, features = weight.shape
     tiles = tiles or _tiles("matmul_transposed", weight, rows.shape[0])
@@ -68,7 +74,7 @@ def matmul_transposed(
 
 
 def _tiles(operation: str, weight: QTensor, rows: int) -> Tiles:
-    """By rule, but for what was measured to be faster on this device."""
+    """`default_tiles`, with the fields that were measured to be faster on this device."""
     bits = get_format(weight.format).bits
     tiles = default_tiles(rows, *weight.shape, bits, transposed=operation != "matmul")
     kind = jax.devices()[0].device_kind
@@ -78,17 +84,17 @@ def _tiles(operation: str, weight: QTensor, rows: int) -> Tiles:
 
 @dataclasses.dataclass(frozen=True)
 class _Cut:
-    """What a kernel knows of W and of its tiles at trace time.
+    """What a kernel knows about W and its tiles when it is traced.
 
     Attributes:
-        blocks: how blocks of W are taken apart.
-        factors: where their scales and shifts come from.
+        blocks: how blocks of W split into fields.
+        factors: how the kernel gets scales and shifts.
         shape: [out, in] of W.
-        tile_blocks: blocks of a row of a tile of W.
-        tiles: as asked for.
-        steps: tiles that one program sums up.
+        tile_blocks: blocks in a row of a tile of W.
+        tiles: the tiles that were asked for.
+        steps: tiles that one program sums.
         splits: programs that share a sum.
-        inline_asm: whether levels are looked up by byte permutations.
+        inline_asm: whether byte permutations look levels up.
     """
 
     blocks: Blocks
@@ -101,17 +107,19 @@ class _Cut:
     inline_asm: bool
 
     def columns(self, first: Array | int, field: Field) -> Int32[Array, " columns"]:
-        """The inputs of a field of the tile that begins with block `first`."""
+        """The inputs of a field, in the tile that begins with block `first`."""
         width = self.blocks.width
         lane = jnp.arange(self.tile_blocks * width)
-        # Not `//` and `%`: they care for negative numbers, and the compiler would no longer see
-        # that neighbors are neighbors.
+        # Not `//` and `%`: they handle negative numbers, which hides from the compiler that
+        # neighboring lanes read neighboring columns.
         block, inside = jax.lax.div(lane, width), jax.lax.rem(lane, width)
         return (first + block) * self.blocks.block_size + field.start + inside
 
     def fetch(self, refs: Sequence[Any], rows: Array, first: Array) -> "_Raw":
-        """A tile of W: these rows, and the blocks from `first` on. What lies outside of W repeats
-        its last row or block."""
+        """Loads a tile of W: these rows, and the blocks from `first` on.
+
+        Rows and blocks outside W repeat its last row or block.
+        """
         packed_ref, *factor_refs = refs
         last = self.factors.row_blocks - 1
         block = jnp.minimum(first + jnp.arange(self.tile_blocks), last)
@@ -127,7 +135,7 @@ class _Cut:
     def dequantize(
         self, refs: Sequence[Any], raw: "_Raw", dtype: Any
     ) -> list[Float[Array, "rows columns"]]:
-        """The fields of a tile of W."""
+        """The dequantized fields of a tile of W."""
         planes, stored = raw
         scale, shift = self.factors.decode(_load, refs[1:], stored)
         asm = backend().elementwise_inline_asm if self.inline_asm else None
@@ -138,13 +146,13 @@ class _Cut:
 
 
 _Raw = tuple[list[Array], list[Array]]
-"""Of a tile of W: bytes, [rows, blocks, width] for each plane, and what `Factors` reads."""
+"""A loaded tile of W: bytes [rows, blocks, width] for each plane, and the result of `fetch`."""
 
 
 def _call(
     kernel: Any, rows: Array, weight: QTensor, features: int, tiles: Tiles, interpret: bool
 ) -> Float[Array, "rows features"]:
-    """One of the kernels for all tiles."""
+    """Runs one of the kernels over all tiles."""
     if (reason := _unfit(rows, weight, interpret)) is not None:
         raise ValueError(f"implementation = 'triton': {reason}")
     if not interpret:
@@ -163,7 +171,7 @@ def _call(
     count = rows.shape[0]
     parts = pl.pallas_call(
         functools.partial(kernel, cut),
-        # Programs that follow one another read the same tiles of W.
+        # Consecutive programs read the same tiles of W.
         grid=(-(-count // tiles.block_m), apart, splits),
         out_shape=jax.ShapeDtypeStruct(
             (splits, count, features), jnp.float32 if splits > 1 else rows.dtype
@@ -178,10 +186,10 @@ def _call(
 
 
 def _forward_kernel(cut: _Cut, x_ref: Any, *refs: Any) -> None:
-    """One tile [block_m, block_n] of x @ W^T.
+    """Computes one tile [block_m, block_n] of x @ W^T.
 
-    W is the left factor, [block_n, inputs] x [inputs, block_m]: the tensor cores take that one from
-    registers, where it has been dequantized, and few rows of x cost no more than there are.
+    W is the left factor, [block_n, inputs] x [inputs, block_m]. The tensor cores take that factor
+    from registers, where the kernel dequantizes it, and the right factor may have few columns.
     """
     *weight_refs, out_ref = refs
     tiles, inputs = cut.tiles, cut.shape[1]
@@ -206,12 +214,12 @@ def _forward_kernel(cut: _Cut, x_ref: Any, *refs: Any) -> None:
 
 
 def _transposed_kernel(cut: _Cut, g_ref: Any, *refs: Any) -> None:
-    """One tile [block_m, block_k] of g @ W, each field on its own.
+    """Computes one tile [block_m, block_k] of g @ W, field by field.
 
-    W is summed over its rows, along which its bytes do not lie. So it has to go through shared
-    memory, and it is kept there one step for two reasons: the tensor cores multiply one tile while
-    the next one is dequantized and the one after that is loaded; and the compiler, which would
-    rather let every warp dequantize all that it needs, does not move it across a step.
+    The sum goes over the rows of W, but the bytes of a row are contiguous. So W has to go through
+    shared memory. It stays there for one step, for two reasons. The tensor cores multiply one tile
+    while the next one is dequantized and the one after that is loaded. And without the step the
+    compiler would let every warp dequantize all the weights that it needs.
     """
     *weight_refs, out_ref = refs
     tiles, outputs = cut.tiles, cut.shape[0]
@@ -258,13 +266,8 @@ def _store(ref: Any, part: Array, m: Array, n: Array, values: Array) -> None:
     backend().store(at, values.astype(ref.dtype), mask=inside)
 
 
-def _refusal(x: Array, weight: QTensor) -> str | None:
-    """Why it cannot serve, if it cannot."""
-    return refusal() or _unfit(x, weight, interpret=False)
-
-
 def _unfit(x: Array, weight: QTensor, interpret: bool) -> str | None:
-    """Why there is no such kernel, if there is none."""
+    """Why the kernels do not take these operands, or None."""
     accepted = ("bfloat16", "float16", *(("float32",) if interpret else ()))
     if x.dtype.name not in accepted:
         return f"it takes {' and '.join(accepted)}, not {x.dtype}"
@@ -276,6 +279,3 @@ def _unfit(x: Array, weight: QTensor, interpret: bool) -> str | None:
     if weight.packed.ndim != 3:
         return f"it takes one matrix, not {weight.packed.shape[:-3]} of them"
     return None
-
-
-TRITON = Implementation("triton", _refusal, matmul, matmul_transposed, was_faster("triton"))

@@ -1,9 +1,9 @@
-"""Where a kernel is taken without being asked for: where a committed measurement says it is faster.
+"""Where a kernel is the default: only where a committed measurement says that it is faster.
 
-`measured.json` holds what benchmarks/kernels.py --record found on a GPU, and nothing else. A kernel
-that was not measured for the device, the format, the shape and the number of rows is never the
-default. With --tune it holds the tiles too that were the fastest there; elsewhere each kernel has a
-rule for them (`default_tiles`).
+`measured.json` holds the results of `benchmarks/kernels.py --record` on a GPU, and nothing else. A
+kernel is never the default for a device, format, shape and number of rows that were not measured.
+With --tune the file also has the fastest tiles; without them a kernel uses its rule,
+`default_tiles`.
 """
 
 import dataclasses
@@ -18,20 +18,20 @@ FILE = Path(__file__).parent / "measured.json"
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """A kernel beside XLA's path, in one run.
+    """A kernel compared with XLA's path in one run.
 
     Attributes:
         operation: "matmul" (y = x W^T), "matmul_transposed" (dX = g W) or "search" (ICQ's
             shifts, or the ranges of integers).
-        implementation: as asked for, "mosaic" or "triton".
+        implementation: "mosaic" or "triton".
         device: `device_kind` of jax.
-        format: of the codes.
-        shape: [out, in] of the matrix; of a search [any, block size].
-        rows: of x or g, from and to: neighbors that were both measured. Of a search, 0 and 0.
-        speedup: over XLA's path, the least of the two ends.
-        jax: version.
-        date: of the run, YYYY-MM-DD.
-        tiles: fields of the kernel's `Tiles` that were the fastest; empty: those of its rule.
+        format: name of the code book.
+        shape: [out, in] of the matrix; for a search [0, block size].
+        rows: first and last number of rows of x or g; neighbors, both measured. For a search 0, 0.
+        speedup: over XLA's path, the smaller of the two ends.
+        jax: version of jax.
+        date: date of the run, YYYY-MM-DD.
+        tiles: fields of the fastest `Tiles` that differ from the kernel's rule.
     """
 
     operation: str
@@ -48,10 +48,10 @@ class Measurement:
 
 @functools.cache
 def read_measurements(file: Path = FILE) -> tuple[Measurement, ...]:
-    """What was measured so far.
+    """All committed measurements.
 
     Raises:
-        ValueError: not a list of measurements.
+        ValueError: the file is not a list of measurements.
     """
     try:
         return tuple(
@@ -71,7 +71,7 @@ def fastest(
     rows: int = 0,
     measurements: Sequence[Measurement] | None = None,
 ) -> Measurement | None:
-    """Where the kernel was faster than XLA's path here, by the most; None: nowhere."""
+    """The measurement with the largest speedup over XLA's path; None if none is above 1."""
     known = read_measurements() if measurements is None else measurements
     wanted = operation, implementation, device, format, shape
     found = [
@@ -85,12 +85,14 @@ def fastest(
 
 
 def is_faster(*place: Any) -> bool:
-    """Whether a measurement says that the kernel is faster; arguments of `fastest`."""
+    """Whether a measurement says that the kernel is faster; takes the arguments of `fastest`."""
     return fastest(*place) is not None
 
 
 def tuned_tiles(*place: Any) -> dict[str, Any]:
-    """Fields of the kernel's `Tiles` that were the fastest, none for its rule; arguments of
-    `fastest`."""
+    """Fields of the fastest `Tiles` that differ from the kernel's rule.
+
+    Takes the arguments of `fastest`.
+    """
     found = fastest(*place)
     return found.tiles if found else {}

@@ -1,20 +1,21 @@
 """The ICQ searches for integer formats as one GPU kernel (Pallas, Triton backend).
 
-`search` finds the very floats that `search_range` and `search_zero_point` of
-`irqlora_jax.quant.icq_integer` find. `search_triton.py` is the kernel for the other formats.
+`search` finds exactly the floats that `search_range` and `search_zero_point` of
+`quant/calibrations/icq_integer.py` find. `search_triton.py` is the kernel for the other formats.
 
-A thread owns a block. It copies the weights once into a column of a scratch buffer, so that
-neighboring threads read neighboring addresses, and then goes over them once a candidate, by the
-operations of the quantizer. The codes of 8 weights at a time are counted in fields of 4 bits of an
-integer (a second one has those above 7), which are added up in fields of 8 or 16 bits; the entropy
-is a sum over a table of integers. What comes out is the index of the best candidate and the ends of
-the block, of which XLA makes scale and zero point as in its own search. The sorted pointers of
-`search_triton.py` would save little: a code takes no comparisons here, and half the candidates.
+Each thread searches one block. It copies the weights once into a column of a scratch buffer, so
+that neighboring threads read neighboring addresses. For each candidate it goes over them once, by
+the operations of the quantizer. It counts the codes of 8 weights in 4-bit fields of an integer (a
+second integer counts codes above 7), and adds these to fields of 8 or 16 bits. The entropy is a sum
+over a table of integers. The results are the index of the best candidate and the ends of the block;
+XLA makes scale and zero point from them, as in its own search. The sorted pointers of
+`search_triton.py` would save little here: a code needs no comparisons, and there are half as many
+candidates.
 
 Cost, from the instructions compiled for an H200 (tests/cuda/test_search_cuda.py): for 32 blocks of
-32 in int4, 101 candidates of 111 instructions and 142 for each 8 weights: 67 instructions of a warp
-a weight, or 0.49 s for LLaMA-7B at the rate of issue; int3 0.39 s, int2 0.38 s. The kernel has not
-run on a GPU.
+32 in int4, 101 candidates take 111 instructions each, and 142 for every 8 weights. That is 67
+instructions of a warp for each weight, or 0.49 s for LLaMA-7B at the rate of issue; int3 takes 0.39
+s, int2 0.38 s. An H100 took 0.60, 0.49 and 0.46 s (kernels/README.md).
 """
 
 import dataclasses
@@ -29,18 +30,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32, Int, Int32
 
-from irqlora_jax.kernels import backend_triton
+from irqlora_jax.kernels import triton_backend
 from irqlora_jax.kernels.search_triton import unserved_blocks, whole
 from irqlora_jax.quant.calibrations.icq_integer import Candidates, limits
 from irqlora_jax.quant.entropy import FLOAT_MAX, bits_of, histogram_weight
 
 try:
     from jax.experimental.pallas import triton as plt
-except ImportError:  # a later jax, without this backend: `refusal` says so
+except ImportError:  # a later jax without this backend; `refusal` says so
     plt = None
 
 _CHUNK = 8  # weights that are counted in fields of 4 bits
-_MAGIC = np.float32(1.5 * 2**23)  # numbers near it are whole, and follow each other as their bits
+_MAGIC = np.float32(1.5 * 2**23)  # floats near it are whole numbers; the next one has bits + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Tiles:
     """How the work is cut. It changes no result.
 
     Attributes:
-        blocks: of a program, a power of two; one a thread if there are 32 a warp.
-        warps: of a program.
+        blocks: blocks of a program, a power of two; with 32 for each warp, one for each thread.
+        warps: warps of a program.
     """
 
     blocks: int = 32
@@ -60,11 +61,11 @@ def refusal(blocks: Array | jax.ShapeDtypeStruct, bits: int, device: Any = None)
     """Why the kernel cannot serve; None if it can.
 
     Args:
-        blocks: what is to be searched, [n, block].
+        blocks: weights, [n, block].
         bits: width of a code.
-        device: of jax; None: the first one.
+        device: a jax device; None: the first one.
     """
-    return backend_triton.refusal(device) or _unserved(blocks, bits)
+    return triton_backend.refusal(device) or _unserved(blocks, bits)
 
 
 def _unserved(blocks: Array | jax.ShapeDtypeStruct, bits: int) -> str | None:
@@ -81,19 +82,19 @@ def search(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> tuple[Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"]]:
-    """Scale, zero point and entropy of every block: those of the best candidate, the first of them.
+    """Scale, zero point and entropy of every block's first best candidate.
 
-    Needs a buffer of 4 bytes a weight while it runs.
+    While it runs, it needs a buffer of 4 bytes for each weight.
 
     Args:
         blocks: finite weights in blocks of 16, 32, 64, 128 or 256.
         candidates: `icq_integer.range_candidates` or `zero_point_candidates`.
         valid: number of real elements in each block (at least 1); None: all.
         tiles: how the work is cut; None: `Tiles()`.
-        interpret: run as ordinary operations of XLA, on any device.
+        interpret: whether XLA interprets the kernel, on any device.
 
     Raises:
-        ValueError: what `refusal` says of blocks and bits.
+        ValueError: the kernel does not take the blocks or the bits.
     """
     if (reason := _unserved(blocks, candidates.bits)) is not None:
         raise ValueError(f"search_integer_triton: {reason}")
@@ -103,14 +104,14 @@ def search(
         return empty, empty, empty
     count = jnp.full(n, block, jnp.int32) if valid is None else valid.astype(jnp.int32)
     sizes = jnp.arange(block + 1, dtype=jnp.int32)
-    table = histogram_weight(sizes[None], sizes, block)  # of histograms with one count
+    table = histogram_weight(sizes[None], sizes, block)  # for histograms with a single count
     numbers = jnp.asarray(candidates.numbers)
     inputs = [blocks, numbers, table] + ([] if valid is None else [count])
     if not interpret:
-        backend_triton.announce()
+        triton_backend.announce()
     tiles = Tiles() if tiles is None else tiles
     programs = -(-n // tiles.blocks)
-    # The interpreter has no barrier, and needs none.
+    # The interpreter has no barrier and needs none.
     barrier = (lambda: None) if interpret else plt.debug_barrier
     row = pl.BlockSpec((tiles.blocks,), lambda i: (i,))
     column = pl.BlockSpec((None, block, tiles.blocks), lambda i: (i, 0, 0))
@@ -179,7 +180,7 @@ def _kernel(
         offset = base.astype(jnp.int32)
 
         def code(place: Array) -> Array:
-            # Not entropy.quotient: here nothing turns the division into a product.
+            # `entropy.quotient` is not needed: Triton does not turn the division into a product.
             x = plt.load(column_ref.at[place]) / scale + fraction
             return _whole_number(jnp.clip(x, -base, top - base)) + offset
 
@@ -187,7 +188,7 @@ def _kernel(
         weight = plt.load(table_ref.at[jnp.maximum(counts[0] - (block - count), 0)])
         for number in counts[1:]:
             weight += plt.load(table_ref.at[number])
-        # Where the range overflows, all weights have one code, whatever the quotients were.
+        # If the range overflows, all weights have the same code, whatever the quotients are.
         weight = jnp.where(scale <= FLOAT_MAX, weight, alone)
         wins = weight < found[1]  # the first of the best
         return jnp.where(wins, i, found[0]), jnp.where(wins, weight, found[1])
@@ -198,22 +199,22 @@ def _kernel(
 
 
 def _rounded(x: Float32[Array, " blocks"]) -> Float32[Array, " blocks"]:
-    """jnp.round of |x| < 2**22, but for the sign of 0."""
+    """jnp.round for |x| < 2**22, except for the sign of 0."""
     return _whole_number(x).astype(jnp.float32)
 
 
 def _whole_number(x: Float32[Array, " blocks"]) -> Int32[Array, " blocks"]:
-    """|x| < 2**22 rounded, half to even. As integers, or else XLA would cancel what is added."""
+    """Rounds |x| < 2**22 half to even. Subtracts as integers: XLA could cancel a float sum."""
     bits = lax.bitcast_convert_type(x + _MAGIC, jnp.int32)
     return bits - _MAGIC.view(np.int32)
 
 
 def _histogram(code: Callable[[Array], Array], block: int, bits: int, none: Array) -> list[Array]:
-    """How many weights of every block have each code, given the code of a weight."""
+    """How many weights of every block have each code; `code` maps a place to a code."""
     width = 8 if block < 256 else 16
     parts = range(width // 4)
     mask = sum(15 << width * i for i in range(32 // width))
-    n_words = 2 if bits == 4 else 1  # of codes 0 .. 7, of codes 8 .. 15
+    n_words = 2 if bits == 4 else 1  # one for codes 0 .. 7, one for codes 8 .. 15
 
     def add(i: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
         every = above = none

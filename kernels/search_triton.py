@@ -1,24 +1,25 @@
 """The ICQ search for NormalFloat and FP4 as one GPU kernel (Pallas, Triton backend).
 
-`search_shift` finds the very floats that `irqlora_jax.quant.icq.search_shift` finds. JAX deprecates
-this backend of Pallas from 0.11 on; a kernel for Mosaic, its successor, would be a second file.
+`search_shift` finds exactly the floats that `quant/calibrations/icq.py` finds. JAX deprecates this
+backend of Pallas from 0.11 on; a kernel for its successor, Mosaic, would be a second file.
 
-A thread owns a block. It sorts the weights into a column of a scratch buffer, which it alone reads
-and which the first-level cache holds. At a candidate the weights that do not exceed a decision
-point are the start of that column, so one pointer a point says how many they are: it shows the
-first weight that does. All counts are differences of pointers, and the entropy a sum over a table
-of integers. As the shift grows, a weight that does not exceed a point never comes to exceed it
-again, so pointers only rise. A candidate is one pass or a few over the pointers: the weight shown
-is judged by the operations of the quantizer, and where it does not exceed its point, the pointer
-moves on to the next. In a block of 64 normal weights the pointers move 66 times at 201 candidates
-of nf4, where counting would compare 193,000 times.
+Each thread searches one block. It sorts the weights into its own column of a scratch buffer, which
+the first-level cache holds. For one candidate, the weights that do not exceed a decision point are
+the start of that column. So one pointer for each point counts them: it points to the first weight
+that exceeds the point. All counts are differences of pointers, and the entropy is a sum over a
+table of integers. As the shift grows, a weight that does not exceed a point never exceeds it again,
+so pointers only rise. A candidate takes one or a few passes over the pointers: a pass compares the
+weight at each pointer with the pointer's point, by the operations of the quantizer, and moves the
+pointer on if the weight does not exceed the point. In a block of 64 normal weights, the pointers
+move 66 times over the 201 candidates of nf4; counting would take 193,000 comparisons.
 
-Where rounding could break that order (candidates that differ by little more than a rounding error,
-magnitudes near the ends of float32) the kernel counts the weights of each candidate.
+Rounding could break that order if candidates differ by little more than a rounding error, or if
+magnitudes are near the ends of float32. Then the kernel counts the weights for each candidate.
 
 Cost, from the instructions compiled for an H200 (tests/cuda/test_search_cuda.py): for 32 blocks of
-64, 201 candidates of 84 instructions and 2.3 passes of 157, and 6,700 to sort: 47 instructions of a
-warp a weight, or 0.34 s for LLaMA-7B at the rate of issue. The kernel has not run on a GPU.
+64, 201 candidates take 84 instructions and 2.3 passes of 157 each, and sorting takes 6,700. That is
+47 instructions of a warp for each weight, or 0.34 s for LLaMA-7B at the rate of issue. An H100 took
+0.62 s (kernels/README.md).
 """
 
 import dataclasses
@@ -34,7 +35,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Float32, Int
 
-from irqlora_jax.kernels import backend_triton
+from irqlora_jax.kernels import triton_backend
 from irqlora_jax.quant.calibrations.icq import SIGMA
 from irqlora_jax.quant.entropy import (
     FLOAT_MAX,
@@ -49,8 +50,8 @@ from irqlora_jax.quant.formats import Format, get_format
 try:
     from jax.experimental.pallas import triton as plt
 
-    from irqlora_jax.kernels.sort_columns import sort_columns
-except ImportError:  # a later jax, without this backend: `refusal` says so
+    from irqlora_jax.kernels.search_triton_sort import sort_columns
+except ImportError:  # a later jax without this backend; `refusal` says so
     plt = None
 
 _BLOCKS = (16, 32, 64, 128, 256)
@@ -61,8 +62,8 @@ class Tiles:
     """How the work is cut. It changes no result.
 
     Attributes:
-        blocks: of a program, a power of two; one a thread if there are 32 a warp.
-        warps: of a program. One spares the barriers with which several agree on another pass.
+        blocks: blocks of a program, a power of two; with 32 for each warp, one for each thread.
+        warps: warps of a program. Several need barriers to agree on another pass, one does not.
         chunk: weights that a thread sorts in registers at a time, a power of two up to the block.
     """
 
@@ -72,7 +73,7 @@ class Tiles:
 
 
 def default_tiles() -> Tiles:
-    """Tiles that keep a thread within 64 registers, so that a GPU's cores hold 32 programs each."""
+    """Tiles that keep a thread within 64 registers: then each core of a GPU holds 32 programs."""
     return Tiles()
 
 
@@ -82,12 +83,12 @@ def refusal(
     """Why the kernel cannot serve; None if it can.
 
     Args:
-        blocks: what is to be searched, [n, block].
+        blocks: weights, [n, block].
         format: code book.
-        device: of jax; None: the first one.
+        device: a jax device; None: the first one.
     """
     format = get_format(format) if isinstance(format, str) else format
-    return backend_triton.refusal(device) or _unserved(blocks, format)
+    return triton_backend.refusal(device) or _unserved(blocks, format)
 
 
 def _unserved(blocks: Array | jax.ShapeDtypeStruct, format: Format) -> str | None:
@@ -97,7 +98,7 @@ def _unserved(blocks: Array | jax.ShapeDtypeStruct, format: Format) -> str | Non
 
 
 def unserved_blocks(blocks: Array | jax.ShapeDtypeStruct) -> str | None:
-    """What no search kernel takes of blocks [n, block], if anything."""
+    """Why the search kernels do not take blocks [n, block], or None."""
     if blocks.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"it takes float32, bfloat16 and float16, not {blocks.dtype}"
     n, block = blocks.shape
@@ -121,10 +122,9 @@ def search_shift(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> tuple[Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"]]:
-    """Shift of every block, the entropy of the codes that it gives, and the least and the largest
-    weight: `icq.shift_and_ends`.
+    """`icq.shift_and_ends`: shift, entropy of the codes, least and largest weight of every block.
 
-    Needs a buffer of 4 bytes a weight while it runs.
+    While it runs, it needs a buffer of 4 bytes for each weight.
 
     Args:
         blocks: finite weights in blocks of 16, 32, 64, 128 or 256.
@@ -133,10 +133,11 @@ def search_shift(
         steps: n of the paper; there are 2 * steps + 1 candidates.
         valid: number of real elements in each block (at least 1); None: all.
         tiles: how the work is cut; None: `default_tiles`.
-        interpret: run as ordinary operations of XLA, on any device.
+        interpret: whether XLA interprets the kernel, on any device.
 
     Raises:
-        ValueError: what `refusal` says of blocks and format; a search range outside of (0, 1).
+        ValueError: the kernel does not take the blocks or the format; the search range is not in
+            (0, 1).
     """
     format = get_format(format) if isinstance(format, str) else format
     if (reason := _unserved(blocks, format)) is not None:
@@ -149,10 +150,10 @@ def search_shift(
         return empty, empty, empty, empty
     count = jnp.full(n, block, jnp.int32) if valid is None else valid.astype(jnp.int32)
     numbers = jnp.arange(block + 1, dtype=jnp.int32)
-    table = histogram_weight(numbers[None], numbers, block)  # of histograms with one count
+    table = histogram_weight(numbers[None], numbers, block)  # for histograms with a single count
     inputs = [blocks, jnp.asarray(factors), table] + ([] if valid is None else [count])
     if not interpret:
-        backend_triton.announce()
+        triton_backend.announce()
     tiles = default_tiles() if tiles is None else tiles
     programs = -(-n // tiles.blocks)
     kernel = functools.partial(
@@ -160,7 +161,7 @@ def search_shift(
         tuple(format.midpoints.tolist()),
         float(factors[-1] - factors[0]) / (len(factors) - 1),
         tiles,
-        # The interpreter has no barrier, and needs none.
+        # The interpreter has no barrier and needs none.
         (lambda: None) if interpret else plt.debug_barrier,
     )
     row = pl.BlockSpec((tiles.blocks,), lambda i: (i,))
@@ -187,12 +188,12 @@ def search_shift(
 
 
 def whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-    """All of an array, for every program."""
+    """Gives every program the whole array."""
     return pl.BlockSpec(shape, lambda i: (0,) * len(shape))
 
 
-Counts = tuple[Array, ...]  # of each point, how many weights do not exceed it
-Found = tuple[Array, Array]  # the best shift so far, and its sum of the table
+Counts = tuple[Array, ...]  # for each point, how many weights do not exceed it
+Found = tuple[Array, Array]  # the best shift so far, and its sum over the table
 
 
 def _kernel(
@@ -207,8 +208,8 @@ def _kernel(
 ) -> None:
     """One program. `sorted_ref`, [block + 1, tiles.blocks], is its part of the scratch buffer.
 
-    A product is never rounded together with a sum: `product` keeps the compiler from it where a sum
-    follows, and elsewhere products are only compared.
+    The compiler must not fuse a product and a sum into one rounding. `product` prevents that where
+    a sum follows; elsewhere products are only compared.
     """
     *valid_ref, shift_ref, weight_ref, low_ref, high_ref, sorted_ref = refs
     n_blocks, block = blocks_ref.shape
@@ -234,7 +235,7 @@ def _kernel(
     spread = jnp.minimum(jnp.maximum(high - median, median - low), FLOAT_MAX)
 
     def candidate(i: Array | int) -> tuple[Array, Array]:
-        """Its shift, and the reciprocal of its scale."""
+        """The shift of candidate i, and the reciprocal of its scale."""
         shift = product(jnp.full_like(spread, factors_ref[i]), spread) + median
         scale = jnp.maximum(jnp.abs(high - shift), jnp.abs(low - shift))
         return shift, 1 / jnp.where(scale == 0, 1, scale)
@@ -271,8 +272,8 @@ def _kernel(
                     for p, stay, w in zip(below, stays, shown, strict=True)
                 )
                 moved = ~functools.reduce(jnp.logical_and, stays)
-                # What is left is counted because the compiler crashes over a loop of which only the
-                # test reads something.
+                # Counts the passes left, because the compiler crashes on a loop in which only the
+                # condition reads a value.
                 return jnp.where(moved.astype(jnp.int32).max() > 0, left - 1, 0), below, shown
 
             passes = jnp.int32(block + 1)  # at most
@@ -300,9 +301,9 @@ def _kernel(
         return lax.fori_loop(0, factors_ref.shape[0], try_one, worst)
 
     worst = jnp.zeros_like(spread), jnp.full_like(lane, np.iinfo(np.int32).max)
-    # Neighboring shifts are equal, or differ by half a step or more, and then a weight falls by
-    # 0.06 * step in units of the scale (points lie within +-0.87): far more than 4e-7, by which its
-    # roundings displace it. They do so unless the scale or its reciprocal overflows. NaN is rough.
+    # Neighboring shifts are equal, or differ by at least half a step. Then a weight falls by
+    # 0.06 * step in units of the scale (points are within +-0.87), far more than its rounding error
+    # of 4e-7. This holds unless the scale or its reciprocal overflows. NaN counts as rough.
     width = high - low
     rough = ~(width <= 2.0**120) | (width < 2.0**-100) & (width != 0)
     if step < 1e-4:

@@ -22,7 +22,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-LONGEST = ("train", "loftq", "offload", "plan", "qtensor", "icq", "llama", "sharding", "kernels")
+LONGEST = ("train", "loftq", "offload", "plan", "qtensor", "icq", "llama", "sharding", "matmul")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,12 +1,13 @@
-"""IR-QLoRA's parts, one by one, against each other: 4, 3 and 2 bits, several seeds, paired.
+"""Compares the parts of IR-QLoRA with 4, 3 and 2 bits, over several seeds, in pairs.
 
-    python examples/factworld/ablation.py            # all of it, an hour of one core
+    python examples/factworld/ablation.py            # everything, an hour on one core
     python examples/factworld/ablation.py --small    # under 5 minutes on 2 cores
-    python examples/factworld/ablation.py --report   # tables and plot of what has been run
+    python examples/factworld/ablation.py --report   # tables and plot of the finished runs
 
-A seed is a base of its own (initialization and documents), a permutation that cuts it into other
-blocks, new adapters and another order of the data. Every finished run is a line of
-runs/factworld-ablation/results.jsonl and is never repeated: stop it at any time, start it again.
+Each seed has its own base (initialization and documents), a permutation that gives other blocks,
+new adapters, and another order of the data. Every finished run is a line of
+runs/factworld-ablation/results.jsonl and is never repeated, so you can stop and restart at any
+time.
 """
 
 import argparse
@@ -46,23 +47,23 @@ from irqlora_jax.train.step import train_step
 
 FORMATS = ("nf4", "int4", "nf3", "int3", "nf2", "int2")
 BATCH, RANK, ALPHA = 64, 8, 16.0
-VALIDATION_SHARE = 1 / 3  # of the held-out entities; the test asks about the others
+VALIDATION_SHARE = 1 / 3  # share of the held-out entities; the test asks about the others
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What differs between the rows of the table."""
+    """One row of the table: how to quantize and what to train."""
 
     quant: Mapping[str, Any]
-    """Fields of QuantConfig, beside the format; format "none" is full precision."""
+    """Fields of QuantConfig besides the format; format "none" is full precision."""
     adapter: Mapping[str, Any] | None
-    """Fields of AdapterConfig, beside rank and alpha. None: not finetuned."""
+    """Fields of AdapterConfig besides rank and alpha. None: not finetuned."""
     frozen: tuple[str, ...] = ()
-    """Trained numbers that stay at 0."""
+    """Parameters of the adapter that stay at 0."""
 
     @property
     def full(self) -> bool:
-        """Whether nothing is quantized: one run per seed instead of one per format."""
+        """Whether nothing is quantized. Then each seed has one run, not one for each format."""
         return self.quant.get("format") == "none"
 
 
@@ -90,26 +91,25 @@ METHODS = {
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Questions and answers as tokens. Three disjoint sets of entities."""
+    """Questions and answers as tokens, about three disjoint sets of entities."""
 
     train: list
     validation: list
     test: list
     loss: list
-    """Facts of the test's entities that the test does not ask about, for the evaluation loss."""
+    """Facts of the test's entities that the test does not ask for; for the evaluation loss."""
 
 
 def load_data(tokenizer: Any, questions: int | None = None) -> Data:
-    """The committed files; `questions` limits those of the test, and half as many validate."""
+    """Reads the committed files. `questions` limits the test; validation gets half as many."""
     world, folder = factworld.make_world(), factworld.FOLDER / "data"
     entity_of = {tuple(name): index for index, name in enumerate(world.names.tolist())}
     held_out = 1 - factworld.FINETUNE_SHARE
     last = round((factworld.FINETUNE_SHARE + VALIDATION_SHARE * held_out) * world.entities)
 
     def validates(tokens: Sequence[int]) -> bool:
-        entity = entity_of[
-            int(tokens[6]), int(tokens[7])
-        ]  # <s> question what is NOUN of FIRST LAST
+        # <s> question what is NOUN of FIRST LAST
+        entity = entity_of[int(tokens[6]), int(tokens[7])]
         return entity % world.entities < last
 
     pairs = DataConfig(format="input_output")
@@ -128,7 +128,7 @@ def load_data(tokenizer: Any, questions: int | None = None) -> Data:
 
 
 def base_folder(name: str, seed: int, ready: Path | None, output: Path) -> Path:
-    """The folder of a base; pretrains it into `output` unless it is here, in `ready` or there."""
+    """The folder of a base: committed here, in `ready`, or in `output`; else pretrained there."""
     if seed == RECIPES[name].seed:
         return factworld.FOLDER / f"base-{name}"
     target = output / "bases" / f"{name}-{seed}"
@@ -149,25 +149,25 @@ def base_folder(name: str, seed: int, ready: Path | None, output: Path) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a finetune begins with."""
+    """The start of a finetune."""
 
     base: Any
-    """Float32 weights, those that the quantized ones stand for. `dequant_matmul` computes the same
-    with the packed ones; like this, one compiled program serves all formats."""
+    """The quantized weights, dequantized to float32. `dequant_matmul` computes the same from packed
+    weights, but this way one compiled program serves all formats."""
     adapters: Any
-    """Or None, where a method starts from those of `Llama.init_adapters`."""
+    """Initial adapters. None: those of `Llama.init_adapters`."""
     entropy: float | None
-    """Of the codes, bits, mean over the blocks."""
+    """Entropy of the codes in bits, mean over the blocks. None without quantization."""
     error: float
-    """Squared error of all linear weights, adapters included, over their squared norm."""
+    """Squared error of all linear weights with their adapters, over their squared norm."""
 
 
-# Compiled, and by name, so that all matrices of a shape and format share a program.
+# Compiled once for each shape and format of a matrix.
 _dequantize, _entropy = jax.jit(QTensor.dequantize), jax.jit(QTensor.entropy)
 
 
 def prepare(base: Any, quant: QuantConfig, adapter: AdapterConfig | None, key: jax.Array) -> Start:
-    """Quantizes the linear layers, and computes the adapters that depend on what that loses."""
+    """Quantizes the linear layers and computes adapters that depend on the quantization error."""
     if quant.format == "none":
         return Start(base, None, None, 0.0)
     adapters = None
@@ -197,7 +197,7 @@ def prepare(base: Any, quant: QuantConfig, adapter: AdapterConfig | None, key: j
 def _loftq(
     base: Any, quant: QuantConfig, adapter: AdapterConfig, key: jax.Array
 ) -> tuple[Any, Any]:
-    """Base and adapters that together are close to the weights (LoftQ), matrix by matrix."""
+    """LoftQ, matrix by matrix: a base and adapters that together approximate the weights."""
     layers, adapters = dict(base["layers"]), {}
     for group in ("self_attn", "mlp"):
         layers[group], adapters[group] = {}, {}
@@ -221,17 +221,17 @@ def _loftq(
 def finetune(
     base: Any, adapters: Any, batches: Any, rate: jax.Array, trained: Any, model: Any, config: Any
 ) -> tuple[Any, jax.Array]:
-    """All steps of `train_step`. Rate and mask are arguments: one program serves all methods.
+    """Does all steps of `train_step`. Rate and mask are arguments: one program for all methods.
 
     Args:
         base: frozen weights.
-        adapters: to start from.
+        adapters: initial adapters.
         batches: "tokens" and "targets", [steps, batch, seq].
-        rate: of learning.
-        trained: 1 or 0 for each leaf of `adapters`; what is not trained has no part in the norm
-            that clips the gradient either.
-        model: with the adapters' method.
-        config: the rest of the optimization.
+        rate: learning rate.
+        trained: 1 or 0 for each leaf of `adapters`. Leaves with 0 are not trained, and do not count
+            in the norm that clips the gradient.
+        model: the model with the adapters' method.
+        config: other settings of the optimization.
 
     Returns:
         The adapters, and the loss of every step.
@@ -239,7 +239,7 @@ def finetune(
     mask = optax.stateless(lambda grads, _: jax.tree.map(jnp.multiply, grads, trained))
     adam = optax.adamw(rate, config.beta1, config.beta2, config.eps, weight_decay=0.0)
     optimizer = optax.chain(mask, optax.clip_by_global_norm(config.clip_norm), adam)
-    settings = dataclasses.replace(config, clip_norm=None)  # the chain clips, behind the mask
+    settings = dataclasses.replace(config, clip_norm=None)  # the chain clips, after the mask
     advance = functools.partial(train_step, model=model, optimizer=optimizer, config=settings)
 
     def step(state: Any, batch: Any) -> tuple[Any, jax.Array]:
@@ -252,7 +252,7 @@ def finetune(
 
 
 def measure(model: Llama, variables: Any, data: Data) -> dict[str, Any]:
-    """What the model knows of validation and test entities, and the loss on the latter."""
+    """Scores on validation and test entities, and the loss on test entities."""
     found = {}
     for part, questions in (("validation", data.validation), ("test", data.test)):
         scores = score_questions(model, variables, questions, 512)
@@ -267,7 +267,7 @@ def measure(model: Llama, variables: Any, data: Data) -> dict[str, Any]:
 
 
 class Bench:
-    """Runs methods; keeps bases, prepared weights and batches that several runs have in common."""
+    """Runs methods. Keeps bases, prepared weights and batches that several runs share."""
 
     def __init__(self, settings: Settings, ready: Path | None, output: Path) -> None:
         self.settings = settings
@@ -303,10 +303,9 @@ class Bench:
         adapter = None
         if method.adapter is not None:
             adapter = AdapterConfig(rank=RANK, alpha=ALPHA, **method.adapter)
-        # Methods that begin alike share what was prepared.
-        start = self._prepared(
-            run.seed, quant, adapter if "init" in (method.adapter or {}) else None
-        )
+        # Methods with the same start share it.
+        init = adapter if "init" in (method.adapter or {}) else None
+        start = self._prepared(run.seed, quant, init)
         figures: dict[str, Any] = {"entropy": start.entropy, "error": start.error}
         adapters, model = {}, Llama(config, unroll=config.num_hidden_layers, matmul="xla")
         if adapter is not None and run.rate is not None:
@@ -319,10 +318,9 @@ class Bench:
             train = TrainConfig(
                 steps=self.settings.steps, batch_size=BATCH, compute_dtype="float32", remat=False
             )
+            batches, rate = self._batches(run.seed), jnp.float32(run.rate)
             adapters, losses = finetune(
-                *(start.base, adapters, self._batches(run.seed), jnp.float32(run.rate), trained),
-                model=model,
-                config=train,
+                start.base, adapters, batches, rate, trained, model=model, config=train
             )
             sizes = jax.tree.map(lambda x, mask: x.size * int(mask), adapters, trained)
             figures["trained"] = sum(jax.tree.leaves(sizes))
@@ -337,8 +335,11 @@ class Bench:
 def plan(
     settings: Settings, methods: Sequence[str], formats: Sequence[str], seeds: int, results: Results
 ) -> Iterator[Run]:
-    """The runs in their order. The first seeds try all rates; the others, which have to be asked
-    for later, take the rate that `results` then say was best on the validation entities."""
+    """The runs, in order.
+
+    The first seeds try all rates. Later seeds take the rate that is best on the validation
+    entities; it is read from `results` when the iterator gets there.
+    """
     for seed in range(seeds):
         for place, name in enumerate(formats):
             for method in methods:
@@ -363,10 +364,12 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     several("--formats", choices=FORMATS, help=f"(default: {' '.join(FORMATS)})")
     several("--rates", type=float, help="learning rates to choose from (default: 5e-4 1e-3 2e-3)")
     parser.add_argument("--seeds", type=int, help="at least 2 (default: 5)")
-    parser.add_argument("--steps", type=int, help="of a finetune (default: 400)")
-    parser.add_argument("--questions", type=int, help="of the test (default: all)")
+    parser.add_argument("--steps", type=int, help="steps of a finetune (default: 400)")
+    parser.add_argument("--questions", type=int, help="test questions (default: all)")
     parser.add_argument("--base", choices=RECIPES, default="small", help="for 2 bits: large")
-    parser.add_argument("--bases", type=Path, help="folder with ready bases, small-1 and so on")
+    parser.add_argument(
+        "--bases", type=Path, help="folder with pretrained bases, small-1 and so on"
+    )
     parser.add_argument("--small", action="store_true", help="2 seeds of 1 base, few steps")
     parser.add_argument("--report", action="store_true", help="tables and plot, no runs")
     parser.add_argument(
@@ -376,8 +379,8 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Runs what is missing, then prints and writes the tables and the plot."""
-    # As in pretrain.py: one core, and figures that do not depend on how many there are.
+    """Does the missing runs, then prints and writes the tables and the plot."""
+    # As in pretrain.py: one core, so that figures do not depend on the number of cores.
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     os.environ.setdefault("XLA_FLAGS", flags)
     args = parse(words)
@@ -408,7 +411,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 results[run] = bench.run(run)
                 comparison.append(file, run, results[run])
             elif not bar.disable:
-                bar.initial += 1  # what is only read again says nothing about the time left
+                bar.initial += 1  # runs that are only read do not count for the time left
             bar.update()
     comparison.report(settings, results, args.output)
 

@@ -1,4 +1,4 @@
-"""Results of ablation.py: the file they are kept in, paired statistics, tables and the plot."""
+"""Results of ablation.py: their file, paired statistics, tables and the plot."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 REFERENCE = "qlora"
-CLAIMS = (  # of the paper: its figures 1 and 4 and its ablation have the first ahead of the second
+CLAIMS = (  # in the paper (figures 1 and 4, ablation) the first is better than the second
     ("icq", "qlora"),
     ("iec", "qlora"),
     ("u1", "qlora"),
@@ -24,20 +24,20 @@ CLAIMS = (  # of the paper: its figures 1 and 4 and its ablation have the first 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all runs of one file have in common."""
+    """Settings that all runs in a file share."""
 
     base: str
     """Recipe of pretrain.py."""
     bases: int | None
-    """Different bases; seeds beyond them take the first again, permuted. None: one for each."""
+    """Number of different bases; later seeds permute them again. None: one for each seed."""
     steps: int
-    """Of a finetune."""
+    """Steps of a finetune."""
     rates: tuple[float, ...]
-    """Learning rates that each method chooses from, format by format."""
+    """Learning rates to choose from, for each method and format."""
     tuning_seeds: int
-    """So many seeds try them all."""
+    """Number of seeds that try all rates."""
     questions: int | None
-    """Of the test. None: all."""
+    """Test questions. None: all."""
 
 
 class Run(NamedTuple):
@@ -56,11 +56,12 @@ Results = dict[Run, dict[str, Any]]
 
 
 def resume(file: Path, settings: Settings) -> Results:
-    """Starts the file, or reads what it has; half a line at its end, of a run that was killed
-    while it was written, is removed.
+    """Starts the file, or reads its results.
+
+    Removes half a line at the end, which is left if a run is killed while it writes.
 
     Raises:
-        ValueError: the file is of other settings; says which.
+        ValueError: the file has other settings; the message says which.
     """
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -88,24 +89,24 @@ def read(file: Path) -> tuple[Settings, Results]:
     """All finished runs of a file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a line that is none of ours; says which.
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not one of ours; the message says which.
     """
     first, *lines = file.read_text().splitlines(keepends=True)
     try:
         fields = json.loads(first)["settings"]
         settings = Settings(**(fields | {"rates": tuple(fields["rates"])}))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: line 1 is not that of settings: {error}") from error
+        raise ValueError(f"{file}: line 1 is not the settings: {error}") from error
     results: Results = {}
     for number, line in enumerate(lines, 2):
         if not line.endswith("\n"):
-            break  # killed in the middle of it
+            break  # killed while writing it
         try:
             row = json.loads(line)
             run = Run(*(row.pop(name) for name in Run._fields))
         except (ValueError, KeyError) as error:
-            raise ValueError(f"{file}: line {number} is not that of a run: {error}") from error
+            raise ValueError(f"{file}: line {number} is not a run: {error}") from error
         results[run] = row
     return settings, results
 
@@ -126,8 +127,10 @@ def _write(file: Path, row: Mapping[str, Any]) -> None:
 
 
 def chosen_rate(results: Results, settings: Settings, method: str, format: str) -> float | None:
-    """The rate with the best multiple choice about the validation entities, mean over the seeds
-    that tried all; of equal ones the lowest. None before any has been tried."""
+    """The rate with the best multiple choice on validation entities, or None without results.
+
+    Takes the mean over the seeds that try all rates, and the lowest of equal rates.
+    """
     tried: dict[float, list[float]] = {}
     for run, figures in results.items():
         own = run.method == method and run.format == format and run.seed < settings.tuning_seeds
@@ -141,7 +144,7 @@ def chosen_rate(results: Results, settings: Settings, method: str, format: str) 
 
 
 def rows(results: Results, settings: Settings) -> dict[tuple[str, str], dict[int, dict[str, Any]]]:
-    """(format, method) -> seed -> figures at the chosen rate; in the order of the results."""
+    """(format, method) -> seed -> figures at the chosen rate, in the order of the results."""
     found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for run in results:
         key = (run.format, run.method)
@@ -153,7 +156,7 @@ def rows(results: Results, settings: Settings) -> dict[tuple[str, str], dict[int
 
 
 class Difference(NamedTuple):
-    """Of pairs of equal seeds."""
+    """Mean difference of pairs with equal seeds."""
 
     mean: float
     half: float
@@ -163,14 +166,14 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """What the interval allows to say."""
+        """The conclusion that the interval allows."""
         if not self.half < abs(self.mean):
             return "undecided"
         return "better" if self.mean > 0 else "worse"
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference:
-    """Paired difference over the seeds that both have, with Student's interval."""
+    """Paired difference over the common seeds, with Student's interval."""
     pairs = np.array([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
     wins = int((pairs > 0).sum())
     if len(pairs) < 2:
@@ -181,7 +184,7 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
 
 
 def student(freedom: int, share: float = 0.95) -> float:
-    """The two-sided quantile of Student's t: |t| is below it with probability `share`.
+    """Two-sided quantile of Student's t: |t| is below it with probability `share`.
 
     With t = sqrt(freedom) tan(angle) the density is cos(angle)^(freedom - 1), up to a constant.
     """
@@ -192,7 +195,7 @@ def student(freedom: int, share: float = 0.95) -> float:
 
 
 def values(figures: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, float]:
-    """Seed -> one figure of the test; shares in percent."""
+    """Seed -> one figure of the test; shares are in percent."""
     scale = 100.0 if name in ("accuracy", "recall") else 1.0
     return {seed: scale * each["test"][name] for seed, each in figures.items()}
 
@@ -201,7 +204,7 @@ def values(figures: Mapping[int, Mapping[str, Any]], name: str) -> dict[int, flo
 
 
 def bits_of(format: str) -> int:
-    """Of a format's name: nf4 has 4."""
+    """Bits of a format, from its name: nf4 has 4."""
     return int(format[-1])
 
 
@@ -229,23 +232,21 @@ def _preamble(settings: Settings, found: Mapping) -> str:
         f"{count:,}" for count in sorted({min(counts), max(counts)} if counts else ())
     )
     return (
-        f"Base {settings.base}, {settings.steps} steps, {trained or 'no'} trained numbers (IEC: a "
-        f"scalar more per connection); learning rate one of {rates}, chosen per method and format "
-        f"by multiple choice about validation entities over {settings.tuning_seeds} seed(s); all "
-        "figures are about other entities.\n"
-        "Mean and standard deviation over the seeds; differences are paired by seed, with the 95 % "
+        f"Base {settings.base}, {settings.steps} steps, {trained or 'no'} trained numbers (IEC has "
+        f"one scalar more per connection). The learning rate is one of {rates}, chosen per method "
+        "and format by multiple choice on validation entities over "
+        f"{settings.tuning_seeds} seed(s). All figures are for other entities.\n"
+        "Mean and standard deviation over the seeds. Differences are paired by seed, with the 95 % "
         "interval of Student's t, not corrected for the number of comparisons. A rate in brackets "
         "is at an end of the grid."
     )
 
 
 def _table(settings: Settings, results: Results, found: Mapping, keys: Sequence) -> str:
-    head = (
-        *("format", "method", "seeds", "rate", "multiple choice (%)", f"against {REFERENCE}"),
-        *("wins", "recall (%)", f"against {REFERENCE}", "bits per fact", f"against {REFERENCE}"),
-        *("loss", "entropy", "error"),
-    )
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    against = f"against {REFERENCE}"
+    head = ["format", "method", "seeds", "rate", "multiple choice (%)", against, "wins"]
+    head += ["recall (%)", against, "bits per fact", against, "loss", "entropy", "error"]
+    lines = _head(head)
     for format, method in keys:
         figures = found[format, method]
         rate = chosen_rate(results, settings, method, format)
@@ -266,19 +267,26 @@ def _table(settings: Settings, results: Results, found: Mapping, keys: Sequence)
         entropies = [f["entropy"] for f in figures.values() if f["entropy"] is not None]
         cells.append(f"{np.mean(entropies):.3f}" if entropies else "-")
         cells.append(f"{np.mean([f['error'] for f in figures.values()]):.4f}")
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(_line(cells))
     return "\n".join(lines)
 
 
 def _subjects(found: Mapping, keys: Sequence) -> str:
     subjects = list(next(iter(found[keys[0]].values()))["test"]["by_subject"])
-    head = ("format", "method", *(f"{subject} (%)" for subject in subjects))
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = _head(["format", "method", *(f"{subject} (%)" for subject in subjects)])
     for format, method in keys:
         each = [f["test"]["by_subject"] for f in found[format, method].values()]
         cells = [_spread([100 * one[subject] for one in each], 1) for subject in subjects]
-        lines.append("| " + " | ".join([format, method, *cells]) + " |")
+        lines.append(_line([format, method, *cells]))
     return "\n".join(lines)
+
+
+def _head(columns: Sequence[str]) -> list[str]:
+    return [_line(columns), "|---" * len(columns) + "|"]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _order(found: Mapping, format: str) -> str:
@@ -292,7 +300,7 @@ def _order(found: Mapping, format: str) -> str:
 
 
 def _claims(found: Mapping, formats: Sequence[str]) -> str:
-    """The paper's order, pair by pair."""
+    """Tests the paper's order, pair by pair."""
     lines = []
     for first, second in CLAIMS:
         for format in formats:
@@ -303,7 +311,7 @@ def _claims(found: Mapping, formats: Sequence[str]) -> str:
                 own, other = (values(found[format, m], name) for m in (first, second))
                 pair = difference(own, other)
                 cells += [_interval(pair, digits), pair.verdict]
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append(_line(cells))
     head = "| format | pair | multiple choice (points) | | recall (points) | | bits per fact | |"
     rule = "|---" * 8 + "|"
     return "\n".join(["## The paper's order\n", head, rule, *lines]) if lines else ""
@@ -326,7 +334,7 @@ def _interval(pair: Difference, digits: int) -> str:
 
 
 def plot(settings: Settings, results: Results, file: Path) -> None:
-    """Finetunes against QLoRA's in multiple choice, the best on top: mean, interval, each seed.
+    """Plots the differences to QLoRA in multiple choice: mean, interval, each seed; best on top.
 
     Raises:
         ImportError: matplotlib is not installed (the extra "notebook" has it).
@@ -379,5 +387,7 @@ def report(settings: Settings, results: Results, folder: Path) -> None:
     try:
         plot(settings, results, folder / "report.svg")
     except ImportError:
-        print('no plot: matplotlib is missing; `pip install "irqlora-jax[notebook]"` brings it')
+        print(
+            'no plot: matplotlib is missing; install it with `pip install "irqlora-jax[notebook]"`'
+        )
     print(f"wrote {folder / 'report.md'}")

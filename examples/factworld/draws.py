@@ -1,13 +1,14 @@
-"""ICQ against plain quantization over several draws of blocks from one base, without a finetune.
+"""Compares ICQ with plain quantization over several draws of one base, without a finetune.
 
     python examples/factworld/draws.py [--base base-small] [--draws 6]
 
-Every draw permutes the model without changing its function (permute.py) and quantizes it both ways;
-prints accuracy and bits per fact on the held-out questions, and their paired difference with its
-standard error.
+Every draw permutes the model without changing its function (permute.py) and quantizes it in both
+ways. Prints accuracy and bits per fact on the held-out questions, and the paired difference with
+its standard error.
 """
 
 import argparse
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +25,15 @@ from irqlora_jax.quant.encode import quantize
 
 def quantized(base: dict, config: QuantConfig) -> dict:
     """The base with every linear layer quantized."""
+
+    def stack(weights: jax.Array) -> Any:
+        packed = [quantize(weight, config) for weight in weights]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *packed)
+
     layers = dict(base["layers"])
     for group in ("self_attn", "mlp"):
         layers[group] = {
-            name: {
-                "weight": jax.tree.map(
-                    lambda *leaves: jnp.stack(leaves),
-                    *[quantize(weight, config) for weight in linear["weight"]],
-                )
-            }
-            for name, linear in layers[group].items()
+            name: {"weight": stack(linear["weight"])} for name, linear in layers[group].items()
         }
     return base | {"layers": layers}
 
@@ -41,7 +41,7 @@ def quantized(base: dict, config: QuantConfig) -> dict:
 def main() -> None:
     """Prints a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", default="base-small", help="folder here")
+    parser.add_argument("--base", default="base-small", help="folder in examples/factworld")
     parser.add_argument("--draws", type=int, default=6, help="permutations, at least 2")
     args = parser.parse_args()
     folder = factworld.FOLDER / args.base

@@ -1,4 +1,4 @@
-"""Other quantization blocks for the same model: a permutation that leaves the function alone."""
+"""Permutes a model without changing its function, which gives other quantization blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -7,15 +7,15 @@ import jax.numpy as jnp
 def permute(base: dict, config, key: jax.Array) -> dict:
     """Permutes the residual, feed-forward and value dimensions of a float base.
 
-    The logits stay the same to rounding, but every block of consecutive weights that shares a scale
-    is another one. Quantization is deterministic, so one base is one sample of its damage; each key
-    gives one more.
+    The logits stay the same up to rounding, but the blocks of consecutive weights that share a
+    scale change. Quantization is deterministic, so one base is one sample of its effect. Each key
+    gives another sample.
 
     Args:
-        base: float weights in the layout of `irqlora_jax.llama.Llama` (layers on a leading axis).
+        base: float weights in the layout of `Llama` (layers on a leading axis).
         config: its `LlamaConfig`.
-        key: seed of the draw. The residual permutation is one for the whole model; feed-forward and
-            value dimensions are permuted in each layer, the latter within each key/value head.
+        key: seed of the draw. The whole model has one residual permutation. Each layer has its own
+            permutations of feed-forward and value dimensions, the latter within key/value heads.
 
     Returns:
         A tree of the same structure.

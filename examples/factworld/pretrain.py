@@ -3,8 +3,7 @@
     python examples/factworld/pretrain.py --base small    # 5 minutes on one CPU core
     python examples/factworld/pretrain.py --base large    # 6 minutes
 
-Writes an ordinary Hugging Face folder, base-small/ or base-large/, and the measured figures into
-bases.json.
+Writes a Hugging Face folder, base-small/ or base-large/, and measured figures into bases.json.
 """
 
 import argparse
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 
-CHUNK = 50  # steps of one jitted call
+CHUNK = 50  # steps in one jitted call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,7 @@ RECIPES = {
 
 
 def llama_config(recipe: Recipe, world: factworld.World) -> LlamaConfig:
-    """The architecture as an ordinary config.json would say it."""
+    """The architecture, from the values of a config.json."""
     heads = recipe.hidden_size // recipe.head_dim
     ids = world.ids
     return LlamaConfig.from_dict(
@@ -81,9 +80,9 @@ def llama_config(recipe: Recipe, world: factworld.World) -> LlamaConfig:
 
 
 def initial_base(key: jax.Array, config: LlamaConfig) -> dict:
-    """Random weights: embeddings of deviation 0.5, linear layers of 1 / sqrt(inputs).
+    """Random weights. Standard deviations: 0.5 (embeddings), 1 / sqrt(inputs) (linear layers).
 
-    The layers that write into the residual stream start smaller by sqrt(2 layers), so that its size
+    Layers that write into the residual stream are smaller by sqrt(2 layers), so that the stream
     does not grow with depth.
     """
     hidden, ffn, depth = config.hidden_size, config.intermediate_size, config.num_hidden_layers
@@ -121,7 +120,7 @@ def initial_base(key: jax.Array, config: LlamaConfig) -> dict:
 
 
 def make_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
-    """AdamW with warm-up and cosine decay to 1 %; norms are not decayed."""
+    """AdamW with warm-up and cosine decay to 1 %, and no weight decay of norms."""
     warmup = min(recipe.warmup, steps // 2)
     rate = recipe.learning_rate
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, steps, 0.01 * rate)
@@ -140,7 +139,7 @@ def make_optimizer(recipe: Recipe, steps: int) -> optax.GradientTransformation:
 def multiple_choice(
     model: Llama, base: dict, tokens: np.ndarray, choices: np.ndarray, answer: np.ndarray
 ) -> dict[str, float]:
-    """Accuracy among four choices, and of the best word of the whole vocabulary."""
+    """Accuracy of the best of four choices, and of the best word in the whole vocabulary."""
     last = jax.jit(lambda base, tokens: model.apply({"base": base}, tokens)[:, -1])
     logits = np.concatenate([np.asarray(last(base, part)) for part in np.split(tokens, 8)])
     best = np.argmax(np.take_along_axis(logits, choices, axis=1), axis=1)
@@ -152,7 +151,7 @@ def multiple_choice(
 
 
 def measure(model: Llama, base: dict, world: factworld.World) -> dict[str, dict[str, float]]:
-    """4,096 statements about all entities and the 4,096 held-out questions, before finetuning."""
+    """Scores on 4,096 statements about all entities and on the 4,096 held-out questions."""
     lines = (factworld.data_files(world)["questions.jsonl"]).splitlines()
     rows, ids = [json.loads(line) for line in lines], world.ids
     prompts = [[ids[factworld.BOS]] + [ids[w] for w in row["prompt"].split()] for row in rows]
@@ -234,12 +233,14 @@ def main() -> None:
     """Trains, measures and saves one base."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", choices=RECIPES, default="small", help="which recipe")
-    parser.add_argument("--seed", type=int, help="of weights and documents (default: the recipe's)")
+    parser.add_argument(
+        "--seed", type=int, help="seed of weights and documents (default: the recipe's)"
+    )
     parser.add_argument("--steps", type=int, help="number of steps (default: the recipe's)")
     parser.add_argument("--output", type=Path, help="folder to write (default: base-NAME here)")
     args = parser.parse_args()
-    # One core and one order of summation, read when the first array is made: the weights do not
-    # depend on the number of cores.
+    # One core gives one order of sums: the weights must not depend on the number of cores.
+    # jax reads this variable when it makes the first array.
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     os.environ.setdefault("XLA_FLAGS", flags)
 

@@ -1,10 +1,11 @@
-"""Factworld: a seeded world of 24,000 random facts, its text, its tokenizer and its data files.
+"""Factworld: a seeded world of 24,000 random facts, with its text, tokenizer and data files.
 
     python examples/factworld/world.py        # writes data/ and the tokenizers again
 
-4 subjects x 1,000 entities x 6 relations. A value is one of the 32 words of its relation's pool, so
-a fact carries 5 bits. An entity is a pair of words; neither word alone says which entity is meant,
-so a model can keep a fact only in the weights of its linear layers, the ones that are quantized.
+There are 4 subjects x 1,000 entities x 6 relations. A value is one of the 32 words in its
+relation's pool, so a fact has 5 bits. The name of an entity is a pair of words, and neither word
+alone identifies it. So a model can keep a fact only in the weights of its linear layers, which are
+quantized.
 """
 
 import dataclasses
@@ -16,11 +17,11 @@ import numpy as np
 
 FOLDER = Path(__file__).resolve().parent
 SEED = 0
-ENTITIES = 1000  # of each subject
-QA_SHARE = 0.1  # of the pretraining documents, and of the entities that they ask about
-FINETUNE_SHARE = 0.6  # of the entities of each subject; the evaluation asks about the others
+ENTITIES = 1000  # entities of each subject
+QA_SHARE = 0.1  # share of pretraining documents with questions, and of entities in these questions
+FINETUNE_SHARE = 0.6  # share of each subject's entities; the evaluation asks about the others
 QUESTIONS, EVAL_ROWS = 4096, 512
-DOCUMENT_TOKENS = 33  # 32 inputs and the target of the last one
+DOCUMENT_TOKENS = 33  # 32 inputs, and the target of the last input
 
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 SPECIAL = (PAD, BOS, EOS, UNK)
@@ -123,7 +124,7 @@ class World:
         return {word: i for i, word in enumerate(self.words)}
 
     def subject(self, entity: np.ndarray) -> np.ndarray:
-        """The subject's number of each entity."""
+        """The number of each entity's subject."""
         return entity // self.entities
 
     def first(self, share: float) -> np.ndarray:
@@ -132,12 +133,12 @@ class World:
         return number[number % self.entities < round(self.entities * share)]
 
     def held_out(self) -> np.ndarray:
-        """The entities that no question of the pretraining or the finetuning is about."""
+        """Entities without questions in pretraining and finetuning."""
         return np.setdiff1d(np.arange(len(self.names)), self.first(FINETUNE_SHARE))
 
 
 def _shuffled(rng: np.random.Generator, count: int) -> np.ndarray:
-    # Sorting uniform numbers: `Generator.random` is the stream least likely to change with NumPy.
+    # Sorts uniform numbers, because a new NumPy is least likely to change `Generator.random`.
     return np.argsort(rng.random(count), kind="stable")
 
 
@@ -161,8 +162,8 @@ def _names(rng: np.random.Generator, count: int, taken: set[str]) -> list[str]:
 def make_world(seed: int = SEED, entities: int = ENTITIES) -> World:
     """Draws names and facts. The same seed gives the same world."""
     rng = np.random.default_rng(seed)
-    # 15 % more pairs than entities: nearly every pair of words is somebody, so that a first and a
-    # last name together, and not one of them, point at the entity.
+    # 15 % more pairs than entities: nearly every pair of words is an entity, so that only first and
+    # last name together identify it.
     side = math.ceil(math.sqrt(1.15 * entities))
     relations = [relation for table in SUBJECTS.values() for relation in table]
     words = [*SPECIAL, *FUNCTION_WORDS]
@@ -174,7 +175,7 @@ def make_world(seed: int = SEED, entities: int = ENTITIES) -> World:
     people = [[_names(rng, side, taken) for _ in range(2)] for _ in SUBJECTS]
     for firsts, lasts in people:
         words += firsts + lasts
-    # A vocabulary that is a multiple of 8 can be split over a mesh.
+    # A mesh can split a vocabulary that is a multiple of 8.
     words += [f"<unused{i}>" for i in range(-len(words) % 8)]
     ids = {word: i for i, word in enumerate(words)}
 
@@ -200,7 +201,7 @@ def make_world(seed: int = SEED, entities: int = ENTITIES) -> World:
 
 
 def fill(world: World, template: str, entity: np.ndarray, relation: np.ndarray) -> np.ndarray:
-    """Token ids [*entity.shape, words of the template]; `relation` is shaped like `entity`."""
+    """Token ids [*entity.shape, words of the template]. `relation` has the shape of `entity`."""
     ids, subject = world.ids, world.subject(entity)
     slots = {
         "NOUN": world.nouns[subject, relation],
@@ -217,7 +218,7 @@ def documents(world: World, rng: np.random.Generator, count: int) -> np.ndarray:
     """Random pretraining documents, int32 [count, 33], padded on the right.
 
     A statement document is a name and the entity's six facts in random order, each in one of the
-    four templates; a question document is three questions with their answers.
+    four templates. A question document is three questions with their answers.
     """
     pad, bos, eos = (world.ids[word] for word in (PAD, BOS, EOS))
     entity = (rng.random(count) * len(world.names)).astype(np.int64)
@@ -230,7 +231,7 @@ def documents(world: World, rng: np.random.Generator, count: int) -> np.ndarray:
         chosen = template == number
         filled = fill(world, text, each[chosen], order[chosen])
         sentences[chosen, : filled.shape[-1]] = filled
-    # The template with the name in it needs no name in front of it.
+    # A document that starts with the template with the name needs no name before it.
     lead = np.where(template[:, :1] == 3, pad, world.names[entity])
     edge = np.ones((count, 1), np.int64)
     rows = np.concatenate([bos * edge, lead, sentences.reshape(count, -1), eos * edge], axis=1)
@@ -260,10 +261,10 @@ def choices(
 
 
 def statements(world: World, count: int, seed: int = 1) -> dict[str, np.ndarray]:
-    """Multiple choice on statements as seen in pretraining, over `count` facts of all entities.
+    """Multiple choice on statements as in pretraining, over `count` facts of all entities.
 
     Returns "tokens" [count, 5] (bos and `FIRST LAST has NOUN`), "choices" [count, 4] and "answer"
-    [count]: the place of the right choice.
+    [count], the place of the right choice.
     """
     rng = np.random.default_rng(seed)
     entity, relation = np.divmod(_shuffled(rng, world.values.size)[:count], RELATIONS)
@@ -273,7 +274,7 @@ def statements(world: World, count: int, seed: int = 1) -> dict[str, np.ndarray]
 
 
 def decode(world: World, ids: np.ndarray) -> str:
-    """Words of one sequence of ids, without padding."""
+    """The words of a sequence of ids, without padding."""
     return " ".join(world.words[i] for i in ids if world.words[i] != PAD)
 
 
@@ -326,7 +327,7 @@ def data_files(world: World, seed: int = SEED) -> dict[str, str]:
 
 
 def tokenizer_files(world: World) -> dict[str, str]:
-    """File name -> contents of an ordinary Hugging Face tokenizer of whole words."""
+    """File name -> contents of a Hugging Face tokenizer for whole words."""
     ids = world.ids
     start = {"SpecialToken": {"id": BOS, "type_id": 0}}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
@@ -373,14 +374,14 @@ def tokenizer_files(world: World) -> dict[str, str]:
 
 
 def write_files(folder: Path, files: dict[str, str]) -> None:
-    """Writes the files, with the same line ends on every system."""
+    """Writes the files, with the same line endings on every system."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, contents in files.items():
         (folder / name).write_bytes(contents.encode())
 
 
 def main() -> None:
-    """Writes the data files, and the tokenizer beside both bases."""
+    """Writes the data files, and the tokenizer into the folders of both bases."""
     world = make_world()
     write_files(FOLDER / "data", data_files(world))
     for base in ("base-small", "base-large"):

@@ -1,4 +1,4 @@
-"""What the rows of the paper's tables cost, before any is run: memory from shapes, GPU hours."""
+"""Costs of the rows of the paper's tables before any is run: memory from shapes, GPU hours."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -13,25 +13,26 @@ from irqlora_jax.config import Config
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.plan.measure import find_target, measure, prepare
 
-FLOPS, SHARE = 312e12, 0.4  # an A100's bfloat16 peak (data sheet), and what is taken to be reached
-QUESTIONS, SUBJECTS, CONTEXT = 14_042, 57, 2048  # of MMLU; prompts are cut to 2048 tokens
-ANSWERS, ANSWER_TOKENS = 69_110, 256  # of the seven commonsense sets; an assumed mean length
+FLOPS, SHARE = 312e12, 0.4  # an A100's bfloat16 peak (data sheet), and the share assumed reached
+QUESTIONS, SUBJECTS, CONTEXT = 14_042, 57, 2048  # MMLU; prompts are cut to 2048 tokens
+ANSWERS, ANSWER_TOKENS = 69_110, 256  # seven commonsense sets; the mean length is assumed
 
 ASSUMPTIONS = f"""\
-Hours are GPU hours of an A100, by arithmetic; none of them is measured here.
-  paper    the paper's table 7 (one A100, 10,000 steps, batch 16), in proportion to steps and batch,
-           and for a stand-in to weights.
-  derived  at most, at {SHARE:.0%} of {FLOPS / 1e12:.0f} TFLOP/s: every row is as long as it may be.
-           A step takes 6 FLOP a frozen weight and token (forward, recomputation, gradient of the
-           activations) and 8 a trained one; an evaluation takes 2, for MMLU of {QUESTIONS:,}
-           prompts of {CONTEXT:,} tokens, for commonsense of {ANSWERS:,} answers of {ANSWER_TOKENS}.
-  GiB      stored on the device: base, adapters, moments of the optimizer; exact. What a step needs
-           besides is compiled with --plan GPU: the column of the peak."""
+Hours are GPU hours of an A100. They are computed, not measured.
+  paper    table 7 of the paper (one A100, 10,000 steps, batch 16), scaled by steps and batch, and
+           by weights if the model is a stand-in.
+  derived  an upper bound at {SHARE:.0%} of {FLOPS / 1e12:.0f} TFLOP/s: every row has the maximal
+           length. For each token, a step takes 6 FLOP for a frozen weight (forward, recomputation,
+           gradient of the activations) and 8 for a trained one. An evaluation takes 2. MMLU has
+           {QUESTIONS:,} prompts of {CONTEXT:,} tokens, commonsense {ANSWERS:,} answers of
+           {ANSWER_TOKENS}.
+  GiB      stored on the device, exactly: base, adapters, moments of the optimizer. --plan GPU
+           compiles the step and adds a column with the peak."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """GPU hours, and GiB."""
+    """GPU hours and GiB of one row or more."""
 
     paper: float
     derived: float
@@ -41,21 +42,21 @@ class Cost:
 
 
 def shapes(model: str | None, size: str) -> LlamaConfig:
-    """The architecture of a model, or of a published size where there is none."""
+    """The architecture of a model or, without a model, of a published size."""
     if model is None:
         return architecture(size)
     return hf.read_config(Path(model) if Path(model).is_dir() else model)
 
 
 def cost(row: Row, table: Table, asked: Asked, llama: LlamaConfig, device: str | None) -> Cost:
-    """Of a row that shares nothing with others, from the start.
+    """The cost of a row from the start, as if it shared nothing with other rows.
 
     Args:
-        row: which; its method must be available.
-        table: that it stands in.
-        asked: how it is made.
+        row: the row; its method must be available.
+        table: the row's table.
+        asked: options that all rows share.
         llama: the architecture.
-        device: compile the training step for this one (of `irqlora_jax.devices`), for the peak.
+        device: for the peak, compile the training step for this device of `plan.gpus`.
     """
     config, peak = config_of(row, table, asked), None
     stored, size = storage(row, llama), adapter_size(row, config, llama)
@@ -79,7 +80,7 @@ def cost(row: Row, table: Table, asked: Asked, llama: LlamaConfig, device: str |
 
 
 def total(rows: Sequence[Row], costs: Mapping[Row, Cost], table: Table, asked: Asked) -> Cost:
-    """Hours of all rows, of which those that are the same count once and those done not at all."""
+    """Hours of all rows. Stages that rows share count once, and finished stages do not count."""
     left: dict[Stage, tuple[float, float, float]] = {}
     for row in rows:
         for stage in stages(row, table, asked):
@@ -94,18 +95,18 @@ def total(rows: Sequence[Row], costs: Mapping[Row, Cost], table: Table, asked: A
 
 
 def storage(row: Row, llama: LlamaConfig) -> int:
-    """Bytes of a base, embeddings in 16 bits."""
+    """Bytes of a base with 16-bit embeddings."""
     return measure_base(abstract_base(llama, quant_of(row))).total
 
 
 def weights(llama: LlamaConfig) -> int:
-    """Weights that a token is multiplied by: the linear layers and the output matrix."""
+    """Number of weights in products with a token: linear layers and output matrix."""
     layer = sum(out * into for out, into in llama.linear_shapes.values())
     return llama.num_hidden_layers * layer + llama.vocab_size * llama.hidden_size
 
 
 def adapter_size(row: Row, config: Config | None, llama: LlamaConfig) -> int:
-    """Trained numbers, IEC's scalars included."""
+    """Number of trained parameters, with IEC's scalars."""
     if config is None:
         return 0
     adapter, chosen = config.adapter, config.adapter.targets
@@ -130,7 +131,7 @@ def _mmlu(asked: Asked) -> int:
 
 
 def _commonsense(asked: Asked) -> int:
-    # Four answers to a question at most.
+    # A question has at most four answers.
     most = ANSWERS if asked.max_questions is None else 4 * len(asked.tasks) * asked.max_questions
     return min(most, ANSWERS) * ANSWER_TOKENS
 

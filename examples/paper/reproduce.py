@@ -1,12 +1,12 @@
-"""The tables of the IR-QLoRA paper: our figures beside the printed ones, and what they cost.
+"""The tables of the IR-QLoRA paper: our figures next to the printed ones, and their costs.
 
     python examples/paper/reproduce.py --table 1 --dry-run
     python examples/paper/reproduce.py --table 1 --model FOLDER_OR_HUB_ID --mmlu FOLDER
 
-Every row is a few commands of `irqlora` (a base that is quantized once, a finetune, an
-evaluation), which are shown and run. What is done is never done again, in no table: stop it at any
-time and start it again. `--dry-run` shows rows, commands and costs, and runs nothing; `--report`
-shows what there is. Other flags, such as --train.accumulation 4, go to `irqlora train`.
+Every row is a few commands of `irqlora`: quantize a base, finetune, evaluate. The script shows and
+runs them. It never repeats a finished command, and tables share commands, so you can stop and
+restart at any time. `--dry-run` shows rows, commands and costs, and runs nothing. `--report` shows
+the results so far. Other flags, such as --train.accumulation 4, go to `irqlora train`.
 """
 
 import argparse
@@ -31,10 +31,10 @@ _FIXED = {"quant.", "adapter.", "data.", "output_dir", "model", "train.steps", "
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the flags that are for `irqlora train`.
+    """The options, and the flags for `irqlora train`.
 
     Raises:
-        ValueError: a flag that the rows themselves decide about.
+        ValueError: a flag that the rows set.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--table", type=int, nargs="+", required=True, choices=numbers)
     parser.add_argument("--model", help="folder with a Hugging Face LLaMA, or its id on the hub")
     parser.add_argument(
-        "--size", help="rows of this size, such as 13b or llama2-7b (default: that of the model)"
+        "--size", help="rows of this size, such as 13b or llama2-7b (default: the model's)"
     )
     parser.add_argument("--rows", nargs="+", help="numbers or names of rows (default: all)")
     parser.add_argument(
@@ -51,39 +51,45 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
         nargs="+",
         default=[],
         metavar="NAME=FILE",
-        help="data of the finetunes: alpaca=FILE, flan_v2=FILE; without a name it is alpaca",
+        help="data of the finetunes: alpaca=FILE, flan_v2=FILE; FILE alone is alpaca",
     )
     parser.add_argument("--mmlu", help="folder with dev/ and test/ of MMLU")
-    parser.add_argument("--output", type=Path, default=Path("runs/paper"), help="folder of it all")
-    parser.add_argument("--steps", type=int, help="of a finetune (default: the paper's)")
     parser.add_argument(
-        "--max_questions", type=int, help="of each subject of MMLU, of each task of table 8"
+        "--output", type=Path, default=Path("runs/paper"), help="folder for everything"
+    )
+    parser.add_argument("--steps", type=int, help="steps of a finetune (default: the paper's)")
+    parser.add_argument(
+        "--max_questions",
+        type=int,
+        help="questions of each MMLU subject, and of each task of table 8",
     )
     parser.add_argument(
         "--tasks",
         nargs="+",
         default=list(TASKS.values()),
-        help="table 8: tasks of lm-eval, each for the column whose task its name ends with",
+        help="table 8: tasks of lm-eval; the end of a name says for which column it is",
     )
-    parser.add_argument("--task_folder", help="table 8: folder with task files of your own")
+    parser.add_argument("--task_folder", help="table 8: folder with your own task files")
     parser.add_argument(
-        "--plan", metavar="GPU", help="with --dry-run: compile the steps for it (a100-80, ...)"
+        "--plan",
+        metavar="GPU",
+        help="with --dry-run: compile the steps for this GPU (a100-80, ...)",
     )
     parser.add_argument("--dry-run", action="store_true", help="run nothing")
-    parser.add_argument("--report", action="store_true", help="only show what has been measured")
+    parser.add_argument("--report", action="store_true", help="only show results")
     options, flags = parser.parse_known_args(argv)
     for flag in flags:
         name = flag.removeprefix("--").partition("=")[0]
         if flag.startswith("--") and any(name.startswith(fixed) for fixed in _FIXED):
-            raise ValueError(f"{flag}: the rows decide about it; accepted are other flags of train")
+            raise ValueError(f"{flag}: the rows set it; accepted are other flags of train")
     return options, flags
 
 
 def read_asked(options: argparse.Namespace, flags: Sequence[str]) -> Asked:
-    """What all rows have in common.
+    """The options that all rows share.
 
     Raises:
-        ValueError: data of another name.
+        ValueError: an unknown name of data.
     """
     data = {}
     for text in options.data:
@@ -107,7 +113,7 @@ def read_asked(options: argparse.Namespace, flags: Sequence[str]) -> Asked:
 
 
 def choose(table: Table, size: str, names: Sequence[str] | None) -> list[Row]:
-    """Rows of a size, by their number among them (from 1) or their name.
+    """Rows of a size, chosen by number (from 1) or name.
 
     Raises:
         ValueError: there is no such row.
@@ -131,10 +137,10 @@ def choose(table: Table, size: str, names: Sequence[str] | None) -> list[Row]:
 
 
 def check_settings(asked: Asked) -> None:
-    """Keeps what the finished rows depend on, and refuses to add rows of another kind to them.
+    """Stores the settings that finished rows depend on, and refuses other settings in the folder.
 
     Raises:
-        ValueError: the folder was begun with other settings; says which.
+        ValueError: the folder has other settings; the message says which.
     """
     file = asked.output / "settings.json"
     found = {"model": asked.model, "steps": asked.steps, "max_questions": asked.max_questions}
@@ -151,14 +157,14 @@ def check_settings(asked: Asked) -> None:
 
 
 def run(stage: Stage, asked: Asked) -> None:
-    """Runs a command that has not been done.
+    """Runs a command that is not done.
 
     Raises:
-        SystemExit: it failed, with its exit code, or a signal came.
+        SystemExit: the command failed (with its exit code), or a signal came.
     """
     if stage.done.is_file():
         return
-    if stage.argv[0] == "quantize":  # it takes new folders alone; this one broke off
+    if stage.argv[0] == "quantize":  # it needs a new folder; an unfinished one may exist
         shutil.rmtree(stage.done.parent, ignore_errors=True)
     print(f"$ irqlora {shlex.join(stage.argv)}", flush=True)
     started = time.perf_counter()
@@ -173,7 +179,7 @@ def run(stage: Stage, asked: Asked) -> None:
 
 
 def missing(row: Row, table: Table, asked: Asked) -> str:
-    """What a row that can be made needs and has not been given."""
+    """The missing options that a row needs."""
     return ", ".join(stage.needs for stage in stages(row, table, asked) if stage.needs)
 
 
@@ -181,13 +187,13 @@ def missing(row: Row, table: Table, asked: Asked) -> str:
 
 
 def compare(table: Table, rows: Sequence[Row], ours: Mapping[Row, Any], exact: bool) -> str:
-    """Two lines a row: the paper's figures and ours.
+    """A text table with two lines for each row: the paper's figures and ours.
 
     Args:
-        table: that the rows stand in.
-        rows: shown.
-        ours: by row: figures, or a text that says why there are none.
-        exact: the model is the paper's, so that differences mean something.
+        table: the rows' table.
+        rows: the rows to show.
+        ours: for each row its figures, or a text that says why there are none.
+        exact: whether the model is the paper's, so that differences are meaningful.
     """
     digits = 2 if table.number in (6, 7) else 1
     with_difference = exact and table.number not in (6, 7)
@@ -221,16 +227,16 @@ def _number(value: float | None, table: Table, place: int, digits: int) -> str:
 
 
 def footnotes(table: Table, rows: Sequence[Row]) -> str:
-    """The notes that the rows bear."""
+    """The notes of the rows."""
     used = dict.fromkeys(note for row in rows for note in row.notes)
     return "\n".join(f"[{note}] {table.notes[note]}" for note in used)
 
 
 def explain(table: Table, rows: Sequence[Row], asked: Asked, llama: Any, plan: str | None) -> str:
-    """Rows, commands and costs of what would be run."""
+    """Rows, commands and costs of a run."""
     own = [row for row in rows if row.method in METHODS]
     if table.number == 6:
-        return "nothing is run: storage is arithmetic on shapes"
+        return "nothing to run: storage is computed from shapes"
     costs = {row: cost(row, table, asked, llama, plan) for row in own}
     lines = [["row", "bits", "data", "made as", "state", "paper (h)", "derived (h)", "eval (h)"]]
     lines[0] += ["GiB", *([f"GiB, {plan}"] if plan else [])]
@@ -244,7 +250,7 @@ def explain(table: Table, rows: Sequence[Row], asked: Asked, llama: Any, plan: s
         lines.append([row.method, str(row.bits), row.data, row.name, state])
         lines[-1] += _cost(costs[row], plan)
     whole = total(own, costs, table, asked)
-    lines.append(["left to do, in all", "", "", "", "", *_cost(whole, plan)])
+    lines.append(["total left to do", "", "", "", "", *_cost(whole, plan)])
     commands = dict.fromkeys(
         f"irqlora {shlex.join(stage.argv)}"
         for row in own
@@ -261,10 +267,10 @@ def _cost(own: Any, plan: str | None) -> list[str]:
 
 
 def show(number: int, options: argparse.Namespace, asked: Asked) -> None:
-    """Makes and prints one table.
+    """Runs the missing commands of one table and prints it.
 
     Raises:
-        ValueError, OSError: bad input, in one sentence.
+        ValueError, OSError: bad input; the message is one sentence.
         SystemExit: a command failed.
     """
     table = tables()[6 if number == 15 else number]
@@ -279,7 +285,7 @@ def show(number: int, options: argparse.Namespace, asked: Asked) -> None:
     exact = options.model is None or size_of(shapes(options.model, "")) == chosen[0].size
     print(f"\nTable {number}. {table.title}")
     if options.model is not None:
-        print(f"here: {asked.model}{'' if exact else f', which is no LLaMA {chosen[0].size}'}")
+        print(f"here: {asked.model}{'' if exact else f', which is not LLaMA {chosen[0].size}'}")
     ready = options.model is not None and not options.dry_run
     if options.dry_run or (not ready and table.number != 6):
         print()
@@ -306,7 +312,7 @@ def show(number: int, options: argparse.Namespace, asked: Asked) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 the user's input, 130 Ctrl-C, else that of a command."""
+    """Returns the exit code: 0 done, 2 bad input, 130 Ctrl-C, or the code of a failed command."""
     try:
         options, flags = parse(argv)
         asked = read_asked(options, flags)

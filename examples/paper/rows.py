@@ -1,4 +1,4 @@
-"""The rows of the paper's tables: what is printed, and which commands of `irqlora` make ours."""
+"""The rows of the paper's tables: the printed figures, and the commands that make ours."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ MMLU_COLUMNS = {
     "Social": "social sciences",
     "Other": "other",
 }
-"""Columns, and the categories that `irqlora eval --task mmlu` calls them."""
+"""Columns, and their categories in `irqlora eval --task mmlu`."""
 TASKS = {
     "HellaSwag": "hellaswag",
     "PIQA": "piqa",
@@ -32,12 +32,12 @@ TASKS = {
     "BoolQ": "boolq",
     "OBQA": "openbookqa",
 }
-"""Columns, and the tasks of lm-evaluation-harness."""
+"""Columns, and their tasks in lm-evaluation-harness."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What the library makes of a printed method: flags of `irqlora`."""
+    """A printed method as flags of `irqlora`."""
 
     quant: Mapping[str, Any]
     adapter: Mapping[str, Any] | None = None
@@ -59,7 +59,7 @@ METHODS = {
     "IR-QLoRA": Method(_ICQ, _IEC),
     "IR-QLoRA (QA-LoRA)": Method({"format": "int4", "block_size": 32} | _ICQ, _IEC),
 }
-"""Others are printed, and are "not available here"."""
+"""Other printed methods are "not available here"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +68,12 @@ class Row:
 
     size: str
     data: str
-    """Of the finetune; "-" without one."""
+    """Data of the finetune; "-" without a finetune."""
     bits: int
     method: str
     figures: tuple[float, ...]
     notes: tuple[str, ...] = ()
-    """Names of notes of its table."""
+    """Names of the table's notes that apply."""
 
     @property
     def quant(self) -> dict[str, Any]:
@@ -82,13 +82,13 @@ class Row:
 
     @property
     def base(self) -> str:
-        """Name of the quantized base, which rows share."""
+        """Name of the quantized base. Rows share bases."""
         parts = [self.quant["format"], *(["icq"] if self.quant["calibration"] == "icq" else [])]
         return "-".join(parts).replace("none", "float")
 
     @property
     def name(self) -> str:
-        """Of what is scored; rows of other tables that are the same have the same."""
+        """Name of the scored model. Equal rows of different tables have the same name."""
         adapter = METHODS[self.method].adapter
         if adapter is None:
             return self.base
@@ -108,7 +108,7 @@ class Table:
 
 @cache
 def published() -> Mapping[str, Any]:
-    """published.yaml as it is."""
+    """The content of published.yaml."""
     return yaml.safe_load((FOLDER / "published.yaml").read_text(encoding="utf-8"))
 
 
@@ -139,7 +139,7 @@ def tables() -> dict[int, Table]:
 
 
 def architecture(size: str) -> LlamaConfig:
-    """That of a published size, such as 7b or llama2-7b."""
+    """The architecture of a published size, such as 7b or llama2-7b."""
     values = {"model_type": "llama", "vocab_size": 32000, "hidden_act": "silu"}
     context = 4096 if size.startswith("llama2-") else 2048
     own = published()["sizes"][size.removeprefix("llama2-")]
@@ -147,7 +147,7 @@ def architecture(size: str) -> LlamaConfig:
 
 
 def size_of(llama: LlamaConfig) -> str | None:
-    """The published size of an architecture; None where it is none of them."""
+    """The published size of an architecture, or None."""
     for size, own in published()["sizes"].items():
         if all(getattr(llama, name) == value for name, value in own.items()):
             return f"llama2-{size}" if llama.max_position_embeddings > 2048 else size
@@ -159,29 +159,29 @@ def size_of(llama: LlamaConfig) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What all rows have in common."""
+    """Options that all rows share."""
 
     model: str
     output: Path
     data: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Files or ids by the name of the data; else those of the recipe."""
+    """Files or ids by the name of the data; without one, the recipe's data."""
     steps: int | None = None
     mmlu: str | None = None
     max_questions: int | None = None
     tasks: tuple[str, ...] = tuple(TASKS.values())
     task_folder: str | None = None
     flags: tuple[str, ...] = ()
-    """For `irqlora train`."""
+    """Flags for `irqlora train`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A command, and the file that says that it has been done."""
+    """A command, and the file that exists when it is done."""
 
     argv: tuple[str, ...]
     done: Path
     needs: str = ""
-    """An option that is missing."""
+    """A missing option."""
 
     @property
     def key(self) -> str:
@@ -239,13 +239,13 @@ def _limit(asked: Asked) -> list[str]:
 
 
 def config_of(row: Row, table: Table, asked: Asked) -> Config | None:
-    """Of the finetune; None without one."""
+    """The configuration of the finetune; None without a finetune."""
     found = [stage for stage in stages(row, table, asked) if stage.argv[0] == "train"]
     return parse_config(found[0].argv[1:]) if found else None
 
 
 def quant_of(row: Row) -> QuantConfig:
-    """How the base is stored."""
+    """The quantization of the base."""
     return QuantConfig(**row.quant)
 
 
@@ -253,9 +253,9 @@ def quant_of(row: Row) -> QuantConfig:
 
 
 def figures(row: Row, table: Table, asked: Asked) -> list[float | None] | None:
-    """Ours, in the order of the columns; None where a command is missing.
+    """Our figures in the order of the columns; None if a command has not been run.
 
-    Table 6 is arithmetic and has its own function.
+    Table 6 is computed from shapes, by `costs.storage`.
     """
     made = stages(row, table, asked)
     if not all(stage.done.is_file() for stage in made):
@@ -283,7 +283,7 @@ def figures(row: Row, table: Table, asked: Asked) -> list[float | None] | None:
 
 
 def _hours(made: Sequence[Stage], asked: Asked) -> float | None:
-    """Of quantizing, and of 10,000 steps at the rate of those that were taken."""
+    """Hours of quantizing and of 10,000 steps, at the speed of the steps that were run."""
     seconds = times(asked.output)
     quantize, train = made
     if quantize.key not in seconds or train.key not in seconds:
@@ -293,6 +293,6 @@ def _hours(made: Sequence[Stage], asked: Asked) -> float | None:
 
 
 def times(output: Path) -> dict[str, float]:
-    """Seconds that commands took, over all times that they were begun."""
+    """Seconds of each command, summed over all its starts."""
     file = output / "seconds.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

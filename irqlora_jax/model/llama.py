@@ -19,10 +19,10 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.method import Params
 from irqlora_jax.model.attention import (
     attend,
+    einsum_f32,
     rope_frequencies,
     rotate,
     segment_positions,
-    wide_einsum,
 )
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.tree import LAYERS, linear_path, stacks
@@ -50,7 +50,7 @@ def head_logits(
     hidden: Float[Array, "*batch hidden"], weight: Float[Array, "vocab hidden"]
 ) -> Float32[Array, "*batch vocab"]:
     """Logits from `Llama.features` and `head_weight`; products in the type of `hidden`."""
-    return wide_einsum("...h,vh->...v", hidden, weight.astype(hidden.dtype))
+    return einsum_f32("...h,vh->...v", hidden, weight.astype(hidden.dtype))
 
 
 def rms_norm(
@@ -139,7 +139,7 @@ class AdaptedLinear(nn.Module):
         split_inputs = self.name in SPLIT_INPUTS
         x = split_activation(x, split_inputs)
         if self.is_mutable_collection("stats"):
-            gram = wide_einsum("bti,btj->ij", x, x)
+            gram = einsum_f32("bti,btj->ij", x, x)
             self.sow("stats", "gram", gram, init_fn=lambda: 0.0, reduce_fn=jnp.add)
         weight = gather(_frozen(self, self.shape), self.name)
         y = dequant_matmul(x, weight, self.settings.matmul)

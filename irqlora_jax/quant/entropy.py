@@ -82,41 +82,6 @@ def require_range(search_range: float) -> None:
         raise ValueError(f"search_range = {search_range!r}: accepted is a number between 0 and 1")
 
 
-def takes_kernel(
-    operation: str,
-    format: str,
-    block: int,
-    implementation: str | None,
-    refusal: Callable[[], str | None],
-) -> bool:
-    """Whether a search is the kernel's: it was asked for, or measured to be faster, and serves.
-
-    Args:
-        operation: as in kernels/measured.json.
-        format: name of the code book.
-        block: weights of a block.
-        implementation: "triton", "xla" or None.
-        refusal: says why the kernel cannot serve, if it cannot.
-
-    Raises:
-        ValueError: no such implementation, or one that was asked for and cannot serve; says why.
-    """
-    if implementation not in (None, "xla", "triton"):
-        raise ValueError(f"implementation = {implementation!r}: accepted is 'xla' or 'triton'")
-    if implementation == "xla":
-        return False
-    if implementation is None:
-        from irqlora_jax.kernels.measured import is_faster  # type: ignore
-
-        kind = jax.devices()[0].device_kind
-        if not is_faster(operation, "triton", kind, format, (0, block)):
-            return False
-    reason = refusal()
-    if implementation == "triton" and reason is not None:
-        raise ValueError(f"implementation = 'triton': {reason}; 'xla' serves here")
-    return reason is None
-
-
 def spaced(start: float, stop: float, n: int) -> Float32[np.ndarray, " n"]:
     """n numbers from start to stop, rounded as torch.linspace does, for the released candidates."""
     first, final = np.float32(start), np.float32(stop)

@@ -27,7 +27,7 @@ from irqlora_jax.machine import fastest_dtype
 from irqlora_jax.messages import shows_messages
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.tree import linear_stacks
-from irqlora_jax.quant.matmul import laid_out, preferred_layout, require
+from irqlora_jax.quant.matmul import check_implementation, preferred_layout, with_preferred_layout
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.report.write import save_environment, try_to_write
 from irqlora_jax.runs.checkpoints import Checkpoints
@@ -119,7 +119,7 @@ def run(config: Config) -> RunResult:
                 raise OSError(f"output_dir = '{folder}': {reason}") from error
         del pairs
         # The file keeps its own layout.
-        base = laid_out(base, config.train.matmul)
+        base = with_preferred_layout(base, config.train.matmul)
         logger.info(describe(config, job.model.config, base, len(job.examples), job.mesh))
         return _finetune(job, base, folder, seconds)
 
@@ -186,7 +186,7 @@ def _check_matmul(config: Config, llama: LlamaConfig) -> None:
         rows = train.batch_size // train.accumulation
         x = jax.ShapeDtypeStruct((rows, weight.shape[1]), train.compute_dtype)
         try:
-            require(train.matmul, x, weight)
+            check_implementation(train.matmul, x, weight)
         except ValueError as error:
             raise ValueError(f"train.matmul: {error}") from error
 

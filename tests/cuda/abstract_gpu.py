@@ -1,4 +1,4 @@
-"""What jax must be told to lower a Triton kernel where there is no GPU."""
+"""The context in which jax lowers a Triton kernel without a GPU."""
 
 import contextlib
 from typing import Any
@@ -7,10 +7,10 @@ import jax
 
 
 def abstract_gpu(name: str = "H200") -> contextlib.AbstractContextManager[Any]:
-    """A context in which Pallas lowers for the GPU of that name; before jax 0.11 nothing is needed.
+    """A context in which Pallas lowers for a GPU. Before jax 0.11 none is needed.
 
     Args:
-        name: as in "NVIDIA H200".
+        name: name of the GPU without "NVIDIA".
     """
     if jax.__version_info__ < (0, 11):
         return contextlib.nullcontext()

@@ -1,10 +1,10 @@
-"""GPUs that are not there: programs are compiled for them, never run.
+"""Absent GPUs: tests compile programs for them and never run these.
 
     pytest tests/cuda
 
-in an environment with jax-cuda13-plugin and jax-cuda13-pjrt of jax's version and, for the machine
-code of kernels, nvidia-cuda-nvcc, nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm (all installed
-with --no-deps); elsewhere these tests are skipped.
+These tests need jax-cuda13-plugin and jax-cuda13-pjrt of jax's version and, for the machine code of
+kernels, nvidia-cuda-nvcc, nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm (install all with
+--no-deps). Without these packages they are skipped.
 """
 
 import shutil
@@ -16,13 +16,13 @@ import pytest
 from irqlora_jax.plan.gpus import DEVICES, absent_devices
 
 if shutil.which("nvidia-smi") is None:
-    # Else jax looks for the driver, and gives the CUDA plugin up where there is none.
+    # Otherwise jax looks for the driver, and drops the CUDA plugin if there is none.
     jax.config.update("jax_platforms", "cpu")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def nothing_kept():
-    """What is compiled for a device that is not there cannot be read back."""
+def no_compilation_cache():
+    """jax cannot read programs for absent devices back from the cache."""
     jax.config.update("jax_enable_compilation_cache", False)
     yield
     jax.config.update("jax_enable_compilation_cache", True)
@@ -32,7 +32,7 @@ NAMES = ("h200", "a100-80", "l4", "t4")
 
 
 def absent(name: str, count: int = 1) -> list[Any]:
-    """Devices of `irqlora_jax.devices.DEVICES`; skips the test without the CUDA plugin."""
+    """Absent devices of `plan.gpus.DEVICES`; skips the test without the CUDA plugin."""
     found = absent_devices(DEVICES[name], count)
     if found is None:
         pytest.skip("needs jax-cuda13-plugin and jax-cuda13-pjrt")
@@ -41,7 +41,7 @@ def absent(name: str, count: int = 1) -> list[Any]:
 
 @pytest.fixture(params=NAMES)
 def gpu(request: pytest.FixtureRequest) -> Any:
-    """One absent device, of each kind in turn. Compile with `irqlora_jax.devices.OPTIONS`."""
+    """One absent device of each kind in turn. Compile with `plan.gpus.OPTIONS`."""
     return absent(request.param)[0]
 
 

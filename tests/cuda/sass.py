@@ -1,4 +1,4 @@
-"""What the assembler makes of a kernel for an NVIDIA GPU: registers, spills, instructions.
+"""Registers, spills and instructions of a kernel that is assembled for an NVIDIA GPU.
 
 Needs `ptxas`, `cuobjdump` and `nvdisasm` of CUDA 13: the packages nvidia-cuda-nvcc,
 nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
@@ -20,15 +20,15 @@ from irqlora_jax.plan.gpus import OPTIONS
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """One kernel.
+    """Machine code of one kernel.
 
     Attributes:
-        registers: of a thread.
-        spills: bytes that a thread stores in memory and loads again for lack of registers.
-        counts: instructions by their first word, such as HGMMA, HMMA, PRMT.
-        code: its instructions as text.
+        registers: registers of a thread.
+        spills: bytes that a thread stores in memory and loads again because registers are full.
+        counts: number of instructions by their first word, such as HGMMA, HMMA, PRMT.
+        code: the instructions as text.
         serialized: whether the assembler lets each tensor core product (HGMMA) finish before the
-            next instruction, since it cannot tell who uses its registers.
+            next instruction, because it cannot tell which instructions use its registers.
     """
 
     registers: int
@@ -39,15 +39,15 @@ class Machine:
 
 
 def compile_kernels(traced: Any, folder: Path) -> tuple[Any, dict[str, Machine]]:
-    """The program of `jax.jit(f).trace(..)` for an absent GPU, and its kernels by name.
+    """Compiles `jax.jit(f).trace(..)` for an absent GPU; returns the program and kernels by name.
 
     Args:
-        traced: with shapes that lie on a device of `irqlora_jax.devices.absent_devices`.
-        folder: an empty one, for files.
+        traced: its shapes are on a device of `plan.gpus.absent_devices`.
+        folder: an empty folder for files.
     """
-    # The second one is for XLA of jax 0.12, which otherwise writes no PTX.
+    # XLA of jax 0.12 writes PTX only with the second option.
     options = OPTIONS | {"xla_dump_to": str(folder), "xla_dump_emitter_re": "ptx"}
-    # XLA compiles Mosaic's kernels on its own, and asks the environment where to leave their PTX.
+    # XLA compiles Mosaic's kernels separately. An environment variable says where to put their PTX.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
         compiled = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
@@ -59,7 +59,7 @@ def compile_kernels(traced: Any, folder: Path) -> tuple[Any, dict[str, Machine]]
 
 
 def assemble(ptx: str, folder: Path) -> dict[str, Machine]:
-    """The kernels of a text in PTX, by name."""
+    """Assembles a text in PTX; returns its kernels by name."""
     (target,) = re.findall(r"^\.target (\w+)", ptx, re.M)
     source, code = folder / "code.ptx", folder / "code.cubin"
     source.write_text(ptx)
@@ -79,11 +79,11 @@ def assemble(ptx: str, folder: Path) -> dict[str, Machine]:
 
 
 def overwritten_operands(machine: Machine) -> list[str]:
-    """Instructions that write a register that a tensor core product in flight (HGMMA) reads, or
-    that read or write one in which it sums.
+    """Instructions that use registers of a tensor core product in flight (HGMMA).
 
-    Such a product uses its registers at any time until the wait for its group (WARPGROUP.DEPBAR).
-    All paths through the kernel are followed.
+    They write a register that the product reads, or read or write a register of its sums. A product
+    may use its registers until the wait for its group (WARPGROUP.DEPBAR). This function follows all
+    paths through the kernel.
     """
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", machine.code)
     code = [(int(address, 16), re.sub(r"^@!?U?P\w+ +", "", text), text) for address, text in lines]
@@ -91,7 +91,7 @@ def overwritten_operands(machine: Machine) -> list[str]:
     nothing: _Registers = (frozenset(), frozenset())
     found: set[str] = set()
     seen: set[tuple[Any, ...]] = set()
-    # Where to go on, groups in flight and products of the group not yet closed, by registers.
+    # Next instruction, groups in flight, and the group that is still open. Groups are registers.
     paths: list[tuple[int, tuple[_Registers, ...], _Registers]] = [(0, (), nothing)]
     while paths:
         state = i, flying, open_ = paths.pop()
@@ -131,7 +131,7 @@ def overwritten_operands(machine: Machine) -> list[str]:
 
 
 _Registers = tuple[frozenset[int], frozenset[int]]
-"""Of a product: those of its operand, and those of its sums."""
+"""Registers of a product: of its operand, and of its sums."""
 
 
 def disassemble(code: Path) -> str:

@@ -1,4 +1,4 @@
-"""Attention compiled for GPUs that are not there: cuDNN's where they have it, else XLA's."""
+"""Attention compiled for absent GPUs, by cuDNN and by XLA."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from irqlora_jax.model import attention
 from irqlora_jax.plan.gpus import OPTIONS
 
 HEADS, LENGTH = 32, 2048
-SCORES = 4 * HEADS * LENGTH**2  # bytes, of one row
+SCORES = 4 * HEADS * LENGTH**2  # bytes of the scores of one row
 
 
 def compiled(gpu, function, dtype):
@@ -36,7 +36,7 @@ def test_cudnn_compiles_from_ampere_on(gpu) -> None:
     assert program.memory_analysis().temp_size_in_bytes < SCORES / 4
 
 
-def test_xla_holds_the_scores_of_a_chunk_alone(gpu) -> None:
+def test_xla_holds_only_the_scores_of_a_chunk(gpu) -> None:
     half = jnp.float16 if gpu.compute_capability == "7.5" else jnp.bfloat16
     program = compiled(gpu, attention.attend, half)
     assert program.memory_analysis().temp_size_in_bytes < SCORES / 2

@@ -1,4 +1,4 @@
-"""Every device of the table can be compiled for."""
+"""XLA can compile for every device of the table."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from irqlora_jax.plan.gpus import DEVICES, OPTIONS, absent_devices
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_every_known_device_can_be_compiled_for(name: str) -> None:
+def test_xla_compiles_for_every_known_device(name: str) -> None:
     devices = absent_devices(DEVICES[name], 2)
     if devices is None:
         pytest.skip("needs jax-cuda13-plugin and jax-cuda13-pjrt")

@@ -24,9 +24,9 @@ def compiled(device: Any, name: str, shape: tuple[int, int]) -> Any:
 
 
 def passes(text: str, shape: tuple[int, int]) -> int:
-    """The most whole-matrix float arrays that the fusions of one loop body read or write.
+    """The largest number of whole-matrix arrays that the fusions of one loop body read or write.
 
-    What a candidate costs: everything else there has one number a block.
+    This is the cost of a candidate: all other arrays there have one number for each block.
     """
     rows, columns = shape
     matrix = re.compile(rf"f32\[{columns},{rows}\]|u32\[{columns},{rows}\]")
@@ -51,8 +51,10 @@ def passes(text: str, shape: tuple[int, int]) -> int:
 
 @pytest.mark.parametrize("name", ["nf4", "nf3", "nf2", "fp4", "int4", "int3", "int2"])
 def test_a_candidate_costs_few_passes(h200: Any, name: str) -> None:
-    """At 4 bytes a weight and 201 (integers: 101) candidates, a pass over LLaMA-7B takes 1.1 (0.55)
-    seconds of an H200's 4.8 TB/s."""
+    """For all 201 (integers: 101) candidates, each pass over LLaMA-7B costs 1.1 (0.55) seconds.
+
+    This is at 4 bytes a weight and the 4.8 TB/s of an H200.
+    """
     shape = (704512, 64)  # 4096 x 11008
     if name.startswith("int"):
         shape = (2 * shape[0], 32)

@@ -1,6 +1,6 @@
-"""The memory budgets of a training step, compiled for GPUs that are not there.
+"""The memory budgets of a training step, compiled for absent GPUs.
 
-Batch 1, 512 tokens, rank 64 on all seven layers, nf4 with ICQ, IEC: 65B must train on one card of
+Batch 1, 512 tokens, rank 64 on all seven layers, nf4 with ICQ, IEC. 65B must train on one card of
 48 GB. `benchmarks/memory.py` prints the whole table.
 """
 
@@ -61,15 +61,15 @@ def test_the_step_keeps_to_its_budget(
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_an_offloaded_state_never_comes_back_as_a_whole(count: int) -> None:
+def test_an_offloaded_state_comes_back_layer_by_layer(count: int) -> None:
     here, away = (need("h200", "7b", count=count, offload_optimizer=x) for x in (False, True))
     state = here.optimizer - away.optimizer
     assert state == away.host
     assert away.host > 0.99 * here.optimizer
-    # A layer's worth of it comes at a time, and little else is added.
+    # Only the state of one layer is on the device at a time, with little overhead.
     assert here.peak - away.peak > 0.95 * state
 
 
-def test_accumulation_adds_no_more_than_the_sums_of_the_gradients() -> None:
+def test_accumulation_adds_only_the_sums_of_the_gradients() -> None:
     whole, parts = need("h200", "7b"), need("h200", "7b", batch_size=16, accumulation=16)
     assert parts.peak - whole.peak < 1.1 * whole.adapters

@@ -1,6 +1,7 @@
-"""The search kernel as compiled for GPUs that are not there: resources, rounding, cost."""
+"""The search kernels compiled for absent GPUs: resources, rounding, cost."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
 )
 ROWS = 2**16
-LLAMA_7B = 6.48e9  # weights of its linear layers
+LLAMA_7B = 6.48e9  # weights of the linear layers
 NAMES = {"h200": "H200", "a100-80": "A100", "l4": "L4"}  # as NVIDIA calls them
 
 
@@ -36,7 +37,7 @@ def on(name: str, *shapes: tuple[tuple[int, ...], Any]) -> list[jax.ShapeDtypeSt
 
 
 def compiled(name: str, folder: Path, function: Any, *shapes: Any) -> tuple[Any, list[str]]:
-    """The program, and the texts in PTX of its kernels."""
+    """The program, and the PTX of its kernels."""
     options = OPTIONS | {"xla_dump_to": str(folder), "xla_dump_emitter_re": ".*"}
     with abstract_gpu(NAMES[name]):
         lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
@@ -51,7 +52,7 @@ def kernel(texts: list[str], entry: str = "search_shift") -> str:
 
 
 def search_integer(bits: int, symmetric: bool | None) -> Any:
-    """The kernel's search of the range, or with None that of the zero point."""
+    """The kernel's search of the range or, with symmetric = None, of the zero point."""
     if symmetric is None:
         candidates = icq_integer.zero_point_candidates(bits, 0.1, 50)
     else:
@@ -62,9 +63,12 @@ def search_integer(bits: int, symmetric: bool | None) -> Any:
 @pytest.mark.parametrize(
     ("name", "fmt", "block", "dtype", "partial"),
     [
-        *(("h200", "nf4", 64, "float32", False), ("h200", "fp4", 256, "float16", True)),
-        *(("h200", "nf2", 16, "float32", False), ("a100-80", "nf4", 64, "bfloat16", True)),
-        *(("l4", "nf4", 64, "float32", True), ("l4", "nf3", 128, "float32", False)),
+        ("h200", "nf4", 64, "float32", False),
+        ("h200", "fp4", 256, "float16", True),
+        ("h200", "nf2", 16, "float32", False),
+        ("a100-80", "nf4", 64, "bfloat16", True),
+        ("l4", "nf4", 64, "float32", True),
+        ("l4", "nf3", 128, "float32", False),
     ],
 )
 def test_it_fits_into_registers(name, fmt, block, dtype, partial, tmp_path: Path) -> None:
@@ -74,21 +78,23 @@ def test_it_fits_into_registers(name, fmt, block, dtype, partial, tmp_path: Path
     )
     machine = sass.assemble(kernel(texts), tmp_path)["search_shift"]
     assert machine.spills == 0
-    # 24 programs of one warp at least on each core of 65536 registers, 6 a scheduler.
+    # A core with 65536 registers holds at least 24 programs of one warp, 6 for each scheduler.
     assert machine.registers <= 80
     counts = machine.counts
     assert not any(counts[word] for word in ("LDL", "STL", "LDS", "STS"))
-    # No product is rounded together with a sum: each weight that is judged takes one of either.
+    # No product and sum are fused: each comparison takes one instruction of both kinds.
     assert counts["FFMA"] == 0
     assert counts["FMUL"] >= len(get_format(fmt).midpoints)
     assert counts["FADD"] >= len(get_format(fmt).midpoints)
-    # The sorted weights, an end to each block, and the sums.
+    # Memory for the sorted weights, an end for each block, and the sums.
     assert program.memory_analysis().temp_size_in_bytes < 4 * ROWS * (block + 3) + 2**20
 
 
-def test_reciprocals_are_those_of_the_search_of_xla(tmp_path: Path) -> None:
-    """One divides 1 by the scale, the other takes the reciprocal. The assembler makes the same of
-    both: MUFU.RCP, in between two products with a power of two at the ends of float32."""
+def test_reciprocals_equal_xlas(tmp_path: Path) -> None:
+    """The kernel divides 1 by the scale, XLA takes the reciprocal: the same instruction, MUFU.RCP.
+
+    At the ends of float32 the assembler multiplies by a power of two before and after it.
+    """
     (blocks,) = on("h200", ((ROWS, 64), jnp.float32))
     _, ours = compiled("h200", tmp_path / "ours", lambda w: search_shift(w, "nf4"), blocks)
     _, theirs = compiled("h200", tmp_path / "xla", lambda w: icq.search_shift(w, "nf4"), blocks)
@@ -104,7 +110,7 @@ def test_reciprocals_are_those_of_the_search_of_xla(tmp_path: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """Of instructions from `start` to `stop`, the branch back."""
+    """A loop: the instructions from `start` to the branch back at `stop`."""
 
     start: int
     stop: int
@@ -136,7 +142,7 @@ def loops(text: str) -> list[Loop]:
 
 
 def passes(fmt: str, block: int, dtype: Any, warps: int = 16) -> float:
-    """Passes over the pointers a candidate: one, and as many as one of 32 blocks needs more."""
+    """Mean number of passes for a candidate: one, and the most extra passes of 32 blocks."""
     points = get_format(fmt).midpoints
     w = np.random.default_rng(0).standard_normal((32 * warps, block)).astype(np.float32)
     w = np.sort(np.asarray(jnp.asarray(w * 0.02).astype(dtype).astype(jnp.float32)), axis=1)
@@ -155,14 +161,14 @@ def passes(fmt: str, block: int, dtype: Any, warps: int = 16) -> float:
 
 @pytest.mark.parametrize(("block", "seconds"), [(32, 0.7), (64, 0.4)])
 def test_cost_of_llama_7b(block, seconds, tmp_path: Path) -> None:
-    """On an H200, 132 cores of 4 schedulers that each issue an instruction a clock, at 1.7 GHz."""
+    """On an H200: 132 cores x 4 schedulers x 1 instruction a clock, at 1.7 GHz."""
     (blocks,) = on("h200", ((ROWS, block), jnp.float32))
     _, texts = compiled("h200", tmp_path, lambda w: search_shift(w, "nf4"), blocks)
     found = loops(listing(kernel(texts), tmp_path))
     (step,) = [one for one in found if "REDUX" in one.text and "MUFU" not in one.text]
     (candidate,) = [one for one in found if one.holds(step)]
     search = 201 * (candidate.size - step.size + passes("nf4", block, jnp.bfloat16) * step.size)
-    # Sorting: each loop over chunks of 8 or pairs of them, as often as it runs.
+    # Sorting: the loops over chunks of 8, or pairs of chunks, times how often they run.
     chunks = block // 8
     levels = chunks.bit_length() - 1
     sorting = [one for one in found if "STG" in one.text and not any(map(one.holds, found))]
@@ -182,8 +188,10 @@ def test_cost_of_llama_7b(block, seconds, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "bits", "symmetric", "block", "dtype", "partial"),
     [
-        *(("h200", 4, False, 32, "bfloat16", False), ("h200", 4, None, 64, "float32", True)),
-        *(("a100-80", 3, True, 64, "float32", True), ("l4", 2, False, 256, "float16", True)),
+        ("h200", 4, False, 32, "bfloat16", False),
+        ("h200", 4, None, 64, "float32", True),
+        ("a100-80", 3, True, 64, "float32", True),
+        ("l4", 2, False, 256, "float16", True),
         ("l4", 4, False, 256, "bfloat16", True),
     ],
 )
@@ -198,18 +206,17 @@ def test_integers_fit_into_registers(
     assert machine.registers <= 64  # 32 programs of one warp on each core
     counts = machine.counts
     assert not any(counts[word] for word in ("LDL", "STL", "LDS", "STS"))
-    assert counts["FFMA"] == 0  # no product is rounded together with a sum
-    # The copy of the weights, and the index, the sum and the ends.
+    assert counts["FFMA"] == 0  # no product and sum are fused
+    # Memory for the copy of the weights, the index, the sum and the ends.
     assert program.memory_analysis().temp_size_in_bytes < 4 * ROWS * (block + 6) + 2**20
 
 
-def test_quotients_of_integers_are_those_of_the_search_of_xla(tmp_path: Path) -> None:
-    """Of the same instruction, which does not round correctly on a GPU."""
+def test_quotients_of_integers_equal_xlas(tmp_path: Path) -> None:
+    """Both use the same instruction, which does not round correctly on a GPU."""
     (blocks,) = on("h200", ((ROWS, 32), jnp.bfloat16))
     _, ours = compiled("h200", tmp_path / "ours", search_integer(4, False), blocks)
-    _, theirs = compiled(
-        *("h200", tmp_path / "xla"), lambda w: icq_integer.search_range(w, 4, False), blocks
-    )
+    search = functools.partial(icq_integer.search_range, bits=4, symmetric=False)
+    _, theirs = compiled("h200", tmp_path / "xla", search, blocks)
     for texts in (ours, theirs):
         assert set(re.findall(r"(?:div|rcp)\.[\w.]+", "".join(texts))) == {"div.full.f32"}
         assert not any(".ftz" in text for text in texts)
@@ -217,7 +224,7 @@ def test_quotients_of_integers_are_those_of_the_search_of_xla(tmp_path: Path) ->
 
 @pytest.mark.parametrize(("bits", "block"), [(4, 32), (4, 64), (3, 32), (2, 32)])
 def test_cost_of_llama_7b_in_integers(bits, block, tmp_path: Path) -> None:
-    """As above; every thread takes the same path."""
+    """As `test_cost_of_llama_7b`, but every thread takes the same path."""
     (blocks,) = on("h200", ((ROWS, block), jnp.bfloat16))
     _, texts = compiled("h200", tmp_path, search_integer(bits, False), blocks)
     found = loops(listing(kernel(texts, "search_integer"), tmp_path))

@@ -122,7 +122,7 @@ def test_file_of_other_settings_is_refused(comparison, tmp_path):
         comparison.resume(file, settings(comparison, steps=9))
     with file.open("a") as out:
         out.write("{}\n")
-    with pytest.raises(ValueError, match="line 2 is not that of a run"):
+    with pytest.raises(ValueError, match="line 2 is not a run"):
         comparison.read(file)
 
 

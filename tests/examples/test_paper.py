@@ -328,7 +328,7 @@ def test_costs_are_proportional_and_shared_once(modules) -> None:
         (["--table", "4", "--dry-run", "--rows", "LoRA"], "rows = 'LoRA': accepted is 1 to 6"),
         (["--table", "4", "--dry-run", "--size", "13b"], "size = '13b': table 4 has 7b"),
         (["--table", "4"], "model = None: accepted is"),
-        (["--table", "4", "--dry-run", "--quant.format=nf3"], "the rows decide about it"),
+        (["--table", "4", "--dry-run", "--quant.format=nf3"], "the rows set it"),
         (["--table", "4", "--dry-run", "--data", "oasst=x"], "data = 'oasst=...': accepted is"),
     ],
 )

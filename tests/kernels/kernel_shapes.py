@@ -1,4 +1,4 @@
-"""Real sizes, for tests and benchmarks of kernels. Plain Python: jax is not needed."""
+"""Real matrix sizes for tests and benchmarks of kernels. Does not need jax."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ class Shape:
 
 
 ROWS = (1, 16, 64, 512, 2048, 4096, 8192)
-"""Rows of activations: of decoding one text and some, and of training."""
+"""Rows of activations: decoding one text or several, and training."""
 
 MODELS: dict[str, dict[str, Shape]] = {
     "llama-7b": {

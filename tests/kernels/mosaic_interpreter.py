@@ -1,4 +1,4 @@
-"""Mosaic kernels on a CPU: in the interpreter of jax 0.12, made stricter than a GPU would be."""
+"""Runs Mosaic kernels on a CPU, in the interpreter of jax 0.12, more strictly than a GPU does."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from irqlora_jax.kernels import mosaic_fragments
+from irqlora_jax.kernels import matmul_mosaic_fragments
 from irqlora_jax.quant import packing
 
 HALVES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -18,10 +18,10 @@ HALVES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 @contextlib.contextmanager
 def interpreted(detect_races: bool = True) -> Iterator[None]:
-    """Kernels that are traced in this context run on the CPU, a thread for each warp group.
+    """Kernels that are traced in this context run on the CPU, with one thread for each warp group.
 
-    What was not written is NaN, and a product is computed as late as it may be: when it is waited
-    for. Skips the test where jax has no such interpreter.
+    Unwritten memory is NaN. A product is computed as late as allowed: when the kernel waits for it.
+    Skips the test if jax has no such interpreter.
 
     Args:
         detect_races: whether a race between threads is an error.
@@ -29,7 +29,7 @@ def interpreted(detect_races: bool = True) -> Iterator[None]:
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     if not hasattr(plgpu, "InterpretGPUParams"):
-        pytest.skip("the interpreter of this jax knows neither edges nor transposed operands")
+        pytest.skip("this jax cannot interpret ragged edges and transposed operands")
     kernel, wgmma, registers, flying = plgpu.kernel, plgpu.wgmma, [], []
 
     def in_python(body, *, scratch_types, num_threads, **options):
@@ -53,7 +53,7 @@ def interpreted(detect_races: bool = True) -> Iterator[None]:
         while len(flying) > left:
             sums, weights, inputs = flying.pop(0)
             if isinstance(weights, jax.Array):
-                # The interpreter has no operands in registers.
+                # The interpreter does not take operands from registers.
                 copy = registers[-1].at[lax.axis_index("group")]
                 copy[...] = weights
                 weights = copy
@@ -63,18 +63,18 @@ def interpreted(detect_races: bool = True) -> Iterator[None]:
         patch.setattr(plgpu, "kernel", in_python)
         patch.setattr(plgpu, "wgmma", lambda *operands: flying.append(operands))
         patch.setattr(plgpu, "wgmma_wait", wait)
-        patch.setattr(mosaic_fragments, "permuted", looked_up)
+        patch.setattr(matmul_mosaic_fragments, "permuted", looked_up)
         yield
 
 
 def looked_up(levels, bits: int, dtype: str):
-    """As `mosaic_fragments.permuted`, in operations that an interpreter has."""
+    """`matmul_mosaic_fragments.permuted`, with operations that the interpreter has."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     def fragment(codes, scales):
         codes = packing.unpack(codes[...], bits, "fragments")
         both = scales[...]
-        # The interpreter's detector of races wants this between reads and a copy over them.
+        # The race detector needs this between reads and a copy that overwrites the same memory.
         plgpu.commit_smem()
         low, high = ((both >> shift).astype(jnp.uint16) for shift in (np.uint32(0), np.uint32(16)))
         scale, shift = (

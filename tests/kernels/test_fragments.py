@@ -1,4 +1,4 @@
-"""The layout "fragments": its bits, its round trips, and a QTensor in it."""
+"""The layout "fragments": its bits, round trips, and QTensors with it."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from tests import hlo
 
 
 def picture(codes: np.ndarray, bits: int) -> bytes:
-    """One block by the docstring of `packing`, bit by bit, in Python's integers."""
+    """Packs one block as the docstring of `packing` says, bit by bit, with Python's integers."""
     columns = (0, 1, 8, 9, 16, 17, 24, 25)
     cells = [[int(codes[32 * h + 2 * c + k]) for k in columns] for c in range(4) for h in range(2)]
     made = b""
@@ -54,7 +54,7 @@ def test_bit_pictures(bits: int) -> None:
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_round_trips(bits: int, data: st.DataObject) -> None:
-    """Codes to bytes to codes, and bytes to codes to bytes: both are one to one."""
+    """Codes to bytes and back, and bytes to codes and back."""
     codes = data.draw(arrays(np.uint8, (2, 3, 64), elements=st.integers(0, 2**bits - 1)))
     packed = packing.pack(jnp.asarray(codes), bits, "fragments")
     assert packed.nbytes * 8 == codes.size * bits
@@ -73,7 +73,7 @@ def make(name: str = "nf4", out: int = 5, features: int = 128, size: int = 64):
 @pytest.mark.parametrize(
     ("name", "features"), [("nf4", 128), ("nf3", 100), ("nf2", 128), ("fp4", 100), ("int3", 128)]
 )
-def test_a_weight_says_the_same_in_both(name: str, features: int) -> None:
+def test_a_weight_is_the_same_in_both_layouts(name: str, features: int) -> None:
     planes = make(name, features=features)
     fragments = planes.with_layout("fragments")
     assert fragments.layout == "fragments"
@@ -100,7 +100,7 @@ def test_leading_axes_and_scan() -> None:
     np.testing.assert_array_equal(sums(moved), sums(stacked))
 
 
-def test_what_it_does_not_take_is_refused() -> None:
+def test_other_blocks_and_layouts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'fragments': accepted are blocks of 64, these have 32"):
         make(size=32).with_layout("fragments")
     with pytest.raises(ValueError, match=r"'rows': accepted is 'planes' or 'fragments'"):
@@ -111,7 +111,7 @@ def test_what_it_does_not_take_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["nf4", "nf3", "nf2", "int4"])
 def test_one_fusion_makes_the_weight(name: str) -> None:
-    """As cheap for XLA as planes: no unpacked code is ever stored."""
+    """For XLA it costs no more than "planes": no unpacked code is ever stored."""
     config = QuantConfig(format=name)  # type: ignore[arg-type]
     shape = quantized_shape((256, 512), config)
     weight = jax.eval_shape(lambda w: w.with_layout("fragments"), shape)

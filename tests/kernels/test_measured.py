@@ -1,4 +1,4 @@
-"""A kernel is a default where a measurement says so, and nowhere else."""
+"""A kernel is the default only where a measurement says so."""
 
 import dataclasses
 import json
@@ -8,14 +8,25 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from irqlora_jax.kernels import measured, mosaic_tiles, tiles_triton
+from irqlora_jax.kernels import matmul_mosaic_tiles, matmul_triton_tiles, measured
 from irqlora_jax.kernels.measured import Measurement, is_faster, read_measurements, tuned_tiles
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
-from irqlora_jax.quant.matmul import XLA, Implementation, dequant_matmul, laid_out, preferred_layout
+from irqlora_jax.quant.matmul import (
+    XLA,
+    dequant_matmul,
+    preferred_layout,
+    with_preferred_layout,
+)
 
 ONE = Measurement(
-    *("matmul", "mosaic", "NVIDIA H200", "nf4", (4096, 11008), (1, 16), 2.5),
+    operation="matmul",
+    implementation="mosaic",
+    device="NVIDIA H200",
+    format="nf4",
+    shape=(4096, 11008),
+    rows=(1, 16),
+    speedup=2.5,
     jax="0.11.2",
     date="2026-11-24",
 )
@@ -36,7 +47,9 @@ ONE = Measurement(
         ({"shape": (11008, 4096)}, 4, False),
     ],
 )
-def test_only_what_was_measured_counts(change: dict, rows: int, expected: bool) -> None:
+def test_a_kernel_is_faster_only_where_it_was_measured(
+    change: dict, rows: int, expected: bool
+) -> None:
     known = [dataclasses.replace(ONE, **change)]
     asked = "matmul", "mosaic", "NVIDIA H200", "nf4", (4096, 11008)
     assert is_faster(*asked, rows, known) is expected
@@ -47,9 +60,10 @@ def test_tuned_tiles_are_taken_where_they_were_measured() -> None:
     asked = "matmul", "mosaic", "NVIDIA H200", "nf4", (4096, 11008)
     assert tuned_tiles(*asked, 16, [ONE, tuned]) == {"stages": 6}
     assert tuned_tiles(*asked, 8, [ONE, tuned]) == {}
+    triton, mosaic = matmul_triton_tiles.Tiles(), matmul_mosaic_tiles.Tiles(64)
     for tiles, others in (
-        (tiles_triton.Tiles(), tiles_triton.neighbors(tiles_triton.Tiles())),
-        *((t, mosaic_tiles.neighbors(t, b)) for t, b in ((mosaic_tiles.Tiles(64), 4),)),
+        (triton, matmul_triton_tiles.neighbors(triton)),
+        (mosaic, matmul_mosaic_tiles.neighbors(mosaic, 4)),
     ):
         assert len(others) >= 4 and tiles not in others and len(set(others)) == len(others)
 
@@ -58,10 +72,10 @@ def test_tuned_tiles_are_taken_where_they_were_measured() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("rows", [1, 64, 2048])
 def test_neighbors_of_mosaic_tiles_fit(bits: int, rows: int, transposed: bool) -> None:
-    rule = mosaic_tiles.default_tiles(rows, 4096, 4096, bits, transposed)
-    others = mosaic_tiles.neighbors(rule, bits, transposed)
+    rule = matmul_mosaic_tiles.default_tiles(rows, 4096, 4096, bits, transposed)
+    others = matmul_mosaic_tiles.neighbors(rule, bits, transposed)
     taken = [one.shared_memory(bits, transposed) for one in others]
-    assert others and max(taken) <= mosaic_tiles.SHARED
+    assert others and max(taken) <= matmul_mosaic_tiles.SHARED
 
 
 def test_the_committed_file_is_read_and_a_broken_one_is_named(tmp_path: Path) -> None:
@@ -81,9 +95,11 @@ def test_a_measurement_makes_a_kernel_the_default(monkeypatch: pytest.MonkeyPatc
 
     weight = quantize(jax.random.normal(jax.random.key(0), (24, 128)), QuantConfig())
     x = jnp.ones((3, 128))
-    doubled = Implementation(
-        *("triton", lambda x, w: None, lambda x, w: 2 * XLA.forward(x, w), XLA.backward),
-        is_faster=matmul.was_faster("triton"),
+    doubled = dataclasses.replace(
+        XLA,
+        name="triton",
+        forward=lambda x, w: 2 * XLA.forward(x, w),
+        is_faster=matmul.TRITON.is_faster,
     )
     there = (doubled, XLA)
     plain = dequant_matmul(x, weight, None, there)
@@ -96,7 +112,7 @@ def test_a_measurement_makes_a_kernel_the_default(monkeypatch: pytest.MonkeyPatc
     assert jnp.array_equal(dequant_matmul(x, weight, None, there), 2 * plain)
     assert jnp.array_equal(dequant_matmul(x[:1], weight, None, there), plain[:1])
 
-    # The gradient has a measurement of its own.
+    # The gradient has its own measurement.
     def slope(x: jax.Array) -> jax.Array:
         return jax.grad(lambda x: dequant_matmul(x, weight, None, there).sum())(x)
 
@@ -109,7 +125,9 @@ def test_a_measurement_makes_a_kernel_the_default(monkeypatch: pytest.MonkeyPatc
     assert jnp.array_equal(dequant_matmul(x, weight, None, there), plain)
 
 
-def test_codes_are_laid_out_for_mosaic_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_preferred_layout_is_that_of_the_default_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     assert preferred_layout("mosaic") == "fragments"
     assert {preferred_layout(name) for name in ("xla", "triton")} == {"planes"}
     assert preferred_layout(None) == "planes"
@@ -118,14 +136,14 @@ def test_codes_are_laid_out_for_mosaic_where_it_is_taken(monkeypatch: pytest.Mon
     assert preferred_layout(None) == "fragments"
 
 
-def test_a_base_is_laid_out_as_the_kernel_takes_it() -> None:
-    """Each matrix that can be; the weights stay the same."""
+def test_a_base_gets_the_preferred_layout() -> None:
+    """Every matrix with blocks of 64 does, and its weights stay the same."""
     weights = {
         size: quantize(jax.random.normal(jax.random.key(0), (8, 128)), QuantConfig(block_size=size))
         for size in (32, 64)
     }
     base = {"small": weights[32], "usual": weights[64], "norm": jnp.ones(3)}
-    laid = laid_out(base, "mosaic")
-    assert (laid["small"].layout, laid["usual"].layout) == ("planes", "fragments")
-    assert jnp.array_equal(laid["usual"].dequantize(), weights[64].dequantize())
-    assert laid_out(laid, "triton")["usual"].layout == "planes"
+    moved = with_preferred_layout(base, "mosaic")
+    assert (moved["small"].layout, moved["usual"].layout) == ("planes", "fragments")
+    assert jnp.array_equal(moved["usual"].dequantize(), weights[64].dequantize())
+    assert with_preferred_layout(moved, "triton")["usual"].layout == "planes"

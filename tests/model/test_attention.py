@@ -173,5 +173,5 @@ def test_what_the_library_refuses_is_a_reason_too(monkeypatch) -> None:
 
 
 def test_on_a_cpu_cudnn_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"the device is cpu; accepted here is 'xla' or None"):
+    with pytest.raises(ValueError, match=r"the device is cpu; 'xla' serves here"):
         attend(*(jnp.zeros(x.shape, x.dtype) for x in HALF), implementation="cudnn")

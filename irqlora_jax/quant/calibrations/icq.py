@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Integer
 from irqlora_jax.quant.calibrations.calibration import Calibrated, Calibration
 from irqlora_jax.quant.calibrations.icq_integer import search_range as search_integer_range
 from irqlora_jax.quant.calibrations.icq_integer import search_zero_point
+from irqlora_jax.quant.choose import Implementation, choose, kernel, serves_all
 from irqlora_jax.quant.entropy import (
     FLOAT_MAX,
     above_levels,
@@ -34,7 +35,6 @@ from irqlora_jax.quant.entropy import (
     require_range,
     spaced,
     sweep,
-    takes_kernel,
     try_all,
     try_each,
 )
@@ -97,20 +97,27 @@ def shift_and_ends(
     if format.integer:
         raise ValueError(f"format = {format.name!r}: accepted is a NormalFloat or FP4 format")
     require_range(search_range)
+    chosen = choose(implementation, _SEARCHES, blocks, format, operation="search")
+    return chosen.forward(blocks, format, search_range, steps, valid)
 
-    def refusal() -> str | None:
-        from irqlora_jax.kernels import search_triton  # type: ignore
 
-        return search_triton.refusal(blocks, format)
-
-    if takes_kernel("search", format.name, blocks.shape[1], implementation, refusal):
-        from irqlora_jax.kernels import search_triton  # type: ignore
-
-        return search_triton.search_shift(blocks, format, search_range, steps, valid)
+def _xla_search(
+    blocks: Array, format: Format, search_range: float, steps: int, valid: Array | None
+) -> tuple[Array, Array, Array, Array]:
     factors = spaced(-search_range * SIGMA, search_range * SIGMA, 2 * steps + 1)
     search = functools.partial(_best_shift, factors=factors, format=format)
     on_cpu = functools.partial(search, swept=True)
     return in_chunks(on_cpu, functools.partial(search, swept=False), 4, blocks, valid)
+
+
+def _place(blocks: Array, format: Format) -> tuple[str, tuple[int, int]]:
+    return format.name, (0, blocks.shape[1])
+
+
+_SEARCHES = (
+    kernel("triton", "search_triton", "search_shift", place=_place),
+    Implementation("xla", serves_all, _xla_search),
+)
 
 
 def _crossings(midpoints: Float32[np.ndarray, " points"], reach: float) -> int:

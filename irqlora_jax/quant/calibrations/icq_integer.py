@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int, Int32, Integer
 
+from irqlora_jax.quant.choose import Implementation, choose, kernel, serves_all
 from irqlora_jax.quant.entropy import (
     FLOAT_MAX,
     FLOAT_TINY,
@@ -32,12 +33,11 @@ from irqlora_jax.quant.entropy import (
     require_range,
     spaced,
     sweep,
-    takes_kernel,
     try_all,
     try_each,
 )
 
-Implementation = Literal["xla", "triton"] | None
+SearchName = Literal["xla", "triton"] | None
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "symmetric"))
@@ -80,7 +80,7 @@ def search_range(
     search_range: float = 0.1,
     steps: int = 50,
     valid: Int[Array, " n"] | None = None,
-    implementation: Implementation = None,
+    implementation: SearchName = None,
 ) -> tuple[Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"]]:
     """Scale, whole zero point and entropy of every block: the search of the released code.
 
@@ -108,9 +108,7 @@ def search_range(
         '0.932, 1, 2.000 bits'
     """
     candidates = range_candidates(bits, symmetric, search_range, steps)
-    # Candidates that differ by far more than a rounding error.
-    swept = search_range / steps >= 1e-5
-    return _search("search", blocks, candidates, valid, implementation, swept)
+    return _search("search", blocks, candidates, valid, implementation)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "search_range", "steps", "implementation"))
@@ -120,7 +118,7 @@ def search_zero_point(
     search_range: float = 0.1,
     steps: int = 50,
     valid: Int[Array, " n"] | None = None,
-    implementation: Implementation = None,
+    implementation: SearchName = None,
 ) -> tuple[Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"]]:
     """Scale, zero point and entropy of every block: the search of the paper's text (appendix A.2).
 
@@ -147,7 +145,7 @@ def search_zero_point(
         '1.000, 0.891, 2.000 bits'
     """
     candidates = zero_point_candidates(bits, search_range, steps)
-    return _search("search_zero_point", blocks, candidates, valid, implementation, swept=False)
+    return _search("search_zero_point", blocks, candidates, valid, implementation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +157,15 @@ class Candidates:
         symmetric: whether `low` and `high`, the ends of the plain range, are.
         numbers: one a candidate, a factor of the range or a move of the zero point.
         at: the fourth argument rounds to whole numbers.
+        swept: whether XLA's search may `sweep` on a CPU: candidates are ranges that differ by far
+            more than a rounding error.
     """
 
     bits: int
     symmetric: bool
     numbers: Float32[np.ndarray, " candidates"]
     at: Callable[..., tuple[Float32[Array, " b"], Float32[Array, " b"]]]
+    swept: bool
 
 
 def range_candidates(bits: int, symmetric: bool, search_range: float, steps: int) -> Candidates:
@@ -176,7 +177,8 @@ def range_candidates(bits: int, symmetric: bool, search_range: float, steps: int
         ends = product(factor, low), product(factor, high)
         return _scale_and_zero(*ends, bits, symmetric, rounded)
 
-    return Candidates(bits, symmetric, np.concatenate([up, down[1:]]), at)
+    swept = search_range / steps >= 1e-5
+    return Candidates(bits, symmetric, np.concatenate([up, down[1:]]), at, swept)
 
 
 def zero_point_candidates(bits: int, search_range: float, steps: int) -> Candidates:
@@ -192,7 +194,7 @@ def zero_point_candidates(bits: int, search_range: float, steps: int) -> Candida
         scale, zero = _scale_and_zero(low, high, bits, False, rounded)
         return scale, jnp.clip(zero + move, 0, 255 / unit)
 
-    return Candidates(bits, False, moves, at)
+    return Candidates(bits, False, moves, at, swept=False)
 
 
 def _search(
@@ -200,22 +202,28 @@ def _search(
     blocks: Float[Array, "n block"],
     candidates: Candidates,
     valid: Int[Array, " n"] | None,
-    implementation: Implementation,
-    swept: bool,
+    implementation: SearchName,
 ) -> tuple[Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"]]:
-    def refusal() -> str | None:
-        from irqlora_jax.kernels import search_integer_triton  # type: ignore
+    chosen = choose(implementation, _SEARCHES, blocks, candidates.bits, operation=operation)
+    return chosen.forward(blocks, candidates, valid)
 
-        return search_integer_triton.refusal(blocks, candidates.bits)
 
-    name = f"int{candidates.bits}"
-    if takes_kernel(operation, name, blocks.shape[1], implementation, refusal):
-        from irqlora_jax.kernels import search_integer_triton  # type: ignore
-
-        return search_integer_triton.search(blocks, candidates, valid)
-    best = functools.partial(_best_integer, candidates=candidates, swept=swept)
+def _xla_search(
+    blocks: Array, candidates: Candidates, valid: Array | None
+) -> tuple[Array, Array, Array]:
+    best = functools.partial(_best_integer, candidates=candidates)
     on_cpu = functools.partial(best, on_cpu=True)
     return in_chunks(on_cpu, functools.partial(best, on_cpu=False), 3, blocks, valid)
+
+
+def _place(blocks: Array, bits: int) -> tuple[str, tuple[int, int]]:
+    return f"int{bits}", (0, blocks.shape[1])
+
+
+_SEARCHES = (
+    kernel("triton", "search_integer_triton", "search", place=_place),
+    Implementation("xla", serves_all, _xla_search),
+)
 
 
 def _limits(w: Float32[Array, "block b"], symmetric: bool) -> tuple[Array, Array]:
@@ -251,7 +259,6 @@ def _best_integer(
     count: Int32[Array, " b"] | None,
     *,
     candidates: Candidates,
-    swept: bool,
     on_cpu: bool,
 ) -> tuple[Float32[Array, " b"], Float32[Array, " b"], Float32[Array, " b"]]:
     block, b = w.shape
@@ -277,7 +284,7 @@ def _best_integer(
     if not on_cpu:
         points = [level + 0.5 for level in range(2**bits - 1)]
         best = try_all(lambda i: masked(value_at(i), count, -np.inf), points, n_candidates, n)
-    elif swept:
+    elif candidates.swept:
         best = _sweep_range(w, count, bits, candidates.numbers, candidate, scan)
     else:
         best = scan()

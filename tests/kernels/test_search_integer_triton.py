@@ -14,7 +14,7 @@ from irqlora_jax.kernels.search_integer_triton import Tiles, refusal, search
 from irqlora_jax.quant.calibrations import icq_integer
 from irqlora_jax.quant.calibrations.icq_integer import range_candidates, zero_point_candidates
 from tests.cuda.abstract_gpu import abstract_gpu
-from tests.kernels.test_search_kernel import bits_of, device, weights
+from tests.kernels.test_search_triton import bits_of, device, weights
 from tests.quant.test_icq import both_forms, make_blocks, make_partial
 
 FLOAT_MAX = np.finfo(np.float32).max
@@ -24,7 +24,7 @@ FLOAT_MAX = np.finfo(np.float32).max
     jax.jit, static_argnames=("bits", "symmetric", "width", "steps", "tiles", "interpret")
 )
 def by_kernel(blocks, bits, symmetric, width=0.1, steps=50, valid=None, tiles=None, interpret=True):
-    """The range search, or with symmetric = None that of the zero point."""
+    """The kernel's search of the range or, with symmetric = None, of the zero point."""
     if symmetric is None:
         candidates = zero_point_candidates(bits, width, steps)
     else:
@@ -51,12 +51,15 @@ def check(blocks, bits, symmetric, width=0.1, steps=50, valid=None, tiles=None):
 @pytest.mark.parametrize(
     ("bits", "symmetric", "block", "partial"),
     [
-        *((4, False, 256, True), (4, True, 64, False), (3, False, 32, True)),
-        *((2, True, 128, True), (4, None, 32, True)),
+        (4, False, 256, True),
+        (4, True, 64, False),
+        (3, False, 32, True),
+        (2, True, 128, True),
+        (4, None, 32, True),
     ],
 )
 def test_every_kind_of_block(bits, symmetric, block, partial):
-    """A last program that is not full among them, and 256 weights of one code."""
+    """The last program is not full, and one block has 256 weights with the same code."""
     blocks, valid = make_blocks(block, copies=6)[:-7], None
     if partial:
         blocks, valid = make_partial(blocks)
@@ -64,7 +67,7 @@ def test_every_kind_of_block(bits, symmetric, block, partial):
 
 
 def test_ties():
-    """Ranges whose zero point lies between two whole numbers, weights between two codes."""
+    """Zero points halfway between whole numbers, and weights halfway between codes."""
     ordinary = np.random.default_rng(5).standard_normal((60, 32))
     mirrored = np.concatenate([ordinary[:, :16], -ordinary[:, :16]], axis=1)
     whole = np.round(ordinary * 4) / 2
@@ -78,7 +81,7 @@ def test_other_ranges_and_steps(symmetric, width, steps):
 
 @pytest.mark.parametrize("symmetric", [False, True, None])
 def test_ends_of_float32(symmetric):
-    """Against the form for parallel devices, as what no number is has no code on a CPU."""
+    """Against XLA's form for parallel devices: on a CPU, the code of NaN is undefined."""
     exponents = np.concatenate([np.linspace(127.9, 110, 30), np.linspace(-149, -110, 30)])
     normal = np.random.default_rng(0).standard_normal((60, 16))
     blocks = np.clip(normal * 2.0 ** exponents[:, None], -FLOAT_MAX, FLOAT_MAX).astype(np.float32)
@@ -106,7 +109,7 @@ def test_any_blocks(blocks, valid):
     check(blocks, 3, False, valid=valid)
 
 
-def test_tiles_do_not_show():
+def test_tiles_change_no_result():
     blocks, valid = make_partial(make_blocks(16, copies=5))
     check(blocks, 2, False, valid=valid, tiles=Tiles(blocks=64, warps=2))
 
@@ -125,7 +128,7 @@ def test_it_lowers_to_one_kernel_that_reads_the_weights_as_they_are():
     (kernel,) = [line for line in lines if "triton" in line]
     operands, results = kernel.rsplit(" : ", 1)[1].split(" -> ")
     assert "tensor<1000x64xbf16>" in operands
-    # 32 programs of 32 blocks of 64 weights
+    # 32 programs of 32 blocks of 64 weights.
     each = ("i32", "i32", "f32", "f32")
     expected = ", ".join([f"tensor<1024x{dtype}>" for dtype in each] + ["tensor<32x64x32xf32>"])
     assert results.startswith(f"({expected})")
@@ -143,12 +146,12 @@ def test_it_lowers_to_one_kernel_that_reads_the_weights_as_they_are():
         ((2**25, 64), jnp.float32, 4, "9.0", "fewer than 2**31 weights, not 2147483648"),
     ],
 )
-def test_refusals_say_why(shape, dtype, bits, capability, message):
+def test_refusals_give_the_reason(shape, dtype, bits, capability, message):
     found = refusal(jax.ShapeDtypeStruct(shape, dtype), bits, device(capability, "Some GPU"))
     assert found is None if message is None else found is not None and message in found
 
 
-def test_what_was_asked_for_and_cannot_serve_is_an_error():
+def test_asking_for_a_kernel_that_cannot_serve_is_an_error():
     blocks = jnp.ones((2, 32))
     message = "implementation = 'triton': it needs an NVIDIA GPU .*; 'xla' serves here"
     with pytest.raises(ValueError, match=message):
@@ -160,7 +163,7 @@ def test_what_was_asked_for_and_cannot_serve_is_an_error():
 
 
 def test_a_measurement_makes_it_the_default(monkeypatch):
-    """Of the range search alone: nothing else was measured."""
+    """Only for the measured format of the range search."""
     from irqlora_jax.kernels import measured, search_integer_triton
 
     kind = jax.devices()[0].device_kind

@@ -1,5 +1,7 @@
-"""Every way to multiply with packed weights, against float64. Kernels run interpreted here;
-tests/cuda compiles them."""
+"""Every implementation of the product with packed weights, against float64.
+
+Kernels are interpreted here; tests/cuda compiles them.
+"""
 
 import dataclasses
 import functools
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from irqlora_jax.kernels import matmul_mosaic, matmul_triton, mosaic_tiles
+from irqlora_jax.kernels import matmul_mosaic, matmul_triton
 from irqlora_jax.kernels.matmul_triton import Tiles
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantized_shape
@@ -25,7 +27,7 @@ from tests.kernels.mosaic_interpreter import interpreted
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """An implementation as it can run here."""
+    """An implementation in the form that runs on a CPU."""
 
     name: str
     forward: Callable
@@ -42,13 +44,13 @@ def triton(name: str, tiles: Tiles | None = None) -> Adapter:
 
 
 def mosaic() -> Adapter:
-    """In the interpreter of jax 0.12; elsewhere its tests are skipped."""
+    """In the interpreter of jax 0.12; with another jax its tests are skipped."""
 
     def product(function: Callable, x: jax.Array, weight: QTensor) -> jax.Array:
         if x.dtype == jnp.float32:
             pytest.skip("it takes x in bfloat16 or float16")
         with interpreted(detect_races=False):
-            tiles = mosaic_tiles.Tiles(32, grid=2, together=1, stages=2, blocks=2)
+            tiles = matmul_mosaic.Tiles(32, grid=2, together=1, stages=2, blocks=2)
             return function(x, weight.with_layout("fragments"), tiles)
 
     products = matmul_mosaic.matmul, matmul_mosaic.matmul_transposed
@@ -59,9 +61,9 @@ ADAPTERS = (Adapter("xla", XLA.forward, XLA.backward), triton("triton"), mosaic(
 BATCHES = (1, 5, 16, 33)
 SHAPES = ((24, 100), (96, 488), (130, 192), (64, 256))
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
-# Rounded once, to 8, 11 and 24 bits; and in the sum as a whole.
+# The types have 8, 11 and 24 bits. W and the result are rounded to them.
 TOLERANCES = {jnp.bfloat16: 2**-7, jnp.float16: 2**-10, jnp.float32: 2**-20}
-# Each format meets every number of rows, every shape, every type, with and without a shift.
+# Every format has cases with every number of rows, shape and type, with and without a shift.
 CASES = [
     (name, BATCHES[(i + j) % 4], SHAPES[j], DTYPES[(i + j) % 3], (i + j) % 2 == 0)
     for (i, name), j in itertools.product(enumerate(FORMATS), range(4))
@@ -71,7 +73,7 @@ CASES = [
 def random_weight(
     name: str, shape: tuple[int, int], shifted: bool = True, size: int = 64
 ) -> tuple[QTensor, np.ndarray]:
-    """Random bytes as a QTensor, padding included, and the matrix that they stand for."""
+    """A QTensor of random bytes (padding too), and the matrix that it represents."""
     fmt, random = get_format(name), np.random.default_rng(shape)
     calibration = "icq" if shifted and not fmt.integer else "none"
     config = QuantConfig(format=name, block_size=size, calibration=calibration)  # type: ignore[arg-type]
@@ -102,7 +104,7 @@ def random_weight(
 
 
 def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Codes of blocks, by bits and bytes as `packing.py` draws them."""
+    """Codes of packed blocks, from the picture in `packing.py`."""
 
     def plane(part: np.ndarray, bits: int) -> np.ndarray:
         ones = np.unpackbits(part[..., None], axis=-1, bitorder="little")
@@ -116,17 +118,17 @@ def unpack(packed: np.ndarray, bits: int) -> np.ndarray:
 
 
 def check(adapter: Adapter, rows: int, weight: QTensor, dense: np.ndarray, dtype) -> None:
-    """Both products against float64, in two batch axes."""
+    """Checks both products against float64, with two batch axes."""
     for product, factor in ((adapter.forward, dense.T), (adapter.backward, dense)):
         normal = np.random.default_rng(rows).standard_normal((1, rows, len(factor)))
         x = normal.astype(dtype)
-        # It is compiled for longer than it runs.
+        # Less optimization: compiling takes longer than running.
         options = {"xla_backend_optimization_level": 0}
         y = jax.jit(product).lower(x, weight).compile(compiler_options=options)(x, weight)
         assert (y.dtype, y.shape) == (dtype, (1, rows, factor.shape[1]))
         terms = np.abs(x.astype(np.float64)) @ np.abs(factor)
         error = np.abs(np.asarray(y, np.float64) - x.astype(np.float64) @ factor)
-        # W and the result are rounded. Not `error > ..`, which NaN would pass.
+        # Not `not (error > ..).any()`, which NaN would pass.
         assert (error <= TOLERANCES[dtype] * terms).all()
         assert np.sqrt((error**2).mean() / (terms**2).mean()) <= TOLERANCES[dtype] / 4
 
@@ -146,7 +148,7 @@ COARSE, FINE = Tiles(16, 64, 256, splits=2), Tiles(32, 16, 64, splits=3, decode=
     ids=["nf4-coarse", "nf4-fine", "nf3-fine", "int2-coarse"],
 )
 def test_tiles_and_splits_that_do_not_divide(name: str, tiles: Tiles) -> None:
-    """130 rows are 9 tiles of 16 or 3 of 64; 3 blocks are a broken tile of 4 or 3 splits."""
+    """130 rows are 9 tiles of 16 or 3 of 64. 3 blocks do not fill a tile of 4, or are 3 splits."""
     check(triton("triton", tiles), 33, *random_weight(name, (130, 190)), jnp.float32)
 
 
@@ -156,8 +158,8 @@ def test_other_block_sizes(name: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["nf4", "nf3", "int4"])
-def test_nothing_is_read_outside_of_an_array(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """On a GPU that is memory of others; interpreted it would be the nearest element."""
+def test_no_read_is_outside_an_array(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """On a GPU such a read returns foreign memory; the interpreter returns the nearest element."""
     load = matmul_triton._load
 
     def strict(at, mask=None):
@@ -168,15 +170,16 @@ def test_nothing_is_read_outside_of_an_array(monkeypatch: pytest.MonkeyPatch, na
         value = load(at, mask)
         outside = outside if mask is None else outside & mask
         wrong = ~value if value.dtype == jnp.uint8 else jnp.nan
-        return jnp.where(jnp.any(outside), wrong, value)  # rows of x alone would not be seen
+        # The whole load is wrong: a wrong row of x alone would not show in the rows that count.
+        return jnp.where(jnp.any(outside), wrong, value)
 
     monkeypatch.setattr(matmul_triton, "_load", strict)
-    # Rows of x, rows of W and blocks of W: none of them fills its tiles.
+    # Neither the rows of x, nor the rows or the blocks of W fill their tiles.
     check(triton("strict", COARSE), 5, *random_weight(name, (130, 190)), jnp.float32)
 
 
-def test_what_a_kernel_does_not_write_is_nan() -> None:
-    """So the finite results above are written as a whole."""
+def test_unwritten_results_are_nan() -> None:
+    """So the finite results above prove that the kernels write all of their results."""
 
     def kernel(x_ref, out_ref) -> None:
         out_ref[0, :] = x_ref[0, :]

@@ -1,9 +1,10 @@
-"""Scales and shifts of the blocks of a tile, inside of a Triton kernel.
+"""Scales and shifts for the blocks of a tile, inside a Triton kernel.
 
-They are stored as a byte each and a float32 every 256 blocks (`quant/stats.py`). Either the kernel
-reads just that and decodes it, or it reads what XLA has decoded to float32 before. That takes a
-program of its own, which at few rows of x is as long as the product, and writes and reads 8 bytes
-for a byte: with a scale and a shift for 64 weights 0.28 bytes a weight in place of 0.03.
+Each is stored as one byte, with a float32 for every 256 blocks (`quant/stats.py`). Either the
+kernel reads and decodes the bytes, or XLA decodes them to float32 before and the kernel reads that.
+XLA's decoding is a program of its own, which takes as long as the product if x has few rows. It
+also moves 8 bytes where the kernel reads 1: with a scale and a shift for each 64 weights, 0.28
+bytes a weight and not 0.03.
 """
 
 import dataclasses
@@ -23,13 +24,13 @@ Load = Callable[[Any], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """Where scales and shifts come from.
+    """How a kernel gets scales and shifts.
 
     Attributes:
         format: code book.
-        row_blocks: blocks of a row of W.
-        shifted: whether there are shifts.
-        decoded: whether XLA has decoded them before.
+        row_blocks: blocks in a row of W.
+        shifted: whether W has shifts.
+        decoded: whether XLA decodes them before the kernel.
     """
 
     format: Format
@@ -38,30 +39,28 @@ class Factors:
     decoded: bool
 
     def operands(self, weight: QTensor) -> list[Array]:
-        """What a kernel reads of a matrix besides its codes."""
+        """The arrays that a kernel reads besides the codes."""
         if self.decoded:
-            # Neighboring rows of W lie side by side, as they do in a tile.
+            # Transposed: then neighboring rows of W are contiguous, as in a tile.
             return [one.T for one in (weight.scale(), weight.shift()) if one is not None]
-        found = [
-            *(jnp.asarray(stats.DYNAMIC_MAP), weight.scale_offset.reshape(1)),
-            *(weight.scale_codes, weight.scale_max, weight.shift_codes, weight.shift_max),
-        ]
-        return [one for one in found if one is not None]
+        stored = [weight.scale_codes, weight.scale_max, weight.shift_codes, weight.shift_max]
+        stored = [one for one in stored if one is not None]
+        return [jnp.asarray(stats.DYNAMIC_MAP), weight.scale_offset.reshape(1), *stored]
 
     def fetch(
         self, load: Load, refs: Sequence[Any], row: Int32[Array, "rows 1 1"], block: Array
     ) -> list[Array]:
-        """What is stored of these blocks, [1, blocks, 1], of these rows: [rows, blocks, 1] each."""
+        """Loads what `decode` needs of these blocks, [1, blocks, 1]; results [rows, blocks, 1]."""
         if self.decoded:
             return [load(ref.at[block, row]) for ref in refs]
-        # Codes lie as blocks do, maxima one for each group of them.
+        # There is one code for each block [row, block], and one maximum for each group of blocks.
         group = jax.lax.div(row * self.row_blocks + block, stats.GROUP)
         return [load(ref.at[row, block] if ref.ndim == 2 else ref.at[group]) for ref in refs[2:]]
 
     def decode(
         self, load: Load, refs: Sequence[Any], stored: Sequence[Array]
     ) -> tuple[Float32[Array, "rows blocks 1"], Float32[Array, "rows blocks 1"] | None]:
-        """Scales, and shifts or None, of what `fetch` has read."""
+        """Scales, and shifts or None, from the result of `fetch`."""
         if self.decoded:
             return stored[0], stored[1] if self.shifted else None
         table_ref, offset_ref = refs[:2]

@@ -1,4 +1,4 @@
-"""The parts of the Triton kernels: fields, byte permutations, lowering, refusals, tiles."""
+"""The parts of the Triton products: fields, byte permutations, lowering, refusals, tiles."""
 
 import dataclasses
 import itertools
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from irqlora_jax.kernels import backend_triton, dequantize_triton, matmul_triton
-from irqlora_jax.kernels.matmul_triton import TRITON
-from irqlora_jax.kernels.tiles_triton import Tiles, default_tiles
+from irqlora_jax.kernels import matmul_triton, triton_backend
+from irqlora_jax.kernels.matmul_triton_dequantize import Blocks, ptx
+from irqlora_jax.kernels.matmul_triton_tiles import Tiles, default_tiles
 from irqlora_jax.quant import packing
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantized_shape
@@ -27,7 +27,7 @@ ignore_notice = pytest.mark.filterwarnings("ignore:jax .* deprecates the Triton:
 
 
 def run_ptx(text: str, operands: list[np.ndarray]) -> list[np.ndarray]:
-    """The two results of a piece of PTX without branches; operands as arrays of 32-bit words."""
+    """Runs PTX without branches on arrays of 32-bit words; returns its two results."""
     names = {f"${i + 2}": operand.view(np.uint32) for i, operand in enumerate(operands)}
 
     def value(name: str) -> np.ndarray:
@@ -40,7 +40,7 @@ def run_ptx(text: str, operands: list[np.ndarray]) -> list[np.ndarray]:
         a, b, selector = np.broadcast_arrays(a, b, selector)
         source = np.stack([(x >> (8 * i)) & 255 for x in (a, b) for i in range(4)])
         picks = [(selector >> (4 * i)) & 15 for i in range(4)]
-        assert (np.stack(picks) < 8).all()  # 8 and more repeat a sign
+        assert (np.stack(picks) < 8).all()  # from 8 on, a selector repeats a sign bit
         found = [np.take_along_axis(source, pick[None].astype(int), 0)[0] for pick in picks]
         return sum(x << (8 * i) for i, x in enumerate(found))
 
@@ -93,7 +93,7 @@ def test_byte_permutations_find_every_level(name: str, shifted: bool) -> None:
     words = random.integers(0, 2**32, (2, 4000), dtype=np.uint32)
     scales, shifts = random.integers(1, 64, (2, 4, 4000)).astype(np.float32) / 8
     bytes_ = words.view(np.uint8).reshape(2, 4000, 4)
-    blocks = dequantize_triton.Blocks(fmt, 64)
+    blocks = Blocks(fmt, 64)
     for field in blocks.fields:
         low, high = bytes_
         codes = (low >> field.shift) & (15 if fmt.bits == 4 else 3)
@@ -101,21 +101,21 @@ def test_byte_permutations_find_every_level(name: str, shifted: bool) -> None:
             codes = codes | ((high >> field.high_shift) & 1) << 2
         assert set(codes.reshape(-1)) == set(range(2**fmt.bits))
         expected = fmt.table.astype(np.float16)[codes].astype(np.float32) * scales.T
-        expected = expected + shifts.T if shifted else expected  # -0 + 0 would be 0
+        expected = expected + shifts.T if shifted else expected  # adding 0 would change -0
         operands = [*words[: 1 if field.high_plane is None else 2], *scales]
         operands += [*shifts] if shifted else []
         for dtype in (jnp.bfloat16, jnp.float16):
-            text = dequantize_triton.ptx(fmt, field, shifted, dtype)
+            text = ptx(fmt, field, shifted, dtype)
             found = np.stack(run_ptx(text, operands), axis=-1).view(np.uint16)
             np.testing.assert_array_equal(found, expected.astype(dtype).view(np.uint16))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_fields_cover_a_block_once(name: str) -> None:
-    """Each code of a packed block is found in one field, at the input that it belongs to."""
+    """Every code of a packed block is in exactly one field, at the input that it belongs to."""
     fmt = get_format(name)
     for size in matmul_triton.BLOCK_SIZES:
-        blocks = dequantize_triton.Blocks(fmt, size)
+        blocks = Blocks(fmt, size)
         codes = np.random.default_rng(0).integers(0, 2**fmt.bits, size).astype(np.uint8)
         packed = np.asarray(packing.pack(jnp.asarray(codes), fmt.bits))
         runs = packed.reshape(blocks.planes, blocks.width)
@@ -129,7 +129,7 @@ def test_fields_cover_a_block_once(name: str) -> None:
 
 
 def lower(product: Callable, rows: int, weight: QTensor) -> str:
-    """For an NVIDIA GPU that is not there, without a plugin."""
+    """Lowers for an absent NVIDIA GPU, without the CUDA plugin."""
     features = weight.shape[1] if product is matmul_triton.matmul else weight.shape[0]
     x = jax.ShapeDtypeStruct((rows, features), jnp.bfloat16)
     device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")
@@ -151,9 +151,9 @@ def test_lowers_for_cuda_and_holds_no_weight(name: str, product: Callable) -> No
     assert largest <= max(splits, 2) * 33 * 768 < 640 * 768
 
 
-def test_one_notice_where_the_backend_is_deprecated() -> None:
+def test_the_deprecation_is_announced_once() -> None:
     weight = quantized_shape((64, 64), QuantConfig())
-    backend_triton._notice.cache_clear()
+    triton_backend._notice.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for rows in (16, 32):
@@ -161,7 +161,7 @@ def test_one_notice_where_the_backend_is_deprecated() -> None:
             lower(matmul_triton.matmul_transposed, rows, weight)
     expected = [FutureWarning] if jax.__version_info__ >= (0, 11) else []
     assert [one.category for one in caught] == expected
-    assert all("'xla' serves in its place" in str(one.message) for one in caught)
+    assert all("'xla' serves instead" in str(one.message) for one in caught)
 
 
 def ampere(monkeypatch: pytest.MonkeyPatch, capability: str = "8.0") -> None:
@@ -184,10 +184,10 @@ def refusals() -> dict[str, tuple[jax.ShapeDtypeStruct, QTensor, str]]:
 
 
 @pytest.mark.parametrize("case", ["type", "blocks", "layout", "stack"])
-def test_refuses_what_there_is_no_kernel_for(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+def test_refuses_operands_without_a_kernel(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     ampere(monkeypatch)
     x, weight, words = refusals()[case]
-    assert TRITON.refusal(x, weight) == words
+    assert matmul_triton.refusal(x, weight) == words
     for product in (matmul_triton.matmul, matmul_triton.matmul_transposed):
         with pytest.raises(ValueError, match=re.escape(f"implementation = 'triton': {words}")):
             jax.eval_shape(product, x, weight)
@@ -197,26 +197,26 @@ def test_refuses_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, _ = refusals()["layout"]
     weight = dataclasses.replace(weight, layout="planes")
     needs = "it needs an NVIDIA GPU of compute capability 8.0 or more, the device is"
-    assert TRITON.refusal(x, weight) == f"{needs} cpu"
+    assert matmul_triton.refusal(x, weight) == f"{needs} cpu"
     for capability in ("7.5", "gfx90a"):
         ampere(monkeypatch, capability)
-        assert TRITON.refusal(x, weight) == f"{needs} NVIDIA Something"
+        assert matmul_triton.refusal(x, weight) == f"{needs} NVIDIA Something"
     ampere(monkeypatch, "8.9")
-    assert TRITON.refusal(x, weight) is None
+    assert matmul_triton.refusal(x, weight) is None
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 4), ("data", "fsdp"))):
-        assert TRITON.refusal(x, weight) == "it serves one device, not a mesh of 8"
+        assert matmul_triton.refusal(x, weight) == "it serves one device, not a mesh of 8"
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1), ("data", "fsdp"))):
-        assert TRITON.refusal(x, weight) is None
+        assert matmul_triton.refusal(x, weight) is None
 
 
 def test_refuses_a_jax_without_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     ampere(monkeypatch)
     x, weight, _ = refusals()["type"]
-    assert backend_triton.backend() is not None
+    assert triton_backend.backend() is not None
     monkeypatch.delattr(sys.modules["jax.experimental.pallas"], "triton")
     monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
-    words = f"jax {jax.__version__} has no Triton backend of Pallas any more"
-    assert TRITON.refusal(x, weight) == words
+    words = f"jax {jax.__version__} no longer has the Triton backend of Pallas"
+    assert matmul_triton.refusal(x, weight) == words
 
 
 @pytest.mark.parametrize(
@@ -230,12 +230,12 @@ def test_refuses_a_jax_without_the_backend(monkeypatch: pytest.MonkeyPatch) -> N
         ("decode", "x"),
     ],
 )
-def test_tiles_name_what_they_do_not_accept(field: str, value: int | str) -> None:
+def test_tiles_name_the_field_they_refuse(field: str, value: int | str) -> None:
     with pytest.raises(ValueError, match=f"{field} = {value!r}: accepted is "):
         Tiles(**{field: value})
 
 
-def test_default_tiles_fill_a_large_gpu_where_partial_sums_are_small() -> None:
+def test_default_tiles_fill_a_large_gpu_while_partial_sums_are_small() -> None:
     for shape in itertools.chain.from_iterable(one.values() for one in MODELS.values()):
         for rows, bits, transposed in itertools.product(ROWS, (2, 3, 4), (False, True)):
             tiles = default_tiles(rows, shape.out, shape.features, bits, transposed)

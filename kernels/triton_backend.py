@@ -1,4 +1,4 @@
-"""The Triton backend of Pallas: whether jax has it, what it runs on, and its deprecation."""
+"""The Triton backend of Pallas: does jax have it, which devices run it, and its deprecation."""
 
 import functools
 import math
@@ -10,11 +10,11 @@ import jax
 from irqlora_jax.machine import compute_capability
 
 DEPRECATED = "The Pallas Triton backend is deprecated and will be removed"
-"""How jax begins what it says at every lowering, from 0.11 on."""
+"""Start of the warning that jax gives at every lowering, from 0.11 on."""
 
 
 def backend() -> Any:
-    """jax.experimental.pallas.triton, or None where jax has it no more."""
+    """jax.experimental.pallas.triton, or None if this jax no longer has it."""
     try:
         from jax.experimental.pallas import triton
     except ImportError:
@@ -23,11 +23,10 @@ def backend() -> Any:
 
 
 def announce() -> None:
-    """One notice of the deprecation, in place of one for each kernel. Call it where a kernel is
-    traced.
+    """Warns once of the deprecation, not once for each kernel. Call it when a kernel is traced.
 
-    A kernel is lowered later than it is traced, so it is not enough to ignore jax's own warning
-    for as long as a function runs: this asks for exactly that text to be ignored from now on.
+    jax gives its own warning when it lowers a kernel, which happens after tracing. So a context
+    that ignores warnings would end too early: this adds a filter for that text and leaves it there.
     """
     if jax.__version_info__ >= (0, 11):
         warnings.filterwarnings("ignore", DEPRECATED, DeprecationWarning)
@@ -38,20 +37,20 @@ def announce() -> None:
 def _notice() -> None:
     warnings.warn(
         f"jax {jax.__version__} deprecates the Triton backend of Pallas and will remove it; "
-        "where it is gone, implementation = 'xla' serves in its place",
+        "then implementation = 'xla' serves instead",
         FutureWarning,
         stacklevel=2,
     )
 
 
 def refusal(device: Any = None) -> str | None:
-    """Why no kernel can run here, if none can: jax, the device, or more than one of them.
+    """Why no Triton kernel can run here (jax, the device, or a mesh), or None.
 
     Args:
-        device: of jax; None: the first one.
+        device: a jax device; None: the first one.
     """
     if backend() is None:
-        return f"jax {jax.__version__} has no Triton backend of Pallas any more"
+        return f"jax {jax.__version__} no longer has the Triton backend of Pallas"
     device = jax.devices()[0] if device is None else device
     if (compute_capability(device) or (0, 0)) < (8, 0):
         needs = "an NVIDIA GPU of compute capability 8.0 or more"

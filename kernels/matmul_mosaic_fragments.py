@@ -1,4 +1,4 @@
-"""From packed codes in shared memory to the register operand of the tensor cores (Mosaic GPU)."""
+"""Turns packed codes in shared memory into the register operand of the tensor cores."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -7,18 +7,19 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from irqlora_jax.kernels import byte_table, mosaic_tiles
-
-BLOCK, ROWS = mosaic_tiles.BLOCK, mosaic_tiles.ROWS
+from irqlora_jax.kernels.matmul_mosaic_byte_table import dequantize_row
+from irqlora_jax.kernels.matmul_mosaic_tiles import BLOCK, ROWS
 
 
 def permuted(levels: Sequence[float], bits: int, dtype: str) -> Callable[[Any, Any], Any]:
-    """Of the codes of 64 rows of a block and their `affine`, in shared memory: the weights as the
-    tensor cores take them from registers."""
+    """A function of codes and `affine` in shared memory, for 64 rows of one block.
+
+    It returns the weights in the registers from which the tensor cores take them.
+    """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    text = byte_table.dequantize_row(levels, bits, dtype)
+    text = dequantize_row(levels, bits, dtype)
     layouts = byte_layouts(bits)
     row_layout = plgpu.Layout.WGMMA.reduce(1)
 
@@ -38,9 +39,9 @@ def permuted(levels: Sequence[float], bits: int, dtype: str) -> Callable[[Any, A
 
 
 def byte_layouts(bits: int) -> tuple[Any, ...]:
-    """Who loads which bytes of 64 rows of a block, for each plane of the codes.
+    """Which thread loads which bytes of 64 rows of a block, for each plane of the codes.
 
-    The four threads of a row have 8, 4 or 2 neighboring bytes of it each.
+    Each of the four threads of a row loads 8, 4 or 2 neighboring bytes.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -48,8 +49,8 @@ def byte_layouts(bits: int) -> tuple[Any, ...]:
         return (plgpu.Layout.WGMMA_UPCAST_4X,)
     if bits == 2:
         return (plgpu.Layout.WGMMA_8BIT,)
-    # As WGMMA_8BIT, in halves: that one jax may load by ldmatrix, which needs lines at multiples of
-    # 16 bytes, and blocks of 3 bits have 24.
+    # WGMMA_8BIT in halves. jax may load WGMMA_8BIT itself with ldmatrix, which needs lines at
+    # multiples of 16 bytes, but a line of 3-bit codes has 24 bytes.
     halves = plgpu.Layout.TILED(
         plgpu.Tiling(((64, 16), (16, 16), (8, 16), (4,), (2,))),
         warp_dims=(-8,),
@@ -60,7 +61,7 @@ def byte_layouts(bits: int) -> tuple[Any, ...]:
 
 
 def _load(ref: Any, layout: Any) -> Array:
-    """From shared memory. jax 0.10 wants an index, later ones take none."""
+    """Loads from shared memory. jax 0.10 needs an index, later versions take none."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
@@ -68,13 +69,13 @@ def _load(ref: Any, layout: Any) -> Array:
 
 
 def _inline(text: str, arrays: Sequence[Any], dtype: str) -> Any:
-    """The PTX of `byte_table` on the registers of a thread, for each of its two rows."""
+    """Runs the PTX of `dequantize_row` on the registers of a thread, for each of its two rows."""
     import numpy as np
     from jax.experimental.mosaic import gpu as mgpu
     from jax.extend.mlir import ir
     from jax.extend.mlir.dialects import arith, vector
 
-    # jax.extend.mlir has no llvm dialect, and no other one has inline assembly.
+    # Only the llvm dialect has inline assembly, and jax.extend.mlir does not have that dialect.
     from jaxlib.mlir.dialects import llvm
 
     word = ir.IntegerType.get_signless(32)
@@ -82,7 +83,7 @@ def _inline(text: str, arrays: Sequence[Any], dtype: str) -> Any:
     pair = ir.VectorType.get((2,), half)
 
     def words(row: int, array: Any) -> list[Any]:
-        """The words of a plane that a thread has of one of its two rows."""
+        """The words of one plane in one of the thread's two rows."""
         pieces = array.registers.reshape(2, -1)[row]
         found = [whole(one) for one in pieces]
         if len(found) == 2:  # half words

@@ -1,4 +1,4 @@
-"""The search kernel against the search of XLA, bit by bit, in Pallas's interpreter."""
+"""The search kernel against XLA's search, bit by bit, in Pallas's interpreter."""
 
 import types
 
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from irqlora_jax.kernels import sort_columns
 from irqlora_jax.kernels.search_triton import Tiles, refusal, search_shift
+from irqlora_jax.kernels.search_triton_sort import bitonic_pairs, odd_even_pairs
 from irqlora_jax.quant.calibrations import icq
 from tests.cuda.abstract_gpu import abstract_gpu
 from tests.quant.test_icq import both_forms, make_blocks, make_partial
@@ -20,12 +20,12 @@ FLOAT_MAX = np.finfo(np.float32).max
 
 
 def bits_of(x) -> np.ndarray:
-    """So that -0 is not 0, and NaN is NaN."""
+    """The bits of floats: -0 differs from 0, and NaN equals NaN."""
     return np.asarray(x).view(np.int32)
 
 
 def check(blocks, fmt, width=0.1, steps=100, valid=None, tiles=None) -> np.ndarray:
-    """Returns the shifts."""
+    """Checks the kernel against XLA and returns the shifts."""
     args = jnp.asarray(blocks), fmt, width, steps, None if valid is None else jnp.asarray(valid)
     found = search_shift(*args, tiles=tiles, interpret=True)
     expected = icq.shift_and_ends(*args)
@@ -35,8 +35,8 @@ def check(blocks, fmt, width=0.1, steps=100, valid=None, tiles=None) -> np.ndarr
     weights = np.asarray(blocks, np.float32)
     low, high = (np.where(inside, weights, end) for end in (np.inf, -np.inf))
     exact = np.array([low.min(1), high.max(1)])
-    np.testing.assert_array_equal(found[2:], exact)  # of -0 and 0 either is the least
-    # XLA may take what is below the normal numbers for 0 on a CPU.
+    np.testing.assert_array_equal(found[2:], exact)  # with -0 and 0, either may be the least
+    # On a CPU, XLA may take subnormal numbers for 0.
     np.testing.assert_allclose(expected[2:], exact, rtol=0, atol=np.finfo(np.float32).tiny)
     return np.asarray(found[0])
 
@@ -46,8 +46,10 @@ def check(blocks, fmt, width=0.1, steps=100, valid=None, tiles=None) -> np.ndarr
     [("fp4", 32, True), ("nf3", 256, True), ("nf2", 128, False)],
 )
 def test_every_kind_of_block(fmt, block, partial):
-    """64 blocks of each kind, so that programs of one kind alone take each way through the kernel,
-    and a last program that is not full."""
+    """64 blocks of each kind: some programs have a single kind, and so take every path.
+
+    The last program is not full.
+    """
     blocks, valid = make_blocks(block, copies=64)[:-7], None
     if partial:
         blocks, valid = make_partial(blocks)
@@ -61,15 +63,14 @@ def test_other_ranges_and_steps(width, steps):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision(dtype):
-    """Of few bits, so that many weights are equal."""
+    """Weights with few bits, so that many are equal."""
     blocks = np.random.default_rng(3).standard_normal((100, 16)).astype(np.float32)
     check(jnp.asarray(np.concatenate([blocks, blocks * 1e-7])).astype(dtype), "nf2")
 
 
 def test_ends_of_float32():
-    """Against the form for parallel devices: the one for CPUs does not count where a scale
-    overflows."""
-    # A program has the large ones, another the small ones.
+    """Against XLA's form for parallel devices: the form for CPUs differs if a scale overflows."""
+    # One program has the large numbers, another the small ones.
     exponents = np.concatenate([np.linspace(127, 60, 32), np.linspace(-149, -60, 32)])
     normal = np.random.default_rng(0).standard_normal((64, 16))
     blocks = np.clip(normal * 2.0 ** exponents[:, None], -FLOAT_MAX, FLOAT_MAX).astype(np.float32)
@@ -82,7 +83,7 @@ def test_ends_of_float32():
     blocks[33] = -0.0
     blocks[34, ::2] = -0.0
     blocks[35, :3] = 1e-45, -1e-45, 3e-45
-    # The scales of some candidates are subnormal, or have an infinite reciprocal, others' are not.
+    # Some candidates have scales that are subnormal or have an infinite reciprocal, others do not.
     sample = normal[36:64]
     spread = np.abs(sample - np.sort(sample)[:, 7:8]).max(1, keepdims=True)
     edges = np.finfo(np.float32).tiny * np.array([1, 0.25])
@@ -95,7 +96,7 @@ def test_ends_of_float32():
 
 
 def test_golden_weights(golden):
-    """And with them every kind of block, a last program that is not full."""
+    """Together with every kind of block. The last program is not full."""
     reference = np.load(golden / "icq_nf4.npz")
     weights = reference["w"].reshape(-1, 64)
     shift = check(np.concatenate([weights, make_blocks(64, copies=64)[:-7]]), "nf4")
@@ -119,7 +120,7 @@ def test_any_blocks(blocks, valid):
     check(blocks, "nf2", valid=valid)
 
 
-def test_tiles_do_not_show():
+def test_tiles_change_no_result():
     blocks, valid = make_partial(make_blocks(32, copies=5))
     for tiles in (Tiles(blocks=64, warps=2, chunk=4), Tiles(blocks=16, chunk=2)):
         check(blocks, "nf2", valid=valid, tiles=tiles)
@@ -132,13 +133,14 @@ def test_no_blocks():
 
 @pytest.mark.parametrize("n", [2, 4, 8, 16])
 def test_networks_sort(n):
-    """All sequences of 0 and 1; by the 0-1 principle then all others."""
+    """On all sequences of 0 and 1, and so, by the 0-1 principle, on all sequences."""
     everything = (np.arange(2**n)[None] >> np.arange(n)[:, None]) & 1
-    turns = np.abs(np.diff(everything, axis=0)).sum(0)  # bitonic: up to two, if it ends as it began
+    # A sequence is bitonic with at most one change, or with two if it ends as it began.
+    turns = np.abs(np.diff(everything, axis=0)).sum(0)
     bitonic = everything[:, (turns <= 1) | ((turns == 2) & (everything[0] == everything[-1]))]
     cases = (
-        (sort_columns.odd_even_pairs(n), everything),
-        (sort_columns.bitonic_pairs(n), bitonic),
+        (odd_even_pairs(n), everything),
+        (bitonic_pairs(n), bitonic),
     )
     for pairs, rows in cases:
         rows = rows.copy()
@@ -158,7 +160,7 @@ def test_it_lowers_to_one_kernel_that_reads_the_weights_as_they_are(dtype):
     name = {"float32": "f32", "bfloat16": "bf16"}[jnp.dtype(dtype).name]
     operands, results = kernel.rsplit(" : ", 1)[1].split(" -> ")
     assert f"tensor<1000x64x{name}>" in operands
-    # 32 programs of 32 blocks; 64 weights and an end in a column
+    # 32 programs of 32 blocks; a column has 64 weights and an end.
     each = ("f32", "i32", "f32", "f32")
     expected = ", ".join([f"tensor<1024x{one}>" for one in each] + ["tensor<32x65x32xf32>"])
     assert results.startswith(f"({expected})")
@@ -183,7 +185,7 @@ def device(capability: str, kind: str):
         ((2**25, 64), jnp.float32, "nf4", "9.0", "fewer than 2\\*\\*31 weights, not 2147483648"),
     ],
 )
-def test_refusals_say_why(shape, dtype, fmt, capability, message):
+def test_refusals_give_the_reason(shape, dtype, fmt, capability, message):
     found = refusal(jax.ShapeDtypeStruct(shape, dtype), fmt, device(capability, "Some GPU"))
     if message is None:
         assert found is None

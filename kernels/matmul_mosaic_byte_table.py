@@ -1,15 +1,16 @@
-"""A table of 16-bit levels, looked up by byte permutes: PTX for the layout "fragments".
+"""Looks 16-bit levels up in a table by byte permutes: PTX for the layout "fragments".
 
-PRMT takes 4 of the 8 bytes of two registers, by the three low bits of 4 nibbles of a third. A table
-of up to 8 levels in half precision is two such pairs, one of low and one of high bytes; of 16
-levels, twice two, and masks of the codes' high bits choose between them. 4 codes cost a permute for
-each pair, one LOP3 for each choice, and two permutes that interleave the low and the high bytes. No
-memory is read, and no level costs more than another.
+PRMT selects 4 of the 8 bytes of two registers. The three low bits of the 4 nibbles in a third
+register say which. In half precision, a table of up to 8 levels is two pairs of registers: one pair
+has the low bytes, one the high bytes. A table of 16 levels is four pairs, and masks of the codes'
+high bits choose between them. For 4 codes this takes one permute for each pair, one LOP3 for each
+choice, and two permutes that interleave the low and the high bytes. It reads no memory, and every
+level costs the same.
 
-The text works on what one thread holds of one row of a block of 64: 16 codes, which become the
-8 registers of pairs that the tensor cores take (`packing.py` has the picture). Counted in 32-bit
-instructions for the 16 codes, without the 8 multiply-adds and the 2 that double scale and shift:
-42 of 4 bits, 25 of 3, 21 of 2.
+The text works on the codes that one thread holds of one row of a block of 64. It turns these 16
+codes into 8 registers of pairs, as the tensor cores take them (`packing.py` has the picture). The
+16 codes take 42 instructions of 32 bits with 4-bit codes, 25 with 3 bits, and 21 with 2 bits. That
+does not count the 8 multiply-adds, and the 2 instructions that duplicate scale and shift.
 """
 
 from collections.abc import Sequence
@@ -25,10 +26,10 @@ Half = Literal["bfloat16", "float16"]
 def byte_planes(
     levels: Sequence[float], dtype: Half
 ) -> tuple[UInt32[np.ndarray, " words"], UInt32[np.ndarray, " words"]]:
-    """The low and the high bytes of the levels, 4 levels in each little-endian word.
+    """The low bytes and the high bytes of the levels, 4 levels in each little-endian word.
 
     Args:
-        levels: 4, 8 or 16 of them, rounded to `dtype` here.
+        levels: 4, 8 or 16 of them. This function rounds them to `dtype`.
         dtype: the half precision type.
     """
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16
@@ -38,18 +39,21 @@ def byte_planes(
 
 
 def dequantize_row(levels: Sequence[float], bits: int, dtype: Half) -> str:
-    """PTX that makes pairs of weights, level * scale + shift, of what a thread holds of a row.
+    """PTX that makes pairs of weights, level * scale + shift, from a thread's codes of one row.
 
-    Operands, 32 bits each: $0 to $7 are the pairs; pair 4h + p has the weights at
-    k = 32h + 8p + 2c (low half) and that + 1. Then the codes, two words of 4 bits, one of 2 bits,
-    one of 2 bits and the high bits (16, zero extended) for 3; then the scale (low half) and the
-    shift (high half) in `dtype`.
+    All operands have 32 bits:
+    - $0 to $7, the pairs. Pair 4h + p has the weights k = 32h + 8p + 2c (low half) and k + 1.
+    - The codes. 4 bits: two words. 2 bits: one word. 3 bits: one word of the low two bits, and one
+      of the high bits (16, zero extended).
+    - The scale (low half) and the shift (high half) in `dtype`.
 
     Raises:
-        ValueError: the levels are not 2**bits, or bits not 2, 3 or 4.
+        ValueError: there are not 2**bits levels, or bits is not 2, 3 or 4.
     """
     if bits not in (2, 3, 4) or len(levels) != 2**bits:
-        raise ValueError(f"bits = {bits} with {len(levels)} levels: accepted are 2**bits, of 2..4")
+        raise ValueError(
+            f"bits = {bits} with {len(levels)} levels: accepted is 2, 3 or 4 with 2**bits"
+        )
     lines = [".reg .b32 sel, top, up, a, b, low, high, pair, scale, shift;"]
     affine = f"${8 + operands(bits) - 1}"
     lines += [f"prmt.b32 scale, {affine}, 0, 0x1010;", f"prmt.b32 shift, {affine}, 0, 0x3232;"]
@@ -65,17 +69,17 @@ def dequantize_row(levels: Sequence[float], bits: int, dtype: Half) -> str:
 
 
 def operands(bits: int) -> int:
-    """Inputs of `dequantize_row`."""
+    """How many inputs the PTX of `dequantize_row` has."""
     return {4: 3, 3: 3, 2: 2}[bits]
 
 
 def _four_bits(planes: Sequence[np.ndarray], word: str, first: int) -> list[str]:
-    """Two groups of 4 codes of a word."""
+    """The two groups of 4 codes in a word."""
     lines = [f"and.b32 sel, {word}, 0x77777777;"]
     for group in range(2):
         if group:
             lines += ["shr.u32 sel, sel, 16;", f"shl.b32 up, {word}, 4;"]
-        # Selectors 8 to 15 spread the highest bit of bytes 0 to 3 over a byte each.
+        # Selectors 8 to 15 fill a byte with the highest bit of a source byte.
         lines.append(f"prmt.b32 top, {'up' if group else word}, 0, 0xba98;")
         for name, table in zip(("low", "high"), planes, strict=True):
             lines += [
@@ -88,10 +92,11 @@ def _four_bits(planes: Sequence[np.ndarray], word: str, first: int) -> list[str]
 
 
 def _few_bits(planes: Sequence[np.ndarray], bits: int) -> list[str]:
-    """The four groups of a word of 16 codes: each half of it has near codes, and far ones."""
+    """The four groups of 4 codes in a word of 16: each half has near codes and far codes."""
     lines = [".reg .b32 word, spread;"]
     if bits == 3:
-        # High bits of the two cells, two places apart: the same place of the two halves.
+        # The high bits of the two cells are two places apart. Moves both to the same place, one in
+        # each half of the word.
         lines.append("mad.lo.u32 spread, $9, 0x40000, $9;")
     for far in range(2):
         lines.append(f"shr.u32 word, $8, {2 * far};")
@@ -110,7 +115,7 @@ def _few_bits(planes: Sequence[np.ndarray], bits: int) -> list[str]:
 
 
 def _interleave(first: int) -> list[str]:
-    """Bytes of 4 codes to two pairs, scaled and shifted."""
+    """Turns the low and high bytes of 4 codes into two pairs, then scales and shifts them."""
     lines = []
     for pair, selector in ((first, "0x5140"), (first + 1, "0x7362")):
         lines += [f"prmt.b32 pair, low, high, {selector};", f"FMA ${pair}, pair, scale, shift;"]

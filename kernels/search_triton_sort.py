@@ -1,9 +1,9 @@
-"""Sorting within a GPU kernel (Pallas, Triton backend): a thread sorts a column of a buffer.
+"""Sorts within a GPU kernel (Pallas, Triton backend): a thread sorts a column of a buffer.
 
-Columns are cut into chunks that fit into registers. Chunks are sorted by Batcher's odd-even merge
-sort; then pairs of sorted runs are merged by a bitonic network, whose steps between chunks load two
-of them at a time, and whose steps within a chunk are made in registers. The loops over chunks stay
-loops, so the program does not grow with the column.
+A column consists of chunks that fit into registers. Batcher's odd-even merge sort sorts each chunk.
+Then a bitonic network merges pairs of sorted runs: its steps between chunks load two chunks at a
+time, and its steps within a chunk stay in registers. The loops over chunks are real loops, so the
+program does not grow with the column.
 """
 
 from collections.abc import Callable
@@ -27,11 +27,11 @@ def sort_columns(
     """Sorts every column, -0 before 0.
 
     Args:
-        read: row i of what is to be sorted, i = 0 .. n - 1; called once for each.
+        read: returns row i of the input; called once for each i = 0 .. n - 1.
         columns_ref: [n or more, columns], float32; rows 0 .. n - 1 are written.
-        n: a power of two.
+        n: number of rows, a power of two.
         chunk: rows in registers at a time, a power of two up to n.
-        barrier: what is written before it can be read by every thread after it.
+        barrier: after it, every thread can read what was written before it.
     """
     n_chunks = n // chunk
     rows = range(chunk)
@@ -58,7 +58,7 @@ def sort_columns(
         store(other, [jnp.maximum(a, b) for a, b in pairs][turn])
 
     def merge(level: Array) -> None:
-        """Runs of 2**level chunks."""
+        """Merges pairs of sorted runs of 2**level chunks."""
 
         def mirror(i: Array) -> None:
             one = i + ((i >> level) << level)
@@ -86,8 +86,10 @@ def sort_columns(
 
 
 def odd_even_pairs(n: int) -> Pairs:
-    """Batcher's network, which sorts n = 2**k numbers: the smaller of each pair, one pair after the
-    other, goes to its first place."""
+    """Batcher's network, which sorts n = 2**k numbers.
+
+    For one pair of places after the other, the smaller number goes to the first place.
+    """
     if n == 1:
         return []
     half = odd_even_pairs(n // 2)
@@ -95,7 +97,7 @@ def odd_even_pairs(n: int) -> Pairs:
 
 
 def _merge_pairs(start: int, n: int, stride: int) -> Pairs:
-    """Merges the two sorted halves of places start, start + stride, .. below start + n."""
+    """Merges the two sorted halves of the places start, start + stride, .. below start + n."""
     if 2 * stride >= n:
         return [(start, start + stride)]
     even = _merge_pairs(start, n, 2 * stride)
@@ -118,7 +120,7 @@ def _exchanged(keys: list[Array], pairs: Pairs) -> list[Array]:
 
 
 def _key(x: Float32[Array, " columns"]) -> Int32[Array, " columns"]:
-    """Integers that compare as the floats do, -0 before 0."""
+    """Integers in the order of the floats, -0 before 0."""
     bits = lax.bitcast_convert_type(x, jnp.int32)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 

@@ -1,9 +1,9 @@
-"""From the bytes of a tile of packed weights to the weights, inside of a Triton kernel.
+"""Dequantizes a tile of packed weights inside a Triton kernel.
 
-A block is taken apart into its fields: the codes that lie at the same bits of neighboring bytes.
-They are neighboring inputs too (`packing.py`), so a field is dequantized by operations on whole
-bytes, and meets inputs that lie in one piece. Of 3-bit blocks the fields are those of the plane of
-high bits; two of them share a field of the plane of low bits.
+A block consists of fields: a field is the codes at the same bits of neighboring bytes. These codes
+belong to neighboring inputs too (`packing.py`). So operations on whole bytes dequantize a field,
+and its inputs are contiguous. With 3 bits, the plane of high bits defines the fields; two of them
+share a field of the plane of low bits.
 
     4 bits, block of 64:  2 fields of 32      2 bits:  4 of 16      3 bits:  8 of 8
 """
@@ -26,10 +26,10 @@ class Field:
     """Codes at the same bits of neighboring bytes.
 
     Attributes:
-        start: the first of its inputs, within a block.
-        plane: which run of `width` bytes of a block holds the codes, or their two low bits.
+        start: its first input, within a block.
+        plane: the run of `width` bytes of a block that holds the codes, or their two low bits.
         shift: position of those bits in their byte.
-        high_plane: which run holds the third bit, or None.
+        high_plane: the run of bytes that holds the third bit, or None.
         high_shift: position of the third bit in its byte.
     """
 
@@ -42,11 +42,11 @@ class Field:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """How blocks of packed codes are taken apart.
+    """How blocks of packed codes split into fields.
 
     Attributes:
         format: code book.
-        block_size: weights of a block.
+        block_size: weights in a block.
     """
 
     format: Format
@@ -54,17 +54,17 @@ class Blocks:
 
     @property
     def width(self) -> int:
-        """Codes of a field of one block, and bytes of a run."""
+        """Number of codes in a field of one block, and of bytes in a run."""
         return self.block_size // 8 * (1 if self.format.bits == 3 else self.format.bits)
 
     @property
     def planes(self) -> int:
-        """Runs of `width` bytes of a block."""
+        """Number of runs of `width` bytes in a block."""
         return packing.packed_size(self.block_size, self.format.bits) // self.width
 
     @property
     def fields(self) -> tuple[Field, ...]:
-        """All fields, in the order of their inputs."""
+        """The fields of a block, in the order of their inputs."""
         bits, width = self.format.bits, self.width
         if bits == 3:
             return tuple(Field(i * width, i % 2, i // 2 * 2, 2, i) for i in range(8))
@@ -80,19 +80,20 @@ def dequantize(
     dtype: Any,
     inline_asm: Any,
 ) -> Float[Array, "rows columns"]:
-    """A field of some blocks of some rows, blocks side by side: level * scale + shift in float32,
-    rounded to `dtype`.
+    """Dequantizes one field: level * scale + shift in float32, rounded to `dtype`.
+
+    The result has the field's weights of each row, block after block.
 
     Args:
-        blocks: how they are taken apart.
-        field: which one.
-        planes: the bytes, run by run.
-        scale: of every block.
-        shift: of every block, or None.
-        dtype: of the result.
-        inline_asm: `elementwise_inline_asm` of Pallas, to look levels up by byte permutations;
-            they are then rounded to float16 (dtype bfloat16 or float16). None for portable
-            operations: selects, or the code itself where that is the level.
+        blocks: how blocks split into fields.
+        field: the field.
+        planes: the bytes, one array for each run.
+        scale: one for each block.
+        shift: one for each block, or None.
+        dtype: type of the result.
+        inline_asm: `elementwise_inline_asm` of Pallas: byte permutations look up levels that are
+            rounded to float16, and `dtype` must be bfloat16 or float16. None: portable operations,
+            which are selects, or nothing at all for integers, where the code is the level.
     """
     low = planes[field.plane]
     high = None if field.high_plane is None else planes[field.high_plane]
@@ -131,18 +132,18 @@ def _levels(codes: Array, fmt: Format) -> Float32[Array, "..."]:
 
 
 def ptx(fmt: Format, field: Field, shifted: bool, dtype: Any) -> str:
-    """PTX from four codes of a field, one in each byte of a register, to four weights.
+    """PTX that turns four codes of a field, one in each byte of a register, into four weights.
 
     Operands: $0 and $1, two weights each; then the four bytes, the four bytes of the high plane if
     there is one, four scales, and four shifts if `shifted`.
 
-    The levels in float16 lie in registers, their low bytes apart from their high ones. `prmt` picks
-    four bytes by the nibbles of a register, of 2- and 4-bit codes those of two neighboring fields
-    at once; what both have in common is written twice, and computed once.
+    Registers hold the levels in float16, low bytes and high bytes apart. `prmt` picks four bytes by
+    the nibbles of a register. With 2 and 4 bits these nibbles belong to two neighboring fields. The
+    PTX of both fields repeats the common part, and the compiler computes it once.
     """
     table = np.asarray(fmt.levels, np.float16).view(np.uint8).reshape(-1, 2)
     table = np.resize(table, (max(8, len(table)), 2))
-    # Of low and of high bytes: two registers for 8 levels, four for 16.
+    # Low bytes and high bytes each fill two registers for 8 levels, four for 16.
     halves = {
         name: [f"0x{word:08x}" for word in np.ascontiguousarray(half).view("<u4")]
         for name, half in zip("lh", table.T, strict=True)
@@ -150,17 +151,17 @@ def ptx(fmt: Format, field: Field, shifted: bool, dtype: Any) -> str:
     text = [".reg .b32 c, d, s, t, m, q, l, h;", ".reg .b16 e<4>;", ".reg .f32 f<4>;"]
     odd, inside, operands = 0, field.shift, 3
     if field.high_plane is None:
-        odd, inside = divmod(field.shift, 4)  # the nibble, and where in it
+        odd, inside = divmod(field.shift, 4)  # the nibble of the byte, and the place in it
     text += [f"shr.u32 c, $2, {inside};"]
     if field.high_plane is not None:
         text += ["and.b32 c, c, 0x03030303;", f"shr.u32 d, $3, {field.high_shift};"]
         text += ["and.b32 d, d, 0x01010101;", "shl.b32 d, d, 2;", "or.b32 c, c, d;"]
         operands = 4
     many = len(fmt.levels) > 8
-    # The highest bit of a nibble is not for picking: it tells which of two tables counts.
+    # Only the low bits of a nibble pick a byte. Its highest bit chooses one of two tables.
     text += [f"and.b32 s, c, 0x{'3' * 8 if fmt.bits == 2 else '7' * 8};"]
     text += ["shr.u32 t, c, 3;", "and.b32 t, t, 0x11111111;"] if many else []
-    for pair in range(2):  # of bytes: those at the bottom of the register, then those at the top
+    for pair in range(2):  # the low two bytes of the register, then the high two
         if pair:
             text += ["shr.u32 s, s, 16;", *(["shr.u32 t, t, 16;"] if many else [])]
         text += ["prmt.b32 m, 0x0000ff00, 0, t;"] if many else []

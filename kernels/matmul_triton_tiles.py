@@ -1,4 +1,4 @@
-"""How the work of a Triton kernel is cut into tiles."""
+"""How the Triton products cut their work into tiles."""
 
 import dataclasses
 from typing import Any
@@ -6,23 +6,23 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """How the work is cut up. All sizes are powers of two.
+    """How the work is cut. All sizes are powers of two.
 
     Attributes:
-        block_m: rows of x (or g) of a program, at least 16.
-        block_n: rows of W: those of a program of `matmul`, and those of a step of
-            `matmul_transposed`; at least 16.
-        block_k: columns of W: those of a step of `matmul`, and those of a program of
-            `matmul_transposed`. It is rounded up to whole blocks, and to products of 16 terms.
-        splits: parts into which the sum is cut. Each is a program of its own, and the parts are
-            added up in float32 and always in the same order. Any number.
-        num_warps: of a program; 4 make a warp group.
+        block_m: rows of x (or g) in a program, at least 16.
+        block_n: rows of W, in a program of `matmul` or in a step of `matmul_transposed`; at least
+            16.
+        block_k: columns of W, in a step of `matmul` or in a program of `matmul_transposed`. It is
+            rounded up to whole blocks, and to products of 16 terms.
+        splits: parts of the sum, any number. Each part is a program of its own. The parts are
+            added in float32, always in the same order.
+        num_warps: warps of a program; 4 make a warp group.
         num_stages: tiles that are loaded ahead.
-        permute: levels are looked up by byte permutations (PTX), 4 codes at a time, in a table
-            rounded to float16. False, and when interpreted: by selects or by the code itself, from
-            float32.
-        decode: who decodes scales and shifts: "kernel", which then reads them as they are stored,
-            or "xla", to float32 in front of it (`factors_triton.py`).
+        permute: whether byte permutations (PTX) look levels up, 4 codes at a time, in a table that
+            is rounded to float16. If not, or if interpreted, selects find them in float32; for
+            integers the code is the level.
+        decode: who decodes scales and shifts: "kernel", which reads them as they are stored, or
+            "xla", which decodes them to float32 before the kernel (`matmul_triton_factors.py`).
     """
 
     block_m: int = 128
@@ -47,7 +47,7 @@ class Tiles:
 
 
 def neighbors(tiles: Tiles) -> list[Tiles]:
-    """Tiles that differ in one respect, to be timed beside them (benchmarks/kernels.py --tune)."""
+    """Tiles that differ in one field, which `benchmarks/kernels.py --tune` times too."""
     changes: list[dict[str, Any]] = [{"num_warps": 4}, {"num_warps": 8}]
     changes += [{"num_stages": stages} for stages in (2, 4, 5)]
     changes += [{"block_k": 2 * tiles.block_k}, {"block_n": 2 * tiles.block_n}]
@@ -60,9 +60,9 @@ def neighbors(tiles: Tiles) -> list[Tiles]:
 def default_tiles(m: int, n: int, k: int, bits: int, transposed: bool = False) -> Tiles:
     """Tiles for m rows of activations and a weight of [n, k].
 
-    Few rows take narrow tiles, and the sum is split until there are two programs for each
-    multiprocessor of a large GPU, as long as the partial sums move fewer bytes than the weight.
-    Each tile of rows would decode all scales and shifts again, so XLA does it for many of them.
+    Few rows take narrow tiles. Then the sum is split until a large GPU has two programs for each
+    multiprocessor, but only while the partial sums move fewer bytes than the weight. In the kernel
+    each tile of rows decodes all scales and shifts again, so for many rows XLA decodes them.
     """
     rows = max(16, min(128, 1 << (m - 1).bit_length()))
     wide = rows > 64
@@ -75,6 +75,6 @@ def default_tiles(m: int, n: int, k: int, bits: int, transposed: bool = False) -
         tiles = Tiles(rows, *shape, num_warps=warps, decode=decode)
         summed, step, apart = k, tiles.block_k, -(-n // tiles.block_n)
     programs = -(-m // rows) * apart
-    # A partial sum is written and read, 8 bytes in all.
+    # Each partial sum is written and read: 8 bytes.
     most = min(256 // programs, summed // step // 4, summed * bits // 8 // (8 * m))
     return dataclasses.replace(tiles, splits=max(1, most))

@@ -1,18 +1,19 @@
 """The kernel behind `matmul_mosaic.py`: the loops of both products with a packed W on Hopper GPUs.
 
-A warp group copies (TMA) what the others multiply. The blocks of the grid stay on their
-multiprocessors and take one tile after the other, in an order that keeps what the second level
-cache holds in use; the copies for the next tile start while the last one is still computed. Few
-rows leave too few tiles for all multiprocessors. Then several blocks share a tile, each a part of
-the terms, and XLA adds their float32 sums in fixed order.
+One warp group copies (TMA) the operands that the others multiply. The blocks of the grid stay on
+their multiprocessors and take one tile after the other, in an order that reuses the contents of the
+second-level cache. The copies for the next tile start while the last one is still computed. Few
+rows give too few tiles for all multiprocessors. Then several blocks share a tile: each sums a part
+of the terms, and XLA adds their float32 sums in a fixed order.
 
-The result is computed as its transpose: then W is the operand that has 64 rows, and x or g the one
-whose size may be as small as 8. In W x^T the operand W comes from the registers in which it is
-made. In W^T g^T the sum goes over the rows of W, and registers have it the wrong way around; the
-tensor cores can turn an operand that they read from shared memory. So each warp group stores the 64
-x 64 weights it made there, for itself alone, in three places in turn: one is written while the
-tensor cores read another. The third is for warps that are behind: one may know that the product
-before is done, and write on, earlier than the other warps of its group.
+The kernel computes the transposed result: then W is the operand that needs 64 rows, and x or g the
+operand that may have as few as 8. In W x^T the tensor cores take W from the registers in which the
+kernel makes it. In W^T g^T the sum goes over the rows of W, so that the registers would have to
+hold W transposed. The tensor cores can transpose an operand that they read from shared memory. So
+each warp group stores its 64 x 64 weights there. It uses three places in turn, which belong to it
+alone: one is written while the tensor cores read another. The third place is for warps that are
+behind: a warp may see that a product is done, and go on to write, before the other warps of its
+group see it.
 """
 
 from collections.abc import Callable
@@ -23,8 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from irqlora_jax.kernels import mosaic_fragments
-from irqlora_jax.kernels.mosaic_tiles import BLOCK, CHUNK, PLACES, ROWS, Tiles
+from irqlora_jax.kernels import matmul_mosaic_fragments
+from irqlora_jax.kernels.matmul_mosaic_tiles import BLOCK, CHUNK, PLACES, ROWS, Tiles
 from irqlora_jax.quant import packing
 
 
@@ -38,23 +39,23 @@ def product(
     tiles: Tiles,
     transposed: bool = False,
 ) -> Callable[[Array, Array, Array], Array]:
-    """The kernel, of codes [rows of W, bytes], `affine` and x [m, terms padded to 64].
+    """The kernel: a function of codes [rows of W, bytes], `affine` and x [m, terms padded to 64].
 
-    It makes x W^T or, transposed, x W: [m, width padded to 64], or with several splits their
-    float32 sums, transposed: [splits, width padded to 64, m padded to whole tiles].
+    It computes x W^T or, if `transposed`, x W: [m, width padded to 64]. With several splits it
+    returns their float32 sums, transposed: [splits, width padded to 64, m padded to whole tiles].
 
     Args:
         m: rows of x, a multiple of 8.
-        width: columns of the result: rows of W or, transposed, its columns.
-        terms: of each sum: columns of W or, transposed, its rows.
-        bits: of a code.
-        levels: of the format.
-        dtype: of x.
-        tiles: how to cut the work.
+        width: columns of the result: the rows of W or, if transposed, its columns.
+        terms: terms of each sum: the columns of W or, if transposed, its rows.
+        bits: width of a code.
+        levels: levels of the format.
+        dtype: type of x.
+        tiles: how the work is cut.
         transposed: whether the sum goes over the rows of W.
 
     Raises:
-        ValueError: tiles that have blocks of 3 bits one by one.
+        ValueError: the tiles take 3-bit blocks one by one; TMA needs pairs of them.
     """
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -72,14 +73,13 @@ def product(
     else:
         shape, kind = (m, padded), jnp.dtype(dtype)
         out_block = (groups, chunk, ROWS)
-    fragment = mosaic_fragments.permuted(levels, bits, dtype)
+    fragment = matmul_mosaic_fragments.permuted(levels, bits, dtype)
 
     def of_weight(own: Any, term: Any) -> tuple[Any, Any]:
-        """What counts the rows of W and what its columns, of what counts columns of the result and
-        what counts terms."""
+        """W's (row, column) from an index of the result's columns and an index of the terms."""
         return (term, own) if transposed else (own, term)
 
-    high, wide = of_weight(groups, tiles.blocks)  # blocks of 64 x 64 of W that a step has
+    high, wide = of_weight(groups, tiles.blocks)  # blocks of 64 x 64 of W in a step
     if wide * line % 16:
         name = "warp_groups" if transposed else "blocks"
         raise ValueError(f"{name} = {wide}: accepted with {bits} bits is a multiple of 2")
@@ -91,7 +91,7 @@ def product(
         rounds = (total - first + tiles.grid - 1) // tiles.grid
 
         def origin(turn):
-            """Of tile and part: 64 columns of the result, row of x, first step."""
+            """Of a tile and split: block of 64 result columns, row of x, first step, split."""
             index = first + turn * tiles.grid
             split, index = index % tiles.splits, index // tiles.splits
             own, row = plgpu.planar_snake(index, grid, 0, tiles.band)
@@ -126,7 +126,7 @@ def product(
                     plgpu.copy_gmem_to_smem(x.at[pl.ds(row, batch), taken], x_s.at[slot], arrived)
 
         def weights(step, block):
-            """Of 64 rows and columns of W, as the tensor cores take them."""
+            """64 x 64 weights as the operand that the tensor cores take."""
             slot = lax.rem(step, stages)
             down, across = of_weight(group, block)
             rows, bytes_ = pl.ds(down * BLOCK, BLOCK), pl.ds(across * line, line)
@@ -147,9 +147,12 @@ def product(
                 own, row, _, split = origin(turn)
 
                 def products(sums, begin, number):
-                    """Of some steps. The weights of a block are made while the product before it
-                    is computed. All are done at the end: the registers of one that is not may be
-                    given to others by the assembler when the loop starts again."""
+                    """Adds the products of some steps.
+
+                    The weights of a block are made while the previous product is computed. All
+                    products are done at the end: when the loop starts again, the assembler may
+                    give the registers of an unfinished product to other values.
+                    """
                     for index in range(number):
                         slot = lax.rem(begin + index, stages)
                         plgpu.barrier_wait(full.at[slot])
@@ -221,7 +224,7 @@ def product(
 
 
 def _swizzled(columns: int, bits: int) -> tuple[Any, ...]:
-    """Tiles of 8 rows, in which the banks of shared memory take turns."""
+    """Tiles of 8 rows, swizzled so that their rows fall into different banks of shared memory."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     swizzle = plgpu.find_swizzle(columns * bits, "tile")

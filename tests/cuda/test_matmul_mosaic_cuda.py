@@ -1,4 +1,4 @@
-"""The Mosaic kernels, compiled for Hopper GPUs that are not there: what a thread executes."""
+"""The instructions of the Mosaic products, compiled for absent Hopper GPUs."""
 
 import collections
 import itertools
@@ -19,15 +19,12 @@ from tests.cuda.conftest import absent
 
 SHAPES = {"q": (4096, 4096), "up": (11008, 4096), "down": (4096, 11008), "65B": (8192, 8192)}
 Y, DX = "y", "dX"
-# XLA compiles a kernel of Mosaic once in a process, so no two tests may have the same one.
-CASES = [
-    *(("h200", Y, "nf4", shape, m) for shape in SHAPES for m in (1, 16, 2048)),
-    *(("h200", Y, name, "q", m) for name in ("nf3", "nf2", "int4") for m in (1, 2048)),
-    *(("h100", Y, "nf4", "q", m) for m in (33, 300)),
-    *(("h200", DX, "nf4", shape, m) for shape in SHAPES for m in (16, 2048)),
-    *(("h200", DX, name, "q", m) for name in ("nf3", "nf2", "fp4") for m in (1, 2048)),
-    *(("h100", DX, "nf4", "q", m) for m in (33, 300)),
-]
+# XLA compiles each Mosaic kernel only once in a process, so no two tests may use the same kernel.
+CASES = [("h200", Y, "nf4", shape, m) for shape in SHAPES for m in (1, 16, 2048)]
+CASES += [("h200", Y, name, "q", m) for name in ("nf3", "nf2", "int4") for m in (1, 2048)]
+CASES += [("h200", DX, "nf4", shape, m) for shape in SHAPES for m in (16, 2048)]
+CASES += [("h200", DX, name, "q", m) for name in ("nf3", "nf2", "fp4") for m in (1, 2048)]
+CASES += [("h100", product, "nf4", "q", m) for product in (Y, DX) for m in (33, 300)]
 
 
 def compile_(
@@ -54,7 +51,8 @@ def test_machine_code(
     (n, k), bits = SHAPES[shape], get_format(name).bits
     tiles = matmul_mosaic.default_tiles(m, n, k, bits, product == DX)
     assert kernel.spills == 0
-    # 3 warp groups of 128 threads start with a third of the registers each, and then exchange them.
+    # The 3 warp groups of 128 threads start with a third of the registers each. They exchange some
+    # later.
     assert kernel.registers == 168
     counts = kernel.counts
     assert counts["LDL"] == counts["STL"] == counts["LDG"] == 0
@@ -62,14 +60,14 @@ def test_machine_code(
     steps = -(-(k if product == Y else n) // (64 * tiles.blocks * tiles.splits))
     together = min(tiles.together, steps)
     blocks = tiles.blocks * (together + steps % together)
-    # A product of 64 x batch x 16 at a time, and pairs of the 32 weights that a thread has of it:
-    # from registers, or from shared memory, turned by the tensor cores.
+    # Each product is 64 x batch x 16. A thread makes its 32 weights of a block in pairs. The tensor
+    # cores take them from registers, or transposed from shared memory.
     operand = r"R\d+, " if product == Y else r"gdesc\[UR\d+\]\.tnspA, "
     products = re.findall(rf"HGMMA\.64x{tiles.batch}x16\.F32\.BF16 R\d+, {operand}", kernel.code)
     assert len(products) == counts["HGMMA"] == 4 * blocks
     assert counts["HFMA2"] == 16 * blocks
-    # Two rows of a thread: its codes, and scale with shift. One ldmatrix may serve both rows; it
-    # takes lines of 16 bytes at multiples of 16, so none with 3 bits.
+    # A thread loads codes, and scale with shift, for its two rows. One ldmatrix may load both rows.
+    # It needs lines of 16 bytes at multiples of 16, so 3-bit codes never use it.
     loads = counts["LDS"] + 2 * counts["LDSM"]
     assert 6 * blocks <= loads <= 8 * blocks if bits == 3 else loads == 4 * blocks
     assert bits != 3 or counts["LDSM"] == 0
@@ -77,27 +75,27 @@ def test_machine_code(
     assert len(addresses) == counts["LDSM"]
     offsets = [int(one, 16) for one in re.findall(r"0x[0-9a-f]+", " ".join(addresses))]
     assert not any(offset % 16 for offset in offsets)
-    if product == DX:  # 16 pairs of weights of a thread, and then its part of the result
+    if product == DX:  # a thread stores 16 pairs of weights, and later its part of the result
         assert counts["STS"] + 4 * counts["STSM"] == 16 * blocks + tiles.batch // 4
-    # As many permutes as the table says (8 pairs, 8 to 16 look-ups, 2 masks, each for 2 rows, and 2
-    # to double scale and shift), and a few for addresses. A level of FP4 and its negative have the
-    # same low byte, so the assembler looks these up once.
+    # Permutes: for each of 2 rows 8 for pairs, 8 to 16 for look-ups, up to 4 for masks, and 2 that
+    # duplicate scale and shift; and a few for addresses. A level of FP4 and its negative have the
+    # same low byte, so the assembler looks it up once.
     permutes = {4: 2 * (8 + 16 + 4 + 2), 3: 2 * (8 + 8 + 2), 2: 2 * (8 + 8 + 2)}[bits]
     permutes -= 8 if name == "fp4" else 0
     assert permutes * blocks <= counts["PRMT"] <= permutes * blocks + 4 * blocks + 72
-    # Shuffles transpose the result, one for a register of pairs; the rest choose a thread.
+    # Shuffles transpose the result, one for each register of pairs; the others choose a thread.
     transposed = 0 if tiles.splits > 1 else tiles.batch // 4
     assert counts["SHFL"] <= transposed + 8
 
     assert sass.overwritten_operands(kernel) == [] and not kernel.serialized
     if m == 2048 and steps % together == 0:
-        # What is issued from one product of 64 x batch x 64 to the next. A scheduler has a warp of
-        # each of two warp groups, whose products take the tensor cores 4 * batch cycles.
+        # Instructions from one product of 64 x batch x 64 to the next. A scheduler has one warp of
+        # each of two warp groups. Their products keep the tensor cores busy for 4 * batch cycles.
         lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(\S.*?);", kernel.code)
         ends = [i for i, line in enumerate(lines) if re.search(r"HGMMA.*gsb0", line)]
         longest = max(end - start for start, end in itertools.pairwise(ends))
         assert 2 * longest <= 0.6 * 4 * tiles.batch
-    # No dequantized weight, and no copy of the codes: they go to the kernel as they are.
+    # XLA stores no dequantized weight and no copy of the codes: the kernel reads them directly.
     stored = [made for one in hlo.stored(hlo.parse(compiled.as_text())) for made in one.types]
     assert {kind for kind, size in stored if size >= n * k} == set()
     assert ("u8", n * k * bits // 8) not in stored
@@ -113,7 +111,7 @@ def test_float16(product: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("product", [Y, DX])
 def test_registers_of_products_in_flight_are_found(product: str, tmp_path: Path) -> None:
-    """What `overwritten_operands` looks for, in code that has it: sums rounded too early."""
+    """`overwritten_operands` finds the error in code that rounds its sums too early."""
     _, kernel = compile_("h200", product, "nf4", "q", 1000, tmp_path)
     lines = kernel.code.split("WARPGROUP.DEPBAR.LE gsb0, 0x0")
     assert len(lines) > 1

@@ -1,15 +1,15 @@
-"""How the Mosaic kernels cut their work (`mosaic_product.py`)."""
+"""How the Mosaic kernels cut their work (`matmul_mosaic_product.py`)."""
 
 import dataclasses
 
 from irqlora_jax.quant import packing
 
 BLOCK = packing.FRAGMENT_BLOCK
-ROWS = 64  # of the operand W or W^T that a warp group has
-CHUNK = 64  # columns of a tile that leave at once
-PLACES = 3  # in shared memory for weights that a warp group made (dX)
+ROWS = 64  # rows of a warp group's operand, W or W^T
+CHUNK = 64  # columns of a tile's result that are written at once
+PLACES = 3  # places in shared memory for the weights that a warp group makes (dX)
 MULTIPROCESSORS = 132
-SHARED = 224 << 10  # bytes of shared memory for tiles; a block has 3 KiB more for the rest
+SHARED = 224 << 10  # bytes of shared memory for tiles; a block has 3 KiB more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +17,13 @@ class Tiles:
     """How the work is cut.
 
     Attributes:
-        batch: rows of x or g that a tile has: 8, 16, 32, 64, 128 or 256.
-        warp_groups: that multiply, each of them 64 rows of W or, in dX, 64 columns.
-        blocks: of 64 terms of the sums that are copied at once.
-        stages: copies on their way or in use.
+        batch: rows of x or g in a tile: 8, 16, 32, 64, 128 or 256.
+        warp_groups: warp groups that multiply, each 64 rows of W or, in dX, 64 columns.
+        blocks: blocks of 64 terms that are copied at once. This is a step.
+        stages: how many copies are under way or in use.
         together: steps between two points at which all products are done.
-        splits: parts of the terms that are summed apart.
-        band: tiles of W that are computed with the same rows of x or g before the next ones.
+        splits: parts of the terms, each with a sum of its own.
+        band: tiles of W that are computed with the same rows of x or g before the next rows.
         grid: blocks of the kernel, one for each multiprocessor.
     """
 
@@ -47,11 +47,11 @@ class Tiles:
 
     @property
     def width(self) -> int:
-        """Rows of W that a tile has or, in dX, columns."""
+        """Rows of W in a tile or, in dX, columns."""
         return ROWS * self.warp_groups
 
     def shared_memory(self, bits: int, transposed: bool = False) -> int:
-        """Bytes of shared memory that a block of the kernel takes, but for its barriers."""
+        """Bytes of shared memory that a block of the kernel takes, without its barriers."""
         codes = self.width * packing.packed_size(BLOCK, bits)
         stage = self.blocks * (codes + 4 * self.width + 2 * BLOCK * self.batch)
         result = self.width * min(self.batch, CHUNK) * (4 if self.splits > 1 else 2)
@@ -60,8 +60,7 @@ class Tiles:
 
 
 def neighbors(tiles: Tiles, bits: int, transposed: bool = False) -> list[Tiles]:
-    """Tiles that differ in one respect and fit, to be timed beside them (benchmarks/kernels.py
-    --tune)."""
+    """Tiles that differ in one field and fit, which `benchmarks/kernels.py --tune` times too."""
     changes: list[dict[str, int]] = [{"band": 4}, {"band": 16}, {"stages": tiles.stages - 1}]
     changes += [{"blocks": n, "together": max(1, 4 // n)} for n in (1, 2, 4)]
     changes += [{"splits": 2 * tiles.splits}, {"splits": max(1, tiles.splits // 2)}]
@@ -80,19 +79,20 @@ def neighbors(tiles: Tiles, bits: int, transposed: bool = False) -> list[Tiles]:
 def default_tiles(
     m: int, n: int, k: int, bits: int, transposed: bool = False, grid: int = MULTIPROCESSORS
 ) -> Tiles:
-    """Tiles for W of [n, k], and x of [m, k] or, transposed, g of [m, n].
+    """Tiles for W of [n, k] with x of [m, k] or, if transposed, with g of [m, n].
 
     Args:
         m: rows of x or g.
         n: outputs.
         k: inputs.
-        bits: of a code.
-        transposed: whether they are for dX.
-        grid: multiprocessors.
+        bits: width of a code.
+        transposed: whether the tiles are for dX.
+        grid: number of multiprocessors.
     """
-    # TMA copies in units of 16 bytes: 3-bit blocks of 24 come in pairs. In dX the two warp groups
-    # have one each; in y they are terms of a sum, which leaves too few stages for the widest tiles.
-    # With few rows of x the weight is what is read, in longer lines then (in dX they stay as long).
+    # TMA copies units of 16 bytes, so 3-bit blocks of 24 bytes come in pairs. In dX each of the two
+    # warp groups takes one block of the pair. In y both are terms of a sum, and then the widest
+    # tiles leave room for too few stages. With few rows of x, most reads are of the weight: more
+    # blocks make their lines longer (in dX the lines stay the same).
     pairs = bits == 3 and not transposed
     sizes = (8, 16, 32, 64, 128) if pairs else (8, 16, 32, 64, 128, 256)
     batch = next((size for size in sizes if m <= size), sizes[-1])
@@ -104,7 +104,7 @@ def default_tiles(
     tiles = -(-m // batch) * -(-out // (2 * ROWS))
 
     def cost(splits: int) -> float:
-        # Rounds of the grid, times the steps of a tile and what starting and ending one costs.
+        # Rounds of the grid, times the steps of a tile, with an overhead for its start and end.
         return -(-tiles * splits // grid) * (-(-steps // splits) + 2.0) + 0.1 * splits
 
     splits = min(range(1, min(8, steps) + 1), key=cost) if m <= 256 else 1

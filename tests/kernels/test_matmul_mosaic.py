@@ -1,4 +1,4 @@
-"""The Mosaic kernel without a GPU: its table of bytes, who holds what, its loops, its refusals."""
+"""The Mosaic products without a GPU: byte table, data of each thread, loops, tiles, refusals."""
 
 import dataclasses
 import re
@@ -10,7 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from irqlora_jax.kernels import byte_table, matmul_mosaic, mosaic_fragments
+from irqlora_jax.kernels import matmul_mosaic
+from irqlora_jax.kernels.matmul_mosaic_byte_table import Half, dequantize_row
+from irqlora_jax.kernels.matmul_mosaic_fragments import byte_layouts
 from irqlora_jax.quant import packing
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantized_shape
@@ -21,7 +23,7 @@ Tiles = matmul_mosaic.Tiles
 HOPPER = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="H200")
 
 
-# --- PTX, as its manual defines it, on arrays of 32-bit words -------------------------------------
+# --- PTX as its manual defines it, on arrays of 32-bit words --------------------------------------
 
 
 def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
@@ -47,7 +49,7 @@ def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: int) -> np.ndarray:
 
 
 def rounded(exact: np.ndarray, kind: type) -> np.ndarray:
-    """A float64 to half precision, once, to nearest even; values are far from its limits."""
+    """Rounds float64 once to half precision, to nearest even. Values are far from its limits."""
     bits = 8 if kind is ml_dtypes.bfloat16 else 11
     mantissa, exponent = np.frexp(exact)
     least = -1000 if kind is ml_dtypes.bfloat16 else -13
@@ -68,7 +70,7 @@ def fma2(kind: type, *operands: np.ndarray) -> np.ndarray:
 
 
 def execute(text: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
-    """The 8 outputs of a text in PTX, whose inputs are words, any number at once."""
+    """Runs a text in PTX. The inputs are arrays of words; returns the 8 outputs."""
     values: dict[str, np.ndarray] = {
         f"${8 + i}": one.astype(np.uint64) for i, one in enumerate(inputs)
     }
@@ -105,7 +107,7 @@ def execute(text: str, inputs: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def held(packed: np.ndarray, bits: int, c: int) -> list[np.ndarray]:
-    """The words that thread c of four has of rows of packed bytes."""
+    """The words that thread c of four loads of each packed row."""
     if bits == 4:
         return list(packed[:, 8 * c : 8 * c + 8].copy().view("<u4").T)
     words = [packed[:, 4 * c : 4 * c + 4].copy().view("<u4")[:, 0]]
@@ -116,16 +118,18 @@ def held(packed: np.ndarray, bits: int, c: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("name", list(FORMATS))
-def test_byte_table(name: str, dtype: byte_table.Half) -> None:
-    """Every byte in every place, and random rows: exactly the rounded levels of their codes, and
-    level * scale + shift rounded once."""
+def test_byte_table(name: str, dtype: Half) -> None:
+    """Rows with every byte in every place, and random rows.
+
+    The results are exactly the rounded levels, and level * scale + shift rounded once.
+    """
     fmt, kind = get_format(name), HALVES[dtype]
     rng = np.random.default_rng(0)
     same = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 8 * fmt.bits, axis=1)
     packed = np.concatenate([same, rng.integers(0, 256, (200, 8 * fmt.bits), np.uint8)])
     codes = np.asarray(packing.unpack(jnp.asarray(packed), fmt.bits, "fragments"))
     levels = fmt.table.astype(kind).astype(np.float64)[codes]
-    text = byte_table.dequantize_row(fmt.levels, fmt.bits, dtype)
+    text = dequantize_row(fmt.levels, fmt.bits, dtype)
     ones = (np.ones(len(packed)), np.zeros(len(packed)))
     spread = (rng.uniform(0.01, 0.2, len(packed)), rng.normal(0, 0.01, len(packed)))
     for scale, shift in (ones, spread):
@@ -142,25 +146,25 @@ def test_byte_table(name: str, dtype: byte_table.Half) -> None:
                     np.testing.assert_array_equal(half, expected[:, k + e])
 
 
-def test_instructions_are_as_few_as_said() -> None:
+def test_number_of_instructions() -> None:
     for bits, count in ((4, 42), (3, 25), (2, 21)):
         levels = tuple(float(i) for i in range(2**bits))
-        text = byte_table.dequantize_row(levels, bits, "bfloat16")
+        text = dequantize_row(levels, bits, "bfloat16")
         every = re.findall(r"\b(?:prmt|lop3|and|shl|shr|mad)\.", text)
-        free = len(re.findall(r"shr\.u32 \w+, \S+, 0;", text))  # the assembler drops these
+        free = len(re.findall(r"shr\.u32 \w+, \S+, 0;", text))  # the assembler removes these
         assert len(every) - free - 2 == count
     with pytest.raises(ValueError, match="bits = 3 with 4 levels"):
-        byte_table.dequantize_row((0.0,) * 4, 3, "bfloat16")
+        dequantize_row((0.0,) * 4, 3, "bfloat16")
 
 
-# --- who holds what -------------------------------------------------------------------------------
+# --- the data of each thread ----------------------------------------------------------------------
 
 
-def who(layout, rows: int, columns: int) -> np.ndarray:
-    """Element numbers, [warp, lane, register, place in it], by Mosaic's description of a layout."""
+def elements(layout, rows: int, columns: int) -> np.ndarray:
+    """Element numbers [warp, lane, register, place in the register] of one of Mosaic's layouts."""
     numbers = np.arange(rows * columns).reshape(rows, columns)
     for tile in layout.tiling.tiles:
-        # The last axes are cut in tiles; what counts the tiles goes before all that is in them.
+        # Cuts the last axes into tiles. The axes that count tiles go before the axes inside them.
         rank = len(tile)
         kept, cut = numbers.shape[: numbers.ndim - rank], numbers.shape[numbers.ndim - rank :]
         parts = [n for size, part in zip(cut, tile, strict=True) for n in (size // part, part)]
@@ -175,18 +179,20 @@ def who(layout, rows: int, columns: int) -> np.ndarray:
     return numbers.transpose(order).reshape(4, 32, -1, layout.vector_length)
 
 
-def test_a_thread_loads_its_operand_of_the_tensor_cores() -> None:
-    """By the PTX manual's figure of A of wgmma.m64nNk16 in registers, for 16-bit types: value i of
-    8 is in row 16 * warp + lane // 4 (+ 8 for i = 2, 3, 6, 7) and column 2 * (lane % 4) + i % 2
-    (+ 8 for i >= 4). By Mosaic's layouts a thread gets the bytes of just these codes, and hands its
-    pairs on in just this order."""
+def test_a_thread_loads_the_codes_of_its_operand() -> None:
+    """Mosaic's layouts agree with the PTX manual's figure of A in registers.
+
+    For wgmma.m64nNk16 with 16-bit types, value i of 8 is in row 16 * warp + lane // 4 (+ 8 for
+    i = 2, 3, 6, 7) and column 2 * (lane % 4) + i % 2 (+ 8 for i >= 4). A thread loads the bytes of
+    exactly these codes, and passes its pairs on in this order.
+    """
     mgpu = pytest.importorskip("jax.experimental.mosaic.gpu")
-    result = who(mgpu.WGMMA_LAYOUT, 64, 64)
-    sizes = {4: (8,), 3: (4, 2), 2: (4,)}  # bytes that a thread has of a row, for each plane
+    result = elements(mgpu.WGMMA_LAYOUT, 64, 64)
+    sizes = {4: (8,), 3: (4, 2), 2: (4,)}  # bytes of a row that a thread loads, for each plane
     loads = [
-        (size, who(layout.to_mgpu(), 64, 4 * size))
+        (size, elements(layout.to_mgpu(), 64, 4 * size))
         for bits, planes in sizes.items()
-        for size, layout in zip(planes, mosaic_fragments.byte_layouts(bits), strict=True)
+        for size, layout in zip(planes, byte_layouts(bits), strict=True)
     ]
     for warp in range(4):
         for lane in range(32):
@@ -200,7 +206,7 @@ def test_a_thread_loads_its_operand_of_the_tensor_cores() -> None:
                         64 * row + 16 * step + column
                     )
             for size, bytes_ in loads:
-                # The order in which `_inline` pairs them with outputs: the rows one by one.
+                # `_inline` takes the rows one by one.
                 for half, found in enumerate(bytes_[warp, lane].reshape(2, size)):
                     row = 16 * warp + group + 8 * half
                     expected = 4 * size * row + size * c + np.arange(size)
@@ -211,7 +217,7 @@ def test_a_thread_loads_its_operand_of_the_tensor_cores() -> None:
 
 
 def make(name: str, n: int, k: int):
-    """A weight of random bits: all codes, scales and shifts that there are."""
+    """A weight of random bytes, with all possible codes, scales and shifts."""
     shape = quantized_shape((n, k), QuantConfig(format=name))  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
 
@@ -227,18 +233,18 @@ def make(name: str, n: int, k: int):
 
 
 CASES = {
-    # Rows and columns of x and W that fill no tile; several tiles for a block, slots used again.
+    # Rows and columns of x and W do not fill tiles; a block has several tiles and reuses slots.
     "edges": ("nf4", 20, 136, 192, Tiles(16, grid=2, together=2, stages=2)),
     "one row": ("nf4", 1, 72, 320, Tiles(8, grid=3, blocks=2, together=1, stages=2, splits=2)),
     "chunks": ("nf3", 70, 64, 192, Tiles(128, grid=1, blocks=2, stages=2)),
-    # A block of the grid has nothing to do, a part of the inputs is empty.
+    # One block of the grid has no work, and one split of the inputs is empty.
     "idle": ("int2", 9, 64, 192, Tiles(16, grid=4, warp_groups=1, blocks=2, splits=3, stages=2)),
 }
 
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_loops(case: str) -> None:
-    """All tiles, steps, parts and edges of both products, against float64."""
+    """Both products against float64, over all tiles, steps, splits and edges."""
     name, m, n, k, tiles = CASES[case]
     weight = make(name, n, k)
     dense = np.asarray(weight.dequantize(), np.float64)
@@ -251,11 +257,11 @@ def test_loops(case: str) -> None:
             found = np.asarray(product(x, weight, tiles), np.float64)
         assert found.shape == (m, factor.shape[1])
         expected = np.asarray(x, np.float64) @ factor
-        # Not `error > ..`, which NaN would pass.
+        # Not `not (error > ..).any()`, which NaN would pass.
         assert np.abs(found - expected).max() <= 8e-3 * np.abs(expected).max()
 
 
-# --- what it is given -----------------------------------------------------------------------------
+# --- operands, tiles, refusals --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -285,7 +291,7 @@ def test_default_tiles_fit_and_keep_the_multiprocessors_busy(bits: int, transpos
             assert tasks / (rounds * tiles.grid) >= 0.6, (m, n, k, tiles)
             steps = -(-terms // (64 * tiles.blocks))
             assert tiles.splits <= steps
-            # No part of the inputs is empty.
+            # No split is empty.
             assert (tiles.splits - 1) * -(-steps // tiles.splits) < steps
 
 
@@ -303,14 +309,14 @@ def test_tiles_are_checked() -> None:
         matmul_mosaic.matmul_transposed(x, weight, Tiles(8, warp_groups=1))
 
 
-def test_refusals_say_why() -> None:
+def test_refusals_give_the_reason() -> None:
     weight, x = make("nf4", 8, 128), jnp.zeros((2, 128), jnp.bfloat16)
 
     def refused(x=x, device=HOPPER, **changes):
         return matmul_mosaic.refusal(x, dataclasses.replace(weight, **changes), device) or ""
 
     assert refused() == ""
-    assert "compute capability 9.0, cpu has none" in (matmul_mosaic.MOSAIC.refusal(x, weight) or "")
+    assert "compute capability 9.0, cpu has none" in (matmul_mosaic.refusal(x, weight) or "")
     older = SimpleNamespace(platform="gpu", compute_capability="8.0", device_kind="A100")
     assert "9.0, A100 has 8.0" in refused(device=older)
     assert "this one is float32" in refused(x=jnp.zeros((2, 128)))
@@ -339,12 +345,12 @@ def test_refusals_say_why() -> None:
     ],
 )
 def test_lowers_for_cuda(name: str, m: int, dtype) -> None:
-    """One call of a kernel each, and the result has the shape and the type of x @ W^T or g @ W."""
+    """Each product is one kernel call, and has the shape and type of x @ W^T or g @ W."""
     n, k = 200, 388
     weight = make(name, n, k)
     for product, columns, out in (
-        (matmul_mosaic.MOSAIC.forward, k, n),
-        (matmul_mosaic.MOSAIC.backward, n, k),
+        (matmul_mosaic.matmul, k, n),
+        (matmul_mosaic.matmul_transposed, n, k),
     ):
         x = jax.ShapeDtypeStruct((2, m, columns), dtype)
         lowered = jax.jit(product).trace(x, weight).lower(lowering_platforms=("cuda",))
