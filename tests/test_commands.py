@@ -10,11 +10,10 @@ from safetensors.numpy import load_file
 from irqlora_jax import cli, hf
 from irqlora_jax.base.file import read_base
 from irqlora_jax.quant.config import QuantConfig
+from tests.models import QUICKSTART, WORLD, as_flags, run_settings
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
-ROOT = Path(__file__).parent.parent
-WORLD = ROOT / "examples" / "factworld"
 QUANT = ["--quant.format=nf3", "--quant.search_steps=5"]
 
 
@@ -30,21 +29,9 @@ def fail(capsys, *flags: object) -> str:
 
 
 def train_flags(model: Path, output: Path) -> list[str]:
-    return [
-        f"--config={ROOT / 'configs' / 'quickstart.yaml'}",
-        f"--model={model}",
-        f"--output_dir={output}",
-        f"--data.train={WORLD / 'data' / 'train.jsonl'}",
-        f"--data.eval={WORLD / 'data' / 'eval.jsonl'}",
-        "--data.max_examples=64",
-        "--evaluate.questions=null",
-        "--evaluate.baselines=false",
-        "--train.steps=4",
-        "--train.batch_size=8",
-        "--mesh.data=1",
-        "--log.progress=false",
-        *QUANT,
-    ]
+    settings = run_settings(model, output, train__steps=4, train__batch_size=8)
+    del settings["quant.calibration"]
+    return [f"--config={QUICKSTART}", *as_flags(settings), *QUANT]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,8 @@ from irqlora_jax.quant.slabs import rows_of
 from irqlora_jax.runs.load import load_run
 from irqlora_jax.sharding import MeshConfig, make_mesh, tree_shardings
 from irqlora_jax.train import finetune
-from tests.base.test_make import make_tensors, write_folder
-from tests.models import assert_same
-from tests.train.test_run import (
+from tests.models import LLAMA, WORLD, assert_same, random_tensors, write_model
+from tests.train.small_runs import (
     StoppedError,
     assert_same_run,
     at_step,
@@ -42,8 +40,7 @@ from tests.train.test_run import (
     steps_of,
 )
 
-pytestmark = pytest.mark.usefixtures("optimizer_promotion")
-WORLD = Path(__file__).parents[2] / "examples" / "factworld"
+pytestmark = pytest.mark.usefixtures("optimizer_promotion", "shared_steps")
 KEY = jax.random.key(0)
 SCALING = 16 / 6
 NF2, NF3 = (QuantConfig(format=name, calibration="none") for name in ("nf2", "nf3"))
@@ -218,14 +215,14 @@ SOME = AdapterConfig(
 
 
 def test_targets_are_fitted_one_by_one_and_others_quantized_plainly(tmp_path: Path) -> None:
-    tensors = make_tensors()
-    folder = write_folder(tmp_path / "model", tensors)
+    tensors = random_tensors(LLAMA)
+    folder = write_model(tmp_path / "model", LLAMA, tensors)
     base, pairs, llama = hf.load_loftq(folder, NF3, SOME, KEY)
     plain, _ = hf.load_base(folder, NF3)
     assert jax.tree.structure(base) == jax.tree.structure(plain)
     for group, name in (("self_attn", "q_proj"), ("mlp", "down_proj")):
         fitted = base["layers"][group].pop(name)["weight"]
-        for layer in range(3):
+        for layer in range(LLAMA.num_hidden_layers):
             weight = jnp.asarray(tensors[f"model.layers.{layer}.{group}.{name}.weight"])
             packed, a, b = loftq(weight, NF3, 4, 1.5, 2, KEY, jnp.bfloat16)
             take = lambda x, layer=layer: x[layer]  # noqa: E731
@@ -248,7 +245,7 @@ def test_targets_are_fitted_one_by_one_and_others_quantized_plainly(tmp_path: Pa
 
 
 def test_the_start_is_near_the_model_and_dropout_is_as_ever(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "model", make_tensors())
+    folder = write_model(tmp_path / "model")
     adapter = AdapterConfig(method="iec", rank=16, alpha=8.0, init="loftq", dropout=0.5)
     full, llama = hf.load_base(folder, None)
     plain, _ = hf.load_base(folder, NF2)
@@ -305,13 +302,6 @@ def test_the_start_is_kept_beside_the_newest(finished: Path) -> None:
     assert steps_of(finished) == [0, 6]
 
 
-def crash_before(function: str) -> Callable[[pytest.MonkeyPatch], None]:
-    def prepare(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(f"{finetune.__name__}.{function}", lambda *_, **__: crash())
-
-    return prepare
-
-
 @pytest.mark.parametrize("moment", ["write_text", "step 1"])
 def test_a_crashed_run_ends_as_if_it_had_not(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
@@ -322,11 +312,11 @@ def test_a_crashed_run_ends_as_if_it_had_not(
         if moment.startswith("step"):
             at_step(patch, int(moment[-1]), crash)
         else:
-            crash_before(moment)(patch)
+            patch.setattr(f"{finetune.__name__}.{moment}", crash)
         quiet(config(folder))
     assert 0 in steps_of(folder)
     if moment.startswith("step"):
-        monkeypatch.setattr(f"{finetune.__name__}.load_loftq", lambda *_, **__: crash())
+        monkeypatch.setattr(f"{finetune.__name__}.load_loftq", crash)
     else:
         # What a start that was broken off even earlier leaves.
         (folder / "checkpoints" / "0").rename(folder / "checkpoints" / "0.orbax-checkpoint-tmp")

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from irqlora_jax import hf
 from irqlora_jax.base.file import save_base
 from irqlora_jax.base.survey import BINS, bin_edges, summarize, survey
 from irqlora_jax.config import Config
-from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.formats import get_format
@@ -21,7 +19,7 @@ from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs.folder import BASE_FILE, SURVEY_FILE, check_folder
 from irqlora_jax.runs.quantize import link_base, quantize_base, save_survey
 from irqlora_jax.sharding import LINEAR_NAMES
-from tests.models import NARROW, random_base
+from tests.models import NARROW, write_model
 
 ICQ = QuantConfig(format="nf3", block_size=32, search_steps=5)
 
@@ -103,10 +101,7 @@ def test_blocks_of_zeros_and_far_shifts_do_no_harm() -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of Hugging Face."""
-    folder = tmp_path_factory.mktemp("model")
-    base = random_base(NARROW, QuantConfig(format="none"))
-    hf.save_model(folder, Llama(NARROW), {"params": {}, "base": base}, dtype="float32")
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"), NARROW)
 
 
 def test_a_base_carries_its_survey_into_its_runs(model: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from irqlora_jax.data import Example, alpaca_prompt, encode_source
 from irqlora_jax.evaluate import (
@@ -22,27 +21,17 @@ from irqlora_jax.evaluate import (
 )
 from irqlora_jax.evaluate import choices as choices_module
 from irqlora_jax.evaluate.perplexity import nll, text_windows
-from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
+from tests.models import TINY, random_variables, tiny_llama, word_tokenizer
 
-VOCAB = 40
-CONFIG = LlamaConfig(
-    vocab_size=VOCAB,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-)
-MODEL = Llama(CONFIG)
+MODEL = Llama(TINY)
+VOCAB = TINY.vocab_size
 
 
 @pytest.fixture(scope="module")
 def variables():
     """Random weights, large enough that the model has opinions."""
-    base = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["base"]
-    return {"base": jax.tree.map(lambda x: x * 8 if x.ndim > 2 or x.shape[0] == VOCAB else x, base)}
+    return random_variables(MODEL, 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -133,17 +122,7 @@ def test_bad_windows_are_refused():
         text_windows(tokens[:1], 8)
 
 
-def make_tokenizer(**names):
-    """Words w3 ... w39 are the tokens of the model."""
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
-    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", **names)
-
-
-TOKENIZER = make_tokenizer(bos_token="<s>", eos_token="</s>")
+TOKENIZER = word_tokenizer(VOCAB)
 
 
 @pytest.mark.parametrize("settings", [{"window": 64}, {"window": 9}, {"window": 9, "stride": 2}])
@@ -305,7 +284,7 @@ def test_buckets_are_few_and_hold_what_they_must(length):
 
 
 def test_a_prompt_longer_than_the_context_is_cut_and_counted(variables, log_probs):
-    short = Llama(dataclasses.replace(CONFIG, max_position_embeddings=12))
+    short = Llama(tiny_llama(max_position_embeddings=12))
     rng = np.random.default_rng(3)
     prompt = (1, *(int(i) for i in rng.integers(3, VOCAB, 30)))
     question = Question("s", prompt, ((5,), (6, 7, 8)), 1)
@@ -487,7 +466,7 @@ def test_no_questions_are_refused(tmp_path, variables):
         load_questions("nothing", TOKENIZER)
     with pytest.raises(ValueError, match="has no rows"):
         load_questions(write(tmp_path, ""), TOKENIZER)
-    bare = make_tokenizer()
+    bare = word_tokenizer(VOCAB, bos_token=None, eos_token=None)
     with pytest.raises(ValueError, match="line 1: the prompt has no tokens"):
         load_questions(write(tmp_path, ROW | {"prompt": " "}), bare)
     with pytest.raises(ValueError, match="there are no questions"):

@@ -15,10 +15,10 @@ import pytest
 from irqlora_jax import hf
 from irqlora_jax.evaluate import tasks as tasks_module
 from irqlora_jax.evaluate.tasks import EvalConfig, evaluate_run
-from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.load import Run
 from tests.data.small_data import make_tokenizer
+from tests.models import SHARED, random_variables, tiny_llama
 
 pytest.importorskip("lm_eval")
 
@@ -33,21 +33,9 @@ from irqlora_jax.evaluate.mmlu_files import LETTERS, prompt_text, read_subject
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other packages
 
 TASKS = Path(__file__).parents[1] / "lm_eval_tasks"
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 CONTEXT, VOCAB = 256, 400
 TOKENIZERS = {"byte": make_tokenizer("byte"), "piece": make_tokenizer("piece")}
-MODEL = Llama(
-    LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=CONTEXT,
-    )
-)
+MODEL = Llama(tiny_llama(vocab_size=VOCAB, max_position_embeddings=CONTEXT))
 TEXT = "the cat sat on the mat and the answer is red or green, dark blue at night."
 WORDS = np.array(TEXT.split(" "))
 COMMONSENSE = {
@@ -63,9 +51,7 @@ COMMONSENSE = {
 @pytest.fixture(scope="module")
 def variables():
     """Random weights, large enough that the model has opinions."""
-    base = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["base"]
-    base = jax.tree.map(lambda x: x * 8 if x.ndim > 2 or x.shape[0] == VOCAB else x, base)
-    return {"params": {}, "base": base}
+    return random_variables(MODEL, 0.2)
 
 
 @pytest.fixture(scope="module")

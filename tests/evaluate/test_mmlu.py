@@ -4,13 +4,12 @@ import csv
 import functools
 import io
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from irqlora_jax import hf
 from irqlora_jax.evaluate import mmlu as mmlu_of
@@ -19,12 +18,18 @@ from irqlora_jax.evaluate.choices import choice_scores, group_by_prefix
 from irqlora_jax.evaluate.mmlu import letter_tokens, subject_questions
 from irqlora_jax.evaluate.mmlu_files import CATEGORIES, SUBCATEGORIES, prompt_text, read_subject
 from irqlora_jax.evaluate.tasks import EvalConfig, evaluate_run
-from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.load import Run
+from tests.models import (
+    SHARED,
+    STORIES,
+    byte_tokenizer,
+    needs_stories,
+    random_variables,
+    tiny_llama,
+)
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-STORIES, REAL = SHARED / "stories260K", SHARED / "mmlu"
+REAL = SHARED / "mmlu"
 CONTEXT = 256
 SUBJECTS = ("abstract_algebra", "anatomy", "sociology", "virology")
 
@@ -38,46 +43,20 @@ def next_logits(model, variables, tokens, last):
     return model.apply(variables, tokens[None])[0, last]
 
 
-def bytes_tokenizer(*merges):
-    """Byte-level BPE: a token a byte, and those of the merges."""
-    from transformers import PreTrainedTokenizerFast
-
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {s: i for i, s in enumerate(["<s>", *symbols, *("".join(m) for m in merges)])}
-    core = Tokenizer(models.BPE(vocab, list(merges)))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
-
-
 SPACE = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"
 LETTER_MERGES = [(SPACE, letter) for letter in "ABCD"]
 TOKENIZERS = {
-    "single": bytes_tokenizer(*LETTER_MERGES),
-    "all of two": bytes_tokenizer(),
-    "one single": bytes_tokenizer(LETTER_MERGES[1]),
+    "single": byte_tokenizer(LETTER_MERGES),
+    "all of two": byte_tokenizer(),
+    "one single": byte_tokenizer(LETTER_MERGES[1:2]),
 }
-MODEL = Llama(
-    LlamaConfig(
-        vocab_size=264,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        bos_token_id=0,
-        max_position_embeddings=CONTEXT,
-    )
-)
+MODEL = Llama(tiny_llama(vocab_size=264, bos_token_id=0, max_position_embeddings=CONTEXT))
 
 
 @pytest.fixture(scope="module")
 def variables():
     """Random weights, large enough that the model has opinions."""
-    base = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["base"]
-    base = jax.tree.map(lambda x: x * 8 if x.ndim > 2 or x.shape[0] == 264 else x, base)
-    return {"params": {}, "base": base}
+    return random_variables(MODEL, 0.2)
 
 
 @pytest.fixture
@@ -283,7 +262,7 @@ def test_the_prompts_are_those_that_others_publish():
     assert found == asked == len(published) > 1000
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason=f"no folder {STORIES}")
+@needs_stories
 def test_a_letter_of_two_tokens_beside_one_of_one():
     tokenizer = hf.load_tokenizer(STORIES)
     letters = letter_tokens(tokenizer)

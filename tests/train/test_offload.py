@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from irqlora_jax.config import TrainConfig
-from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.state import init_state, learning_rate, make_model, make_optimizer
 from irqlora_jax.sharding import MeshConfig, make_mesh, put_batch, tree_shardings
@@ -31,7 +30,7 @@ TRAIN = TrainConfig(
 )
 EXACT = jax.__version_info__ < (0, 11)
 """Whether the compiler rounds the update of a layer as it rounds that of all of them."""
-EVEN = LlamaConfig.from_dict(LLAMA.to_dict() | {"hidden_size": 48, "head_dim": 16})
+EVEN = dataclasses.replace(LLAMA, hidden_size=48, head_dim=16)
 
 
 def kinds(tree: Any) -> set[str]:
