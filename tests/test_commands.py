@@ -104,7 +104,7 @@ def test_a_base_is_used_as_it_was_made(base: Path, tmp_path: Path, capsys) -> No
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_is_never_quantized_into_twice(base: Path, capsys) -> None:
+def test_quantizing_into_a_used_folder_is_refused(base: Path, capsys) -> None:
     before = (base / "base.safetensors").read_bytes()
     err = fail(capsys, "quantize", f"--model={WORLD / 'base-small'}", f"--output_dir={base}")
     assert "output_dir" in err and "new folder" in err

@@ -98,7 +98,7 @@ def test_the_best_turn_is_that_of_the_reference(
 
 
 @pytest.mark.parametrize(("config", "shape", "dtype"), CASES)
-def test_the_error_is_below_that_of_the_quantizer_and_more_turns_never_add_to_it(
+def test_loftq_lowers_the_error_and_more_iterations_never_raise_it(
     config: QuantConfig, shape: Any, dtype: Any
 ) -> None:
     weight = weights(shape, dtype=dtype)
@@ -130,7 +130,7 @@ def test_the_first_turn_is_kept_where_it_is_the_best(monkeypatch: pytest.MonkeyP
     np.testing.assert_allclose(left(weight, packed, a, b), reference(weight, NF3, 6, 1)[0][0], 1e-5)
 
 
-def test_a_rank_beyond_the_smaller_side_leaves_nothing() -> None:
+def test_a_full_rank_pair_removes_the_whole_error() -> None:
     for shape in ((24, 65), (65, 24)):
         weight = weights(shape)
         packed, a, b = loftq(weight, NF2, 33, 0.25, 2, KEY)
@@ -139,12 +139,12 @@ def test_a_rank_beyond_the_smaller_side_leaves_nothing() -> None:
         assert not a[min(shape) :].any() and not b[:, min(shape) :].any()
 
 
-def test_nothing_to_correct_is_a_pair_of_zeros() -> None:
+def test_a_zero_weight_gives_a_pair_of_zeros() -> None:
     packed, a, b = loftq(jnp.zeros((8, 64)), NF3, 4, 1.0, 2, KEY)
     assert not packed.dequantize().any() and not a.any() and not b.any()
 
 
-def test_the_key_matters_only_where_directions_are_drawn() -> None:
+def test_the_key_matters_only_for_the_randomized_svd() -> None:
     large = (module.EXACT_UP_TO + 1, module.EXACT_UP_TO + 30)
     for shape, same in (((60, 100), True), (large, False)):
         weight = weights(shape)
@@ -180,7 +180,7 @@ def test_random_directions_cost_at_most_a_hundredth() -> None:
         assert exact * (1 - 1e-4) < other < 1.01 * exact, name
 
 
-def test_neither_the_error_nor_the_rest_exists_as_a_whole() -> None:
+def test_the_error_is_never_materialized() -> None:
     """Compiled, not run: the largest matrix of LLaMA-7B, in bfloat16."""
     shape, config = (11008, 4096), QuantConfig(format="nf4", calibration="none")
     weight = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
@@ -195,7 +195,7 @@ def test_neither_the_error_nor_the_rest_exists_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("iterations", 0), ("rank", 0)])
-def test_no_turn_and_no_rank_are_refused(name: str, value: int) -> None:
+def test_zero_iterations_and_zero_rank_are_refused(name: str, value: int) -> None:
     settings: dict[str, Any] = {"rank": 4, "iterations": 1} | {name: value}
     with pytest.raises(ValueError, match=f"{name} = 0: accepted is a whole number of at least 1"):
         loftq(weights((8, 64)), NF3, scaling=1.0, key=KEY, **settings)
@@ -244,7 +244,7 @@ def test_targets_are_fitted_one_by_one_and_others_quantized_plainly(tmp_path: Pa
         hf.load_loftq(folder, QuantConfig(format="none"), SOME, KEY)
 
 
-def test_the_start_is_near_the_model_and_dropout_is_as_ever(tmp_path: Path) -> None:
+def test_the_initial_pair_is_near_the_model_and_dropout_applies_to_it(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     adapter = AdapterConfig(method="iec", rank=16, alpha=8.0, init="loftq", dropout=0.5)
     full, llama = hf.load_base(folder, None)
@@ -298,7 +298,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_start_is_kept_beside_the_newest(finished: Path) -> None:
+def test_the_initial_checkpoint_is_kept_beside_the_newest(finished: Path) -> None:
     assert steps_of(finished) == [0, 6]
 
 
@@ -324,7 +324,7 @@ def test_a_crashed_run_ends_as_if_it_had_not(
     assert_same_run(folder, finished)
 
 
-def test_other_checkpoints_are_nobody_elses_leftover(finished: Path, tmp_path: Path) -> None:
+def test_a_folder_with_checkpoints_of_no_run_is_refused(finished: Path, tmp_path: Path) -> None:
     for name, also in (("a", ("base.safetensors",)), ("b", ())):
         folder = tmp_path / name
         shutil.copytree(finished / "checkpoints", folder / "checkpoints")
@@ -354,7 +354,7 @@ def test_the_baseline_is_the_model_before_its_finetune(finished: Path) -> None:
     assert_same(start.variables, load_run(finished, checkpoint=0).variables)
 
 
-def test_the_table_has_the_quantizer_alone_and_with_its_pair(tmp_path: Path) -> None:
+def test_the_table_has_the_quantizer_with_and_without_its_pair(tmp_path: Path) -> None:
     changes = {
         "quant__calibration": "icq",
         "quant__search_steps": 4,
@@ -393,7 +393,7 @@ def test_bases_that_do_not_go_with_loftq_are_refused(finished: Path, tmp_path: P
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_that_knew_nothing_of_it_goes_on(finished: Path, tmp_path: Path) -> None:
+def test_a_run_from_before_loftq_resumes(finished: Path, tmp_path: Path) -> None:
     """The config.json of an earlier version has not all fields."""
     folder = tmp_path / "run"
     quiet(config(folder, adapter__init="default", train__steps=2))

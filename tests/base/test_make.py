@@ -101,7 +101,7 @@ def test_what_is_not_quantized_keeps_the_numbers_and_the_type_of_the_file(
         np.testing.assert_array_equal(np.asarray(weight), tensors[name])
 
 
-def test_the_tree_is_the_one_that_the_model_makes_itself(tmp_path: Path) -> None:
+def test_the_tree_has_the_shapes_of_the_model(tmp_path: Path) -> None:
     base, config = hf.load_base(write_model(tmp_path, LLAMA), None)
     tokens = jnp.arange(8, dtype=jnp.int32)[None]
     fresh = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["base"]
@@ -127,7 +127,7 @@ def test_old_rotary_tables_are_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("show", [True, False])
-def test_the_bar_is_shown_on_request(
+def test_the_progress_bar_is_shown_on_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], show: bool
 ) -> None:
     hf.load_base(write_model(tmp_path, LLAMA), None, progress=show)
@@ -329,7 +329,7 @@ def readers() -> Iterator[None]:
 
 @pytest.mark.usefixtures("readers")
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_a_fault_that_the_reading_thread_meets_is_named(tmp_path: Path, dtype: Any) -> None:
+def test_an_error_in_the_reading_thread_names_the_tensor(tmp_path: Path, dtype: Any) -> None:
     """The file is whole when it is looked at, and shorter when the thread comes to it."""
     folder = write_model(tmp_path, LLAMA, random_tensors(LLAMA, dtype), shards=4)
     weights = linear_weights(folder, [Q1, Q2])
@@ -340,7 +340,7 @@ def test_a_fault_that_the_reading_thread_meets_is_named(tmp_path: Path, dtype: A
 
 @pytest.mark.usefixtures("readers")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_no_thread_outlives_what_stops_the_quantizer(
+def test_no_thread_is_left_when_the_quantizer_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     def stop(*_: Any) -> None:

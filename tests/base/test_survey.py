@@ -89,7 +89,7 @@ def test_a_sample_is_whole_rows_from_the_first_to_the_last() -> None:
     assert survey(0, "q_proj", weight, packed, ICQ, sample=3).sampled == 80
 
 
-def test_blocks_of_zeros_and_far_shifts_do_no_harm() -> None:
+def test_zero_blocks_and_extreme_shifts_stay_finite() -> None:
     weight = np.zeros((12, 80), np.float32)
     weight[1] = 5.0 + np.linspace(0, 1e-3, 80)  # the shift is thousands of scales
     found = survey(0, "q_proj", weight, quantize(jnp.asarray(weight), ICQ), ICQ).calibrated
@@ -132,7 +132,7 @@ def test_a_base_carries_its_survey_into_its_runs(model: Path, tmp_path: Path) ->
     assert check_folder(run, Config(str(model), str(run))) is False
 
 
-def test_without_quantization_there_is_nothing_to_say(model: Path, tmp_path: Path) -> None:
+def test_without_quantization_there_is_no_survey(model: Path, tmp_path: Path) -> None:
     base, llama, summary = quantize_base(model, QuantConfig(format="none"))
     assert summary is None
     save_survey(tmp_path, summary)

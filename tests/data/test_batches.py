@@ -232,7 +232,7 @@ def test_packed_rows_are_as_long_as_an_example_can_be(settings, max_length, leng
     assert batches[0]["tokens"].shape == (2, length)
 
 
-def test_examples_that_no_packed_row_takes_are_refused():
+def test_examples_longer_than_a_packed_row_are_refused():
     settings = DataConfig(packing=True, packing_length=20)
     with pytest.raises(ValueError, match=r"data.packing_length = 20: the longest example has 21"):
         make_batches(some_examples([20, 21]), settings, 2, seed=0)
@@ -286,7 +286,7 @@ def batch_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
-def test_the_next_is_made_while_one_is_used() -> None:
+def test_the_next_batch_is_made_while_one_is_used() -> None:
     made = [threading.Event() for _ in range(4)]
 
     def make(step: int) -> tuple[int, str]:
@@ -301,7 +301,7 @@ def test_the_next_is_made_while_one_is_used() -> None:
     assert list(ahead(make, range(0))) == []
 
 
-def test_an_error_in_the_thread_comes_up_as_itself_in_its_place() -> None:
+def test_an_error_in_the_thread_is_raised_in_order() -> None:
     def make(step: int) -> int:
         if step == 2:
             raise OSError("no such file")

@@ -76,7 +76,7 @@ def test_evaluation_loss_is_the_mean_over_targets(variables, log_probs, batch_si
     assert loss == pytest.approx(want, rel=1e-5)
 
 
-def test_nll_does_not_see_the_padding(variables):
+def test_padding_does_not_change_the_nll(variables):
     rng = np.random.default_rng(0)
     tokens, targets = rng.integers(0, VOCAB, (1, 55)).astype(np.int32), rng.random((1, 55)) < 0.5
     value, count = nll(MODEL, variables, {"tokens": tokens, "targets": targets})
@@ -139,7 +139,7 @@ def test_perplexity_is_that_of_a_loop_over_tokens(variables, log_probs, settings
     assert value == pytest.approx(math.exp(-np.mean(logs)), rel=1e-5)
 
 
-def test_the_scores_of_a_text_belong_together(variables):
+def test_the_scores_of_a_text_are_consistent(variables):
     ids = np.random.default_rng(0).integers(3, VOCAB, 30)
     text = " ".join(f"w{i}" for i in ids) + " \N{GREEK SMALL LETTER PI}"
     scores = score_text(MODEL, variables, text, TOKENIZER, window=9, stride=2, batch_size=3)
@@ -203,7 +203,7 @@ def test_accuracy_is_that_of_a_loop_over_choices(variables, log_probs, longest_c
 
 
 @pytest.mark.parametrize("common", [0, 40, 130])
-def test_choices_share_rows_and_prompts_their_beginning(variables, log_probs, common):
+def test_sharing_prefixes_does_not_change_the_scores(variables, log_probs, common):
     """Choices of one token, of several, and such that begin alike or with one another."""
     rng = np.random.default_rng(common)
     shared = tuple(int(i) for i in rng.integers(3, VOCAB, common))
@@ -365,7 +365,7 @@ def test_ties_count_as_wrong(variables, longest_choice):
         assert result.bits_per_fact == pytest.approx(0, abs=1e-5)
 
 
-def test_no_number_is_no_right_answer(variables):
+def test_nan_scores_count_as_wrong(variables):
     broken = jax.tree.map(lambda x: x * jnp.nan, variables)
     assert score_questions(MODEL, broken, random_questions(4, 1), 4).accuracy == 0
 

@@ -135,7 +135,7 @@ def test_a_continuation_without_room_is_refused(variables):
             lm._loglikelihood_tokens([(("", ""), [1, 2], [5] * count)])
 
 
-def test_no_numbers_are_an_error(variables):
+def test_nan_scores_are_an_error(variables):
     broken = jax.tree.map(lambda x: x * jnp.nan, variables)
     lm = HarnessLM(MODEL, broken, TOKENIZERS["byte"], 4)
     for call, args in ((lm.loglikelihood, ("the", " cat")), (lm.loglikelihood_rolling, ("the",))):
@@ -332,7 +332,7 @@ def test_answers_of_another_model_are_not_taken_up(variables, tmp_path):
     assert found[0] != found[1] == found[2]
 
 
-def test_scores_survive_where_nothing_can_be_kept(variables, tmp_path, caplog):
+def test_scores_survive_when_they_cannot_be_kept(variables, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     kept = Kept(tmp_path / "file" / "part", "")
     lm = HarnessLM(MODEL, variables, TOKENIZERS["byte"], 4, kept=kept)

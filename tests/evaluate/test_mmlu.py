@@ -209,7 +209,7 @@ def test_computing_examples_once_changes_nothing(variables, folder):
     np.testing.assert_array_equal(together.argmax(axis=1), apart.argmax(axis=1))
 
 
-def test_without_an_opinion_the_answer_is_a(variables, folder):
+def test_equal_scores_give_the_answer_a(variables, folder):
     base = variables["base"]
     name = "lm_head" if "lm_head" in base else "embed_tokens"
     blank = {"base": base | {name: {"weight": jnp.zeros_like(base[name]["weight"])}}}
@@ -220,7 +220,7 @@ def test_without_an_opinion_the_answer_is_a(variables, folder):
     assert scores.ties == 19
 
 
-def test_no_numbers_are_an_error(variables, folder):
+def test_nan_scores_are_an_error(variables, folder):
     broken = jax.tree.map(lambda x: x * jnp.nan, variables)
     with pytest.raises(ValueError, match="abstract_algebra: the model gives no numbers"):
         mmlu(MODEL, broken, TOKENIZERS["single"], folder)
@@ -246,7 +246,7 @@ def test_the_prompt_as_published():
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no folder {REAL}")
-def test_the_prompts_are_those_that_others_publish():
+def test_the_prompts_match_published_ones():
     """Prompts without examples, as the QLoRA authors give them out."""
     lines = (REAL / "zero_shot_mmlu_val.json").read_text(encoding="utf-8").splitlines()
     published = {(row["subject"], row["input"]) for row in map(json.loads, lines)}
@@ -355,7 +355,7 @@ class Counting:
         return getattr(self.inner, name)
 
 
-def test_finished_subjects_are_taken_up_again(variables, folder, tmp_path):
+def test_finished_subjects_are_not_computed_again(variables, folder, tmp_path):
     keep = tmp_path / "kept.part"
     whole = mmlu(MODEL, variables, TOKENIZERS["single"], folder)
 
@@ -382,14 +382,14 @@ def test_finished_subjects_are_taken_up_again(variables, folder, tmp_path):
     assert changed.subjects == ["virology"]
 
 
-def test_a_file_of_something_else_is_not_taken_up(variables, folder, tmp_path):
+def test_another_file_is_not_taken_for_finished_subjects(variables, folder, tmp_path):
     for text in ("no JSON", '{"a": {"correct": [1]}}', "[1]"):
         (tmp_path / "kept.part").write_text(text)
         with pytest.raises(ValueError, match=r"kept.part is no file of finished subjects; delete"):
             mmlu(MODEL, variables, TOKENIZERS["single"], folder, keep=tmp_path / "kept.part")
 
 
-def test_scores_survive_where_nothing_can_be_kept(variables, folder, tmp_path, caplog):
+def test_scores_survive_when_they_cannot_be_kept(variables, folder, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     keep = tmp_path / "file" / "kept.part"
     scores = mmlu(MODEL, variables, TOKENIZERS["single"], folder, limit=1, keep=keep)

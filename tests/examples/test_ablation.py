@@ -183,7 +183,7 @@ def test_entities_are_disjoint(ablation, modules):
     assert abs(len(data.validation) / 4096 - 1 / 3) < 0.02
 
 
-def test_rows_differ_in_what_they_say(ablation):
+def test_each_method_differs_in_what_its_name_says(ablation):
     """Each row but for one thing is another; those of the paper are there in this version."""
     methods = ablation.METHODS
     for method in methods.values():  # the library knows all fields and their values
@@ -222,7 +222,7 @@ def leaves(adapters, name: str) -> np.ndarray:
     return np.array([np.abs(leaf).max() for path, leaf in found if path[-1].key == name])
 
 
-def test_frozen_scalars_are_as_if_they_were_not_there(ablation, tiny):
+def test_frozen_scalars_have_no_effect(ablation, tiny):
     """U1 alone trains beta1; with both frozen, IEC is LoRA, in the norm that clips too."""
     (lora, lora_losses), (none, none_losses), (u1, _) = (
         tuned(ablation, tiny, *how)
@@ -275,7 +275,7 @@ def test_prepared_weights_are_the_packed_ones(ablation, modules, tiny):
 # ------------------------------------------------------------------------------------ all of it
 
 
-def test_small_run_resumes_and_keeps_the_safe_facts(ablation, comparison, tmp_path, monkeypatch):
+def test_small_run_resumes_and_fewer_bits_are_worse(ablation, comparison, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # main sets it, for good
     command = ["--small", "--steps", "10", "--questions", "512", "--rates", "1e-3"]
     command += ["--methods", "full", "plain", "qlora", "--formats", "nf4", "nf3", "nf2"]

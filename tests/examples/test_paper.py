@@ -63,7 +63,7 @@ def test_printed_averages_are_those_of_the_columns(rows) -> None:
     ]
 
 
-def test_what_the_notes_say_of_the_print(rows) -> None:
+def test_the_notes_match_the_printed_tables(rows) -> None:
     found = {
         (number, row.size, row.data, row.bits, row.method): row.figures
         for number, table in rows.tables().items()
@@ -253,7 +253,9 @@ def test_a_table_runs_once_and_shows_both(reproduce, asked, commands, capsys) ->
     assert "was begun with steps = 1, not 2: accepted is" in capsys.readouterr().err
 
 
-def test_what_broke_off_is_begun_again(reproduce, asked, tmp_path, monkeypatch, capsys) -> None:
+def test_an_interrupted_command_starts_again(
+    reproduce, asked, tmp_path, monkeypatch, capsys
+) -> None:
     """Of the fake commands, quantize breaks off once, then eval fails once."""
     options = [f"--output={tmp_path}" if "--output=" in flag else flag for flag in asked]
     options += ["--table", "5", "--rows", "1"]

@@ -240,7 +240,7 @@ def test_an_empty_folder_and_missing_parents_are_fine(tmp_path: Path, base_folde
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty"]
 
 
-def test_a_kill_leaves_only_the_folder_aside_which_the_next_export_names(
+def test_a_kill_leaves_a_part_folder_which_the_next_export_names(
     tmp_path: Path, base_folder: Path
 ) -> None:
     code = f"""

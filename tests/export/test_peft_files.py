@@ -112,7 +112,7 @@ def test_an_adapter_of_the_released_code_loads(golden: Path, which: str) -> None
     ],
     ids=["factors", "scalars", "scalars at the end"],
 )
-def test_the_name_of_the_adapter_may_stand_inside(
+def test_tensor_names_may_contain_the_name_of_the_adapter(
     tmp_path: Path, rename: Callable[[str], str]
 ) -> None:
     tensors = make_adapter(scalars=0.5)
@@ -123,7 +123,7 @@ def test_the_name_of_the_adapter_may_stand_inside(
     np.testing.assert_array_equal(beta1, np.float32([0.5, 1.0]))
 
 
-def test_a_file_on_its_own_and_scalars_of_zero_serve_plain_lora(tmp_path: Path) -> None:
+def test_a_single_file_with_zero_scalars_loads_as_plain_lora(tmp_path: Path) -> None:
     pair = hf.load_adapter(write_adapter(tmp_path / "a", make_adapter()), LORA)
     zero = write_adapter(tmp_path / "b", make_adapter(scalars=0.0), config=None)
     assert_same(pair, hf.load_adapter(zero / "adapter_model.safetensors", LORA))

@@ -413,7 +413,7 @@ def test_long_prompts_are_cut_and_counted(answer):
     assert Path("out.summary.json").is_file()
 
 
-def test_answers_stop_where_the_other_speaks(answer, monkeypatch):
+def test_answers_stop_at_the_next_human_turn(answer, monkeypatch):
     said = [*ids(" Yes.### Human: no"), 1]
     monkeypatch.setattr(prompts_module, "generate", lambda *_, **__: [said])
     answer(["Hi"], config("oasst1"), output="out.jsonl")

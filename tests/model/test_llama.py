@@ -272,7 +272,7 @@ def test_features_and_head_make_the_logits():
     np.testing.assert_allclose(logits, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_dropout_stands_in_front_of_a_alone():
+def test_dropout_acts_on_the_input_of_lora_a_alone():
     model = Llama(CONFIG, dataclasses.replace(IEC, dropout=0.5))
     base, params = make_base(), random_adapters(model)
 

@@ -104,7 +104,7 @@ def test_an_offloaded_state_is_counted_on_the_host() -> None:
 
 
 @pytest.mark.parametrize("share", [1.2, 0.6])
-def test_what_is_suggested_fits_when_it_is_tried(
+def test_suggested_settings_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
     folder = write_config(tmp_path / "model", SMALL, dtype="float32")
@@ -158,7 +158,7 @@ def test_without_the_compiler_for_gpus_the_plan_says_that_it_estimates(
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "model"]
 
 
-def test_of_a_model_on_the_hub_config_json_alone_is_fetched(
+def test_only_config_json_is_fetched_from_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, asked = write_config(tmp_path / "model", SMALL, torch_dtype="float16"), []
@@ -209,7 +209,7 @@ def test_the_budgets_hold_by_the_estimate_too(size: str, most: float) -> None:
     assert need.peak / 2**30 <= most
 
 
-def test_a_plan_with_a_kernel_is_that_of_xla() -> None:
+def test_a_plan_with_a_kernel_equals_one_with_xla() -> None:
     """It is made where the kernel's device may not be."""
     asked = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, matmul="triton"))
     base = abstract_base(SMALL, CONFIG.quant)

@@ -132,7 +132,7 @@ def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch) -> None:
     assert fake.finished == 2
 
 
-def test_a_network_that_fails_is_said_once_and_costs_nothing(tmp_path: Path, monkeypatch) -> None:
+def test_a_failing_network_is_reported_once_and_loses_nothing(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb(broken=True))
     said: list[str] = []
     with MetricsLog(tmp_path, 0, config_for(tmp_path, wandb="colors"), said.append) as log:
@@ -151,7 +151,7 @@ def test_a_network_that_fails_is_said_once_and_costs_nothing(tmp_path: Path, mon
     assert len(said) == 2
 
 
-def test_a_package_that_is_missing_is_asked_for(monkeypatch) -> None:
+def test_a_missing_package_is_named(monkeypatch) -> None:
     check_packages(LogConfig())
     # An empty package is what `import wandb` finds in a folder that an earlier run left.
     for found in (types.ModuleType("wandb"), None):

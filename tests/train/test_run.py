@@ -116,7 +116,7 @@ def test_ctrl_c_on_the_command_line(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", range(1, 9))
-def test_whenever_the_signal_is_seen_the_last_state_is_saved(
+def test_the_last_state_is_saved_whenever_the_signal_is_seen(
     base, tmp_path, monkeypatch, moment
 ) -> None:
     class Late(Stop):
@@ -219,7 +219,7 @@ def test_patience_survives_a_crash(base, worsening, tmp_path, monkeypatch) -> No
     assert_same_run(worsening, folder)
 
 
-def test_the_log_has_what_evaluations_are_about(worsening: Path) -> None:
+def test_the_log_has_speed_memory_and_samples(worsening: Path) -> None:
     steps = [row for row in rows_of(worsening) if "loss" in row]
     assert all(row["learning_rate"] == pytest.approx(0.02) for row in steps)
     assert all(row["grad_norm"] > 0 and row["peak_memory"] > 2**20 for row in steps)

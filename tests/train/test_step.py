@@ -93,7 +93,7 @@ def test_half_precision_is_close_to_single(dtype: str) -> None:
     assert float(close["grad_norm"]) == pytest.approx(float(metrics["grad_norm"]), rel=3e-2)
 
 
-def test_overflow_in_float16_changes_the_scale_alone() -> None:
+def test_overflow_in_float16_changes_only_the_loss_scale() -> None:
     step, state, base, batch, _ = setup(dataclasses.replace(SETTINGS, compute_dtype="float16"))
     state = dataclasses.replace(state, loss_scale=jnp.float32(2.0**24))
     new, metrics = step(state, base, batch)
