@@ -74,6 +74,14 @@ def shared_steps() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def optimized_for_gpus() -> None:
+    """Programs for GPUs are compiled as users compile them, whatever `FLAGS` say."""
+    from irqlora_jax.plan.gpus import OPTIONS
+
+    OPTIONS["xla_backend_optimization_level"] = 3
+
+
 @pytest.fixture(autouse=True, scope="module")
 def release_programs() -> Iterator[None]:
     """Thousands of compiled programs would fill gigabytes."""
