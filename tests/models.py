@@ -256,7 +256,7 @@ def write_run(
     return folder
 
 
-def run_settings(model: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+def run_settings(model: Path, folder: Path, /, **changes: Any) -> dict[str, Any]:
     """A short run on factworld by its settings; `train__steps=2` changes `train.steps`.
 
     They go on top of configs/quickstart.yaml (`QUICKSTART`).

@@ -18,13 +18,13 @@ from irqlora_jax.train.metrics import MetricsLog
 from tests.models import QUICKSTART, run_settings
 
 
-def settings_for(base: Path, folder: Path, **changes: Any) -> dict[str, Any]:
+def settings_for(base: Path, folder: Path, /, **changes: Any) -> dict[str, Any]:
     settings = {"adapter__dropout": 0.1, "train__steps": 6, "train__eval_every": 0}
     settings |= {"train__save_every": 2, "log__every": 1}
     return run_settings(base, folder, **(settings | changes))
 
 
-def config_for(base: Path, folder: Path, **changes: Any) -> Config:
+def config_for(base: Path, folder: Path, /, **changes: Any) -> Config:
     return Config.load(QUICKSTART, settings_for(base, folder, **changes))
 
 
