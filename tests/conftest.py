@@ -32,12 +32,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-LONGEST = ("train", "loftq", "offload", "plan", "qtensor", "icq", "llama", "sharding", "kernels")
+LONGEST = ("run", "loftq", "notebooks", "sharding", "plan", "commands", "offload", "ablation")
+LONGEST += ("exported", "icq", "qtensor", "kernels", "step", "llama", "harness", "paper", "mmlu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A long file at the end would leave the other worker idle."""
-    items.sort(key=lambda item: item.path.stem not in {f"test_{name}" for name in LONGEST})
+    """Longest files first: one at the end would leave the other worker idle."""
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture

@@ -22,35 +22,10 @@ from irqlora_jax.evaluate import (
 from irqlora_jax.evaluate import choices as choices_module
 from irqlora_jax.evaluate.perplexity import nll, text_windows
 from irqlora_jax.model.llama import Llama
-from tests.models import TINY, random_variables, tiny_llama, word_tokenizer
+from tests.models import TINY, tiny_llama, word_tokenizer
 
 MODEL = Llama(TINY)
 VOCAB = TINY.vocab_size
-
-
-@pytest.fixture(scope="module")
-def variables():
-    """Random weights, large enough that the model has opinions."""
-    return random_variables(MODEL, 0.2)
-
-
-@pytest.fixture(scope="module")
-def log_probs(variables):
-    """log_probs(tokens)[t]: float64 log-probabilities of the token that follows tokens[t]."""
-    apply = jax.jit(MODEL.apply)
-
-    def log_probs(tokens):
-        padded = np.zeros(256, np.int32)  # one shape
-        padded[: len(tokens)] = tokens
-        logits = np.asarray(apply(variables, padded[None]))[0, : len(tokens)].astype(np.float64)
-        return log_softmax(logits)
-
-    return log_probs
-
-
-def log_softmax(logits):
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def random_examples(count=7, seed=0):

@@ -18,7 +18,7 @@ from irqlora_jax.evaluate.tasks import EvalConfig, evaluate_run
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.load import Run
 from tests.data.small_data import make_tokenizer
-from tests.models import SHARED, random_variables, tiny_llama
+from tests.models import SHARED, tiny_llama
 
 pytest.importorskip("lm_eval")
 
@@ -46,27 +46,6 @@ COMMONSENSE = {
     "boolq": ("boolq", None, 2),
     "openbookqa": ("openbookqa", "answer", 4),
 }
-
-
-@pytest.fixture(scope="module")
-def variables():
-    """Random weights, large enough that the model has opinions."""
-    return random_variables(MODEL, 0.2)
-
-
-@pytest.fixture(scope="module")
-def log_probs(variables):
-    """log_probs(tokens)[t]: float64 log-probabilities of the token that follows tokens[t]."""
-    apply = jax.jit(MODEL.apply)
-
-    def log_probs(tokens):
-        padded = np.zeros(CONTEXT, np.int32)
-        padded[: len(tokens)] = tokens
-        logits = np.asarray(apply(variables, padded[None]))[0, : len(tokens)].astype(np.float64)
-        shifted = logits - logits.max(-1, keepdims=True)
-        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-    return log_probs
 
 
 @pytest.fixture(autouse=True)

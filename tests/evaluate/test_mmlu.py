@@ -25,7 +25,6 @@ from tests.models import (
     STORIES,
     byte_tokenizer,
     needs_stories,
-    random_variables,
     tiny_llama,
 )
 
@@ -51,12 +50,6 @@ TOKENIZERS = {
     "one single": byte_tokenizer(LETTER_MERGES[1:2]),
 }
 MODEL = Llama(tiny_llama(vocab_size=264, bos_token_id=0, max_position_embeddings=CONTEXT))
-
-
-@pytest.fixture(scope="module")
-def variables():
-    """Random weights, large enough that the model has opinions."""
-    return random_variables(MODEL, 0.2)
 
 
 @pytest.fixture
