@@ -32,7 +32,7 @@ from irqlora_jax.evaluate.mmlu_files import LETTERS, prompt_text, read_subject
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other packages
 
-TASKS = Path(__file__).parents[1] / "lm_eval_tasks"
+TASKS = Path(__file__).parent / "lm_eval_tasks"
 CONTEXT, VOCAB = 256, 400
 TOKENIZERS = {"byte": make_tokenizer("byte"), "piece": make_tokenizer("piece")}
 MODEL = Llama(tiny_llama(vocab_size=VOCAB, max_position_embeddings=CONTEXT))
