@@ -1,33 +1,46 @@
-"""Strict arithmetic and several devices for every test."""
+"""Strict arithmetic and several devices for every test, and programs that compile fast."""
 
 import logging
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-# Before jax reads it: what one test compiles the others need not, those of the other worker and the
-# programs that tests start included; and nothing is written into the user's home. The first process
-# makes the folder and deletes it.
+# Programs run for less time than they take to compile, so they are hardly optimized. The older
+# emitters compile several times as fast.
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
+# Before jax reads it, and once for all processes. The first one asks a process of its own whether
+# this XLA knows the flags, for it would abort, and makes the folder of compiled programs: what one
+# test compiles the others need not, programs that tests start included.
 if "PYTEST_XDIST_WORKER" not in os.environ:
+    tried = [sys.executable, "-c", "import jax.numpy; jax.numpy.zeros(1).block_until_ready()"]
+    flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()}
+    if subprocess.run(tried, env=os.environ | flags, capture_output=True).returncode == 0:
+        os.environ |= flags
     _programs = tempfile.TemporaryDirectory(prefix="irqlora-programs-", ignore_cleanup_errors=True)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-LONGEST = ("train", "loftq", "offload", "plan", "qtensor", "icq", "llama", "sharding", "matmul")
+LONGEST = ("run", "loftq", "notebooks", "sharding", "plan", "commands", "offload", "ablation")
+LONGEST += ("exported", "icq", "qtensor", "kernels", "step", "llama", "harness", "paper", "mmlu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A long file at the end would leave the other worker idle."""
-    items.sort(key=lambda item: item.path.stem not in {f"test_{name}" for name in LONGEST})
+    """Longest files first: one at the end would leave the other worker idle."""
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture
@@ -37,7 +50,7 @@ def golden() -> Path:
 
 
 @pytest.fixture
-def optimizer_promotion():
+def optimizer_promotion() -> Iterator[None]:
     """optax itself mixes floats with integers, so tests that run an optimizer allow that."""
     with jax.numpy_dtype_promotion("standard"):
         yield
@@ -57,8 +70,37 @@ def said() -> Iterator[list[str]]:
     logger.removeHandler(handler)
 
 
+@pytest.fixture(scope="module")
+def shared_steps() -> Iterator[None]:
+    """Runs with the same model, settings and mesh share their compiled step.
+
+    Tracing it takes longer than all the steps of a short run.
+    """
+    from irqlora_jax.train import loop
+
+    ours, made = loop.make_step, {}
+
+    def make_step(mesh: Any, state: Any, *, model: Any, optimizer: Any, config: Any) -> Any:
+        key = (mesh, model, config)
+        if key not in made:
+            made[key] = ours(mesh, state, model=model, optimizer=optimizer, config=config)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_step", make_step)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def optimized_for_gpus() -> None:
+    """Programs for GPUs are compiled as users compile them, whatever `FLAGS` say."""
+    from irqlora_jax.plan.gpus import OPTIONS
+
+    OPTIONS["xla_backend_optimization_level"] = 3
+
+
 @pytest.fixture(autouse=True, scope="module")
-def release_programs():
+def release_programs() -> Iterator[None]:
     """Thousands of compiled programs would fill gigabytes."""
     yield
     jax.clear_caches()

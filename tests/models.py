@@ -1,78 +1,226 @@
-"""Folders of runs for tests: a random base, an adapter that does something, a tokenizer."""
+"""Tiny models for tests, of any shape: weights, tokenizers, folders of Hugging Face, runs."""
 
 import dataclasses
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.file import save_base
 from irqlora_jax.config import Config, TrainConfig
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.llama import Llama
+from irqlora_jax.model.llama import ATTENTION_NAMES, Llama
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.state import init_state, make_optimizer
+from irqlora_jax.sharding import LINEAR_NAMES
 
-# No width divides a block of 64, no rank a width, and the heads share keys and values.
-LLAMA = LlamaConfig(
+# ------------------------------------------------------------------------------------------ places
+
+ROOT = Path(__file__).parents[1]
+WORLD = ROOT / "examples" / "factworld"
+SHARED = ROOT.parent / "shared" / "data"
+STORIES = SHARED / "stories260K"
+needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason=f"no folder {STORIES}")
+
+# ----------------------------------------------------------------------------------- architectures
+
+
+def tiny_llama(**changes: Any) -> LlamaConfig:
+    """Two layers; heads share keys and values, and together are wider than the model."""
+    fields = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    fields |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    return LlamaConfig(**(fields | changes))
+
+
+TINY = tiny_llama()
+LLAMA = tiny_llama(
     vocab_size=43,
     hidden_size=40,
     intermediate_size=172,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
     head_dim=14,
     rms_norm_eps=1e-5,
     max_position_embeddings=64,
 )
-# Linear layers of one shape, to compile once.
-NARROW = LlamaConfig.from_dict(
-    LLAMA.to_dict() | {"intermediate_size": 40, "num_key_value_heads": 4, "head_dim": 10}
-)
+"""No width is a multiple of a block of 64 or of a rank, and most linear layers differ in shape."""
+NARROW = dataclasses.replace(LLAMA, intermediate_size=40, num_key_value_heads=4, head_dim=10)
+"""All linear layers have the same shape, which is compiled once."""
+FLOAT = QuantConfig(format="none")
 PLAIN = QuantConfig(format="nf4", calibration="none")
 IEC = AdapterConfig(method="iec", rank=6, alpha=9.0)
+
+# ----------------------------------------------------------------------------------------- weights
+
+
+def random_like(shapes: Any, scale: float = 0.1, seed: int = 0, dtype: Any = np.float32) -> Any:
+    """Random arrays of these shapes, as after some training: none is 0, norms are around 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, like: Any) -> jax.Array:
+        mean = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(rng.normal(mean, scale, like.shape).astype(dtype))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def quantize_base(
+    base: dict[str, Any], quant: QuantConfig, names: Iterable[str] = LINEAR_NAMES
+) -> dict[str, Any]:
+    """The base with these linear layers quantized, one after the other."""
+    layers = dict(base["layers"])
+    for group in ("self_attn", "mlp"):
+        layers[group] = dict(layers[group])
+        for name in layers[group].keys() & set(names):
+            parts = [quantize(weight, quant) for weight in layers[group][name]["weight"]]
+            layers[group][name] = {"weight": jax.tree.map(lambda *x: jnp.stack(x), *parts)}
+    return base | {"layers": layers}
+
+
+def random_base(
+    llama: LlamaConfig, quant: QuantConfig = FLOAT, dtype: Any = np.float32, scale: float = 0.1
+) -> dict[str, Any]:
+    """Random weights, the linear layers quantized."""
+    shapes = jax.eval_shape(Llama(llama).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    base = random_like(shapes["base"], scale, dtype=dtype)
+    return base if quant.format == "none" else quantize_base(base, quant)
+
+
+def random_adapters(model: Llama, scale: float = 0.1) -> dict[str, Any]:
+    """Adapters as after some training."""
+    return random_like(jax.eval_shape(model.init_adapters, jax.random.key(0)), scale, seed=1)
+
+
+def random_variables(model: Llama, scale: float = 0.1) -> dict[str, Any]:
+    """What `model.apply` takes. With a scale of 0.2 a tiny model prefers some tokens clearly."""
+    base = random_base(model.config, scale=scale)
+    return {"params": random_adapters(model, scale) if model.adapter else {}, "base": base}
+
+
+def stack_tensors(tensors: dict[str, Any], llama: LlamaConfig) -> dict[str, Any]:
+    """The tree of weights that have the names of Hugging Face, written out by hand."""
+
+    def stack(name: str) -> dict[str, jax.Array]:
+        layers = range(llama.num_hidden_layers)
+        parts = [np.asarray(tensors[f"model.layers.{i}.{name}.weight"]) for i in layers]
+        return {"weight": jnp.asarray(np.stack(parts))}
+
+    def single(name: str) -> dict[str, jax.Array]:
+        return {"weight": jnp.asarray(np.asarray(tensors[f"{name}.weight"]))}
+
+    norms = ("input_layernorm", "post_attention_layernorm")
+    layers: dict[str, Any] = {name: stack(name) for name in norms}
+    layers["self_attn"] = {name: stack(f"self_attn.{name}") for name in LINEAR_NAMES[:4]}
+    layers["mlp"] = {name: stack(f"mlp.{name}") for name in LINEAR_NAMES[4:]}
+    base = {"embed_tokens": single("model.embed_tokens"), "norm": single("model.norm")}
+    if not llama.tie_word_embeddings:
+        base["lm_head"] = single("lm_head")
+    return base | {"layers": layers}
+
+
+def assert_same(left: Any, right: Any) -> None:
+    """Bit by bit, types and structure included."""
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+# -------------------------------------------------------------------------------------- tokenizers
+
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
 
-def random_base(llama: LlamaConfig, quant: QuantConfig, dtype: Any = np.float32) -> dict[str, Any]:
-    """Random weights, the linear layers quantized."""
-    rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(Llama(llama).init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-
-    def random(path: Any, like: Any) -> jax.Array:
-        mean = 1.0 if "norm" in str(path[-2]) else 0.0
-        return jnp.asarray(rng.normal(mean, 0.1, like.shape).astype(dtype))
-
-    base = jax.tree_util.tree_map_with_path(random, shapes["base"])
-    if quant.format != "none":
-        for group in ("self_attn", "mlp"):
-            for leaf in base["layers"][group].values():
-                layers = [quantize(w, quant) for w in leaf["weight"]]
-                leaf["weight"] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-    return base
-
-
-def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """Whole words, with a chat template."""
+def word_tokenizer(size: int, **names: Any) -> PreTrainedTokenizerFast:
+    """Whole words, "w3" to f"w{size - 1}", with a chat template. `names` are further settings."""
     words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>"])}
-    words |= {f"word{i}": i for i in range(3, size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    words |= {f"w{i}": i for i in range(3, size)}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE} | names
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", **settings)
+
+
+def byte_tokenizer(
+    merges: Iterable[tuple[str, str]] = (), template: str | None = None
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: "<s>", "</s>", a token a byte, and those of the merges."""
+    merges, symbols = list(merges), sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<s>", "</s>", *symbols, *("".join(pair) for pair in merges)]
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    core.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template=TEMPLATE,
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=template
     )
+
+
+# ------------------------------------------------------------------------- folders of Hugging Face
+
+
+def random_tensors(llama: LlamaConfig = LLAMA, dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """Random weights with the names of Hugging Face, which are written out here once more."""
+    rng = np.random.default_rng(0)
+    table, vector = (llama.vocab_size, llama.hidden_size), (llama.hidden_size,)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": table, "model.norm": vector}
+    if not llama.tie_word_embeddings:
+        shapes["lm_head"] = table
+    for i in range(llama.num_hidden_layers):
+        shapes[f"model.layers.{i}.input_layernorm"] = vector
+        shapes[f"model.layers.{i}.post_attention_layernorm"] = vector
+        for name, shape in llama.linear_shapes.items():
+            block = "self_attn" if name in ATTENTION_NAMES else "mlp"
+            shapes[f"model.layers.{i}.{block}.{name}"] = shape
+    draw = lambda shape: rng.normal(0, 0.05, shape).astype(dtype)  # noqa: E731
+    return {f"{name}.weight": draw(shape) for name, shape in shapes.items()}
+
+
+def write_config(folder: Path, llama: LlamaConfig = LLAMA, **more: Any) -> Path:
+    """A folder with a config.json alone, or that file in a folder that is there."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(llama.to_dict() | more))
+    return folder
+
+
+def write_model(
+    folder: Path,
+    llama: LlamaConfig = LLAMA,
+    tensors: dict[str, np.ndarray] | None = None,
+    shards: int = 1,
+    tokenizer: Any = None,
+    **more: Any,
+) -> Path:
+    """A model in one file or in several. It has a tokenizer only if one is given."""
+    write_config(folder, llama, **more)
+    tensors = random_tensors(llama) if tensors is None else tensors
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    names = sorted(tensors)
+    size = math.ceil(len(names) / shards)
+    weight_map = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in names[i * size : (i + 1) * size]}
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+# -------------------------------------------------------------------------------------------- runs
 
 
 def write_run(
@@ -108,8 +256,31 @@ def write_run(
     return folder
 
 
-def assert_same(left: Any, right: Any) -> None:
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+def run_settings(model: Path, folder: Path, /, **changes: Any) -> dict[str, Any]:
+    """A short run on factworld by its settings; `train__steps=2` changes `train.steps`.
+
+    They go on top of configs/quickstart.yaml (`QUICKSTART`).
+    """
+    settings = {
+        "model": str(model),
+        "output_dir": str(folder),
+        "quant.calibration": "none",
+        "data.train": str(WORLD / "data" / "train.jsonl"),
+        "data.eval": str(WORLD / "data" / "eval.jsonl"),
+        "data.max_examples": 64,
+        "evaluate.questions": None,
+        "evaluate.baselines": False,
+        "train.batch_size": 4,
+        "mesh.data": 1,
+        "log.progress": False,
+    }
+    return settings | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """Settings as they are written on the command line."""
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in settings.items()}
+    return [f"--{name}={text}" for name, text in texts.items()]

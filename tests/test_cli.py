@@ -14,11 +14,9 @@ from safetensors.numpy import load_file, save_file
 import eval as eval_script
 import irqlora_jax
 import train as train_script
+from tests.models import QUICKSTART, ROOT, WORLD, as_flags, run_settings
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
-
-ROOT = Path(__file__).parent.parent
-WORLD = ROOT / "examples" / "factworld"
 
 
 class Case:
@@ -34,21 +32,9 @@ class Case:
         self.output = folder / "run"
 
     def flags(self, *more: str) -> list[str]:
-        return [
-            f"--config={ROOT / 'configs' / 'quickstart.yaml'}",
-            f"--model={self.model}",
-            f"--output_dir={self.output}",
-            f"--data.train={self.data}",
-            "--data.eval=null",
-            "--evaluate.questions=null",
-            "--evaluate.baselines=false",
-            "--quant.calibration=none",
-            "--train.steps=2",
-            "--train.batch_size=4",
-            "--mesh.data=1",
-            "--log.progress=false",
-            *more,
-        ]
+        settings = run_settings(self.model, self.output, train__steps=2, data__eval=None)
+        settings |= {"data.train": str(self.data), "data.max_examples": None}
+        return [f"--config={QUICKSTART}", *as_flags(settings), *more]
 
     def edit_config(self, **values) -> None:
         path = self.model / "config.json"

@@ -11,11 +11,10 @@ from irqlora_jax import cli, hf
 from irqlora_jax.base.file import read_base
 from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
+from tests.models import QUICKSTART, WORLD, as_flags, run_settings
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
-ROOT = Path(__file__).parent.parent
-WORLD = ROOT / "examples" / "factworld"
 QUANT = ["--quant.format=nf3", "--quant.search_steps=5"]
 
 
@@ -31,21 +30,9 @@ def fail(capsys, *flags: object) -> str:
 
 
 def train_flags(model: Path, output: Path) -> list[str]:
-    return [
-        f"--config={ROOT / 'configs' / 'quickstart.yaml'}",
-        f"--model={model}",
-        f"--output_dir={output}",
-        f"--data.train={WORLD / 'data' / 'train.jsonl'}",
-        f"--data.eval={WORLD / 'data' / 'eval.jsonl'}",
-        "--data.max_examples=64",
-        "--evaluate.questions=null",
-        "--evaluate.baselines=false",
-        "--train.steps=4",
-        "--train.batch_size=8",
-        "--mesh.data=1",
-        "--log.progress=false",
-        *QUANT,
-    ]
+    settings = run_settings(model, output, train__steps=4, train__batch_size=8)
+    del settings["quant.calibration"]
+    return [f"--config={QUICKSTART}", *as_flags(settings), *QUANT]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +105,7 @@ def test_a_base_is_used_as_it_was_made(base: Path, tmp_path: Path, capsys) -> No
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_is_never_quantized_into_twice(base: Path, capsys) -> None:
+def test_quantizing_into_a_used_folder_is_refused(base: Path, capsys) -> None:
     before = (base / "base.safetensors").read_bytes()
     err = fail(capsys, "quantize", f"--model={WORLD / 'base-small'}", f"--output_dir={base}")
     assert "output_dir" in err and "new folder" in err

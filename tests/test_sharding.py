@@ -19,7 +19,6 @@ from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
-from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs.state import init_state, make_optimizer
 from irqlora_jax.sharding import (
@@ -31,18 +30,17 @@ from irqlora_jax.sharding import (
     tree_shardings,
 )
 from irqlora_jax.train.step import sharded_state, train_step
+from tests.architectures import MODELS
+from tests.models import WORLD, assert_same, random_base, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
 # Everything can be split by 8: heads, outputs, and blocks of 8 inputs.
-CONFIG = LlamaConfig(
-    vocab_size=40,
+CONFIG = tiny_llama(
     hidden_size=64,
     intermediate_size=128,
-    num_hidden_layers=2,
     num_attention_heads=8,
     num_key_value_heads=8,
-    head_dim=8,
     max_position_embeddings=64,
 )
 ADAPTER = AdapterConfig(method="iec", rank=8, alpha=16.0, dropout=0.1)
@@ -59,14 +57,8 @@ def mesh_of(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
 @functools.cache
 def host_base() -> dict:
     """Packed weights as NumPy arrays."""
-    model = Llama(CONFIG)
-    base = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["base"]
     quant = QuantConfig(format="nf4", block_size=8, icq=IcqOptions(steps=5))
-    for group in ("self_attn", "mlp"):
-        for linear in base["layers"][group].values():
-            parts = [quantize(w, quant) for w in linear["weight"]]
-            linear["weight"] = jax.tree.map(lambda *x: np.stack(x), *parts)
-    return jax.tree.map(np.asarray, base)
+    return jax.tree.map(np.asarray, random_base(CONFIG, quant, scale=0.02))
 
 
 def batch(step: int) -> dict[str, np.ndarray]:
@@ -208,15 +200,7 @@ def test_meshes_that_do_not_fit_are_refused(
         assert word in str(error.value)
 
 
-LLAMA_7B = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    head_dim=128,
-)
+LLAMA_7B = MODELS["7b"]
 
 
 @pytest.mark.parametrize(
@@ -254,23 +238,15 @@ def test_shapes_that_cannot_be_split_are_refused(
 
 def test_published_shapes_can_be_split() -> None:
     """LLaMA 7B to 65B over fsdp 8, tensor 4 and 2 x 4; only 7B has an odd number of blocks at 8."""
-    sizes = {4096: 11008, 5120: 13824, 6656: 17920, 8192: 22016}
-    heads = {4096: 32, 5120: 40, 6656: 52, 8192: 64}
-    for hidden, wide in sizes.items():
-        llama = dataclasses.replace(
-            LLAMA_7B,
-            hidden_size=hidden,
-            intermediate_size=wide,
-            num_attention_heads=heads[hidden],
-            num_key_value_heads=heads[hidden],
-        )
+    for name in ("7b", "13b", "30b", "65b"):
+        llama = MODELS[name]
         assert set(llama.linear_shapes) == set(LINEAR_NAMES)
         for shape in ((1, 8, 1), (1, 1, 4), (1, 2, 4)):
             check_mesh(make_mesh(MeshConfig(*shape), 8), llama, 64)
 
 
 def test_bases_are_read_onto_the_mesh(tmp_path: Path) -> None:
-    folder = Path(__file__).parent.parent / "examples" / "factworld" / "base-small"
+    folder = WORLD / "base-small"
     quant = QuantConfig(format="nf3", icq=IcqOptions(steps=3))
     mesh = mesh_of((1, 4, 1))
     plain, llama = hf.load_base(folder, quant)
@@ -278,9 +254,7 @@ def test_bases_are_read_onto_the_mesh(tmp_path: Path) -> None:
     save_base(tmp_path / "base.safetensors", split, llama, quant)
     again, _ = read_base(tmp_path / "base.safetensors", mesh)
     for base in (split, again):
-        assert jax.tree.structure(base) == jax.tree.structure(plain)
-        for ours, theirs in zip(jax.tree.leaves(base), jax.tree.leaves(plain), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+        assert_same(base, plain)
         packed = base["layers"]["mlp"]["up_proj"]["weight"].packed
         assert set(bytes_by_device(packed).values()) == {packed.nbytes // 4}
         assert len(bytes_by_device(packed)) == 4

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,8 @@ from irqlora_jax.runs.load import load_run
 from irqlora_jax.sharding import MeshConfig, make_mesh, tree_shardings
 from irqlora_jax.train import finetune
 from irqlora_jax.train.finetune import run
-from tests.base.test_make import make_tensors, write_folder
-from tests.models import assert_same
-from tests.train.test_run import (
+from tests.models import LLAMA, WORLD, assert_same, random_tensors, write_model
+from tests.train.small_runs import (
     StoppedError,
     assert_same_run,
     at_step,
@@ -43,8 +41,7 @@ from tests.train.test_run import (
     steps_of,
 )
 
-pytestmark = pytest.mark.usefixtures("optimizer_promotion")
-WORLD = Path(__file__).parents[2] / "examples" / "factworld"
+pytestmark = pytest.mark.usefixtures("optimizer_promotion", "shared_steps")
 KEY = jax.random.key(0)
 SCALING = 16 / 6
 NF2, NF3 = (QuantConfig(format=name, calibration="none") for name in ("nf2", "nf3"))
@@ -102,7 +99,7 @@ def test_the_best_turn_is_that_of_the_reference(
 
 
 @pytest.mark.parametrize(("config", "shape", "dtype"), CASES)
-def test_the_error_is_below_that_of_the_quantizer_and_more_turns_never_add_to_it(
+def test_loftq_lowers_the_error_and_more_iterations_never_raise_it(
     config: QuantConfig, shape: Any, dtype: Any
 ) -> None:
     weight = weights(shape, dtype=dtype)
@@ -134,7 +131,7 @@ def test_the_first_turn_is_kept_where_it_is_the_best(monkeypatch: pytest.MonkeyP
     np.testing.assert_allclose(left(weight, packed, a, b), reference(weight, NF3, 6, 1)[0][0], 1e-5)
 
 
-def test_a_rank_beyond_the_smaller_side_leaves_nothing() -> None:
+def test_a_full_rank_pair_removes_the_whole_error() -> None:
     for shape in ((24, 65), (65, 24)):
         weight = weights(shape)
         packed, a, b = loftq(weight, NF2, 33, 0.25, 2, KEY)
@@ -143,12 +140,12 @@ def test_a_rank_beyond_the_smaller_side_leaves_nothing() -> None:
         assert not a[min(shape) :].any() and not b[:, min(shape) :].any()
 
 
-def test_nothing_to_correct_is_a_pair_of_zeros() -> None:
+def test_a_zero_weight_gives_a_pair_of_zeros() -> None:
     packed, a, b = loftq(jnp.zeros((8, 64)), NF3, 4, 1.0, 2, KEY)
     assert not packed.dequantize().any() and not a.any() and not b.any()
 
 
-def test_the_key_matters_only_where_directions_are_drawn() -> None:
+def test_the_key_matters_only_for_the_randomized_svd() -> None:
     large = (module.EXACT_UP_TO + 1, module.EXACT_UP_TO + 30)
     for shape, same in (((60, 100), True), (large, False)):
         weight = weights(shape)
@@ -184,7 +181,7 @@ def test_random_directions_cost_at_most_a_hundredth() -> None:
         assert exact * (1 - 1e-4) < other < 1.01 * exact, name
 
 
-def test_neither_the_error_nor_the_rest_exists_as_a_whole() -> None:
+def test_the_error_is_never_materialized() -> None:
     """Compiled, not run: the largest matrix of LLaMA-7B, in bfloat16."""
     shape, config = (11008, 4096), QuantConfig(format="nf4", calibration="none")
     weight = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
@@ -199,7 +196,7 @@ def test_neither_the_error_nor_the_rest_exists_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("iterations", 0), ("rank", 0)])
-def test_no_turn_and_no_rank_are_refused(name: str, value: int) -> None:
+def test_zero_iterations_and_zero_rank_are_refused(name: str, value: int) -> None:
     settings: dict[str, Any] = {"rank": 4, "iterations": 1} | {name: value}
     with pytest.raises(ValueError, match=f"{name} = 0: accepted is a whole number of at least 1"):
         loftq(weights((8, 64)), NF3, scaling=1.0, key=KEY, **settings)
@@ -219,14 +216,14 @@ SOME = AdapterConfig(
 
 
 def test_targets_are_fitted_one_by_one_and_others_quantized_plainly(tmp_path: Path) -> None:
-    tensors = make_tensors()
-    folder = write_folder(tmp_path / "model", tensors)
+    tensors = random_tensors(LLAMA)
+    folder = write_model(tmp_path / "model", LLAMA, tensors)
     base, pairs, llama = hf.load_loftq(folder, NF3, SOME, KEY)
     plain, _ = hf.load_base(folder, NF3)
     assert jax.tree.structure(base) == jax.tree.structure(plain)
     for group, name in (("self_attn", "q_proj"), ("mlp", "down_proj")):
         fitted = base["layers"][group].pop(name)["weight"]
-        for layer in range(3):
+        for layer in range(LLAMA.num_hidden_layers):
             weight = jnp.asarray(tensors[f"model.layers.{layer}.{group}.{name}.weight"])
             packed, a, b = loftq(weight, NF3, 4, 1.5, 2, KEY, jnp.bfloat16)
             take = lambda x, layer=layer: x[layer]  # noqa: E731
@@ -248,8 +245,8 @@ def test_targets_are_fitted_one_by_one_and_others_quantized_plainly(tmp_path: Pa
         hf.load_loftq(folder, QuantConfig(format="none"), SOME, KEY)
 
 
-def test_the_start_is_near_the_model_and_dropout_is_as_ever(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "model", make_tensors())
+def test_the_initial_pair_is_near_the_model_and_dropout_applies_to_it(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
     adapter = AdapterConfig(method="iec", rank=16, alpha=8.0, init="loftq", dropout=0.5)
     full, llama = hf.load_base(folder, None)
     plain, _ = hf.load_base(folder, NF2)
@@ -302,15 +299,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_start_is_kept_beside_the_newest(finished: Path) -> None:
+def test_the_initial_checkpoint_is_kept_beside_the_newest(finished: Path) -> None:
     assert steps_of(finished) == [0, 6]
-
-
-def crash_before(function: str) -> Callable[[pytest.MonkeyPatch], None]:
-    def prepare(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(f"{finetune.__name__}.{function}", lambda *_, **__: crash())
-
-    return prepare
 
 
 @pytest.mark.parametrize("moment", ["write_text", "step 1"])
@@ -323,11 +313,11 @@ def test_a_crashed_run_ends_as_if_it_had_not(
         if moment.startswith("step"):
             at_step(patch, int(moment[-1]), crash)
         else:
-            crash_before(moment)(patch)
+            patch.setattr(f"{finetune.__name__}.{moment}", crash)
         run(config(folder))
     assert 0 in steps_of(folder)
     if moment.startswith("step"):
-        monkeypatch.setattr(f"{finetune.__name__}.load_loftq", lambda *_, **__: crash())
+        monkeypatch.setattr(f"{finetune.__name__}.load_loftq", crash)
     else:
         # What a start that was broken off even earlier leaves.
         (folder / "checkpoints" / "0").rename(folder / "checkpoints" / "0.orbax-checkpoint-tmp")
@@ -335,7 +325,7 @@ def test_a_crashed_run_ends_as_if_it_had_not(
     assert_same_run(folder, finished)
 
 
-def test_other_checkpoints_are_nobody_elses_leftover(finished: Path, tmp_path: Path) -> None:
+def test_a_folder_with_checkpoints_of_no_run_is_refused(finished: Path, tmp_path: Path) -> None:
     for name, also in (("a", ("base.safetensors",)), ("b", ())):
         folder = tmp_path / name
         shutil.copytree(finished / "checkpoints", folder / "checkpoints")
@@ -365,7 +355,7 @@ def test_the_baseline_is_the_model_before_its_finetune(finished: Path) -> None:
     assert_same(start.variables, load_run(finished, checkpoint=0).variables)
 
 
-def test_the_table_has_the_quantizer_alone_and_with_its_pair(tmp_path: Path) -> None:
+def test_the_table_has_the_quantizer_with_and_without_its_pair(tmp_path: Path) -> None:
     changes = {
         "quant__calibration": "icq",
         "quant__icq": IcqOptions(steps=4),
@@ -404,7 +394,7 @@ def test_bases_that_do_not_go_with_loftq_are_refused(finished: Path, tmp_path: P
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_that_knew_nothing_of_it_goes_on(finished: Path, tmp_path: Path) -> None:
+def test_a_run_from_before_loftq_resumes(finished: Path, tmp_path: Path) -> None:
     """The config.json of an earlier version has not all fields."""
     folder = tmp_path / "run"
     run(config(folder, adapter__init="default", train__steps=2))

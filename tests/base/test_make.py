@@ -1,6 +1,6 @@
 """Reading Hugging Face folders: exactness, and one clear sentence for every fault."""
 
-import json
+import dataclasses
 import math
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -23,67 +23,14 @@ from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.qtensor import QTensor
-from tests.models import assert_same
+from tests import models
+from tests.models import NARROW, assert_same, random_tensors, write_config, write_model
 
-# No width divides a block, no head count another, and every linear layer has its own shape.
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 97,
-    "hidden_size": 40,
-    "intermediate_size": 172,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 14,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-}
-LLAMA = LlamaConfig.from_dict(CONFIG)
+LLAMA = dataclasses.replace(models.LLAMA, num_hidden_layers=3)
 PLAIN = QuantConfig(format="nf4", block_size=32, calibration="none")
 Q1 = "model.layers.1.self_attn.q_proj.weight"
 Q2 = "model.layers.2.self_attn.q_proj.weight"
 Tensors = dict[str, np.ndarray]
-
-
-def make_tensors(
-    dtype: Any = np.float32, tied: bool = False, config: dict[str, Any] = CONFIG
-) -> Tensors:
-    rng = np.random.default_rng(0)
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (97, 40),
-        "model.norm.weight": (40,),
-    }
-    if not tied:
-        shapes["lm_head.weight"] = (97, 40)
-    for i in range(3):
-        shapes[f"model.layers.{i}.input_layernorm.weight"] = (40,)
-        shapes[f"model.layers.{i}.post_attention_layernorm.weight"] = (40,)
-        for name, shape in LlamaConfig.from_dict(config).linear_shapes.items():
-            block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-            shapes[f"model.layers.{i}.{block}.{name}.weight"] = shape
-    return {name: rng.normal(0, 0.05, shape).astype(dtype) for name, shape in shapes.items()}
-
-
-def write_folder(
-    folder: Path, tensors: Tensors, config: dict[str, Any] | None = None, shards: int = 1
-) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config or CONFIG))
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors")
-        return folder
-    names = sorted(tensors)
-    size = math.ceil(len(names) / shards)
-    weight_map = {}
-    for i in range(shards):
-        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
-        part = {name: tensors[name] for name in names[i * size : (i + 1) * size]}
-        save_file(part, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
 
 
 def linears(base: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -100,35 +47,31 @@ def linears(base: dict[str, Any]) -> list[tuple[str, Any]]:
 def test_shards_and_a_single_file_are_the_same_model(
     tmp_path: Path, quant: QuantConfig | None
 ) -> None:
-    tensors = make_tensors()
-    single, config = hf.load_base(write_folder(tmp_path / "a", tensors), quant)
-    sharded, _ = hf.load_base(str(write_folder(tmp_path / "b", tensors, shards=4)), quant)
+    tensors = random_tensors(LLAMA)
+    single, config = hf.load_base(write_model(tmp_path / "a", LLAMA, tensors), quant)
+    sharded, _ = hf.load_base(str(write_model(tmp_path / "b", LLAMA, tensors, shards=4)), quant)
     assert config == LLAMA
     assert_same(single, sharded)
 
 
-# All linear layers alike, so that ICQ is compiled for one shape alone.
-SQUARE = CONFIG | {"intermediate_size": 40, "num_key_value_heads": 4, "head_dim": 10}
-
-
 @pytest.mark.parametrize(
-    ("quant", "config"),
+    ("quant", "llama"),
     [
-        (PLAIN, CONFIG),
-        (QuantConfig(format="int3", block_size=16, calibration="none"), CONFIG),
-        (QuantConfig(format="nf2", block_size=32, icq=IcqOptions(steps=3)), SQUARE),
+        (PLAIN, LLAMA),
+        (QuantConfig(format="int3", block_size=16, calibration="none"), LLAMA),
+        (QuantConfig(format="nf2", block_size=32, icq=IcqOptions(steps=3)), NARROW),
     ],
     ids=["nf4-none", "int3-none", "nf2-icq"],
 )
 def test_every_linear_layer_is_what_quantize_makes_of_it_alone(
-    tmp_path: Path, quant: QuantConfig, config: dict[str, Any]
+    tmp_path: Path, quant: QuantConfig, llama: LlamaConfig
 ) -> None:
-    tensors = make_tensors(ml_dtypes.bfloat16, config=config)
-    base, _ = hf.load_base(write_folder(tmp_path, tensors, config), quant)
+    tensors = random_tensors(llama, ml_dtypes.bfloat16)
+    base, _ = hf.load_base(write_model(tmp_path, llama, tensors), quant)
     assert len(linears(base)) == 7
     for name, stacked in linears(base):
         assert isinstance(stacked, QTensor)
-        for i in range(3):
+        for i in range(llama.num_hidden_layers):
             matrix = jnp.asarray(tensors[f"model.layers.{i}.{name}.weight"], jnp.float32)
             alone = quantize(matrix, quant)
             assert_same(jax.tree.map(lambda leaf, i=i: leaf[i], stacked), alone)
@@ -139,8 +82,8 @@ def test_every_linear_layer_is_what_quantize_makes_of_it_alone(
 def test_what_is_not_quantized_keeps_the_numbers_and_the_type_of_the_file(
     tmp_path: Path, dtype: Any, quant: QuantConfig | None
 ) -> None:
-    tensors = make_tensors(dtype)
-    base, _ = hf.load_base(write_folder(tmp_path, tensors), quant)
+    tensors = random_tensors(LLAMA, dtype)
+    base, _ = hf.load_base(write_model(tmp_path, LLAMA, tensors), quant)
     layers = base["layers"]
     loaded = {
         "model.embed_tokens.weight": base["embed_tokens"]["weight"],
@@ -159,36 +102,36 @@ def test_what_is_not_quantized_keeps_the_numbers_and_the_type_of_the_file(
         np.testing.assert_array_equal(np.asarray(weight), tensors[name])
 
 
-def test_the_tree_is_the_one_that_the_model_makes_itself(tmp_path: Path) -> None:
-    base, config = hf.load_base(write_folder(tmp_path, make_tensors()), None)
+def test_the_tree_has_the_shapes_of_the_model(tmp_path: Path) -> None:
+    base, config = hf.load_base(write_model(tmp_path, LLAMA), None)
     tokens = jnp.arange(8, dtype=jnp.int32)[None]
     fresh = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["base"]
     assert jax.tree.map(jnp.shape, base) == jax.tree.map(jnp.shape, fresh)
 
 
 def test_tied_embeddings_have_no_head(tmp_path: Path) -> None:
-    config = CONFIG | {"tie_word_embeddings": True}
-    tensors = make_tensors(tied=True)
-    base, _ = hf.load_base(write_folder(tmp_path / "a", tensors, config), PLAIN)
+    tied = dataclasses.replace(LLAMA, tie_word_embeddings=True)
+    tensors = random_tensors(tied)
+    base, _ = hf.load_base(write_model(tmp_path / "a", tied, tensors), PLAIN)
     assert "lm_head" not in base
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    repeated, _ = hf.load_base(write_folder(tmp_path / "b", tensors, config), PLAIN)
+    repeated, _ = hf.load_base(write_model(tmp_path / "b", tied, tensors), PLAIN)
     assert_same(base, repeated)
 
 
 def test_old_rotary_tables_are_ignored(tmp_path: Path) -> None:
-    tensors = make_tensors()
-    plain, _ = hf.load_base(write_folder(tmp_path / "a", tensors), None)
+    tensors = random_tensors(LLAMA)
+    plain, _ = hf.load_base(write_model(tmp_path / "a", LLAMA, tensors), None)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(5, np.float32)
-    old, _ = hf.load_base(write_folder(tmp_path / "b", tensors), None)
+    old, _ = hf.load_base(write_model(tmp_path / "b", LLAMA, tensors), None)
     assert_same(plain, old)
 
 
 @pytest.mark.parametrize("show", [True, False])
-def test_the_bar_is_shown_on_request(
+def test_the_progress_bar_is_shown_on_request(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], show: bool
 ) -> None:
-    hf.load_base(write_folder(tmp_path, make_tensors()), None, progress=show)
+    hf.load_base(write_model(tmp_path, LLAMA), None, progress=show)
     shown = capsys.readouterr().err
     assert ("100%" in shown) == show
     assert show or not shown
@@ -199,7 +142,7 @@ def test_the_bar_is_shown_on_request(
 
 def edit(change: Callable[[Tensors], Any]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
-        tensors = make_tensors()
+        tensors = random_tensors(LLAMA)
         change(tensors)
         save_file(tensors, folder / "model.safetensors")
 
@@ -207,7 +150,7 @@ def edit(change: Callable[[Tensors], Any]) -> Callable[[Path], None]:
 
 
 def edit_config(**changes: Any) -> Callable[[Path], None]:
-    return lambda folder: (folder / "config.json").write_text(json.dumps(CONFIG | changes)) and None
+    return lambda folder: write_config(folder, LLAMA, **changes) and None
 
 
 def put(name: str, value: float) -> Callable[[Path], None]:
@@ -237,7 +180,7 @@ def garble(folder: Path) -> None:
 
 def lose_a_shard(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
-    write_folder(folder, make_tensors(), shards=3)
+    write_model(folder, LLAMA, shards=3)
     (folder / "model-00002-of-00003.safetensors").unlink()
 
 
@@ -350,7 +293,7 @@ FOLDER_FAULTS: dict[str, tuple[Callable[[Path], Any], type[Exception], list[str]
 @pytest.mark.parametrize("fault", FOLDER_FAULTS)
 def test_a_folder_with_a_fault_is_refused_by_name(tmp_path: Path, fault: str) -> None:
     spoil, error, words = FOLDER_FAULTS[fault]
-    folder = write_folder(tmp_path / "model", make_tensors())
+    folder = write_model(tmp_path / "model", LLAMA)
     spoil(folder)
     with pytest.raises(error) as raised:
         hf.load_base(folder, PLAIN)
@@ -361,7 +304,7 @@ def test_a_folder_with_a_fault_is_refused_by_name(tmp_path: Path, fault: str) ->
 
 
 def test_faults_without_a_quantizer_are_found_too(tmp_path: Path) -> None:
-    put(Q1, math.nan)(write_folder(tmp_path, make_tensors()))
+    put(Q1, math.nan)(write_model(tmp_path, LLAMA))
     with pytest.raises(ValueError, match=Q1):
         hf.load_base(tmp_path, None)
 
@@ -387,18 +330,18 @@ def readers() -> Iterator[None]:
 
 @pytest.mark.usefixtures("readers")
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
-def test_a_fault_that_the_reading_thread_meets_is_named(tmp_path: Path, dtype: Any) -> None:
+def test_an_error_in_the_reading_thread_names_the_tensor(tmp_path: Path, dtype: Any) -> None:
     """The file is whole when it is looked at, and shorter when the thread comes to it."""
-    folder = write_folder(tmp_path, make_tensors(dtype), shards=4)
+    folder = write_model(tmp_path, LLAMA, random_tensors(LLAMA, dtype), shards=4)
     weights = linear_weights(folder, [Q1, Q2])
     truncate_all(folder)
-    with pytest.raises(ValueError, match=rf"safetensors: {Q1} cannot be make"):
+    with pytest.raises(ValueError, match=rf"safetensors: {Q1} cannot be read"):
         list(weights)
 
 
 @pytest.mark.usefixtures("readers")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_no_thread_outlives_what_stops_the_quantizer(
+def test_no_thread_is_left_when_the_quantizer_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     def stop(*_: Any) -> None:
@@ -406,16 +349,16 @@ def test_no_thread_outlives_what_stops_the_quantizer(
 
     monkeypatch.setattr("irqlora_jax.base.make.quantize", stop)
     with pytest.raises(error):
-        hf.load_base(write_folder(tmp_path, make_tensors()), PLAIN)
+        hf.load_base(write_model(tmp_path, LLAMA), PLAIN)
 
 
 @pytest.mark.usefixtures("readers")
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_tensors_read_ahead_are_those_of_the_file(tmp_path: Path, dtype: Any) -> None:
-    tensors = make_tensors(dtype)
-    folder = write_folder(tmp_path, tensors)
+    tensors = random_tensors(LLAMA, dtype)
+    folder = write_model(tmp_path, LLAMA, tensors)
     names = [name for name in tensors if "proj" in name]
-    # Some are make ahead as a whole, and of the largest a part.
+    # Some are read ahead as a whole, and of the largest a part.
     sizes = {tensors[name].nbytes for name in names}
     assert min(sizes) < max(tensors[name].size for name in names) < max(sizes)
     for wanted in (np.float32, None):

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from irqlora_jax import hf
 from irqlora_jax.base.file import save_base
 from irqlora_jax.base.survey import BINS, bin_edges, summarize, survey
 from irqlora_jax.config import Config
-from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
@@ -22,7 +20,7 @@ from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs.folder import BASE_FILE, SURVEY_FILE, check_folder
 from irqlora_jax.runs.quantize import link_base, quantize_base, save_survey
 from irqlora_jax.sharding import LINEAR_NAMES
-from tests.models import NARROW, random_base
+from tests.models import NARROW, write_model
 
 ICQ = QuantConfig(format="nf3", block_size=32, icq=IcqOptions(steps=5))
 
@@ -92,7 +90,7 @@ def test_a_sample_is_whole_rows_from_the_first_to_the_last() -> None:
     assert survey(0, "q_proj", weight, packed, ICQ, sample=3).sampled == 80
 
 
-def test_blocks_of_zeros_and_far_shifts_do_no_harm() -> None:
+def test_zero_blocks_and_extreme_shifts_stay_finite() -> None:
     weight = np.zeros((12, 80), np.float32)
     weight[1] = 5.0 + np.linspace(0, 1e-3, 80)  # the shift is thousands of scales
     found = survey(0, "q_proj", weight, quantize(jnp.asarray(weight), ICQ), ICQ).calibrated
@@ -104,10 +102,7 @@ def test_blocks_of_zeros_and_far_shifts_do_no_harm() -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of Hugging Face."""
-    folder = tmp_path_factory.mktemp("model")
-    base = random_base(NARROW, QuantConfig(format="none"))
-    hf.save_model(folder, Llama(NARROW), {"params": {}, "base": base}, dtype="float32")
-    return folder
+    return write_model(tmp_path_factory.mktemp("model"), NARROW)
 
 
 def test_a_base_carries_its_survey_into_its_runs(model: Path, tmp_path: Path) -> None:
@@ -138,7 +133,7 @@ def test_a_base_carries_its_survey_into_its_runs(model: Path, tmp_path: Path) ->
     assert check_folder(run, Config(str(model), str(run))) is False
 
 
-def test_without_quantization_there_is_nothing_to_say(model: Path, tmp_path: Path) -> None:
+def test_without_quantization_there_is_no_survey(model: Path, tmp_path: Path) -> None:
     base, llama, summary = quantize_base(model, QuantConfig(format="none"))
     assert summary is None
     save_survey(tmp_path, summary)

@@ -5,7 +5,6 @@ import threading
 from collections import Counter
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,9 +14,9 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.data import Batches, Example, ahead, eval_batches, hold_out, make_batches
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.data.packing import pack, pad_packed
-from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama, head_weight
 from irqlora_jax.model.loss import cross_entropy
+from tests.models import TINY, random_variables
 
 
 def some_examples(lengths):
@@ -233,7 +232,7 @@ def test_packed_rows_are_as_long_as_an_example_can_be(settings, max_length, leng
     assert batches[0]["tokens"].shape == (2, length)
 
 
-def test_examples_that_no_packed_row_takes_are_refused():
+def test_examples_longer_than_a_packed_row_are_refused():
     settings = DataConfig(packing=True, packing_length=20)
     with pytest.raises(ValueError, match=r"data.packing_length = 20: the longest example has 21"):
         make_batches(some_examples([20, 21]), settings, 2, seed=0)
@@ -247,22 +246,10 @@ def test_packed_batches_have_the_loss_and_gradient_of_the_examples():
     rng = np.random.default_rng(0)
     lengths = rng.integers(2, 20, 17)
     examples = [
-        Example(rng.integers(0, 48, n).astype(np.int32), rng.random(n) < 0.7) for n in lengths
+        Example(rng.integers(0, 40, n).astype(np.int32), rng.random(n) < 0.7) for n in lengths
     ]
-    config = LlamaConfig(
-        vocab_size=48,
-        hidden_size=32,
-        intermediate_size=56,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
-    model = Llama(config, adapter=AdapterConfig(method="iec", rank=4, alpha=6.0))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-    variables = jax.tree.map(
-        lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32), shapes
-    )
+    model = Llama(TINY, adapter=AdapterConfig(method="iec", rank=4, alpha=6.0))
+    variables = random_variables(model, 0.3)
 
     @jax.jit
     @jax.value_and_grad
@@ -299,7 +286,7 @@ def batch_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
-def test_the_next_is_made_while_one_is_used() -> None:
+def test_the_next_batch_is_made_while_one_is_used() -> None:
     made = [threading.Event() for _ in range(4)]
 
     def make(step: int) -> tuple[int, str]:
@@ -314,7 +301,7 @@ def test_the_next_is_made_while_one_is_used() -> None:
     assert list(ahead(make, range(0))) == []
 
 
-def test_an_error_in_the_thread_comes_up_as_itself_in_its_place() -> None:
+def test_an_error_in_the_thread_is_raised_in_order() -> None:
     def make(step: int) -> int:
         if step == 2:
             raise OSError("no such file")

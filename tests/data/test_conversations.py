@@ -155,7 +155,7 @@ def test_sharegpt_and_null_fields_are_the_same_conversation(tmp_path):
     assert learned(examples[0], tokenizer) == "sat<|im_end|>"
 
 
-def test_what_a_message_has_besides_is_the_templates(tmp_path):
+def test_extra_fields_of_a_message_reach_the_template(tmp_path):
     template = "{% for m in messages %}{{ m.mood or '' }}{{ m.content + '<|im_end|>' }}{% endfor %}"
     talk = [{"role": "assistant", "content": "cat", "mood": "blue "}]
     tokenizer = chat_tokenizer(chat=template)
@@ -198,7 +198,7 @@ REWRITES = {
 
 
 @pytest.mark.parametrize("what", REWRITES)
-def test_templates_that_rewrite_the_past_are_refused(tmp_path, what):
+def test_templates_that_change_earlier_turns_are_refused(tmp_path, what):
     tokenizer = chat_tokenizer(chat=REWRITES[what])
     with pytest.raises(ValueError, match=rf"a.json, row 2: the chat template's {what} does not"):
         load(tmp_path, [[{"role": "user", "content": "the"}], TALK], tokenizer)

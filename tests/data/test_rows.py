@@ -211,7 +211,7 @@ GATED = "Dataset 'someone/data' is a gated dataset on the Hub. You must be authe
         (ValueError("Config name is missing.\nPick one: ['a', 'b']"), r"Pick one: \['a', 'b'\]"),
     ],
 )
-def test_what_the_hub_does_not_give_is_one_sentence_without_secrets(hub, error, message):
+def test_a_failing_hub_is_one_sentence_without_secrets(hub, error, message):
     def load(name, split):
         raise error
 

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from irqlora_jax.data import Example, alpaca_prompt, encode_source
 from irqlora_jax.evaluate import (
@@ -22,46 +21,11 @@ from irqlora_jax.evaluate import (
 )
 from irqlora_jax.evaluate import choices as choices_module
 from irqlora_jax.evaluate.perplexity import nll, text_windows
-from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
+from tests.models import TINY, tiny_llama, word_tokenizer
 
-VOCAB = 40
-CONFIG = LlamaConfig(
-    vocab_size=VOCAB,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=8,
-)
-MODEL = Llama(CONFIG)
-
-
-@pytest.fixture(scope="module")
-def variables():
-    """Random weights, large enough that the model has opinions."""
-    base = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["base"]
-    return {"base": jax.tree.map(lambda x: x * 8 if x.ndim > 2 or x.shape[0] == VOCAB else x, base)}
-
-
-@pytest.fixture(scope="module")
-def log_probs(variables):
-    """log_probs(tokens)[t]: float64 log-probabilities of the token that follows tokens[t]."""
-    apply = jax.jit(MODEL.apply)
-
-    def log_probs(tokens):
-        padded = np.zeros(256, np.int32)  # one shape
-        padded[: len(tokens)] = tokens
-        logits = np.asarray(apply(variables, padded[None]))[0, : len(tokens)].astype(np.float64)
-        return log_softmax(logits)
-
-    return log_probs
-
-
-def log_softmax(logits):
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+MODEL = Llama(TINY)
+VOCAB = TINY.vocab_size
 
 
 def random_examples(count=7, seed=0):
@@ -87,7 +51,7 @@ def test_evaluation_loss_is_the_mean_over_targets(variables, log_probs, batch_si
     assert loss == pytest.approx(want, rel=1e-5)
 
 
-def test_nll_does_not_see_the_padding(variables):
+def test_padding_does_not_change_the_nll(variables):
     rng = np.random.default_rng(0)
     tokens, targets = rng.integers(0, VOCAB, (1, 55)).astype(np.int32), rng.random((1, 55)) < 0.5
     value, count = nll(MODEL, variables, {"tokens": tokens, "targets": targets})
@@ -133,17 +97,7 @@ def test_bad_windows_are_refused():
         text_windows(tokens[:1], 8)
 
 
-def make_tokenizer(**names):
-    """Words w3 ... w39 are the tokens of the model."""
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
-    core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", **names)
-
-
-TOKENIZER = make_tokenizer(bos_token="<s>", eos_token="</s>")
+TOKENIZER = word_tokenizer(VOCAB)
 
 
 @pytest.mark.parametrize("settings", [{"window": 64}, {"window": 9}, {"window": 9, "stride": 2}])
@@ -160,7 +114,7 @@ def test_perplexity_is_that_of_a_loop_over_tokens(variables, log_probs, settings
     assert value == pytest.approx(math.exp(-np.mean(logs)), rel=1e-5)
 
 
-def test_the_scores_of_a_text_belong_together(variables):
+def test_the_scores_of_a_text_are_consistent(variables):
     ids = np.random.default_rng(0).integers(3, VOCAB, 30)
     text = " ".join(f"w{i}" for i in ids) + " \N{GREEK SMALL LETTER PI}"
     scores = score_text(MODEL, variables, text, TOKENIZER, window=9, stride=2, batch_size=3)
@@ -224,7 +178,7 @@ def test_accuracy_is_that_of_a_loop_over_choices(variables, log_probs, longest_c
 
 
 @pytest.mark.parametrize("common", [0, 40, 130])
-def test_choices_share_rows_and_prompts_their_beginning(variables, log_probs, common):
+def test_sharing_prefixes_does_not_change_the_scores(variables, log_probs, common):
     """Choices of one token, of several, and such that begin alike or with one another."""
     rng = np.random.default_rng(common)
     shared = tuple(int(i) for i in rng.integers(3, VOCAB, common))
@@ -305,7 +259,7 @@ def test_buckets_are_few_and_hold_what_they_must(length):
 
 
 def test_a_prompt_longer_than_the_context_is_cut_and_counted(variables, log_probs):
-    short = Llama(dataclasses.replace(CONFIG, max_position_embeddings=12))
+    short = Llama(tiny_llama(max_position_embeddings=12))
     rng = np.random.default_rng(3)
     prompt = (1, *(int(i) for i in rng.integers(3, VOCAB, 30)))
     question = Question("s", prompt, ((5,), (6, 7, 8)), 1)
@@ -386,7 +340,7 @@ def test_ties_count_as_wrong(variables, longest_choice):
         assert result.bits_per_fact == pytest.approx(0, abs=1e-5)
 
 
-def test_no_number_is_no_right_answer(variables):
+def test_nan_scores_count_as_wrong(variables):
     broken = jax.tree.map(lambda x: x * jnp.nan, variables)
     assert score_questions(MODEL, broken, random_questions(4, 1), 4).accuracy == 0
 
@@ -487,7 +441,7 @@ def test_no_questions_are_refused(tmp_path, variables):
         load_questions("nothing", TOKENIZER)
     with pytest.raises(ValueError, match="has no rows"):
         load_questions(write(tmp_path, ""), TOKENIZER)
-    bare = make_tokenizer()
+    bare = word_tokenizer(VOCAB, bos_token=None, eos_token=None)
     with pytest.raises(ValueError, match="line 1: the prompt has no tokens"):
         load_questions(write(tmp_path, ROW | {"prompt": " "}), bare)
     with pytest.raises(ValueError, match="there are no questions"):

@@ -15,10 +15,10 @@ import pytest
 from irqlora_jax import hf
 from irqlora_jax.evaluate import tasks as tasks_module
 from irqlora_jax.evaluate.tasks import EvalConfig, evaluate_run
-from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.load import Run
 from tests.data.small_data import make_tokenizer
+from tests.models import SHARED, tiny_llama
 
 pytest.importorskip("lm_eval")
 
@@ -32,22 +32,10 @@ from irqlora_jax.evaluate.mmlu_files import LETTERS, prompt_text, read_subject
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other packages
 
-TASKS = Path(__file__).parents[1] / "lm_eval_tasks"
-SHARED = Path(__file__).parents[3] / "shared" / "data"
+TASKS = Path(__file__).parent / "lm_eval_tasks"
 CONTEXT, VOCAB = 256, 400
 TOKENIZERS = {"byte": make_tokenizer("byte"), "piece": make_tokenizer("piece")}
-MODEL = Llama(
-    LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=CONTEXT,
-    )
-)
+MODEL = Llama(tiny_llama(vocab_size=VOCAB, max_position_embeddings=CONTEXT))
 TEXT = "the cat sat on the mat and the answer is red or green, dark blue at night."
 WORDS = np.array(TEXT.split(" "))
 COMMONSENSE = {
@@ -58,29 +46,6 @@ COMMONSENSE = {
     "boolq": ("boolq", None, 2),
     "openbookqa": ("openbookqa", "answer", 4),
 }
-
-
-@pytest.fixture(scope="module")
-def variables():
-    """Random weights, large enough that the model has opinions."""
-    base = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["base"]
-    base = jax.tree.map(lambda x: x * 8 if x.ndim > 2 or x.shape[0] == VOCAB else x, base)
-    return {"params": {}, "base": base}
-
-
-@pytest.fixture(scope="module")
-def log_probs(variables):
-    """log_probs(tokens)[t]: float64 log-probabilities of the token that follows tokens[t]."""
-    apply = jax.jit(MODEL.apply)
-
-    def log_probs(tokens):
-        padded = np.zeros(CONTEXT, np.int32)
-        padded[: len(tokens)] = tokens
-        logits = np.asarray(apply(variables, padded[None]))[0, : len(tokens)].astype(np.float64)
-        shifted = logits - logits.max(-1, keepdims=True)
-        return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-    return log_probs
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +114,7 @@ def test_a_continuation_without_room_is_refused(variables):
             lm._loglikelihood_tokens([(("", ""), [1, 2], [5] * count)])
 
 
-def test_no_numbers_are_an_error(variables):
+def test_nan_scores_are_an_error(variables):
     broken = jax.tree.map(lambda x: x * jnp.nan, variables)
     lm = HarnessLM(MODEL, broken, TOKENIZERS["byte"], 4)
     for call, args in ((lm.loglikelihood, ("the", " cat")), (lm.loglikelihood_rolling, ("the",))):
@@ -344,7 +309,7 @@ def test_answers_of_another_model_are_not_taken_up(variables, tmp_path):
     assert found[0] != found[1] == found[2]
 
 
-def test_scores_survive_where_nothing_can_be_kept(variables, tmp_path, caplog):
+def test_scores_survive_when_they_cannot_be_kept(variables, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     kept = Kept(tmp_path / "file" / "part", "")
     lm = HarnessLM(MODEL, variables, TOKENIZERS["byte"], 4, kept=kept)

@@ -4,13 +4,12 @@ import csv
 import functools
 import io
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from irqlora_jax import hf
 from irqlora_jax.evaluate import mmlu as mmlu_of
@@ -19,12 +18,17 @@ from irqlora_jax.evaluate.choices import choice_scores, group_by_prefix
 from irqlora_jax.evaluate.mmlu import letter_tokens, subject_questions
 from irqlora_jax.evaluate.mmlu_files import CATEGORIES, SUBCATEGORIES, prompt_text, read_subject
 from irqlora_jax.evaluate.tasks import EvalConfig, evaluate_run
-from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.load import Run
+from tests.models import (
+    SHARED,
+    STORIES,
+    byte_tokenizer,
+    needs_stories,
+    tiny_llama,
+)
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-STORIES, REAL = SHARED / "stories260K", SHARED / "mmlu"
+REAL = SHARED / "mmlu"
 CONTEXT = 256
 SUBJECTS = ("abstract_algebra", "anatomy", "sociology", "virology")
 
@@ -38,46 +42,14 @@ def next_logits(model, variables, tokens, last):
     return model.apply(variables, tokens[None])[0, last]
 
 
-def bytes_tokenizer(*merges):
-    """Byte-level BPE: a token a byte, and those of the merges."""
-    from transformers import PreTrainedTokenizerFast
-
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {s: i for i, s in enumerate(["<s>", *symbols, *("".join(m) for m in merges)])}
-    core = Tokenizer(models.BPE(vocab, list(merges)))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>")
-
-
 SPACE = "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}"
 LETTER_MERGES = [(SPACE, letter) for letter in "ABCD"]
 TOKENIZERS = {
-    "single": bytes_tokenizer(*LETTER_MERGES),
-    "all of two": bytes_tokenizer(),
-    "one single": bytes_tokenizer(LETTER_MERGES[1]),
+    "single": byte_tokenizer(LETTER_MERGES),
+    "all of two": byte_tokenizer(),
+    "one single": byte_tokenizer(LETTER_MERGES[1:2]),
 }
-MODEL = Llama(
-    LlamaConfig(
-        vocab_size=264,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        bos_token_id=0,
-        max_position_embeddings=CONTEXT,
-    )
-)
-
-
-@pytest.fixture(scope="module")
-def variables():
-    """Random weights, large enough that the model has opinions."""
-    base = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["base"]
-    base = jax.tree.map(lambda x: x * 8 if x.ndim > 2 or x.shape[0] == 264 else x, base)
-    return {"params": {}, "base": base}
+MODEL = Llama(tiny_llama(vocab_size=264, bos_token_id=0, max_position_embeddings=CONTEXT))
 
 
 @pytest.fixture
@@ -230,7 +202,7 @@ def test_computing_examples_once_changes_nothing(variables, folder):
     np.testing.assert_array_equal(together.argmax(axis=1), apart.argmax(axis=1))
 
 
-def test_without_an_opinion_the_answer_is_a(variables, folder):
+def test_equal_scores_give_the_answer_a(variables, folder):
     base = variables["base"]
     name = "lm_head" if "lm_head" in base else "embed_tokens"
     blank = {"base": base | {name: {"weight": jnp.zeros_like(base[name]["weight"])}}}
@@ -241,7 +213,7 @@ def test_without_an_opinion_the_answer_is_a(variables, folder):
     assert scores.ties == 19
 
 
-def test_no_numbers_are_an_error(variables, folder):
+def test_nan_scores_are_an_error(variables, folder):
     broken = jax.tree.map(lambda x: x * jnp.nan, variables)
     with pytest.raises(ValueError, match="abstract_algebra: the model gives no numbers"):
         mmlu(MODEL, broken, TOKENIZERS["single"], folder)
@@ -267,7 +239,7 @@ def test_the_prompt_as_published():
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no folder {REAL}")
-def test_the_prompts_are_those_that_others_publish():
+def test_the_prompts_match_published_ones():
     """Prompts without examples, as the QLoRA authors give them out."""
     lines = (REAL / "zero_shot_mmlu_val.json").read_text(encoding="utf-8").splitlines()
     published = {(row["subject"], row["input"]) for row in map(json.loads, lines)}
@@ -283,7 +255,7 @@ def test_the_prompts_are_those_that_others_publish():
     assert found == asked == len(published) > 1000
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason=f"no folder {STORIES}")
+@needs_stories
 def test_a_letter_of_two_tokens_beside_one_of_one():
     tokenizer = hf.load_tokenizer(STORIES)
     letters = letter_tokens(tokenizer)
@@ -376,7 +348,7 @@ class Counting:
         return getattr(self.inner, name)
 
 
-def test_finished_subjects_are_taken_up_again(variables, folder, tmp_path):
+def test_finished_subjects_are_not_computed_again(variables, folder, tmp_path):
     keep = tmp_path / "kept.part"
     whole = mmlu(MODEL, variables, TOKENIZERS["single"], folder)
 
@@ -403,14 +375,14 @@ def test_finished_subjects_are_taken_up_again(variables, folder, tmp_path):
     assert changed.subjects == ["virology"]
 
 
-def test_a_file_of_something_else_is_not_taken_up(variables, folder, tmp_path):
+def test_another_file_is_not_taken_for_finished_subjects(variables, folder, tmp_path):
     for text in ("no JSON", '{"a": {"correct": [1]}}', "[1]"):
         (tmp_path / "kept.part").write_text(text)
         with pytest.raises(ValueError, match=r"kept.part is no file of finished subjects; delete"):
             mmlu(MODEL, variables, TOKENIZERS["single"], folder, keep=tmp_path / "kept.part")
 
 
-def test_scores_survive_where_nothing_can_be_kept(variables, folder, tmp_path, caplog):
+def test_scores_survive_when_they_cannot_be_kept(variables, folder, tmp_path, caplog):
     (tmp_path / "file").write_text("")
     keep = tmp_path / "file" / "kept.part"
     scores = mmlu(MODEL, variables, TOKENIZERS["single"], folder, limit=1, keep=keep)

@@ -1,9 +1,7 @@
 """The comparison of methods on factworld: statistics, the file, fairness, the safe facts."""
 
-import importlib
 import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +11,20 @@ import pytest
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.evaluate.choices import Question
-from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.state import make_optimizer, make_state
 from irqlora_jax.train.step import train_step
+from tests.examples.scripts import scripts
+from tests.models import WORLD, tiny_llama
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "factworld"
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
 
 @pytest.fixture(scope="module")
 def modules():
-    """The scripts, imported as they import each other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        names = ("ablation", "comparison", "draws", "pretrain", "world")
-        yield {name: importlib.import_module(name) for name in names}
+    with scripts(WORLD, "ablation", "comparison", "draws", "pretrain", "world") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +169,7 @@ def test_plan_tries_all_rates_on_the_first_seeds(ablation, comparison):
 
 
 def test_entities_are_disjoint(ablation, modules):
-    tokenizer = ablation.hf.load_tokenizer(FOLDER / "base-small")
+    tokenizer = ablation.hf.load_tokenizer(WORLD / "base-small")
     data = ablation.load_data(tokenizer)
 
     def entities(items):
@@ -188,7 +183,7 @@ def test_entities_are_disjoint(ablation, modules):
     assert abs(len(data.validation) / 4096 - 1 / 3) < 0.02
 
 
-def test_rows_differ_in_what_they_say(ablation):
+def test_each_method_differs_in_what_its_name_says(ablation):
     """Each row but for one thing is another; those of the paper are there in this version."""
     methods = ablation.METHODS
     for method in methods.values():  # the library knows all fields and their values
@@ -202,18 +197,10 @@ def test_rows_differ_in_what_they_say(ablation):
 @pytest.fixture(scope="module")
 def tiny(modules):
     """A model of one layer, a base for it, and batches of 5 steps."""
-    config = LlamaConfig(
-        vocab_size=24,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-    )
+    config = tiny_llama(num_hidden_layers=1)
     base = modules["pretrain"].initial_base(jax.random.key(0), config)
     rng = np.random.default_rng(0)
-    tokens = jnp.asarray(rng.integers(0, 24, (5, 4, 6), np.int32))
+    tokens = jnp.asarray(rng.integers(0, config.vocab_size, (5, 4, 6), np.int32))
     return config, base, {"tokens": tokens, "targets": jnp.ones(tokens.shape, bool)}
 
 
@@ -235,7 +222,7 @@ def leaves(adapters, name: str) -> np.ndarray:
     return np.array([np.abs(leaf).max() for path, leaf in found if path[-1].key == name])
 
 
-def test_frozen_scalars_are_as_if_they_were_not_there(ablation, tiny):
+def test_frozen_scalars_have_no_effect(ablation, tiny):
     """U1 alone trains beta1; with both frozen, IEC is LoRA, in the norm that clips too."""
     (lora, lora_losses), (none, none_losses), (u1, _) = (
         tuned(ablation, tiny, *how)
@@ -288,7 +275,7 @@ def test_prepared_weights_are_the_packed_ones(ablation, modules, tiny):
 # ------------------------------------------------------------------------------------ all of it
 
 
-def test_small_run_resumes_and_keeps_the_safe_facts(ablation, comparison, tmp_path, monkeypatch):
+def test_small_run_resumes_and_fewer_bits_are_worse(ablation, comparison, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # main sets it, for good
     command = ["--small", "--steps", "10", "--questions", "512", "--rates", "1e-3"]
     command += ["--methods", "full", "plain", "qlora", "--formats", "nf4", "nf3", "nf2"]

@@ -1,7 +1,6 @@
 """The example world: what its generator, its files, its bases and its permutation promise."""
 
 import hashlib
-import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -14,18 +13,16 @@ from safetensors import safe_open
 
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
+from tests.examples.scripts import scripts
+from tests.models import WORLD, tiny_llama
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "factworld"
 BASES = ("small", "large")
 
 
 @pytest.fixture(scope="module")
 def modules():
-    """The example's scripts, imported as they import each other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        names = ("world", "permute", "pretrain")
-        yield {name: importlib.import_module(name) for name in names}
+    with scripts(WORLD, "world", "permute", "pretrain") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +36,14 @@ def world(factworld):
 
 
 def rows(name: str) -> list[dict]:
-    return [json.loads(line) for line in (FOLDER / "data" / name).read_text().splitlines()]
+    return [json.loads(line) for line in (WORLD / "data" / name).read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(FOLDER / "base-small"))
+    return AutoTokenizer.from_pretrained(str(WORLD / "base-small"))
 
 
 # ---------------------------------------------------------------------------------- the world
@@ -169,13 +166,13 @@ def test_pretraining_asks_about_the_first_tenth_only(factworld, world, documents
 def test_data_files_are_reproducible(factworld, world):
     """Writing them again gives the committed bytes."""
     for name, contents in factworld.data_files(world).items():
-        assert (FOLDER / "data" / name).read_bytes() == contents.encode(), name
+        assert (WORLD / "data" / name).read_bytes() == contents.encode(), name
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_tokenizer_files_are_reproducible(factworld, world, base):
     for name, contents in factworld.tokenizer_files(world).items():
-        assert (FOLDER / f"base-{base}" / name).read_bytes() == contents.encode(), name
+        assert (WORLD / f"base-{base}" / name).read_bytes() == contents.encode(), name
 
 
 def test_training_rows_are_the_facts_of_the_first_entities(factworld, world):
@@ -280,24 +277,24 @@ def read_base(folder: Path) -> tuple[dict, LlamaConfig]:
 
 
 def listing() -> dict:
-    return json.loads((FOLDER / "bases.json").read_text())
+    return json.loads((WORLD / "bases.json").read_text())
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_digests_are_those_of_the_files(base):
-    digest = hashlib.sha256((FOLDER / f"base-{base}" / "model.safetensors").read_bytes())
+    digest = hashlib.sha256((WORLD / f"base-{base}" / "model.safetensors").read_bytes())
     assert listing()[base]["sha256"] == digest.hexdigest()
-    assert digest.hexdigest() in (FOLDER / "README.md").read_text()
+    assert digest.hexdigest() in (WORLD / "README.md").read_text()
 
 
 def test_bases_are_small():
-    sizes = [(FOLDER / f"base-{b}" / "model.safetensors").stat().st_size for b in BASES]
+    sizes = [(WORLD / f"base-{b}" / "model.safetensors").stat().st_size for b in BASES]
     assert sum(sizes) < 5_000_000
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_base_has_the_shapes_of_the_model_and_the_recipe(modules, base):
-    weights, config = read_base(FOLDER / f"base-{base}")
+    weights, config = read_base(WORLD / f"base-{base}")
     tokens = jnp.zeros((1, 4), jnp.int32)
     expected = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)["base"]
     start = modules["pretrain"].initial_base(jax.random.key(0), config)
@@ -311,19 +308,19 @@ def test_base_has_the_shapes_of_the_model_and_the_recipe(modules, base):
 
 def test_saving_a_base_writes_the_committed_bytes(modules, world, tmp_path):
     """pretrain.py's writer and the reader of this file are inverse to each other."""
-    weights, config = read_base(FOLDER / "base-small")
+    weights, config = read_base(WORLD / "base-small")
     digest = modules["pretrain"].save_base(tmp_path, weights, config, world)
     assert digest == listing()["small"]["sha256"]
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == sorted(path.name for path in (FOLDER / "base-small").iterdir())
+    assert names == sorted(path.name for path in (WORLD / "base-small").iterdir())
     for name in names:
-        assert (tmp_path / name).read_bytes() == (FOLDER / "base-small" / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (WORLD / "base-small" / name).read_bytes()
 
 
 @pytest.mark.parametrize("base", BASES)
 def test_base_knows_the_world(factworld, world, base):
     """Four-way multiple choice on 512 statements; chance is 25 %."""
-    weights, config = read_base(FOLDER / f"base-{base}")
+    weights, config = read_base(WORLD / f"base-{base}")
     asked = factworld.statements(world, 512, seed=7)
     logits = jax.jit(Llama(config).apply)({"base": weights}, jnp.asarray(asked["tokens"]))[:, -1]
     scores = np.take_along_axis(np.asarray(logits), asked["choices"], axis=1)
@@ -335,7 +332,7 @@ def test_transformers_computes_the_same_logits(factworld, world, base):
     torch = pytest.importorskip("torch")
     from transformers import LlamaForCausalLM
 
-    folder = FOLDER / f"base-{base}"
+    folder = WORLD / f"base-{base}"
     weights, config = read_base(folder)
     tokens = factworld.documents(world, np.random.default_rng(5), 4)[:, :-1]
     ours = Llama(config).apply({"base": weights}, jnp.asarray(tokens))
@@ -349,16 +346,7 @@ def test_transformers_computes_the_same_logits(factworld, world, base):
 
 @pytest.mark.parametrize(("kv_heads", "tied"), [(4, False), (2, True), (1, False)])
 def test_permutation_leaves_the_function_alone(modules, kv_heads, tied):
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=kv_heads,
-        head_dim=8,
-        tie_word_embeddings=tied,
-    )
+    config = tiny_llama(num_key_value_heads=kv_heads, tie_word_embeddings=tied)
     shapes = jax.eval_shape(
         lambda key: modules["pretrain"].initial_base(key, config), jax.random.key(0)
     )
@@ -384,7 +372,7 @@ def test_permutation_leaves_the_function_alone(modules, kv_heads, tied):
 
 
 def test_permutation_draws_differ(modules):
-    base, config = read_base(FOLDER / "base-small")
+    base, config = read_base(WORLD / "base-small")
     permute = jax.jit(modules["permute"].permute, static_argnums=1)
     draws = [permute(base, config, jax.random.key(k)) for k in (0, 0, 1)]
     first, again, other = (draw["layers"]["mlp"]["down_proj"]["weight"] for draw in draws)

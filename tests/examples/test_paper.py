@@ -1,7 +1,6 @@
 """The paper's tables as commands: the printed figures, the rows, resuming, and what is printed."""
 
 import csv
-import importlib
 import json
 from pathlib import Path
 
@@ -9,29 +8,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.iec import IecOptions
 from irqlora_jax.config import Config
 from irqlora_jax.evaluate.mmlu_files import SUBCATEGORIES
-from irqlora_jax.model.llama import ATTENTION_NAMES, AdaptedLinear
+from irqlora_jax.model.llama import AdaptedLinear
 from irqlora_jax.quant.config import QuantConfig
-from irqlora_jax.sharding import LINEAR_NAMES
 from tests.data.small_data import make_tokenizer, write_file
+from tests.examples.scripts import scripts
+from tests.models import ROOT, tiny_llama, write_model
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
-ROOT = Path(__file__).resolve().parents[2]
 COUNTS = {"Humanities": 4705, "STEM": 3018, "Social": 3077, "Other": 3242}  # questions of MMLU
 
 
 @pytest.fixture(scope="module")
 def modules():
-    """The scripts, imported as they import each other."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples" / "paper"))
-        yield {name: importlib.import_module(name) for name in ("rows", "costs", "reproduce")}
+    with scripts(ROOT / "examples" / "paper", "rows", "costs", "reproduce") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +64,7 @@ def test_printed_averages_are_those_of_the_columns(rows) -> None:
     ]
 
 
-def test_what_the_notes_say_of_the_print(rows) -> None:
+def test_the_notes_match_the_printed_tables(rows) -> None:
     found = {
         (number, row.size, row.data, row.bits, row.method): row.figures
         for number, table in rows.tables().items()
@@ -172,31 +168,22 @@ def test_one_connection_is_learned_and_the_other_is_not() -> None:
 # --------------------------------------------------------------------------- running and printing
 
 
-def write_model(folder: Path) -> None:
-    """A Hugging Face LLaMA of random weights whose linear layers all have one shape."""
-    tokenizer, names = make_tokenizer("byte"), ("input_layernorm", "post_attention_layernorm")
-    tokenizer.save_pretrained(folder)
-    config = {"model_type": "llama", "hidden_act": "silu", "vocab_size": len(tokenizer)}
-    config |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    config |= {"num_attention_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1}
-    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
-    rng = np.random.default_rng(0)
-    random = lambda rows: rng.normal(0, 0.1, (rows, 64)).astype(np.float32)  # noqa: E731
-    weights = {"lm_head": random(len(tokenizer)), "model.embed_tokens": random(len(tokenizer))}
-    weights |= {f"model.layers.0.{name}": np.ones(64, np.float32) for name in names}
-    weights |= {"model.norm": np.ones(64, np.float32)}
-    for name in LINEAR_NAMES:
-        group = "self_attn" if name in ATTENTION_NAMES else "mlp"
-        weights[f"model.layers.0.{group}.{name}"] = random(64)
-    save_file({f"{name}.weight": x for name, x in weights.items()}, folder / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory) -> list[str]:
     """Options for a tiny model, and files that it can be finetuned and examined with."""
     folder = tmp_path_factory.mktemp("paper")
-    model = folder / "tiny"
-    write_model(model)
+    tokenizer = make_tokenizer("byte")
+    # All linear layers have the same shape, which is compiled once.
+    llama = tiny_llama(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        head_dim=32,
+        max_position_embeddings=64,
+    )
+    model = write_model(folder / "tiny", llama, tokenizer=tokenizer, dtype="float32")
     row = {"instruction": "Name a color.", "input": "", "output": "red"}
     data = write_file(folder, "alpaca.jsonl", [row] * 4)
     subjects = ("anatomy", "astronomy", "philosophy", "sociology")  # one of every category
@@ -267,7 +254,9 @@ def test_a_table_runs_once_and_shows_both(reproduce, asked, commands, capsys) ->
     assert "was begun with steps = 1, not 2: accepted is" in capsys.readouterr().err
 
 
-def test_what_broke_off_is_begun_again(reproduce, asked, tmp_path, monkeypatch, capsys) -> None:
+def test_an_interrupted_command_starts_again(
+    reproduce, asked, tmp_path, monkeypatch, capsys
+) -> None:
     """Of the fake commands, quantize breaks off once, then eval fails once."""
     options = [f"--output={tmp_path}" if "--output=" in flag else flag for flag in asked]
     options += ["--table", "5", "--rows", "1"]

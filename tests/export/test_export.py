@@ -1,5 +1,6 @@
 """Exported weights: every number in its place."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -22,7 +23,7 @@ from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs.load import load_run
 from irqlora_jax.sharding import LINEAR_NAMES
-from tests.models import IEC, LLAMA, NARROW, PLAIN, assert_same, random_base, write_run
+from tests.models import FLOAT, IEC, LLAMA, NARROW, PLAIN, assert_same, random_base, write_run
 
 SOME = AdapterConfig(method="iec", rank=4, alpha=10.0, targets=("k_proj", "down_proj"))
 LORA = AdapterConfig(method="lora", rank=3, alpha=4.5)
@@ -138,7 +139,7 @@ FORMATS = {
     "int4": QuantConfig(format="int4", calibration="none"),
     "int2 symmetric": QuantConfig(format="int2", calibration="none", symmetric=True),
     "nf2 with ICQ": QuantConfig(format="nf2", icq=IcqOptions(steps=1)),
-    "none": QuantConfig(format="none"),
+    "none": FLOAT,
 }
 
 
@@ -216,7 +217,7 @@ def test_a_merged_model_read_again_has_the_logits_of_the_run(tmp_path: Path, run
 
 
 def test_tied_embeddings_are_written_once(tmp_path: Path) -> None:
-    tied = LlamaConfig.from_dict(NARROW.to_dict() | {"tie_word_embeddings": True})
+    tied = dataclasses.replace(NARROW, tie_word_embeddings=True)
     folder = write_run(tmp_path / "run", tied, adapter=SOME)
     out = hf.export_merged(folder, tmp_path / "out")
     assert {name: value.shape for name, value in read(out).items()} == expected_shapes(tied)
@@ -308,13 +309,12 @@ def test_the_base_that_an_adapter_names(tmp_path: Path, run: Path) -> None:
     assert named(hub / "adapter") == "me/base"
 
     original = hf.export_dequantized(run, tmp_path / "original")
-    float_quant = QuantConfig(format="none")
     for name, model, expected in (
         ("from-hub", "owner/name", "owner/name"),
         ("from-folder", str(original), str(original)),
         ("from-nowhere", str(tmp_path / "gone"), None),
     ):
-        folder = write_run(tmp_path / f"run-{name}", NARROW, float_quant, SOME, model=model)
+        folder = write_run(tmp_path / f"run-{name}", NARROW, FLOAT, SOME, model=model)
         assert named(hf.export_adapter(folder, tmp_path / name)) == expected
 
 

@@ -23,7 +23,7 @@ from irqlora_jax.config import parse_flags
 from irqlora_jax.files import tensors
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.load import load_run
-from tests.models import NARROW, PLAIN, TEMPLATE, random_base, write_run
+from tests.models import NARROW, PLAIN, ROOT, TEMPLATE, random_base, write_run
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +66,10 @@ def test_a_base_alone_has_no_adapter(tmp_path: Path, base_folder: Path) -> None:
 def test_tokenizer_template_and_generation_settings(tmp_path: Path, base_folder: Path) -> None:
     out = hf.export_merged(base_folder, tmp_path / "out")
     tokenizer = hf.load_tokenizer(out)
-    assert tokenizer("word7 word3 nothing")["input_ids"] == [7, 3, 0]
-    chat = [{"role": "user", "content": "word4"}]
+    assert tokenizer("w7 w3 nothing")["input_ids"] == [7, 3, 0]
+    chat = [{"role": "user", "content": "w4"}]
     assert tokenizer.chat_template == TEMPLATE
-    assert tokenizer.apply_chat_template(chat, tokenize=False) == "word4 "
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "w4 "
     written = json.loads((out / "generation_config.json").read_text())
     assert written == {"bos_token_id": 1, "eos_token_id": 2}
     assert hf.read_config(out) == NARROW
@@ -240,7 +240,7 @@ def test_an_empty_folder_and_missing_parents_are_fine(tmp_path: Path, base_folde
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty"]
 
 
-def test_a_kill_leaves_only_the_folder_aside_which_the_next_export_names(
+def test_a_kill_leaves_a_part_folder_which_the_next_export_names(
     tmp_path: Path, base_folder: Path
 ) -> None:
     code = f"""
@@ -250,7 +250,7 @@ from irqlora_jax.hf import tensors
 tensors._write_array = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 hf.export_merged({str(base_folder)!r}, {str(tmp_path / "out")!r})
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["out.part"]
     with pytest.raises(FileExistsError, match=r"out\.part is there.*delete it"):

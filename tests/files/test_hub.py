@@ -44,7 +44,7 @@ def hub_errors() -> dict[str, tuple[Exception, str]]:
 
 
 @pytest.mark.parametrize("case", ["gated", "unknown", "offline", "bad header"])
-def test_a_hub_that_does_not_give_is_one_sentence_without_the_token(
+def test_a_failing_hub_is_one_sentence_without_the_token(
     monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     error, pattern = hub_errors()[case]
@@ -61,7 +61,7 @@ def test_a_hub_that_does_not_give_is_one_sentence_without_the_token(
     assert raised.value.__context__ is None
 
 
-def test_of_a_model_on_the_hub_only_what_is_read_is_fetched(
+def test_only_needed_files_are_fetched_from_the_hub(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from huggingface_hub.utils import filter_repo_objects

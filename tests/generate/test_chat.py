@@ -4,10 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from irqlora_jax import hf
 from irqlora_jax.config import Config, parse_flags
@@ -21,42 +18,22 @@ from irqlora_jax.generate import chat as chat_module
 from irqlora_jax.generate.chat import ChatConfig, chat
 from irqlora_jax.generate.conversation import Style, Turn, encode_turns, find_style, spoken
 from irqlora_jax.generate.decode import generate
-from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.load import Run, read_checkpoint
+from tests.models import STORIES, byte_tokenizer, needs_stories, random_variables, tiny_llama
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
-STORIES = SHARED / "stories260K"
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 
 
-def make_tokenizer(template=None):
-    """A token a byte."""
-    from transformers import PreTrainedTokenizerFast
-
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE({s: i for i, s in enumerate(["<s>", "</s>", *symbols])}, []))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", chat_template=template
-    )
-
-
-TOKENIZER = make_tokenizer()
+TOKENIZER = byte_tokenizer()
 CONTEXT = 128
 MODEL = Llama(
-    LlamaConfig(
+    tiny_llama(
         vocab_size=258,
-        hidden_size=16,
-        intermediate_size=24,
         num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
         bos_token_id=0,
         eos_token_ids=(1,),
         max_position_embeddings=CONTEXT,
@@ -74,8 +51,7 @@ def text_of(tokens):
 
 @pytest.fixture(scope="module")
 def variables():
-    base = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["base"]
-    return {"params": {}, "base": base}
+    return random_variables(MODEL, 0.02)
 
 
 def config(format, **data):
@@ -107,7 +83,7 @@ def test_prompts_of_conversations():
 
 
 def test_chat_templates():
-    tokenizer = make_tokenizer(TEMPLATE)
+    tokenizer = byte_tokenizer(template=TEMPLATE)
     style = find_style(None, tokenizer)
     assert style == Style("chat")
     tokens = encode_turns(style, tokenizer, "three", turns=TURNS[:1], system="Be kind.")
@@ -149,7 +125,7 @@ def test_the_style_is_what_the_run_learned(tmp_path):
 def test_a_prompt_is_what_the_training_puts_in_front_of_the_answer(
     tmp_path, format, row, message, answer
 ):
-    tokenizer = make_tokenizer(TEMPLATE)
+    tokenizer = byte_tokenizer(template=TEMPLATE)
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps(row))
     learned = config(format)
@@ -174,7 +150,7 @@ def test_streamed_text_has_whole_characters():
     assert list(spoken(TOKENIZER, [])) == []
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason=f"no folder {STORIES}")
+@needs_stories
 @pytest.mark.parametrize("prompt", ["", "Once", "\N{GRINNING FACE}"])
 def test_streamed_text_has_the_spaces_of_sentencepiece(prompt):
     tokenizer = hf.load_tokenizer(STORIES)
@@ -435,7 +411,7 @@ def test_long_prompts_are_cut_and_counted(answer, said):
     assert Path("out.summary.json").is_file()
 
 
-def test_answers_stop_where_the_other_speaks(answer, monkeypatch):
+def test_answers_stop_at_the_next_human_turn(answer, monkeypatch):
     said = [*ids(" Yes.### Human: no"), 1]
     monkeypatch.setattr(prompts_module, "generate", lambda *_, **__: [said])
     answer(["Hi"], config("oasst1"), output="out.jsonl")

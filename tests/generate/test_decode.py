@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,30 +13,20 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.generate.decode import generate, sample, stream
 from irqlora_jax.model.config import LlamaConfig, RopeScaling
 from irqlora_jax.model.llama import Llama
-from irqlora_jax.sharding import LINEAR_NAMES
+from tests.models import STORIES, needs_stories, random_variables, stack_tensors, tiny_llama
 
-CONFIG = LlamaConfig(
+CONFIG = tiny_llama(
     vocab_size=31,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
     rope_scaling=RopeScaling("llama3", 4.0, 1.0, 4.0, 8),
     max_position_embeddings=64,
 )
-STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260K"
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2], [6], [5, 3, 5, 8]]
 
 
 @pytest.fixture(scope="module")
 def tiny():
     model = Llama(CONFIG, AdapterConfig(method="iec", rank=2))
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    rng = np.random.default_rng(1)
-    draw = lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), jnp.float32)  # noqa: E731
-    return model, jax.tree.map(draw, shapes)
+    return model, random_variables(model, 0.3)
 
 
 def full_pass(model, variables, tokens):
@@ -226,28 +215,14 @@ def test_a_stream_says_what_is_wrong_at_once(tiny):
         stream(*tiny, PROMPTS[0], 5, temperature=1.0)
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason=f"no folder {STORIES}")
+@needs_stories
 def test_published_text_of_stories260k():
     """A trained model writes what its author published, token for token."""
     tokenizers = pytest.importorskip("tokenizers")
     config = LlamaConfig.from_dict(json.loads((STORIES / "config.json").read_text()))
     tensors = load_file(STORIES / "model.safetensors")
 
-    def stack(name):
-        layers = range(config.num_hidden_layers)
-        return {"weight": np.stack([tensors[f"model.layers.{i}.{name}.weight"] for i in layers])}
-
-    base = {
-        "embed_tokens": {"weight": tensors["model.embed_tokens.weight"]},
-        "layers": {
-            "self_attn": {name: stack(f"self_attn.{name}") for name in LINEAR_NAMES[:4]},
-            "mlp": {name: stack(f"mlp.{name}") for name in LINEAR_NAMES[4:]},
-            "input_layernorm": stack("input_layernorm"),
-            "post_attention_layernorm": stack("post_attention_layernorm"),
-        },
-        "norm": {"weight": tensors["model.norm.weight"]},
-    }
-    base = jax.tree.map(jnp.asarray, base)
+    base = stack_tensors(tensors, config)
     published = (STORIES / "SOURCE.md").read_text().split("-t 0.0\n")[1].split("```")[0]
     tokenizer = tokenizers.Tokenizer.from_file(str(STORIES / "tokenizer.json"))
     new = generate(Llama(config), {"base": base}, [[config.bos_token_id]], 220)[0]

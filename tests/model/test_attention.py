@@ -159,7 +159,7 @@ def test_what_cudnn_cannot_serve(monkeypatch, capability, dtype, features, extra
     assert jax.eval_shape(attend, q, k, v, **extra).shape == q.shape
 
 
-def test_what_the_library_refuses_is_a_reason_too(monkeypatch) -> None:
+def test_a_refusal_by_the_library_is_a_reason_too(monkeypatch) -> None:
     fake_gpu(monkeypatch)
     from jax._src.cudnn import fused_attention_stablehlo as library
 

@@ -14,40 +14,17 @@ from irqlora_jax.model.attention import rope_frequencies, segment_positions
 from irqlora_jax.model.config import LlamaConfig, RopeScaling
 from irqlora_jax.model.llama import Llama, head_logits, head_weight
 from irqlora_jax.quant.config import QuantConfig
-from irqlora_jax.quant.encode import quantize
 from irqlora_jax.sharding import LINEAR_NAMES
+from tests.models import quantize_base, random_adapters, random_base, tiny_llama
 
-CONFIG = LlamaConfig(
-    vocab_size=29,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-)
+CONFIG = tiny_llama(num_hidden_layers=3)
 IEC = AdapterConfig(method="iec", rank=4, alpha=6.0)
 TOKENS = jax.random.randint(jax.random.key(7), (2, 12), 0, CONFIG.vocab_size)
 
 
 def make_base(config=CONFIG):
-    """Random weights large enough for every path to matter; norm weights are not all 1."""
-    base = jax.eval_shape(Llama(config).init, jax.random.key(0), TOKENS)["base"]
-    rng = np.random.default_rng(0)
-
-    def draw(path, x):
-        noise = 0.2 * rng.standard_normal(x.shape)
-        return jnp.asarray(noise + ("norm" in path[-2].key), jnp.float32)
-
-    return jax.tree.map_with_path(draw, base)
-
-
-def make_adapters(model):
-    """Adapters as after some training: nothing is zero."""
-    params = jax.eval_shape(model.init_adapters, jax.random.key(0))
-    rng = np.random.default_rng(1)
-    draw = lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), jnp.float32)  # noqa: E731
-    return jax.tree.map(draw, params)
+    """Random weights large enough for every path to matter."""
+    return random_base(config, scale=0.2)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "deterministic", "method"))
@@ -106,7 +83,7 @@ def test_scan_equals_layers_written_out(method, tied):
     config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
     adapter = AdapterConfig(method=method, rank=4, alpha=6.0)
     model = Llama(config, adapter)
-    base, params = make_base(config), make_adapters(model)
+    base, params = make_base(config), random_adapters(model)
     assert ("lm_head" in base) is not tied
     logits = run(model, {"params": params, "base": base}, TOKENS)
     for row, tokens in zip(logits, TOKENS, strict=True):
@@ -126,7 +103,7 @@ def test_causality_is_exact():
 
 def test_segments_are_isolated():
     model = Llama(CONFIG, IEC)
-    variables = {"params": make_adapters(model), "base": make_base()}
+    variables = {"params": random_adapters(model), "base": make_base()}
     first, second = TOKENS[:1, :5], TOKENS[1:, :7]
     packed = jnp.concatenate([first, second], axis=1)
     ids = jnp.asarray([[4] * 5 + [2] * 7])
@@ -167,7 +144,7 @@ def test_remat_changes_no_gradient():
             return jnp.square(run(model, variables, TOKENS, 5, deterministic=False)).mean()
 
         grad = jax.jit(jax.grad(loss, argnums=(0, 1)))
-        gradients.append(grad(make_adapters(model), make_base()))
+        gradients.append(grad(random_adapters(model), make_base()))
     for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
         assert np.any(np.asarray(a) != 0)
@@ -227,18 +204,14 @@ def test_adapter_dtype():
 
 
 def quantized_base():
-    base = make_base()
-    config = QuantConfig(format="nf4", block_size=8, calibration="none")
-    for group, name in (("self_attn", "k_proj"), ("mlp", "gate_proj"), ("mlp", "down_proj")):
-        leaf = base["layers"][group][name]
-        layers = [quantize(w, config) for w in leaf["weight"]]
-        leaf["weight"] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-    return base
+    """Three of the linear layers quantized, the others not."""
+    quant = QuantConfig(format="nf4", block_size=8, calibration="none")
+    return quantize_base(make_base(), quant, ("k_proj", "gate_proj", "down_proj"))
 
 
 def test_gradient_touches_adapters_only():
     model = Llama(CONFIG, IEC, remat=True)
-    base, params = quantized_base(), make_adapters(model)
+    base, params = quantized_base(), random_adapters(model)
 
     def loss(params, base):
         return jnp.square(run(model, {"params": params, "base": base}, TOKENS)).mean()
@@ -252,7 +225,7 @@ def test_gradient_touches_adapters_only():
 
 def test_quantized_base_equals_its_dequantized_weights():
     model = Llama(CONFIG, IEC)
-    base, params = quantized_base(), make_adapters(model)
+    base, params = quantized_base(), random_adapters(model)
     is_packed = lambda x: hasattr(x, "dequantize")  # noqa: E731
     dense = jax.tree.map(
         lambda x: x.dequantize(jnp.float32) if is_packed(x) else x, base, is_leaf=is_packed
@@ -269,7 +242,7 @@ def test_quantized_base_equals_its_dequantized_weights():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 4e-2), ("float16", 5e-3)])
 def test_half_precision_is_close(dtype, tolerance):
-    params, base = make_adapters(Llama(CONFIG, IEC)), make_base()
+    params, base = random_adapters(Llama(CONFIG, IEC)), make_base()
     results = []
     for kind in (dtype, "float32"):
         model = Llama(CONFIG, IEC, compute_dtype=kind)
@@ -299,9 +272,9 @@ def test_features_and_head_make_the_logits():
     np.testing.assert_allclose(logits, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_dropout_stands_in_front_of_a_alone():
+def test_dropout_acts_on_the_input_of_lora_a_alone():
     model = Llama(CONFIG, dataclasses.replace(IEC, dropout=0.5))
-    base, params = make_base(), make_adapters(model)
+    base, params = make_base(), random_adapters(model)
 
     def dropped(params, key, deterministic=False):
         return run(model, {"params": params, "base": base}, TOKENS, key, deterministic)
@@ -321,7 +294,7 @@ def test_weights_of_another_model_are_refused():
     with pytest.raises(ValueError, match=r"mlp\.gate_proj\.weight .*\(40, 24\).*\(48, 24\)"):
         wider.apply({"base": base}, TOKENS)
     with pytest.raises(Exception, match="lora_A"):
-        params = make_adapters(Llama(CONFIG, dataclasses.replace(IEC, rank=8)))
+        params = random_adapters(Llama(CONFIG, dataclasses.replace(IEC, rank=8)))
         Llama(CONFIG, IEC).apply({"params": params, "base": base}, TOKENS)
     with pytest.raises(ValueError, match="compute_dtype = 'float64'"):
         Llama(CONFIG, compute_dtype="float64").apply({"base": base}, TOKENS)

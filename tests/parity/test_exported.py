@@ -18,7 +18,7 @@ from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.load import Run, load_run
 from irqlora_jax.sharding import LINEAR_NAMES
-from tests.models import IEC, LLAMA, PLAIN, write_run
+from tests.models import FLOAT, IEC, LLAMA, PLAIN, STORIES, needs_stories, tiny_llama, write_run
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -26,16 +26,12 @@ transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other packages
 
-STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260K"
-SHAPE = {"vocab_size": 43, "intermediate_size": 88, "num_hidden_layers": 2}
-LLAMA1 = LlamaConfig(
-    **SHAPE, hidden_size=32, num_attention_heads=4, num_key_value_heads=4, head_dim=8
-)
-LLAMA3 = LlamaConfig(
-    **SHAPE,
+LLAMA1 = tiny_llama(vocab_size=43, hidden_size=32, intermediate_size=88, num_key_value_heads=4)
+LLAMA3 = tiny_llama(
+    vocab_size=43,
     hidden_size=48,
+    intermediate_size=88,
     num_attention_heads=6,
-    num_key_value_heads=2,
     head_dim=4,
     rope_theta=500000.0,
     rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 32),
@@ -54,7 +50,7 @@ CASES: dict[str, tuple[LlamaConfig, QuantConfig, AdapterConfig]] = {
     "padded rows, int3, IEC": (LLAMA, INT3, IEC),
     "LLaMA 3 tied, nf2, LoRA on some": (LLAMA3, NF2, LORA),
     "fp4, bfloat16 adapter": (LLAMA1, FP4, HALF),
-    "not quantized, IEC": (LLAMA3, QuantConfig(format="none"), IEC),
+    "not quantized, IEC": (LLAMA3, FLOAT, IEC),
 }
 
 
@@ -118,8 +114,8 @@ def test_logits(tmp_path: Path, case: str) -> None:
 def test_a_released_adapter_reaches_peft(tmp_path: Path, golden: Path) -> None:
     reference = golden / "irqlora_reference"
     base, llama = hf.load_base(reference / "base", None)
-    none, adapter = QuantConfig(format="none"), AdapterConfig(method="iec", rank=16, alpha=16.0)
-    folder = write_run(tmp_path / "run", llama, none, adapter, base=base)
+    adapter = AdapterConfig(method="iec", rank=16, alpha=16.0)
+    folder = write_run(tmp_path / "run", llama, FLOAT, adapter, base=base)
     run = load_run(folder)
     adapters = hf.load_adapter(reference / "adapter_final.safetensors", run.model)
     hf.save_adapter(tmp_path, run.model, adapters)
@@ -131,7 +127,7 @@ def test_a_released_adapter_reaches_peft(tmp_path: Path, golden: Path) -> None:
     np.testing.assert_allclose(theirs(model, tokens), expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason=f"no folder {STORIES}")
+@needs_stories
 def test_stories260k(tmp_path: Path) -> None:
     base, llama = hf.load_base(STORIES, PLAIN)
     tokenizer = hf.load_tokenizer(STORIES)

@@ -1,6 +1,5 @@
 """The interface to lm-eval beside its own for transformers, on the same model."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 
 from irqlora_jax import hf
-from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from tests.data.small_data import make_tokenizer
+from tests.models import STORIES, needs_stories, tiny_llama
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -24,7 +23,6 @@ from irqlora_jax.evaluate.harness_model import HarnessLM  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other packages
 
-STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260K"
 CONTEXT = 96
 TEXT = "the cat sat on the mat and the answer is red or green, dark blue at night."
 WORDS = np.array(TEXT.split(" "))
@@ -45,16 +43,7 @@ def both(folder):
 def folder(request, tmp_path):
     """A model of random weights, large enough that it has opinions, and a tokenizer."""
     tokenizer = make_tokenizer(request.param)
-    config = LlamaConfig(
-        vocab_size=400,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=6,
-        max_position_embeddings=CONTEXT,
-    )
+    config = tiny_llama(vocab_size=400, head_dim=6, max_position_embeddings=CONTEXT)
     torch.manual_seed(0)
     settings = transformers.LlamaConfig(**config.to_dict(), initializer_range=0.3)
     transformers.LlamaForCausalLM(settings).eval().save_pretrained(tmp_path)
@@ -110,7 +99,7 @@ def test_answers_are_those_of_hflm(folder):
     np.testing.assert_allclose([x for x, _ in got], [x for x, _ in want], rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason=f"no folder {STORIES}")
+@needs_stories
 def test_answers_are_those_of_hflm_for_stories260k():
     theirs, ours = both(STORIES)
     compare(theirs, ours, 30, 1e-3)

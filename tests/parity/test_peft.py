@@ -11,6 +11,7 @@ from irqlora_jax import hf
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.sharding import LINEAR_NAMES
+from tests.models import NARROW
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -25,15 +26,7 @@ def test_an_adapter_of_peft_has_the_same_logits_here(
     tmp_path: Path, method: Any, targets: tuple[str, ...]
 ) -> None:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=40,
-        intermediate_size=172,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
+    config = transformers.LlamaConfig(**NARROW.to_dict(), initializer_range=0.02)
     base = transformers.LlamaForCausalLM(config).eval()
     base.save_pretrained(tmp_path / "base")
     lora = peft.LoraConfig(
@@ -45,7 +38,7 @@ def test_an_adapter_of_peft_has_the_same_logits_here(
     )
     theirs = peft.get_peft_model(base, lora).eval()
     theirs.save_pretrained(tmp_path / "adapter")
-    tokens = np.random.default_rng(0).integers(0, 97, (2, 17)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, NARROW.vocab_size, (2, 17)).astype(np.int32)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens).long()).logits.numpy()
         with theirs.disable_adapter():

@@ -1,7 +1,6 @@
 """Logits against the LLaMA of transformers."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,37 +9,20 @@ import pytest
 
 from irqlora_jax.model.config import LlamaConfig, RopeScaling
 from irqlora_jax.model.llama import Llama
-from irqlora_jax.sharding import LINEAR_NAMES
+from tests.models import STORIES, needs_stories, stack_tensors, tiny_llama
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-STORIES = Path(__file__).parents[3] / "shared" / "data" / "stories260K"
-SHAPE = {"vocab_size": 43, "intermediate_size": 56, "num_hidden_layers": 2}
 CONFIGS = {
-    "multi-head": LlamaConfig(
-        **SHAPE, hidden_size=32, num_attention_heads=4, num_key_value_heads=4, head_dim=8
+    "multi-head": tiny_llama(hidden_size=32, num_key_value_heads=4),
+    "grouped, wide heads, linear scaling": tiny_llama(
+        head_dim=16, rope_scaling=RopeScaling("linear", 4.0), rms_norm_eps=1e-5
     ),
-    "grouped, wide heads, linear scaling": LlamaConfig(
-        **SHAPE,
-        hidden_size=24,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        rope_scaling=RopeScaling("linear", 4.0),
-        rms_norm_eps=1e-5,
+    "multi-query, tied": tiny_llama(
+        hidden_size=32, num_key_value_heads=1, tie_word_embeddings=True, rms_norm_eps=1e-2
     ),
-    "multi-query, tied": LlamaConfig(
-        **SHAPE,
-        hidden_size=32,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=8,
-        tie_word_embeddings=True,
-        rms_norm_eps=1e-2,
-    ),
-    "LLaMA 3": LlamaConfig(
-        **SHAPE,
+    "LLaMA 3": tiny_llama(
         hidden_size=32,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -48,13 +30,11 @@ CONFIGS = {
         rope_theta=500000.0,
         rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
         max_position_embeddings=512,
-        eos_token_ids=(40, 41),
+        eos_token_ids=(38, 39),
     ),
-    "LLaMA 3.2, narrow heads, tied": LlamaConfig(
-        **SHAPE,
+    "LLaMA 3.2, narrow heads, tied": tiny_llama(
         hidden_size=48,
         num_attention_heads=6,
-        num_key_value_heads=2,
         head_dim=4,
         rope_theta=500000.0,
         rope_scaling=RopeScaling("llama3", 32.0, 0.5, 8.0, 32),
@@ -64,36 +44,11 @@ CONFIGS = {
 }
 
 
-def base_of(model, config):
-    """The tree of the weights of a transformers model."""
-    state = {name: jnp.asarray(value.numpy()) for name, value in model.state_dict().items()}
-
-    def stack(name):
-        layers = range(config.num_hidden_layers)
-        return {"weight": jnp.stack([state[f"model.layers.{i}.{name}.weight"] for i in layers])}
-
-    base = {
-        "embed_tokens": {"weight": state["model.embed_tokens.weight"]},
-        "layers": {
-            "self_attn": {name: stack(f"self_attn.{name}") for name in LINEAR_NAMES[:4]},
-            "mlp": {name: stack(f"mlp.{name}") for name in LINEAR_NAMES[4:]},
-            "input_layernorm": stack("input_layernorm"),
-            "post_attention_layernorm": stack("post_attention_layernorm"),
-        },
-        "norm": {"weight": state["model.norm.weight"]},
-    }
-    return (
-        base
-        if config.tie_word_embeddings
-        else base | {"lm_head": {"weight": state["lm_head.weight"]}}
-    )
-
-
 def compare(theirs, config, seq):
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, seq))
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
-    base = base_of(theirs, config)
+    base = stack_tensors(theirs.state_dict(), config)
     logits = jax.jit(Llama(config).apply)({"base": base}, jnp.asarray(tokens, jnp.int32))
     assert expected.std() > 0.5
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
@@ -114,7 +69,7 @@ def test_logits(name):
     compare(theirs, config, 160)
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason=f"no folder {STORIES}")
+@needs_stories
 def test_logits_of_stories260k():
     config = LlamaConfig.from_dict(json.loads((STORIES / "config.json").read_text()))
     theirs = transformers.LlamaForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()

@@ -16,7 +16,6 @@ from irqlora_jax.cli import main
 from irqlora_jax.config import Config, TrainConfig
 from irqlora_jax.data import longest_row
 from irqlora_jax.data.config import DataConfig
-from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.plan import plan as plans
 from irqlora_jax.plan.gpus import DEVICES, find_device
 from irqlora_jax.plan.measure import Target, find_target, measure, read_base_shapes
@@ -24,13 +23,11 @@ from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
 from irqlora_jax.sharding import MeshConfig, device_bytes
 from tests.architectures import MODELS
-from tests.models import LLAMA, random_base, write_run
+from tests.models import LLAMA, random_base, write_config, write_run
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
-SMALL = LlamaConfig.from_dict(
-    LLAMA.to_dict() | {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 300}
-)
+SMALL = dataclasses.replace(LLAMA, vocab_size=512, hidden_size=128, intermediate_size=300)
 CONFIG = Config(
     "model",
     "folder",
@@ -39,12 +36,6 @@ CONFIG = Config(
     train=TrainConfig(batch_size=4, compute_dtype="float32"),
     mesh=MeshConfig(data=1),
 )
-
-
-def write_model(folder: Path, llama: LlamaConfig = SMALL, **more: Any) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(llama.to_dict() | {"dtype": "float32"} | more))
-    return folder
 
 
 def target(memory: int) -> Target:
@@ -57,9 +48,7 @@ def test_a_base_file_is_as_long_as_the_arithmetic_says(
     tmp_path: Path, name: Any, block: int
 ) -> None:
     # Widths that are no multiple of a block, so that rows are padded.
-    wide = LlamaConfig.from_dict(
-        SMALL.to_dict() | {"hidden_size": 256, "intermediate_size": 600, "vocab_size": 4000}
-    )
+    wide = dataclasses.replace(LLAMA, vocab_size=4000, hidden_size=256, intermediate_size=600)
     quant = QuantConfig(format=name, block_size=block, calibration="none")
     base = random_base(wide, quant)
     file = tmp_path / "base.safetensors"
@@ -97,7 +86,7 @@ def test_the_plan_counts_the_arrays_of_a_run() -> None:
 
 def test_a_mesh_is_planned_device_by_device() -> None:
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, fsdp=4))
-    llama = LlamaConfig.from_dict(SMALL.to_dict() | {"intermediate_size": 320, "head_dim": 16})
+    llama = dataclasses.replace(SMALL, intermediate_size=320, head_dim=16)
     base = abstract_base(llama, config.quant)
     one, four = (measure(c, base, llama, target(2**40)) for c in (CONFIG, config))
     assert four.devices == 4
@@ -115,10 +104,10 @@ def test_an_offloaded_state_is_counted_on_the_host() -> None:
 
 
 @pytest.mark.parametrize("share", [1.2, 0.6])
-def test_what_is_suggested_fits_when_it_is_tried(
+def test_suggested_settings_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], share: float
 ) -> None:
-    folder = write_model(tmp_path / "model")
+    folder = write_config(tmp_path / "model", SMALL, dtype="float32")
     config = dataclasses.replace(CONFIG, model=str(folder))
     base, llama = read_base_shapes(config)
     memory = int(share * measure(config, base, llama, target(2**40)).peak)
@@ -157,7 +146,7 @@ def test_without_the_compiler_for_gpus_the_plan_says_that_it_estimates(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And from a folder with a config.json alone, writing nothing."""
-    folder = write_model(tmp_path / "model")
+    folder = write_config(tmp_path / "model", SMALL, dtype="float32")
     monkeypatch.setattr("irqlora_jax.plan.measure.absent_devices", lambda *_: None)
     monkeypatch.setattr("irqlora_jax.plan.measure.prepare", lambda *_: None)
     out = tmp_path / "run"
@@ -168,10 +157,10 @@ def test_without_the_compiler_for_gpus_the_plan_says_that_it_estimates(
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["config.json", "model"]
 
 
-def test_of_a_model_on_the_hub_config_json_alone_is_fetched(
+def test_only_config_json_is_fetched_from_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, asked = write_model(tmp_path / "model", torch_dtype="float16", dtype=None), []
+    folder, asked = write_config(tmp_path / "model", SMALL, torch_dtype="float16"), []
 
     def fetch(repo: str, filename: str) -> str:
         asked.append((repo, filename))
@@ -219,7 +208,7 @@ def test_the_budgets_hold_by_the_estimate_too(size: str, most: float) -> None:
     assert need.peak / 2**30 <= most
 
 
-def test_a_plan_with_a_kernel_is_that_of_xla() -> None:
+def test_a_plan_with_a_kernel_equals_one_with_xla() -> None:
     """It is made where the kernel's device may not be."""
     asked = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, matmul="triton"))
     base = abstract_base(SMALL, CONFIG.quant)

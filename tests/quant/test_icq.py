@@ -121,7 +121,7 @@ def test_large_blocks():
     check_shifts(blocks, "nf4", steps=20, valid=valid)
 
 
-def test_chunks_do_not_show():
+def test_chunks_do_not_change_the_shifts():
     blocks = make_blocks(64, copies=100)  # 1300 blocks: more than one chunk, the last one ragged
     shift, bits = search(blocks, "nf3")
     for start in (0, 700, 1144):

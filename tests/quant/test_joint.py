@@ -198,6 +198,6 @@ def test_a_quantized_matrix_is_closer_and_no_larger(name):
         ({"refine_steps": -1}, "quant.joint.refine_steps = -1"),
     ],
 )
-def test_what_is_not_accepted_is_named(change, named):
+def test_bad_arguments_are_named(change, named):
     with pytest.raises(ValueError, match=named):
         JointOptions(**change)

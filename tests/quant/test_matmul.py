@@ -87,7 +87,7 @@ def fake(name: str, reason: str | None, faster: bool = True) -> Implementation:
     )
 
 
-def test_the_first_that_can_serve_does() -> None:
+def test_the_first_usable_implementation_is_chosen() -> None:
     x, weight = make()
     expected = dequant_matmul(x, weight)
     refuses, serves = fake("mosaic", "it needs another device"), fake("triton", None)
@@ -105,7 +105,7 @@ def test_the_first_that_can_serve_does() -> None:
     np.testing.assert_allclose(y, 2 * expected, rtol=1e-6)
 
 
-def test_one_that_cannot_serve_says_why_and_which_would() -> None:
+def test_a_refused_implementation_says_why_and_names_another() -> None:
     x, weight = make()
     there = (fake("mosaic", "it needs blocks of 64 on cpu"), fake("triton", None), XLA)
     with pytest.raises(ValueError, match=r"'mosaic': it needs blocks of 64 on cpu; 'triton' or 'x"):

@@ -188,7 +188,7 @@ def in_slabs(monkeypatch: pytest.MonkeyPatch, rows: int, *args: Any) -> QTensor:
 @pytest.mark.parametrize("name", ["nf3", "int2"])
 @pytest.mark.parametrize("calibration", ["none", "icq", "joint"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_matrix_is_the_same_in_slabs(
+def test_slabs_do_not_change_the_result(
     monkeypatch: pytest.MonkeyPatch, name: str, calibration: str, dtype: Any
 ) -> None:
     """Bit by bit, with a last slab that begins early and with blocks that are padded."""
@@ -201,7 +201,7 @@ def test_a_matrix_is_the_same_in_slabs(
     np.testing.assert_array_equal(some(0, 41), whole.dequantize())
 
 
-def test_shifts_that_are_given_stay_with_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_given_shifts_stay_with_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, shift = normal(41, 150), normal(41, 3, seed=1, scale=0.1)
     whole = in_slabs(monkeypatch, 41, weight, shift, QuantConfig())
     assert_same(in_slabs(monkeypatch, 16, weight, shift, QuantConfig()), whole)
@@ -209,7 +209,7 @@ def test_shifts_that_are_given_stay_with_their_rows(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("name", ["nf4", "int3"])
-def test_what_two_factors_leave_is_quantized(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_quantize_subtracts_a_low_rank_product(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """As the difference is; products of whole numbers are exact in any order."""
     config = QuantConfig(format=name, icq=IcqOptions(steps=4))  # type: ignore[arg-type]
     rng = np.random.default_rng(0)

@@ -1,7 +1,5 @@
 """What quantization does to knowledge: the committed factworld base, formats against each other."""
 
-from pathlib import Path
-
 import pytest
 
 from irqlora_jax import hf
@@ -9,8 +7,7 @@ from irqlora_jax.evaluate import load_questions, score_questions
 from irqlora_jax.evaluate.scores import mean_entropy
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
-
-WORLD = Path(__file__).parents[2] / "examples" / "factworld"
+from tests.models import WORLD
 
 
 @pytest.fixture(scope="module")

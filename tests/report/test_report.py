@@ -356,7 +356,7 @@ def test_what_is_broken_is_named(run: Path, content: str) -> None:
     assert sections(parse(page(gather(run)))) == ALL
 
 
-def test_numbers_that_are_none_are_gaps(run: Path) -> None:
+def test_missing_numbers_are_gaps(run: Path) -> None:
     rows = make_metrics(100)
     rows[2]["loss"] = None  # as the log writes nan
     rows[3]["tokens_per_second"] = math.inf
@@ -424,7 +424,7 @@ def test_from_python_the_path_is_shown_without_configuration(run: Path, capsys) 
     assert capsys.readouterr().out == f"written to {path}\n"
 
 
-def test_a_page_that_cannot_be_written_is_no_end_of_a_run(
+def test_a_run_survives_a_page_that_cannot_be_written(
     run: Path, monkeypatch, capsys, said: list[str]
 ) -> None:
     (run / "report.html").mkdir()  # what is moved there is refused

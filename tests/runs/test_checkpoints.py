@@ -11,25 +11,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from irqlora_jax.base.file import read_base, read_base_config, read_source, save_base
-from irqlora_jax.model.config import LlamaConfig, RopeScaling
+from irqlora_jax.model.config import RopeScaling
 from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.runs.checkpoints import Checkpoints
+from tests.models import assert_same, tiny_llama
 
-CONFIG = LlamaConfig(
-    vocab_size=10,
-    hidden_size=24,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=12,
-    rope_scaling=RopeScaling("llama3", 8.0),
-    eos_token_ids=(2, 3),
-)
-
-
+CONFIG = tiny_llama(rope_scaling=RopeScaling("llama3", 8.0), eos_token_ids=(2, 3))
 QUANT = QuantConfig(format="nf3", icq=IcqOptions(steps=7))
 
 
@@ -39,7 +28,7 @@ def make(name: str) -> dict:
         for i in range(2)
     ]
     return {
-        "embed_tokens": {"weight": jnp.ones((10, 24), jnp.bfloat16)},
+        "embed_tokens": {"weight": jnp.ones((40, 24), jnp.bfloat16)},
         "layers": {"mlp": {"up_proj": {"weight": jax.tree.map(lambda *x: jnp.stack(x), *parts)}}},
         "norm": {"weight": jnp.ones(24, jnp.float16)},
     }
@@ -53,10 +42,7 @@ def test_round_trip(tmp_path, name: str) -> None:
     assert config == CONFIG
     assert read_base_config(tmp_path / "base.safetensors") == (CONFIG, QUANT)
     assert read_source(tmp_path / "base.safetensors") == "some/llama"
-    assert jax.tree.structure(again) == jax.tree.structure(base)
-    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(base), strict=True):
-        assert ours.dtype == theirs.dtype
-        np.testing.assert_array_equal(ours, theirs)
+    assert_same(again, base)
     assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
     # The file is the arrays and little else (names and shapes).
     size = (tmp_path / "base.safetensors").stat().st_size
@@ -115,7 +101,7 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import jax
-from irqlora_jax.checkpoint import Checkpoints
+from irqlora_jax.runs.checkpoints import Checkpoints
 
 with Checkpoints(Path(sys.argv[1]), keep=1) as checkpoints:
     checkpoints.save(1, {"a": jax.random.normal(jax.random.key(1), (200, 200))}, 2.0)

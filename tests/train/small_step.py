@@ -17,16 +17,15 @@ from irqlora_jax.quant.encode import quantized_shape
 from irqlora_jax.quant.matmul import MatmulName, preferred_layout
 from irqlora_jax.runs.state import init_state, make_optimizer
 from irqlora_jax.train.step import train_step
+from tests.models import tiny_llama
 
 LAYERS = 3
 # No two arrays of the step have as many numbers as the weights of all layers.
-LLAMA = LlamaConfig(
+LLAMA = tiny_llama(
     vocab_size=320,
     hidden_size=256,
     intermediate_size=704,
     num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
     head_dim=64,
 )
 SHAPES = tuple(LLAMA.linear_shapes.values())

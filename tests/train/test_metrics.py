@@ -132,7 +132,7 @@ def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch) -> None:
     assert fake.finished == 2
 
 
-def test_a_network_that_fails_is_said_once_and_costs_nothing(
+def test_a_failing_network_is_reported_once_and_loses_nothing(
     tmp_path: Path, monkeypatch, said: list[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb(broken=True))
@@ -152,7 +152,7 @@ def test_a_network_that_fails_is_said_once_and_costs_nothing(
     assert len(said) == 2
 
 
-def test_a_package_that_is_missing_is_asked_for(monkeypatch) -> None:
+def test_a_missing_package_is_named(monkeypatch) -> None:
     check_packages(LogConfig())
     # An empty package is what `import wandb` finds in a folder that an earlier run left.
     for found in (types.ModuleType("wandb"), None):

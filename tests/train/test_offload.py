@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from irqlora_jax.config import TrainConfig
-from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.state import init_state, learning_rate, make_model, make_optimizer
 from irqlora_jax.sharding import MeshConfig, make_mesh, put_batch, tree_shardings
@@ -31,7 +30,7 @@ TRAIN = TrainConfig(
 )
 EXACT = jax.__version_info__ < (0, 11)
 """Whether the compiler rounds the update of a layer as it rounds that of all of them."""
-EVEN = LlamaConfig.from_dict(LLAMA.to_dict() | {"hidden_size": 48, "head_dim": 16})
+EVEN = dataclasses.replace(LLAMA, hidden_size=48, head_dim=16)
 
 
 def kinds(tree: Any) -> set[str]:
@@ -86,7 +85,7 @@ def both(settings: TrainConfig, **more: Any) -> tuple[Training, Training]:
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["plain", "accumulated bfloat16 mesh"])
-def test_a_step_is_the_same_but_for_roundings(everything: bool) -> None:
+def test_offloading_changes_a_step_only_by_rounding(everything: bool) -> None:
     """From the same state each: with jax 0.10 the next one is the same bit by bit.
 
     b1 mu + (1 - b1) g has two products, either of which a compiler may fuse with the sum. Later
@@ -180,7 +179,7 @@ def test_a_float16_step_that_overflows_changes_nothing_but_the_scale() -> None:
     assert float(after.loss_scale) == 2.0**23 and int(after.step) == 3
 
 
-def test_what_is_not_finite_is_found_in_the_memory_of_the_host() -> None:
+def test_nan_in_the_memory_of_the_host_is_found() -> None:
     training = Training(dataclasses.replace(TRAIN, offload_optimizer=True))
     state = training.state()
     assert _all_finite(state.opt_state)

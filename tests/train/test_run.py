@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from irqlora_jax.config import Config, QuantizeConfig
+from irqlora_jax.config import QuantizeConfig
 from irqlora_jax.data import load_examples, make_batches
 from irqlora_jax.evaluate import scores
 from irqlora_jax.evaluate.scores import Row, Scorer
@@ -25,17 +24,27 @@ from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.load import load_run
 from irqlora_jax.runs.quantize import quantize_model
-from irqlora_jax.runs.state import init_state, make_model, make_optimizer
+from irqlora_jax.runs.state import make_model
 from irqlora_jax.sharding import make_mesh
 from irqlora_jax.train import loop
 from irqlora_jax.train.finetune import run
-from irqlora_jax.train.metrics import MetricsLog
 from irqlora_jax.train.stop import Stop
+from tests.models import QUICKSTART, ROOT, WORLD, as_flags
+from tests.train.small_runs import (
+    StoppedError,
+    assert_same_run,
+    at_step,
+    config_for,
+    crash,
+    evaluations_of,
+    losses_of,
+    rows_of,
+    settings_for,
+    steps_of,
+)
 
-pytestmark = pytest.mark.usefixtures("optimizer_promotion")
+pytestmark = pytest.mark.usefixtures("optimizer_promotion", "shared_steps")
 
-ROOT = Path(__file__).parents[2]
-WORLD = ROOT / "examples" / "factworld"
 FAST = QuantConfig(format="nf3", calibration="none")
 
 
@@ -45,86 +54,6 @@ def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "nf3"
     quantize_model(QuantizeConfig(str(WORLD / "base-small"), str(folder), FAST, False))
     return folder
-
-
-def settings_for(base: Path, folder: Path, **changes) -> dict:
-    settings = {
-        "output_dir": str(folder),
-        "model": str(base),
-        "quant.calibration": "none",
-        "data.train": str(WORLD / "data" / "train.jsonl"),
-        "data.eval": str(WORLD / "data" / "eval.jsonl"),
-        "data.max_examples": 64,
-        "evaluate.questions": None,
-        "evaluate.baselines": False,
-        "adapter.dropout": 0.1,
-        "train.steps": 6,
-        "train.batch_size": 4,
-        "train.eval_every": 0,
-        "train.save_every": 2,
-        "mesh.data": 1,
-        "log.progress": False,
-        "log.every": 1,
-    }
-    return settings | {name.replace("__", "."): value for name, value in changes.items()}
-
-
-def config_for(base: Path, folder: Path, **changes) -> Config:
-    return Config.load(ROOT / "configs/quickstart.yaml", settings_for(base, folder, **changes))
-
-
-def steps_of(folder: Path) -> list[int]:
-    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdecimal())
-
-
-def rows_of(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def losses_of(folder: Path) -> list[tuple[int, float]]:
-    return [(row["step"], row["loss"]) for row in rows_of(folder) if "loss" in row]
-
-
-def evaluations_of(folder: Path) -> list[tuple[int, float]]:
-    return [(row["step"], row["eval_loss"]) for row in rows_of(folder) if "eval_loss" in row]
-
-
-def state_of(folder: Path) -> list[np.ndarray]:
-    """The last state of a run, as arrays."""
-    config, model = Config.load(folder / "config.json"), load_run(folder).model
-    like = jax.eval_shape(lambda: init_state(model, make_optimizer(config.train), config.seed))
-    with Checkpoints(folder) as checkpoints:
-        state = checkpoints.restore(checkpoints.find("last"), like)
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Bit by bit: the last state, and every loss on the way."""
-    for a, b in zip(state_of(one), state_of(other), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert losses_of(one) == losses_of(other)
-    assert evaluations_of(one) == evaluations_of(other)
-
-
-class StoppedError(Exception):
-    """Stands for a crash."""
-
-
-def at_step(monkeypatch, step: int, action: Callable[[], None]) -> None:
-    """Does something when the loss of a step is logged, before it is written."""
-    write = MetricsLog.write
-
-    def act(self, done, values):
-        if done == step and "loss" in values:
-            action()
-        write(self, done, values)
-
-    monkeypatch.setattr(MetricsLog, "write", act)
-
-
-def crash() -> None:
-    raise StoppedError
 
 
 @pytest.fixture(scope="module")
@@ -174,11 +103,8 @@ def test_ctrl_c_on_the_command_line(base: Path, tmp_path: Path) -> None:
     """A process of its own, interrupted when its first steps are logged."""
     folder, other = tmp_path / "run", tmp_path / "other"
     changes = {"train__steps": 4000, "train__save_every": 0, "train__schedule": "constant"}
-    flags = [
-        f"--{name}={json.dumps(value) if not isinstance(value, str) else value}"
-        for name, value in settings_for(base, folder, **changes).items()
-    ]
-    command = [sys.executable, "train.py", "--config=configs/quickstart.yaml", *flags]
+    flags = as_flags(settings_for(base, folder, **changes))
+    command = [sys.executable, "train.py", f"--config={QUICKSTART}", *flags]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while process.poll() is None and not (folder / "metrics.jsonl").exists():
         time.sleep(0.02)
@@ -195,7 +121,7 @@ def test_ctrl_c_on_the_command_line(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", range(1, 9))
-def test_whenever_the_signal_is_seen_the_last_state_is_saved(
+def test_the_last_state_is_saved_whenever_the_signal_is_seen(
     base, tmp_path, monkeypatch, said, moment
 ) -> None:
     class Late(Stop):
@@ -299,7 +225,7 @@ def test_patience_survives_a_crash(base, worsening, tmp_path, monkeypatch) -> No
     assert_same_run(worsening, folder)
 
 
-def test_the_log_has_what_evaluations_are_about(worsening: Path) -> None:
+def test_the_log_has_speed_memory_and_samples(worsening: Path) -> None:
     steps = [row for row in rows_of(worsening) if "loss" in row]
     assert all(row["learning_rate"] == pytest.approx(0.02) for row in steps)
     assert all(row["grad_norm"] > 0 and row["peak_memory"] > 2**20 for row in steps)

@@ -10,39 +10,25 @@ import pytest
 
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.config import TrainConfig
-from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
-from irqlora_jax.quant.encode import quantize
 from irqlora_jax.runs.state import init_state, learning_rate, make_optimizer
 from irqlora_jax.train.step import train_step
 from tests import hlo
+from tests.models import random_base, tiny_llama
 from tests.train.small_step import LAYERS, SHAPES, step_and_shapes
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
-LLAMA = LlamaConfig(
-    vocab_size=48,
-    hidden_size=32,
-    intermediate_size=56,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-)
+LLAMA = tiny_llama(vocab_size=48)
 SETTINGS = TrainConfig(batch_size=8, compute_dtype="float32", learning_rate=1e-2, loss_chunk=16)
 
 
 @functools.cache
 def quantized_base() -> tuple[dict, jax.Array]:
     """A base of random weights, and tokens."""
-    tokens = jax.random.randint(jax.random.key(0), (8, 12), 0, 48)
-    base = jax.jit(Llama(LLAMA).init)(jax.random.key(1), tokens)["base"]
-    for group in ("self_attn", "mlp"):
-        for leaf in base["layers"][group].values():
-            layers = [quantize(w * 5, QuantConfig(calibration="none")) for w in leaf["weight"]]
-            leaf["weight"] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-    return base, tokens
+    tokens = jax.random.randint(jax.random.key(0), (8, 12), 0, LLAMA.vocab_size)
+    return random_base(LLAMA, QuantConfig(calibration="none")), tokens
 
 
 @functools.cache
@@ -107,7 +93,7 @@ def test_half_precision_is_close_to_single(dtype: str) -> None:
     assert float(close["grad_norm"]) == pytest.approx(float(metrics["grad_norm"]), rel=3e-2)
 
 
-def test_overflow_in_float16_changes_the_scale_alone() -> None:
+def test_overflow_in_float16_changes_only_the_loss_scale() -> None:
     step, state, base, batch, _ = setup(dataclasses.replace(SETTINGS, compute_dtype="float16"))
     state = dataclasses.replace(state, loss_scale=jnp.float32(2.0**24))
     new, metrics = step(state, base, batch)
@@ -161,9 +147,7 @@ def test_the_backward_scan_dequantizes_each_weight_once() -> None:
 def test_a_large_vocabulary_costs_no_full_logits() -> None:
     """LLaMA3's 128,256 words: logits exist for a chunk of the tokens, the output matrix once."""
     vocab, hidden, chunk = 128_256, 16, 32
-    llama = dataclasses.replace(
-        LLAMA, vocab_size=vocab, hidden_size=hidden, intermediate_size=24, head_dim=8
-    )
+    llama = tiny_llama(vocab_size=vocab, hidden_size=hidden, intermediate_size=24)
     step, *shapes = step_and_shapes("float32", llama, rows=2, length=128, chunk=chunk)
     program = hlo.parse(jax.jit(step).lower(*shapes).compile().as_text())
     sizes = {n for one in hlo.stored(program) for _, n in one.types}

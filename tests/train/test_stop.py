@@ -10,7 +10,7 @@ from irqlora_jax.train.stop import Stop
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_asks_and_the_second_interrupts(number: signal.Signals, capfd) -> None:
+def test_the_first_signal_asks_and_the_second_interrupts(number: signal.Signals, capfd) -> None:
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt), Stop() as stop:
         assert stop.signal is None
@@ -21,7 +21,7 @@ def test_the_first_asks_and_the_second_interrupts(number: signal.Signals, capfd)
     assert signal.getsignal(number) is before
 
 
-def test_work_is_given_up_but_nothing_else() -> None:
+def test_a_signal_ends_the_work_and_errors_pass_through() -> None:
     done = []
 
     def work() -> str:
