@@ -1,4 +1,4 @@
-"""The training step: a pure function of (state, base, batch)."""
+"""The training step, a pure function of (state, base, batch)."""
 
 import dataclasses
 import functools
@@ -19,18 +19,18 @@ from irqlora_jax.runs.state import TrainState, learning_rate
 from irqlora_jax.sharding import tree_shardings
 
 Batch = dict[str, Array]
-"""tokens int32 [batch, seq], targets bool [batch, seq]: the tokens that count in the loss; packed
-batches also have segment_ids int32 [batch, seq]."""
+"""tokens int32 [batch, seq]; targets bool [batch, seq], true for tokens that count in the loss;
+packed batches also have segment_ids int32 [batch, seq]."""
 
 _GOOD_STEPS = 1000
 
 
 def state_shardings(mesh: Mesh | AbstractMesh, state: TrainState, offload: bool) -> TrainState:
-    """Where each array of a state lies.
+    """Returns the sharding of each array of a state.
 
     Args:
-        mesh: of `make_mesh`.
-        state: arrays, or their shapes.
+        mesh: from `make_mesh`.
+        state: arrays or their shapes.
         offload: keep the moments of the optimizer in pinned memory of the host.
     """
     shardings: TrainState = tree_shardings(mesh, state)
@@ -47,7 +47,7 @@ def state_shardings(mesh: Mesh | AbstractMesh, state: TrainState, offload: bool)
 def sharded_state(
     mesh: Mesh, init: Callable[..., TrainState], offload: bool = False, *arrays: Any
 ) -> TrainState:
-    """A new state `init(*arrays)`, each part made where it belongs (`state_shardings`)."""
+    """Computes a new state `init(*arrays)` directly with its shardings (`state_shardings`)."""
     shardings = state_shardings(mesh, jax.eval_shape(init, *arrays), offload)
     return jax.jit(init, out_shardings=shardings)(*arrays)
 
@@ -61,7 +61,7 @@ def loss_sum(
     model: Llama,
     chunk: int,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    """Summed negative log-likelihood of the targets in nats, and their number."""
+    """Sums the negative log-likelihoods of the targets (nats); also returns their number."""
     features: Any = model.apply(
         {"params": adapters, "base": base},
         batch["tokens"],
@@ -82,14 +82,14 @@ def train_step(
     optimizer: optax.GradientTransformation,
     config: TrainConfig,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One optimizer step; gradients for the adapters only.
+    """Computes one optimizer step with gradients for the adapters only.
 
-    The loss is the mean over all targets of the batch, however it is cut by `config.accumulation`.
-    With float16 the loss is scaled, and a step that overflows changes nothing but the scale.
+    The loss is the mean over all targets of the batch, for any `config.accumulation`. With float16
+    the loss is scaled. If a step overflows, only the loss scale changes.
 
     Returns:
-        The next state, and the loss (nats per target), the norm of the gradient before clipping,
-        the number of targets, the learning rate and, with float16, the loss scale.
+        The next state; and the loss (nats per target), the norm of the gradient before clipping,
+        the number of targets, the learning rate, and with float16 the loss scale.
     """
     scaled = config.compute_dtype == "float16"
     scale = state.loss_scale if scaled else jnp.float32(1)
@@ -102,7 +102,7 @@ def train_step(
         nll, count = loss_sum(adapters, base, part, key, model=model, chunk=config.loss_chunk)
         return nll * (scale / total), (nll, count)
 
-    # The scaling by 1 / targets comes before the backward pass: in float16 the sum would overflow.
+    # Divide by the number of targets before the backward pass: in float16 the sum would overflow.
     total = jnp.maximum(batch["targets"][:, 1:].sum(), 1).astype(jnp.float32)
     if config.accumulation == 1:
         (_, (nll, count)), grads = scaled_loss(
@@ -149,12 +149,12 @@ def make_step(
     optimizer: optax.GradientTransformation,
     config: TrainConfig,
 ) -> Any:
-    """`train_step`, compiled: (state, base, batch) to the next state, in the place of the old one.
+    """Compiles `train_step` as a function of (state, base, batch). It donates the old state.
 
     Args:
-        mesh: of `make_mesh`.
-        state: arrays, or their shapes.
-        model, optimizer, config: as `train_step`.
+        mesh: from `make_mesh`.
+        state: arrays or their shapes.
+        model, optimizer, config: as for `train_step`.
     """
     shardings = state_shardings(mesh, state, config.offload_optimizer)
     return jax.jit(
@@ -165,7 +165,7 @@ def make_step(
 
 
 def _clip(grads: Any, norm: Array, largest: float) -> Any:
-    """Gradients, or some of them, where all of them together have this norm."""
+    """Clips gradients (possibly a subset) by the global norm of all of them."""
     clip = lambda g: jnp.where(norm < largest, g, g / norm.astype(g.dtype) * largest)  # noqa: E731
     return jax.tree.map(clip, grads)
 
@@ -173,11 +173,11 @@ def _clip(grads: Any, norm: Array, largest: float) -> Any:
 def _update_by_layer(
     update: Callable[[Any, Any, Any], tuple[Any, Any]], grads: Any, opt_state: Any, adapters: Any
 ) -> tuple[Any, Any]:
-    """`update`, with moments that lie in the memory of the host (`state_shardings`).
+    """Applies `update` with moments in the memory of the host (`state_shardings`).
 
-    They visit the device a layer at a time, so that they never take room there all at once, and
-    are written back in place. AdamW goes number by number, so the result is the same, but for how a
-    compiler rounds: it may fuse either product of b1 mu + (1 - b1) g with the sum.
+    The moments are copied to the device layer by layer and written back in place, so they are never
+    all on the device. AdamW is elementwise, so the result is the same except for rounding: the
+    compiler may fuse either product of b1 mu + (1 - b1) g with the sum.
     """
 
     def advance(layer: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -188,7 +188,7 @@ def _update_by_layer(
             return jax.lax.dynamic_update_index_in_dim(x, y, layer, 0)
 
         def fetch(x: Array, first: Array) -> Array:
-            # Every layer counts the same step: from the number before it.
+            # All layers use the same step count: the value before this step.
             return jax.device_put(read(x), jax.memory.Space.Device) if x.ndim else first
 
         def store(x: Array, y: Array) -> Array:
@@ -205,12 +205,12 @@ def _update_by_layer(
 
 
 def _is_offloaded(leaf: Any) -> bool:
-    """Whether an array of the optimizer's state is worth moving: a moment of a matrix."""
+    """Whether an array of the optimizer's state is offloaded: only the moments of matrices."""
     return leaf.ndim > 1
 
 
 def _adapt_scale(new: TrainState, finite: Array) -> TrainState:
-    """The scale of the loss after a step that did or did not overflow."""
+    """Updates the loss scale: halved after an overflow, doubled after many steps without one."""
     good = jnp.where(finite, new.good_steps + 1, 0)
     double = good >= _GOOD_STEPS
     grown = jnp.where(double, new.loss_scale * 2, new.loss_scale)
