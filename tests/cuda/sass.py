@@ -42,7 +42,7 @@ def compile_kernels(traced: Any, folder: Path) -> tuple[Any, dict[str, Machine]]
     """The program of `jax.jit(f).trace(..)` for an absent GPU, and its kernels by name.
 
     Args:
-        traced: with shapes that lie on a device of `irqlora_jax.devices.absent_devices`.
+        traced: with shapes that lie on a device of `irqlora_jax.plan.gpus.compile_only_devices`.
         folder: an empty one, for files.
     """
     # The second one is for XLA of jax 0.12, which otherwise writes no PTX.

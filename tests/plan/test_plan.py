@@ -19,7 +19,7 @@ from irqlora_jax.data.config import DataConfig
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.plan import plan as plans
 from irqlora_jax.plan.gpus import DEVICES, find_device
-from irqlora_jax.plan.measure import Target, find_target, measure, read_base_shapes
+from irqlora_jax.plan.measure import PlanDevice, find_plan_device, measure, read_base_shapes
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
 from irqlora_jax.sharding import MeshConfig, device_bytes
@@ -47,8 +47,8 @@ def write_model(folder: Path, llama: LlamaConfig = SMALL, **more: Any) -> Path:
     return folder
 
 
-def target(memory: int) -> Target:
-    return Target("a device", jax.devices(), memory, memory)
+def target(memory: int) -> PlanDevice:
+    return PlanDevice("a device", jax.devices(), memory, memory)
 
 
 @pytest.mark.parametrize("block", [64, 40])
@@ -122,8 +122,8 @@ def test_what_is_suggested_fits_when_it_is_tried(
     config = dataclasses.replace(CONFIG, model=str(folder))
     base, llama = read_base_shapes(config)
     memory = int(share * measure(config, base, llama, target(2**40)).peak)
-    monkeypatch.setattr(plans, "find_target", lambda *_: target(memory))
-    monkeypatch.setattr(plans, "_MOST_ROWS", 8)
+    monkeypatch.setattr(plans, "find_plan_device", lambda *_: target(memory))
+    monkeypatch.setattr(plans, "_MAX_ROWS", 8)
     lines: list[str] = []
     fits = plans.plan(config, None, lines.append)
     text = "\n".join(lines)
@@ -136,7 +136,7 @@ def test_what_is_suggested_fits_when_it_is_tried(
         for k, v in zip(flags[::2], flags[1::2], strict=True)
     }
     assert changes
-    new = plans._with(config, changes)
+    new = plans._replace_fields(config, changes)
     assert measure(new, base, llama, target(memory)).peak <= memory
 
 
@@ -159,7 +159,7 @@ def test_without_the_compiler_for_gpus_the_plan_says_that_it_estimates(
 ) -> None:
     """And from a folder with a config.json alone, writing nothing."""
     folder = write_model(tmp_path / "model")
-    monkeypatch.setattr("irqlora_jax.plan.measure.absent_devices", lambda *_: None)
+    monkeypatch.setattr("irqlora_jax.plan.measure.compile_only_devices", lambda *_: None)
     monkeypatch.setattr("irqlora_jax.plan.measure.prepare", lambda *_: None)
     out = tmp_path / "run"
     flags = [f"--model={folder}", f"--output_dir={out}", "--train.batch_size=2", "--plan=t4"]
@@ -215,7 +215,7 @@ def test_the_budgets_hold_by_the_estimate_too(size: str, most: float) -> None:
     config = dataclasses.replace(
         Config("model", "folder", mesh=MeshConfig(data=1)), train=TrainConfig(batch_size=1)
     )
-    found = dataclasses.replace(find_target(None, 1), compiler="estimate", shared=False)
+    found = dataclasses.replace(find_plan_device(None, 1), compiler="estimate", shared=False)
     need = measure(config, abstract_base(MODELS[size], config.quant), MODELS[size], found)
     assert need.peak / 2**30 <= most
 
