@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from timing import table, versions
 
 from irqlora_jax.kernels import matmul_mosaic, matmul_triton, search_integer_triton, search_triton
-from irqlora_jax.plan.gpus import DEVICES, absent_devices
+from irqlora_jax.plan.gpus import DEVICES, compile_only_devices
 from irqlora_jax.quant.calibrations.icq_integer import range_candidates
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantized_shape
@@ -41,7 +41,7 @@ OUT, FEATURES = 11008, 4096
 
 def kernels_of(gpu: str, function: Callable[..., Any], *shapes: Any) -> dict[str, sass.Machine]:
     """The kernels in the compiled program of a function."""
-    devices = absent_devices(DEVICES[gpu])
+    devices = compile_only_devices(DEVICES[gpu])
     if devices is None:
         raise SystemExit("needs jax-cuda13-plugin and jax-cuda13-pjrt")
     where = jax.sharding.SingleDeviceSharding(devices[0])

@@ -21,8 +21,8 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.storage import abstract_base
 from irqlora_jax.config import Config, TrainConfig
 from irqlora_jax.data.config import DataConfig
-from irqlora_jax.plan.gpus import DEVICES, OPTIONS, absent_devices
-from irqlora_jax.plan.measure import Need, Target, measure
+from irqlora_jax.plan.gpus import DEVICES, OPTIONS, compile_only_devices
+from irqlora_jax.plan.measure import MemoryNeed, PlanDevice, measure
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.sharding import MeshConfig
 from irqlora_jax.text import aligned
@@ -43,7 +43,7 @@ def need(
     form: Any = "nf4",
     estimate: bool = False,
     **train: Any,
-) -> Need:
+) -> MemoryNeed:
     """The memory that a step with `rows` rows of `tokens` tokens needs."""
     config = Config(
         model="model",
@@ -56,10 +56,10 @@ def need(
     )
     llama = dataclasses.replace(MODELS[model], max_position_embeddings=tokens)
     memory = DEVICES[device].memory
-    found = jax.devices("cpu") if estimate else absent_devices(DEVICES[device])
+    found = jax.devices("cpu") if estimate else compile_only_devices(DEVICES[device])
     if found is None:
         raise SystemExit("jax-cuda13-plugin and jax-cuda13-pjrt are not installed")
-    target = Target(device, found, memory, memory, "estimate")
+    target = PlanDevice(device, found, memory, memory, "estimate")
     if not estimate:
         target = dataclasses.replace(target, compiler="own", options=OPTIONS)
     return measure(config, abstract_base(llama, config.quant), llama, target)

@@ -22,7 +22,7 @@ from train_step import SHIFTED, add_size, fill_size, llama, random_batch, shape
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.config import Config, TrainConfig
 from irqlora_jax.data.config import DataConfig
-from irqlora_jax.plan.measure import find_target, measure, read_base_shapes
+from irqlora_jax.plan.measure import find_plan_device, measure, read_base_shapes
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
 from irqlora_jax.sharding import make_mesh
 from irqlora_jax.train.step import make_step, sharded_state
@@ -49,7 +49,7 @@ def main() -> int:
             train=train,
         )
         shapes, architecture = read_base_shapes(config)
-    target = dataclasses.replace(find_target(None, 1), devices=jax.devices()[:1])
+    target = dataclasses.replace(find_plan_device(None, 1), devices=jax.devices()[:1])
     need = measure(config, shapes, architecture, target)
     mesh = make_mesh(config.mesh, args.batch)
     with jax.set_mesh(mesh):

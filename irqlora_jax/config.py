@@ -26,57 +26,57 @@ _RENAMED = {"quant": quant.RENAMED, "adapter": adapter.RENAMED}
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """The optimization; the defaults are the paper's for LLaMA 7B and 13B (appendix B.4)."""
+    """The optimization. The defaults are from the paper for LLaMA 7B and 13B (appendix B.4)."""
 
     steps: int = 10_000
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = 16
-    """Examples of one optimizer step."""
+    """Examples per optimizer step."""
     accumulation: int = 1
-    """Parts that a batch is computed in, one after the other, to save memory."""
+    """Gradient accumulation: split a batch into this many forward and backward passes."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warmup: constant, or down to 0 at the last step."""
+    """Learning rate schedule after the warmup; linear and cosine end at 0 at the last step."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
+    """Number of steps in which the learning rate rises linearly from 0."""
     beta1: float = 0.9
     """AdamW: decay of the first moment."""
     beta2: float = 0.999
     """AdamW: decay of the second moment."""
     eps: float = 1e-8
-    """AdamW: term added to the root of the second moment."""
+    """AdamW: constant added to the square root of the second moment."""
     weight_decay: float = 0.0
     """AdamW: decoupled weight decay."""
     clip_norm: float | None = 0.3
-    """Largest norm of the gradient (null: no clipping)."""
+    """Clip gradients to this global norm (null: no clipping)."""
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the activations; float16 scales the loss. Null: what the device is fastest in,
-    bfloat16, or float16 on GPUs before compute capability 8.0 (such as T4), or float32 on CPUs. A
-    run keeps the type that it began with."""
+    """Type of the activations. float16 uses loss scaling. Null: the fastest type of the device,
+    which is bfloat16, float16 on GPUs before compute capability 8.0 (e.g. T4), or float32 on CPUs.
+    A resumed run keeps its type."""
     attention: Literal["xla", "cudnn"] | None = None
-    """How attention is computed. Null: by cuDNN's flash attention where it can serve (an NVIDIA GPU
-    of compute capability 8.0 or more, half precision, rows that are not packed), else by XLA, some
-    queries after the others."""
+    """Implementation of attention. Null: cuDNN's flash attention if possible (NVIDIA GPU of compute
+    capability 8.0 or more, half precision, no packing), else XLA in chunks of queries."""
     matmul: Literal["xla", "mosaic", "triton"] | None = None
-    """How packed weights are multiplied: by XLA, or by a kernel for GPUs (kernels/README.md). Null:
-    by a kernel where it was measured to be faster, else by XLA."""
+    """Implementation of products with packed weights: XLA, or a kernel for GPUs
+    (kernels/README.md). Null: a kernel if measurements showed that it is faster, else XLA."""
     remat: bool = True
     """Recompute the activations of a layer in the backward pass instead of keeping them."""
     offload_optimizer: bool = False
-    """Keep the optimizer's moments in pinned memory of the host (QLoRA's paged optimizer): less
-    memory on the device, the same result; a step waits while they travel."""
+    """Keep the optimizer's moments in pinned memory of the host (QLoRA's paged optimizer). This
+    needs less memory on the device and gives the same result, but every step waits for the
+    transfer."""
     loss_chunk: int = 1024
-    """Positions whose logits exist at one time when the loss is computed."""
+    """Compute the loss in chunks of this many positions, to save memory for logits."""
     eval_every: int = 0
     """Steps between evaluation losses (0: only at the end)."""
     save_every: int = 0
     """Steps between checkpoints (0: only at the end)."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept, beside the one with the best evaluation loss and, of LoftQ, that of
-    step 0; others are deleted."""
+    """Number of newest checkpoints to keep. The checkpoint with the best evaluation loss, and with
+    LoftQ the checkpoint of step 0, are also kept."""
     early_stopping: int = 0
-    """End after so many evaluations in a row without a better loss (0: never)."""
+    """Stop after this many consecutive evaluations without a better loss (0: never)."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "loss_chunk", "keep_checkpoints"):
@@ -102,19 +102,20 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured beside the evaluation loss."""
+    """Measurements in addition to the evaluation loss."""
 
     questions: str | None = None
-    """Multiple-choice questions (.jsonl: subject, prompt, choices, answer), asked at the end."""
+    """File with multiple-choice questions for the end of the run (.jsonl: subject, prompt, choices,
+    answer)."""
     max_questions: int | None = None
-    """Ask only the first so many (null: all)."""
+    """Use only this many questions (null: all)."""
     baselines: bool = False
     """Also measure, for a table, the full-precision model and the quantized model without a
     finetune. Beside the run's calibration this shows the plain quantizer and, with joint, ICQ."""
     samples: tuple[str, ...] = ()
-    """Prompts (with data.format alpaca: instructions) that are answered at every evaluation."""
+    """Prompts to answer at every evaluation (with data.format alpaca: instructions)."""
     sample_tokens: int = 64
-    """Longest answer to a sample, in tokens."""
+    """Maximum length of an answer to a sample, in tokens."""
 
     def __post_init__(self) -> None:
         limit = self.max_questions
@@ -126,16 +127,16 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What is shown while training."""
+    """Logging during the training."""
 
     every: int = 10
-    """Steps between lines of metrics.jsonl."""
+    """Number of steps between lines of metrics.jsonl."""
     progress: bool = True
     """Show a progress bar."""
     tensorboard: bool = False
-    """Also write the metrics for TensorBoard, into the run's folder (needs the extra tb)."""
+    """Also write the metrics for TensorBoard to the folder of the run (needs the extra tb)."""
     wandb: str | None = None
-    """Also send the metrics to this project of Weights & Biases (needs the extra wandb)."""
+    """Also send the metrics to this Weights & Biases project (needs the extra wandb)."""
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "log.every", self.every, "a whole number of at least 1")
@@ -143,15 +144,15 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything a run depends on."""
+    """The complete configuration of a run."""
 
     model: str
     """Folder with a Hugging Face LLaMA (safetensors), its id on the hub, or a folder written by
-    `irqlora quantize`."""
+    irqlora quantize."""
     output_dir: str
-    """Folder of the run: quantized base, checkpoints, metrics, scores."""
+    """Folder of the run, for the quantized base, checkpoints, metrics and scores."""
     seed: int = 0
-    """Seed of the adapters, the order of the data and the dropout."""
+    """Random seed of the adapters, the order of the data, and the dropout."""
     quant: QuantConfig = QuantConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
@@ -167,10 +168,10 @@ class Config:
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> "Config":
-        """Reads a YAML file; `overrides` maps dotted names to values, as on the command line.
+        """Reads a YAML file. `overrides` maps dotted names to values, as on the command line.
 
         Raises:
-            ValueError: no such file, unknown key, wrong type or value that is not accepted.
+            ValueError: no such file, unknown key, wrong type or invalid value.
 
         Examples:
             >>> config = Config.load("configs/quickstart.yaml", {"quant.format": "nf4"})
@@ -186,12 +187,12 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeConfig:
-    """Quantizes a base once, for many runs to share: give its folder as their `model`."""
+    """Quantizes a base once for several runs. Use its folder as their `model`."""
 
     model: str
     """Folder with a Hugging Face LLaMA (safetensors), or its id on the hub."""
     output_dir: str
-    """New folder for the quantized base and the tokenizer."""
+    """New folder for the quantized base and its tokenizer."""
     quant: QuantConfig = QuantConfig()
     progress: bool = True
     """Show a progress bar."""

@@ -1,10 +1,10 @@
-"""How arrays lie on several devices: a mesh of (data, fsdp, tensor), and a rule for every array.
+"""Splits arrays over a mesh of devices with the axes (data, fsdp, tensor), by one rule per array.
 
-Rows of a batch are split over data and fsdp together. A linear layer is split over tensor along
-its outputs (q, k, v, gate, up) or its inputs (o, down), so that attention and MLP each need one sum
-over the devices; over fsdp it is split along its outputs, and its parts are gathered, still packed,
-where they are needed. Scales and shifts follow their blocks; second-level scales, norms and scalars
-are copied to all devices.
+The rows of a batch are split over data and fsdp together. The axis tensor splits a linear layer
+along its outputs (q, k, v, gate, up) or its inputs (o, down), so that attention and MLP each need
+one all-reduce. The axis fsdp splits a linear layer along its outputs; its parts are gathered in
+packed form before use. Scales and shifts are split like their blocks. Second-level scales, norms
+and scalars are replicated on all devices.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from jax.sharding import PartitionSpec as P
 from irqlora_jax.text import require
 
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of a LLaMA: the quantized ones, and those that an adapter may target."""
+"""The linear layers of a LLaMA. They are quantized, and adapters may target them."""
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
-"""The axes that a batch is split over."""
+"""The mesh axes that split the rows of a batch."""
 SPLIT_INPUTS = ("o_proj", "down_proj")
-"""Layers that tensor splits along their inputs, the others along their outputs."""
+"""Layers that the axis tensor splits along their inputs; the others are split along outputs."""
 
 Axes = tuple[str, ...]
 Splits = Mapping[str, tuple[str | None, ...]]
@@ -36,14 +36,15 @@ PAIR: Splits = {"lora_A": (None, "in"), "lora_B": ("out", None)}
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How the devices are used. Their number is data x fsdp x tensor."""
+    """The mesh of devices. Their number is data x fsdp x tensor."""
 
     data: int | None = None
-    """Copies of the model that share the rows of a batch. Null: as many as the devices give."""
+    """Data parallelism: number of copies of the model. Null: as many as the devices allow."""
     fsdp: int = 1
-    """Parts that weights and rows are both split into; a part is sent when it is needed."""
+    """Fully sharded data parallelism: split weights and rows into this many parts. Parts of weights
+    are gathered before use."""
     tensor: int = 1
-    """Parts that every matrix product is split into."""
+    """Tensor parallelism: split every matrix product into this many parts."""
 
     def __post_init__(self) -> None:
         for name in ("data", "fsdp", "tensor"):
@@ -53,17 +54,17 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over the devices of this process.
+    """Makes a mesh over the devices of this process.
 
-    With `mesh.data` null it takes as many devices as divide the rows.
+    With `mesh.data` null it uses the largest number of devices that can split the rows evenly.
 
     Args:
         config: sizes of the axes.
-        rows: of the batches that are computed at one time.
-        devices: others than those of this process.
+        rows: rows of a forward pass.
+        devices: devices to use instead of those of this process.
 
     Raises:
-        ValueError: more devices than there are; rows that cannot be split.
+        ValueError: not enough devices, or the rows cannot be split evenly.
     """
     devices = jax.devices() if devices is None else devices
     inner = config.fsdp * config.tensor
@@ -89,12 +90,12 @@ def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = Non
 def spec(mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...], splits: Splits = PAIR) -> P:
     """The rule for one array of the base, the adapters or the optimizer's state.
 
-    Adapters, embeddings and the output matrix are split as far as their sizes allow; `check_mesh`
-    has seen to it that the linear layers allow it.
+    Adapters, embeddings and the output matrix are split as far as their sizes allow. `check_mesh`
+    checks beforehand that the linear layers can be split.
 
     Args:
-        mesh: of `make_mesh`.
-        path: names down to the array, e.g. (layers, mlp, up_proj, weight, packed).
+        mesh: from `make_mesh`.
+        path: names that lead to the array, e.g. (layers, mlp, up_proj, weight, packed).
         shape: of the array.
         splits: of the adapter method (`adapters.Method.splits`).
     """
@@ -115,12 +116,12 @@ def spec(mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...], splits: 
 
 
 def _linear_axes(name: str) -> tuple[Axes, Axes]:
-    """Mesh axes of the outputs and of the inputs of a linear layer."""
+    """Mesh axes that split the outputs and the inputs of a linear layer."""
     return (("fsdp",), ("tensor",)) if name in SPLIT_INPUTS else (("tensor", "fsdp"), ())
 
 
 def _fitting(mesh: Mesh | AbstractMesh, size: int, axes: Axes) -> Axes | None:
-    """The axes, one after the other, that split `size` evenly."""
+    """Takes axes in order, skipping an axis if `size` is not divisible by it and the taken ones."""
     taken: Axes = ()
     for axis in axes:
         if size % math.prod(mesh.shape[name] for name in (*taken, axis)) == 0:
@@ -151,16 +152,16 @@ def tree_shardings(mesh: Mesh | AbstractMesh, tree: Any, splits: Splits = PAIR) 
 
 
 def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
-    """A batch with its rows split over the devices."""
+    """Puts a batch on the devices, with its rows split over them."""
     return jax.device_put(batch, NamedSharding(mesh, P(ROWS)))
 
 
 def split_activation(x: jax.Array, over_tensor: bool = False) -> jax.Array:
-    """Keeps the rows of an activation [batch, ..., features] split where their number allows it,
-    and its features whole, or split over tensor.
+    """Constrains the sharding of an activation [batch, ..., features].
 
-    Left to itself, the compiler splits the features of the residual stream and collects them again
-    in front of every product. Does nothing outside of `jax.set_mesh`.
+    Rows are split if their number allows it. Features are replicated, or split over tensor with
+    `over_tensor`. Without the constraint, the compiler splits the features of the residual stream
+    and gathers them before every product. Does nothing outside of `jax.set_mesh`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -172,10 +173,10 @@ def split_activation(x: jax.Array, over_tensor: bool = False) -> jax.Array:
 
 
 def gather(tree: Any, name: str, splits: Splits | None = None) -> Any:
-    """Collects the parts of one layer's weight or adapter that fsdp has split; tensor stays split.
+    """Gathers the fsdp parts of a weight or adapter of one layer. It stays split over tensor.
 
-    It is the packed arrays that travel, so 2 to 4 bits a weight. Does nothing outside of
-    `jax.set_mesh`.
+    Weights are gathered in packed form, so only 2 to 4 bits a weight are sent. Does nothing outside
+    of `jax.set_mesh`.
 
     Args:
         tree: weight, QTensor or adapter of a linear layer (without the axis of the layers), or
@@ -203,7 +204,7 @@ def _names(path: Any) -> Axes:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays, or of shapes; where those have shardings, on each device."""
+    """Counts the bytes of a tree of arrays or shapes. Shapes with a sharding count per device."""
     total = 0
     for leaf in jax.tree.leaves(tree):
         shape = leaf.shape
@@ -214,7 +215,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def bytes_by_device(tree: Any) -> dict[Any, int]:
-    """Bytes of a tree of arrays that lie on each device."""
+    """Counts the bytes of a tree of arrays on each device."""
     total: dict[Any, int] = {}
     for leaf in jax.tree.leaves(tree):
         for shard in leaf.addressable_shards:

@@ -11,7 +11,7 @@ from irqlora_jax import hf
 from irqlora_jax.base.storage import abstract_base, measure_base
 from irqlora_jax.config import Config
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.plan.measure import find_target, measure, prepare
+from irqlora_jax.plan.measure import find_plan_device, measure, prepare
 
 FLOPS, SHARE = 312e12, 0.4  # an A100's bfloat16 peak (data sheet), and the share assumed reached
 QUESTIONS, SUBJECTS, CONTEXT = 14_042, 57, 2048  # MMLU; prompts are cut to 2048 tokens
@@ -56,7 +56,7 @@ def cost(row: Row, table: Table, asked: Asked, llama: LlamaConfig, device: str |
         table: the row's table.
         asked: options that all rows share.
         llama: the architecture.
-        device: for the peak, compile the training step for this device of `plan.gpus`.
+        device: compile the training step for this one (of `irqlora_jax.plan.gpus`), for the peak.
     """
     config, peak = config_of(row, table, asked), None
     stored, size = storage(row, llama), adapter_size(row, config, llama)
@@ -73,7 +73,7 @@ def cost(row: Row, table: Table, asked: Asked, llama: LlamaConfig, device: str |
             config = dataclasses.replace(config, mesh=mesh)
             prepare(config)
             base = abstract_base(llama, config.quant)
-            peak = measure(config, base, llama, find_target(device, 1)).peak / 2**30
+            peak = measure(config, base, llama, find_plan_device(device, 1)).peak / 2**30
     tokens = {8: _commonsense(asked)}.get(table.number, _mmlu(asked) * ("STEM" in table.columns))
     evaluation = _hours(2 * (weights(llama) + size) * tokens)
     return Cost(paper, derived, evaluation, stored / 2**30, peak)

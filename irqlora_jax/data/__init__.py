@@ -1,13 +1,13 @@
-"""Text files to tokens with a loss mask, and to batches."""
+"""Reads text data sets, tokenizes them with a loss mask, and makes batches."""
 
 from irqlora_jax.data.batches import Batches as Batches
-from irqlora_jax.data.batches import ahead as ahead
-from irqlora_jax.data.batches import by_length as by_length
+from irqlora_jax.data.batches import batches_by_length as batches_by_length
 from irqlora_jax.data.batches import eval_batches as eval_batches
 from irqlora_jax.data.batches import hold_out as hold_out
 from irqlora_jax.data.batches import longest_row as longest_row
 from irqlora_jax.data.batches import make_batches as make_batches
 from irqlora_jax.data.batches import pad as pad
+from irqlora_jax.data.batches import prefetch as prefetch
 from irqlora_jax.data.chat import read_chat_template as read_chat_template
 from irqlora_jax.data.encode import encode as encode
 from irqlora_jax.data.encode import encode_pairs as encode_pairs

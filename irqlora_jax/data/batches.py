@@ -1,4 +1,4 @@
-"""Examples to batches, of few shapes so that few programs are compiled."""
+"""Puts examples into batches. Batches have few different shapes, so few programs are compiled."""
 
 import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -14,19 +14,19 @@ from irqlora_jax.data.packing import pack, pad_packed
 
 Item = TypeVar("Item")
 Batch = dict[str, np.ndarray]
-"""{"tokens": int32 [batch, seq], "targets": bool [batch, seq]}, padded on the right; where rows
-hold several examples also "segment_ids": int32 [batch, seq], 1, 2, ... and 0 for padding."""
+"""{"tokens": int32 [batch, seq], "targets": bool [batch, seq]}, padded on the right. Packed batches
+also have "segment_ids": int32 [batch, seq], which are 1, 2, ..., and 0 for padding."""
 
-_SORTED_BATCHES = 50  # within so many batches, grouping by length sorts the examples
+_SORTED_BATCHES = 50  # grouping by length sorts the examples within chunks of this many batches
 
 
 class Batches:
     """Batches for training, as a pure function of the step.
 
-    The rows (examples, or with packing several of them) are drawn without end: one order of all of
-    them after the other, so that each example is seen once per epoch; a batch may hold the end of
-    one epoch and the start of the next. `batches[step]` depends on the arguments and the step
-    alone: training that goes on from a checkpoint sees what it would have seen.
+    A row holds one example, or several with packing. Each epoch visits all rows once, in a new
+    random order. A batch may hold the end of one epoch and the start of the next. `batches[step]`
+    depends only on the arguments and the step, so training resumed from a checkpoint sees the
+    same batches as training without an interruption.
     """
 
     def __init__(
@@ -38,18 +38,18 @@ class Batches:
         group_by_length: bool = False,
         packing_length: int | None = None,
     ) -> None:
-        """Keeps the examples.
+        """Stores the examples and plans the rows.
 
         Args:
             examples: the training set.
-            batch_size: rows of a batch; may be more than there are.
-            seed: of the orders.
-            multiple: the length of a batch is that of its longest row, rounded up to this (default:
-                `length_multiple`).
-            group_by_length: put examples of similar length into a batch; the very first batch has
-                the longest, so that what does not fit into the memory fails at once.
-            packing_length: put several examples into each row, all of this length. Which examples
-                share a row is settled once, the order of the rows is new in every epoch.
+            batch_size: rows of a batch; may exceed the number of rows in the training set.
+            seed: seed of the random orders.
+            multiple: the length of a batch is the length of its longest row, rounded up to a
+                multiple of this (default: `length_multiple`).
+            group_by_length: put examples of similar length into a batch. The first batch holds the
+                longest example, so that a lack of memory shows at the first step.
+            packing_length: pack several examples into each row of this length. The same examples
+                share a row in all epochs; the order of the rows changes in every epoch.
 
         Raises:
             ValueError: no examples, or an argument out of range.
@@ -65,7 +65,7 @@ class Batches:
             raise ValueError("group_by_length = True: accepted is False with a packing_length")
         else:
             self._rows = pack(lengths, packing_length, seed)
-        # A batch touches two epochs at most, unless it is larger than the training set.
+        # A batch spans at most two epochs, unless it is larger than the training set.
         self._order = functools.lru_cache(maxsize=2)(
             functools.partial(_grouped_order, lengths, batch_size, seed)
             if group_by_length
@@ -73,7 +73,7 @@ class Batches:
         )
 
     def indices(self, step: int) -> list[int]:
-        """Which examples the batch of a step holds."""
+        """Indices of the examples in the batch of a step."""
         return [index for row in self._rows_of(step) for index in row]
 
     def _rows_of(self, step: int) -> list[list[int]]:
@@ -104,14 +104,14 @@ def make_batches(
     seed: int,
     max_length: int | None = None,
 ) -> Batches:
-    """The batches that a configuration asks for: random, grouped by length, or packed.
+    """Makes the batches of a configuration: in random order, grouped by length, or packed.
 
     Args:
         examples: the training set.
         config: `packing`, `packing_length`, `group_by_length`, and the lengths.
         batch_size: rows of a batch.
-        seed: of the orders.
-        max_length: tokens that the model can see, as given to `load_examples`.
+        seed: seed of the random orders.
+        max_length: context length of the model in tokens, as given to `load_examples`.
 
     Raises:
         ValueError: no examples, or one that is longer than `packing_length`.
@@ -122,11 +122,10 @@ def make_batches(
     return Batches(examples, batch_size, seed, packing_length=length)
 
 
-def ahead(make: Callable[[int], Item], steps: Iterable[int]) -> Generator[Item, None, None]:
-    """make(step) for every step, each made in a thread while the one before is used.
+def prefetch(make: Callable[[int], Item], steps: Iterable[int]) -> Generator[Item, None, None]:
+    """Yields make(step) for every step. A thread makes each result while the previous one is used.
 
-    What `make` raises comes up where its result would have. Close the iterator, and the thread has
-    ended.
+    An error of `make` is raised in place of its result. Closing the iterator waits for the thread.
     """
     with ThreadPoolExecutor(1, "batches") as worker:
         waiting: Future[Item] | None = None
@@ -140,11 +139,11 @@ def ahead(make: Callable[[int], Item], steps: Iterable[int]) -> Generator[Item, 
 
 
 def longest_row(config: DataConfig, max_length: int | None = None) -> int:
-    """Tokens, padding included, of the longest row that a batch of this configuration can have.
+    """Length of the longest possible row of a configuration, in tokens with padding.
 
     Args:
         config: `packing`, `packing_length`, and the lengths.
-        max_length: tokens that the model can see.
+        max_length: context length of the model, in tokens.
     """
     if config.packing and config.packing_length is not None:
         return config.packing_length
@@ -158,10 +157,10 @@ def longest_row(config: DataConfig, max_length: int | None = None) -> int:
 def _grouped_order(
     lengths: Int[np.ndarray, " examples"], batch_size: int, seed: int, epoch: int
 ) -> Int[np.ndarray, " examples"]:
-    """An order of one epoch in which the examples of a batch are of similar length."""
+    """Returns an order of one epoch in which the examples of a batch have similar lengths."""
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))
-    # So many complete the batch that the epoch before has begun.
+    # The first `begun` examples complete the last batch of the previous epoch.
     begun = min(-epoch * len(lengths) % batch_size, len(lengths))
     head, rest = order[:begun], order[begun:]
     if epoch == 0:
@@ -171,7 +170,7 @@ def _grouped_order(
     parts = [part[np.argsort(-lengths[part], kind="stable")] for part in np.split(rest, cuts)]
     rest = np.concatenate(parts)
     whole = len(rest) // batch_size
-    first = 1 if epoch == 0 else 0  # the batch with the longest example stays in front
+    first = 1 if epoch == 0 else 0  # the batch with the longest example stays first
     batches = rest[: whole * batch_size].reshape(whole, batch_size)
     rng.shuffle(batches[first:])
     return np.concatenate([head, batches.ravel(), rest[whole * batch_size :]])
@@ -180,31 +179,36 @@ def _grouped_order(
 def eval_batches(
     examples: Sequence[Example], batch_size: int, multiple: int | None = None
 ) -> Iterator[Batch]:
-    """All examples once, the longest first; the last batch is filled up with empty rows."""
+    """Yields all examples once, the longest first. Empty rows fill up the last batch."""
     multiple = length_multiple(examples) if multiple is None else multiple
-    for indices in by_length([len(example.tokens) for example in examples], batch_size):
+    for indices in batches_by_length([len(example.tokens) for example in examples], batch_size):
         yield pad([examples[index] for index in indices], batch_size, multiple)
 
 
 def length_multiple(examples: Sequence[Example]) -> int:
-    """64 tokens; where no example is that long, the longest one rounded up to 8, and one shape."""
+    """64 tokens, or less if all examples are shorter: then all batches have one shape.
+
+    In that case the result is the longest length, rounded up to a multiple of 8.
+    """
     longest = max((len(example.tokens) for example in examples), default=64)
     return min(64, -(-longest // 8) * 8)
 
 
-def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in groups of up to `batch_size`, longest first (so that what does not fit into the
-    memory fails at once)."""
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Returns groups of up to `batch_size` indices, the longest items first.
+
+    The largest batch comes first, so that a lack of memory shows at once.
+    """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 
 
 def pad(rows: Sequence[Example], batch_size: int, multiple: int) -> Batch:
-    """Rows of one length, a multiple of `multiple`; missing rows have no targets."""
+    """Pads rows to one length, a multiple of `multiple`. Empty rows without targets fill it up."""
     _check(rows, batch_size, multiple)
     longest = max(len(row.tokens) for row in rows)
     shape = (batch_size, -(-longest // multiple) * multiple)
-    # Any id will do: no token sees a later one, and no target stands there.
+    # Any padding id works: attention is causal, and padding is never a target.
     tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, bool)
     for index, row in enumerate(rows):
         tokens[index, : len(row.tokens)] = row.tokens
@@ -215,13 +219,13 @@ def pad(rows: Sequence[Example], batch_size: int, multiple: int) -> Batch:
 def hold_out(
     examples: Sequence[Example], fraction: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Splits off a random share (at least one example, unless `fraction` is 0).
+    """Splits off a random fraction of the examples, at least one unless `fraction` is 0.
 
     Returns:
-        The examples that stay, and those held out; both in their order.
+        The remaining examples and the held-out examples, both in their original order.
 
     Raises:
-        ValueError: no example would stay.
+        ValueError: no example would remain.
     """
     count = len(examples)
     held = max(1, round(count * fraction)) if fraction > 0 else 0

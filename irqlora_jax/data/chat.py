@@ -1,4 +1,4 @@
-"""Conversations through a chat template, with a mask of what the assistant says."""
+"""Writes conversations with a chat template and masks the assistant's turns for the loss."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ _OTHER_TEMPLATE = "give another one as data.chat_template"
 
 
 class Conversation(NamedTuple):
-    """Messages of role and content, and where they stand."""
+    """Messages with role and content, and their place in the file for error messages."""
 
     place: str
     messages: list[dict[str, Any]]
 
 
 def read_chat_template(file: str | None) -> str | None:
-    """The text of the file that `data.chat_template` names; None where it is null.
+    """Reads the file named by `data.chat_template`; None if that is null.
 
     Raises:
         FileNotFoundError: no such file.
@@ -68,7 +68,7 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     role, content = ("from", "value") if "from" in message else ("role", "content")
     for name in (role, content):
         check_text(message.get(name), place, name)
-    # Tables fill what a message lacks with null; what it has besides is the template's to read.
+    # Table formats fill missing fields with null. Keep other fields: the template may read them.
     rest = {k: v for k, v in message.items() if v is not None and k not in (role, content)}
     who = message[role]
     return {"role": _SHAREGPT.get(who, who), "content": message[content]} | rest
@@ -77,21 +77,24 @@ def _message(message: Any, place: str) -> dict[str, Any]:
 def encode_conversations(
     tokenizer: Any, conversations: Sequence[Conversation], template: str | None = None
 ) -> list[tuple[Int[np.ndarray, " seq"], Bool[np.ndarray, " seq"]]]:
-    """Tokens of each conversation as its template writes it, and which are the assistant's.
+    """Tokenizes conversations as the template writes them, and marks the assistant's tokens.
 
-    A turn of the assistant is what follows the prompt that the template makes of the messages in
-    front of it, up to where the template ends the turn; white space behind an end-of-turn token
-    belongs to nobody. A token on the border that holds some of the turn counts as the turn's. bos
-    stands where the template writes it, and nowhere else, as for who talks to the model later.
+    A turn of the assistant starts after the prompt that the template writes for the previous
+    messages, and ends where the template ends the turn. White space after an end-of-turn token is
+    not part of the turn. A token on the border counts as part of the turn if it holds any of its
+    characters. There is a bos only where the template writes one, as in a chat with the model.
 
     Args:
-        tokenizer: of transformers, with its template.
-        conversations: of `read_conversations`.
-        template: used instead of the tokenizer's.
+        tokenizer: a transformers tokenizer, with its template.
+        conversations: from `read_conversations`.
+        template: used instead of the tokenizer's template.
+
+    Returns:
+        The tokens of each conversation, and a mask that is true for the assistant's tokens.
 
     Raises:
-        ValueError: no template, or one whose text for the first messages is not the beginning of
-            its text for all of them, so that no mask could be exact.
+        ValueError: there is no template; or the template's text for the first messages is not a
+            prefix of its text for all messages, so that no exact mask exists.
     """
     if template is None and getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
@@ -100,8 +103,8 @@ def encode_conversations(
         )
     if not tokenizer.is_fast:
         raise ValueError(
-            f"data.format = 'chat': {type(tokenizer).__name__} does not say where its tokens "
-            "stand; accepted is a tokenizer with a tokenizer.json"
+            f"data.format = 'chat': {type(tokenizer).__name__} does not give the positions of its "
+            "tokens; accepted is a tokenizer with a tokenizer.json"
         )
     written = [_write(tokenizer, conversation, template) for conversation in conversations]
     encoded = tokenizer(
@@ -111,7 +114,7 @@ def encode_conversations(
         verbose=False,
     )
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    special = np.array(sorted(special - {tokenizer.unk_token_id}), int)  # unknown text ends nothing
+    special = np.array(sorted(special - {tokenizer.unk_token_id}), int)  # unk ends no turn
     pairs = zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return [
         (np.array(tokens, int), _mask(text, turns, np.array(tokens, int), offsets, special))
@@ -126,16 +129,16 @@ def render_chat(
     *,
     prompt: bool,
 ) -> list[str]:
-    """The text of each conversation.
+    """Renders each conversation as text.
 
     Args:
-        tokenizer: of transformers.
-        conversations: messages of role and content.
-        template: used instead of the tokenizer's own; None is that one.
-        prompt: end with what an answer of the assistant begins with.
+        tokenizer: a transformers tokenizer.
+        conversations: messages with role and content.
+        template: used instead of the tokenizer's own template (None: the tokenizer's).
+        prompt: end with the text that starts an answer of the assistant.
 
     Raises:
-        ValueError: it is no Jinja template, or does not take a conversation.
+        ValueError: the template is not valid Jinja, or fails for a conversation.
     """
     import jinja2
 
@@ -145,10 +148,10 @@ def render_chat(
         )
     except jinja2.TemplateSyntaxError as error:
         reason = f"{error.message} in line {error.lineno}"
-        raise ValueError(f"the chat template is no Jinja template: {reason}") from None
+        raise ValueError(f"the chat template is not a Jinja template: {reason}") from None
     except Exception as error:  # a template can raise anything
         reason = " ".join(str(error).split())
-        raise ValueError(f"the chat template does not take the conversation: {reason}") from None
+        raise ValueError(f"the chat template failed for the conversation: {reason}") from None
 
 
 def _mask(
@@ -158,9 +161,9 @@ def _mask(
     offsets: Sequence[tuple[int, int]],
     special: Int[np.ndarray, " n"],
 ) -> Bool[np.ndarray, " seq"]:
-    """Which tokens hold characters of the turns."""
-    # Some tokenizers leave spaces out of the offsets: a token begins where the one before it ends,
-    # unless it is a further byte of the same character.
+    """Marks the tokens that hold characters of the turns."""
+    # Some tokenizers leave spaces out of the offsets. So let a token start where the previous one
+    # ends, unless both hold bytes of the same character.
     start, stop = np.array(offsets, int).reshape(-1, 2).T
     start = np.minimum(start, np.concatenate([[0], stop])[: len(stop)])
     mask = np.zeros(len(tokens), bool)
@@ -176,9 +179,9 @@ def _mask(
 def _write(
     tokenizer: Any, conversation: Conversation, template: str | None
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a conversation, and where in it the assistant's turns begin and end."""
+    """Renders a conversation; also returns the start and end of the assistant's turns in it."""
     place, messages = conversation
-    theirs = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
 
     def render(counts: list[int], prompt: bool) -> list[str]:
         try:
@@ -187,14 +190,14 @@ def _write(
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
 
-    *wholes, text = render([*(i + 1 for i in theirs), len(messages)], prompt=False)
-    prompts = render(theirs, prompt=True) if theirs else []
-    for i, prompt, whole in zip(theirs, prompts, wholes, strict=True):
+    *wholes, text = render([*(i + 1 for i in answers), len(messages)], prompt=False)
+    prompts = render(answers, prompt=True) if answers else []
+    for i, prompt, whole in zip(answers, prompts, wholes, strict=True):
         if not (whole.startswith(prompt) and text.startswith(whole)):
             what = "prompt for" if text.startswith(whole) else "text up to"
             raise ValueError(
-                f"{place}: the chat template's {what} message {i + 1} does not begin its text of "
-                "the whole conversation, so that what the assistant says cannot be told from the "
-                f"rest; {_OTHER_TEMPLATE}"
+                f"{place}: the chat template's {what} message {i + 1} is not a prefix of its text "
+                "of the whole conversation, so the assistant's turns cannot be found; "
+                f"{_OTHER_TEMPLATE}"
             )
     return text, [(len(p), len(whole)) for p, whole in zip(prompts, wholes, strict=True)]

@@ -20,41 +20,42 @@ DataFormat = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is learned from."""
+    """The training data and its format."""
 
     train: str = ""
     """Local file (.json, .jsonl, .csv, .tsv, .parquet or .txt), or a data set on the Hugging Face
-    hub: ID, ID:CONFIGURATION or ID:CONFIGURATION:SPLIT (default: the split train)."""
+    hub: ID, ID:CONFIGURATION or ID:CONFIGURATION:SPLIT (default split: train)."""
     eval: str | None = None
-    """Like `train`, for the evaluation loss. Null: `eval_fraction` of the training rows."""
+    """Data set for the evaluation loss, given like `train`. Null: use `eval_fraction`."""
     eval_fraction: float = 0.0
-    """Share of the training rows held out for the evaluation loss when `eval` is null."""
+    """Fraction of the training rows held out for the evaluation loss when `eval` is null."""
     format: DataFormat = "alpaca"
     """Columns of a row. "alpaca" (also alpaca-cleaned): instruction, input, output. "input_output"
     (also longform): input, output. "self_instruct": prompt, completion. "flan_v2": inputs, targets.
-    "chip2": text of <human>: and <bot>:. "hh_rlhf": chosen, "oasst1": text with all turns, or the
-    messages of the original trees; both learn every turn. "chat": messages of role and content,
-    written by the chat template, of which the assistant's are learned. "text": plain text."""
+    "chip2": text with <human>: and <bot>:. "hh_rlhf": chosen; the loss covers every turn. "oasst1":
+    text with all turns, or the messages of the original trees; the loss covers every turn. "chat":
+    messages with role and content, written with the chat template; the loss covers the
+    assistant's turns. "text": plain text."""
     source_length: int = 384
-    """Longest prompt, in tokens; longer prompts are cut on the left."""
+    """Longest prompt in tokens. Longer prompts are truncated on the left."""
     target_length: int = 128
-    """Longest answer, in tokens; longer answers are cut on the right. Formats without a prompt of
-    their own (hh_rlhf, oasst1, chat) are cut to source_length + target_length."""
+    """Longest answer in tokens. Longer answers are truncated on the right. Conversations (hh_rlhf,
+    oasst1, chat) are truncated to source_length + target_length."""
     train_on_source: bool = False
-    """Put the loss on the prompt too."""
+    """Compute the loss on the prompt too."""
     sequence_length: int = 256
-    """Plain text only: tokens of one training example."""
+    """Plain text only: length of a training example in tokens."""
     max_examples: int | None = None
     """Use at most this many rows (null: all)."""
     chat_template: str | None = None
-    """Chat only: file with a Jinja template, for a tokenizer that has none or another one."""
+    """Chat only: file with a Jinja template, used instead of the tokenizer's template."""
     group_by_length: bool = False
-    """Put examples of similar length into a batch: less padding, a somewhat less random order."""
+    """Put examples of similar length into a batch: less padding, but a less random order."""
     packing: bool = False
-    """Put several examples into one row, each seeing itself alone: hardly any padding. Then
-    train.batch_size counts rows."""
+    """Pack several examples into one row, with almost no padding. Examples do not attend to each
+    other. train.batch_size then counts rows."""
     packing_length: int | None = None
-    """Tokens of a packed row. Null: the longest that an example can have."""
+    """Length of a packed row in tokens. Null: the longest possible example."""
 
     def __post_init__(self) -> None:
         share = self.eval_fraction

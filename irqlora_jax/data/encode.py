@@ -1,30 +1,30 @@
-"""Text to tokens: bos exactly once, and seams as in running text."""
+"""Tokenizes text: exactly one bos, and joins of two texts tokenized as in running text."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def prefix_tokens(tokenizer: Any) -> list[int]:
-    """What every sequence starts with: [bos], or [] for a tokenizer without."""
+    """The tokens at the start of every sequence: [bos], or [] if the tokenizer has no bos."""
     if tokenizer.bos_token_id is not None:
         return [tokenizer.bos_token_id]
-    # Some folders do not name the bos token that their tokenizer nevertheless puts in front.
+    # Some tokenizers add a bos token although their configuration does not name it.
     added = tokenizer("").get("input_ids", [])
     return [int(token) for token in added if token != tokenizer.eos_token_id][:1]
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Tokens of each text as it is: no bos, no eos."""
+    """Tokenizes each text without bos and eos."""
     if not texts:
         return []
-    # Without `verbose=False` transformers warns of texts longer than the model's context.
+    # verbose=False: no warning about texts longer than the context of the model.
     return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def encode_source(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Tokens of each text with exactly one bos in front (none for a tokenizer without)."""
+    """Tokenizes each text with exactly one bos in front (none if the tokenizer has no bos)."""
     head = prefix_tokens(tokenizer)
-    # A text may spell its bos out.
+    # The text itself may start with bos.
     return [
         tokens if head and tokens[:1] == head else head + tokens
         for tokens in encode(tokenizer, texts)
@@ -34,16 +34,15 @@ def encode_source(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 def encode_pairs(
     tokenizer: Any, sources: Sequence[str], targets: Sequence[str], *, join: bool
 ) -> list[tuple[list[int], list[int]]]:
-    """Tokens of each source (bos in front) and of each target, tokenized apart.
+    """Tokenizes each source (with bos in front) and each target separately.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: a transformers tokenizer.
         sources: prompts.
         targets: their continuations.
-        join: put one space between the two where neither has white space at the seam, and give
-            that space to the side where this tokenizer has it in running text: "the cat" is
-            "the" + " cat" for byte-level BPE, while SentencePiece puts the space in front of "cat"
-            by itself.
+        join: put one space between source and target if neither has white space at the seam. The
+            space goes to the side where the tokenizer has it in running text: byte-level BPE
+            splits "the cat" into "the" + " cat"; SentencePiece adds the space of "cat" by itself.
     """
     if join:
         seams = [_seam(*pair) for pair in zip(sources, targets, strict=True)]
@@ -54,7 +53,7 @@ def encode_pairs(
 
 
 def _seam(source: str, target: str) -> tuple[str, str, str]:
-    """The source, the space that belongs in front of the target ("" or " "), the target."""
+    """Returns the source, the space between the two ("" or " "), and the target."""
     if target.startswith(" "):
         return source, " ", target[1:]
     if source.endswith(" "):
@@ -64,9 +63,9 @@ def _seam(source: str, target: str) -> tuple[str, str, str]:
 
 
 def _implies_space(tokenizer: Any, seams: Sequence[tuple[str, str, str]]) -> bool:
-    """Whether the target alone already has the tokens that it has behind a space.
+    """Whether the target alone gets the same tokens as the target after a space.
 
-    Decided by the first pair whose tokens, cut apart, are those of the running text.
+    The first pair decides whose separate tokens equal the tokens of the joined text.
     """
     for source, space, target in seams[:64]:
         if not (source and space and target):

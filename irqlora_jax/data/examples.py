@@ -1,4 +1,4 @@
-"""Files and hub data sets to examples: tokens, and which of them are to be learned."""
+"""Makes examples (tokens and their loss mask) from files and data sets of the hub."""
 
 import logging
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Example(NamedTuple):
-    """Tokens of one sequence; where `targets` is true, the token is to be predicted."""
+    """Tokens of one sequence. `targets` is true for the tokens that count in the loss."""
 
     tokens: Int32[np.ndarray, " seq"]
     targets: Bool[np.ndarray, " seq"]
@@ -33,31 +33,31 @@ def load_examples(
 ) -> list[Example]:
     """Reads and tokenizes a data set.
 
-    Rows of prompt and answer: the prompt is cut on the left to `source_length` (its first token,
-    bos, stays), the answer with its eos on the right to `target_length`. Prompt and answer are
-    tokenized apart, so that the mask is exact.
+    Prompts and answers: the prompt is truncated on the left to `source_length`, but its bos stays.
+    The answer ends with eos and is truncated on the right to `target_length`. Prompt and answer
+    are tokenized separately, so that the mask is exact.
 
-    Conversations (hh_rlhf, oasst1, chat) have no prompt of their own and are cut on the right to
-    `source_length` + `target_length`. Those of hh_rlhf and oasst1 get bos and eos and are learned
-    behind bos, those of chat are as the chat template writes them.
+    Conversations (hh_rlhf, oasst1, chat) are truncated on the right to `source_length` +
+    `target_length`. hh_rlhf and oasst1 get bos and eos, and all tokens after bos are targets. chat
+    is tokenized as the chat template writes it.
 
-    Plain text: each document (a row, or in a .txt file what stands between lines
-    `<|endoftext|>`) gets bos and eos; all are joined and cut into windows of `sequence_length`, of
-    which every token but the first is learned.
+    Plain text: a document is a row, or in a .txt file the text between lines `<|endoftext|>`. Each
+    document gets bos and eos. All documents are joined and cut into windows of `sequence_length`.
+    All tokens of a window except the first are targets.
 
-    The first token is never learned: nothing stands in front of it. How many rows were cut, have
-    an empty answer, or are left out because nothing to learn remained of them, is logged.
+    The first token of an example is never a target, because no token precedes it. The log says how
+    many rows were truncated, have an empty answer, or were left out without any target.
 
     Args:
-        source: what `read_rows` takes, or for plain text also a .txt file.
+        source: as for `read_rows`; for plain text also a .txt file.
         config: the format, the lengths and `max_examples` (rows; for plain text windows).
-        tokenizer: of transformers; bos and eos are used where it has them.
-        max_length: tokens that the model can see; longer examples are cut once more. Of a prompt
-            the left is lost, but no more than it takes to leave half of the room to each side.
+        tokenizer: a transformers tokenizer; bos and eos are used if it has them.
+        max_length: context length of the model in tokens; longer examples are truncated again. The
+            answer may use at least half of it; the prompt gets the rest and is cut on the left.
 
     Raises:
-        FileNotFoundError: neither a file nor a data set that the hub gives.
-        ValueError: what is there is no data of this format; says which row and why.
+        FileNotFoundError: no such file, and no such data set on the hub.
+        ValueError: the data does not have this format; the message names the row and the reason.
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length = {max_length}: accepted is a whole number of at least 2")
@@ -87,15 +87,15 @@ def load_examples(
 
 
 _Draft = tuple[Sequence[int], Sequence[bool]]
-"""Tokens, and which of them are to be learned."""
+"""Tokens, and which of them are targets."""
 
 
 def _pairs(source: str, config: DataConfig, tokenizer: Any, max_length: int | None) -> list[_Draft]:
     rows = read_pairs(source, config.format, config.max_examples)
     prompts, answers = [row.prompt for row in rows], [row.answer for row in rows]
-    # Alpaca's prompt ends at a colon and its answers follow at once.
+    # Alpaca's prompt ends with a colon, and its answers follow without a space.
     pairs = encode_pairs(tokenizer, prompts, answers, join=config.format != "alpaca")
-    head, end = len(prefix_tokens(tokenizer)), _end(tokenizer)
+    head, end = len(prefix_tokens(tokenizer)), _eos_tokens(tokenizer)
     drafts, cut, over, blank = [], 0, 0, 0
     for row, (prompt, answer) in zip(rows, pairs, strict=True):
         blank += not answer
@@ -103,7 +103,7 @@ def _pairs(source: str, config: DataConfig, tokenizer: Any, max_length: int | No
         if not answer:
             name = PAIR_COLUMNS[config.format][-1]
             raise ValueError(f"{row.place}: {name} = {row.answer!r} has no tokens")
-        # A tokenizer without bos gives no context at all to the answer of an empty prompt.
+        # Without bos, the answer of an empty prompt has no context.
         if not prompt:
             raise ValueError(f"{row.place}: the prompt has no tokens")
         cut += len(prompt) > config.source_length or len(answer) > config.target_length
@@ -125,7 +125,7 @@ def _pairs(source: str, config: DataConfig, tokenizer: Any, max_length: int | No
 
 def _texts(source: str, config: DataConfig, tokenizer: Any, max_length: int | None) -> list[_Draft]:
     rows = read_texts(source, config.format, config.max_examples)
-    end = _end(tokenizer)
+    end = _eos_tokens(tokenizer)
     tokens = [ids + end for ids in encode_source(tokenizer, [row.text for row in rows])]
     _warn(source, sum(not row.text for row in rows), len(rows), "are empty")
     return _cut_right(source, [(ids, [True] * len(ids)) for ids in tokens], config, max_length)
@@ -169,10 +169,12 @@ def _windows(
         logger.warning(
             "%s: data.sequence_length = %d is more than the model's context of %d tokens, which is "
             "used instead",
-            *(source, length, max_length),
+            source,
+            length,
+            max_length,
         )
         length = max_length
-    end = _end(tokenizer)
+    end = _eos_tokens(tokenizer)
     parts = [np.array(ids + end, np.int32) for ids in encode_source(tokenizer, documents)]
     stream = np.concatenate(parts)
     examples = []
@@ -185,7 +187,7 @@ def _windows(
     return examples[: config.max_examples]
 
 
-def _end(tokenizer: Any) -> list[int]:
+def _eos_tokens(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 

@@ -1,4 +1,4 @@
-"""Rows to what is learned from them: prompts with answers, or whole texts."""
+"""Turns rows of each data format into prompts with answers, or into whole conversations."""
 
 import logging
 import math
@@ -24,18 +24,18 @@ PAIR_COLUMNS: dict[str, tuple[str, ...]] = {
     "flan_v2": ("inputs", "targets"),
     "chip2": ("text",),
 }
-"""Columns of the formats whose rows are a prompt and an answer; the last has the answer."""
+"""Columns of the formats with a prompt and an answer in each row. The last column is the answer."""
 TEXT_COLUMNS: dict[str, tuple[str, ...]] = {"hh_rlhf": ("chosen",), "oasst1": ("text",)}
-"""Columns of the formats whose rows are conversations, of which every turn is learned."""
+"""Columns of the formats with a conversation in each row. The loss covers every turn."""
 
 _HUMAN, _BOT = "<human>: ", "\n<bot>: "
 GUANACO = {"prompter": "### Human: ", "assistant": "### Assistant: "}
-"""What stands in front of what each role of OASST1 says."""
+"""Text in front of the messages of each OASST1 role."""
 logger = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
-    """A prompt, its answer, and where they stand."""
+    """A prompt, its answer, and their place in the file for error messages."""
 
     place: str
     prompt: str
@@ -43,19 +43,19 @@ class Pair(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A whole conversation, and where it stands."""
+    """A whole conversation, and its place in the file for error messages."""
 
     place: str
     text: str
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
-    """Stanford Alpaca's prompt; `context` is what its files call the input."""
+    """Stanford Alpaca's prompt. `context` is the column "input" of its files."""
     return _WITH_INPUT % (instruction, context) if context else _WITHOUT_INPUT % instruction
 
 
 def read_pairs(source: str, format: str, limit: int | None = None) -> list[Pair]:
-    """Reads a format of prompts and answers, one of `PAIR_COLUMNS`.
+    """Reads a data set with prompts and answers, in one of the formats of `PAIR_COLUMNS`.
 
     Raises:
         FileNotFoundError, ValueError: as `read_rows`.
@@ -74,7 +74,7 @@ def read_pairs(source: str, format: str, limit: int | None = None) -> list[Pair]
 
 
 def _chip2(row: Row) -> Pair:
-    """The first question and its answer."""
+    """Returns the first question and its answer."""
     text = row.text("text")
     prompt, bot, answer = text.partition(_BOT)
     if not (bot and prompt.startswith(_HUMAN)):
@@ -86,7 +86,7 @@ def _chip2(row: Row) -> Pair:
 
 
 def read_texts(source: str, format: str, limit: int | None = None) -> list[Text]:
-    """Reads a format of whole conversations, one of `TEXT_COLUMNS`.
+    """Reads a data set of whole conversations, in one of the formats of `TEXT_COLUMNS`.
 
     Raises:
         FileNotFoundError, ValueError: as `read_rows`.
@@ -99,15 +99,15 @@ def read_texts(source: str, format: str, limit: int | None = None) -> list[Text]
 
 
 def _trees(source: str, rows: Sequence[Row]) -> list[Text]:
-    """Message trees as Guanaco has them: of every tree the best reply at each level."""
+    """Makes a conversation of each message tree, with the best reply at each level, as Guanaco."""
     roots: list[Row] = []
     replies: dict[str, list[Row]] = {}
     seen: dict[str, str] = {}
     for row in rows:
         name, parent = row.text("message_id"), row.text("parent_id", "")
-        # With unique names a walk from a root cannot come back to where it was.
+        # Unique ids exclude cycles in the walk from a root.
         if name in seen:
-            raise ValueError(f"{row.place}: message_id = {name!r} stands in {seen[name]} too")
+            raise ValueError(f"{row.place}: message_id = {name!r} is also in {seen[name]}")
         seen[name] = row.place
         if not row.columns.get("deleted"):
             (replies.setdefault(parent, []) if parent else roots).append(row)
@@ -123,7 +123,10 @@ def _trees(source: str, rows: Sequence[Row]) -> list[Text]:
         texts.append(Text(root.place, "".join(map(_turn, turns))))
     logger.info(
         "%s: %d conversations of the best replies, %d of %d messages",
-        *(source, len(texts), kept, len(rows)),
+        source,
+        len(texts),
+        kept,
+        len(rows),
     )
     return texts
 
@@ -137,7 +140,7 @@ def _turn(row: Row) -> str:
 
 
 def _rank(row: Row) -> float:
-    """0 is the best; messages without a rank come last, the first of equals first."""
+    """Rank of a message: 0 is the best, and infinity stands for a message without a rank."""
     value: Any = row.columns.get("rank")
     try:
         rank = math.inf if value in (None, "") else float(value)

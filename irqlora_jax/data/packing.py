@@ -1,4 +1,4 @@
-"""Several examples in a row, each seeing itself alone."""
+"""Packs several examples into a row; they do not attend to each other."""
 
 from collections.abc import Sequence
 
@@ -9,18 +9,18 @@ from irqlora_jax.data.examples import Example
 
 
 def pack(lengths: Int[np.ndarray, " examples"], room: int, seed: int) -> list[list[int]]:
-    """Distributes examples over rows of `room` tokens, as few as a greedy search finds.
+    """Packs examples greedily into few rows of `room` tokens (best-fit decreasing).
 
-    Best fit, decreasing: the longest example first, each into the fullest row that still takes it.
-    Examples of equal length come in a random order of the seed.
+    The longest example comes first. Each goes into the fullest row that has enough room for it.
+    The seed decides the order of examples with equal length.
 
     Args:
         lengths: of the examples, in tokens.
-        room: tokens of a row.
-        seed: of the order.
+        room: length of a row, in tokens.
+        seed: seed of the random order.
 
     Returns:
-        The examples of each row; every example stands in exactly one.
+        Indices of the examples in each row. Every example is in exactly one row.
 
     Raises:
         ValueError: an example is longer than a row.
@@ -32,7 +32,7 @@ def pack(lengths: Int[np.ndarray, " examples"], room: int, seed: int) -> list[li
         )
     order = np.random.default_rng(seed).permutation(len(lengths))
     rows: list[list[int]] = []
-    # open_rows[left]: rows with so many tokens left; counts says where there are any.
+    # open_rows[left]: rows with `left` free tokens; counts[left]: their number.
     open_rows: list[list[int]] = [[] for _ in range(room + 1)]
     counts = np.zeros(room + 1, int)
     for index in order[np.argsort(-lengths[order], kind="stable")]:
@@ -51,12 +51,12 @@ def pack(lengths: Int[np.ndarray, " examples"], room: int, seed: int) -> list[li
 
 
 def pad_packed(rows: Sequence[Sequence[Example]], length: int) -> dict[str, np.ndarray]:
-    """Rows of several examples, one after the other, with the number of the example at each token.
+    """Makes a batch of packed rows: the examples of a row one after the other, then padding.
 
     Returns:
         "tokens" int32, "targets" bool and "segment_ids" int32, all [row, length]. The segments of
-        a row are 1, 2, ...; padding is 0. The first token of a segment is no target: the model
-        predicts it from the token in front, which is another example's.
+        a row are 1, 2, ...; padding is 0. The first token of a segment is not a target, because
+        the token before it belongs to another example.
     """
     shape = (len(rows), length)
     tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, bool)

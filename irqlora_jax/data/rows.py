@@ -1,4 +1,4 @@
-"""Files and hub data sets to rows."""
+"""Reads rows from files and from data sets of the hub."""
 
 import csv
 import io
@@ -12,18 +12,18 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 DOCUMENT_END = "<|endoftext|>"
 # ID, ID:CONFIGURATION, ID:CONFIGURATION:SPLIT or ID::SPLIT.
 _HUB = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[\w.-]*)(:(?P<split>[\w.-]+))?)?")
-# Errors of `datasets` that say which names there are, and quote nothing else.
+# Errors of `datasets` that list the valid names and contain nothing secret.
 _HUB_NAMES = ("Unknown split", "BuilderConfig", "Config name is missing")
 
 
 class Row(NamedTuple):
-    """One object of a file, and its place there for messages ("FILE, line 3")."""
+    """One row of a file, and its place for error messages ("FILE, line 3")."""
 
     place: str
     columns: dict[str, Any]
 
     def text(self, name: str, default: str | None = None) -> str:
-        """The text of a column; the default, if there is one, where it is absent or null.
+        """The text of a column, or the default (if given) where the column is absent or null.
 
         Raises:
             ValueError: not text.
@@ -35,34 +35,34 @@ class Row(NamedTuple):
 
 
 def check_text(value: Any, place: str, name: str) -> str:
-    """The value, if it is text that a tokenizer takes.
+    """Returns the value if it is text that a tokenizer accepts.
 
     Raises:
-        ValueError: not text; names the place.
+        ValueError: not text; the message names the place.
     """
     if not isinstance(value, str):
         raise ValueError(f"{place}: {name} = {value!r}: accepted is text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        half = value[error.start].encode("unicode_escape").decode()
-        raise ValueError(f"{place}: {name} has half a character, {half}") from None
+        surrogate = value[error.start].encode("unicode_escape").decode()
+        raise ValueError(f"{place}: {name} contains an unpaired surrogate, {surrogate}") from None
     return value
 
 
 def read_rows(source: str, columns: Sequence[str]) -> list[Row]:
-    """The rows of a file or of a hub data set, each with these columns.
+    """Reads the rows of a file or of a data set on the hub.
 
     Args:
         source: a .json file (a list of objects, or an object that has such a list as "data"), a
             .jsonl file (an object on each line), a .csv or .tsv file (its first line names the
-            columns), a .parquet file, or, where there is no such file, the id of a data set on the
-            hub. ID is its split "train", ID:CONFIGURATION that of a configuration, and
-            ID:CONFIGURATION:SPLIT or ID::SPLIT another split.
+            columns), or a .parquet file. If there is no such file: the id of a data set on the
+            hub, as ID, ID:CONFIGURATION, ID:CONFIGURATION:SPLIT or ID::SPLIT. The default split
+            is "train".
         columns: names that every row must have.
 
     Raises:
-        FileNotFoundError: neither a file nor a data set that the hub gives.
+        FileNotFoundError: no such file, and no such data set on the hub.
         ValueError: not readable, no rows, or a row without one of the columns.
     """
     path = _local(source)
@@ -97,7 +97,7 @@ def read_rows(source: str, columns: Sequence[str]) -> list[Row]:
 
 
 def read_documents(source: str) -> list[str]:
-    """The documents of a .txt file, or of the column "text" of rows.
+    """Reads the documents of a .txt file, or the column "text" of rows.
 
     Raises:
         FileNotFoundError, ValueError: as `read_rows`.
@@ -114,7 +114,7 @@ def read_documents(source: str) -> list[str]:
 
 
 def _local(source: str) -> Path | None:
-    """The file, or None where `source` can only be the id of a hub data set."""
+    """Returns the file, or None if `source` can only be the id of a data set on the hub."""
     accepted = f"a file ({', '.join(SUFFIXES)}) or the id of a data set on the hub"
     if not source.strip():
         raise ValueError(f"the data set {source!r} has no name: accepted is {accepted}")
@@ -131,7 +131,7 @@ def _local(source: str) -> Path | None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
+    """Reads the text of a file.
 
     Raises:
         ValueError: not UTF-8.
@@ -152,7 +152,7 @@ def _json_rows(path: Path) -> list[Row]:
 
 
 def _jsonl_rows(path: Path) -> list[Row]:
-    # Not splitlines(): JSON strings may hold other line ends, such as U+2028.
+    # Not splitlines(): JSON strings may contain other line separators, such as U+2028.
     lines = enumerate(read_text(path).split("\n"), 1)
     return [
         Row(f"{path}, line {number}", _parse(line, path, number))
@@ -174,12 +174,12 @@ def _parse(text: str, path: Path, first_line: int = 1) -> Any:
 def _csv_rows(path: Path) -> list[Row]:
     text = io.StringIO(read_text(path), newline="")
     delimiter = "\t" if path.suffix == ".tsv" else ","
-    # Strict: otherwise a quote that is never closed swallows the rest of the file.
+    # Strict: else an unclosed quote silently swallows the rest of the file.
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     rows: list[Row] = []
     header: list[str] | None = None
     start = 1
-    limit = csv.field_size_limit(2**31 - 1)  # by default 128 KiB, less than a long document
+    limit = csv.field_size_limit(2**31 - 1)  # the default, 128 KiB, is too small for long documents
     try:
         for fields in reader:
             place, start = f"{path}, line {start}", reader.line_num + 1
@@ -221,7 +221,7 @@ def _hub_rows(source: str) -> list[Row]:
     from datasets import load_dataset
 
     parts = _HUB.fullmatch(source)
-    assert parts is not None  # of `_local`
+    assert parts is not None  # checked by `_local`
     names = [name for name in (parts["id"], parts["config"]) if name]
     try:
         data = load_dataset(*names, split=parts["split"] or "train")
@@ -229,34 +229,32 @@ def _hub_rows(source: str) -> list[Row]:
         return [Row(f"{place} {number}", dict(columns)) for number, columns in enumerate(data, 1)]
     except Exception as error:
         reason = _hub_reason(error)
-    # Outside of the handler, so that no traceback shows what the error quotes.
+    # Raised outside of the handler: the traceback of the cause could show a token.
     raise FileNotFoundError(f"{source}: there is no such file, and {reason}, or give a local file")
 
 
 def _hub_reason(error: Exception) -> str:
-    """Why the hub does not give a data set, and what to do.
+    """Says why the hub does not provide a data set, and what to do.
 
-    The text of the error stays out unless it is known to be harmless: it may quote the headers of
-    the request, and with them the token.
+    The text of an unknown error stays out: it may contain the request headers with the token.
     """
     text, kind = " ".join(str(error).split()), type(error).__name__
     if kind == "DatasetNotFoundError":
         if "gated" in text:
             return (
-                "the hub asks you to accept the terms of the data set and to log in with "
-                "`hf auth login`; do so"
+                "the data set is gated: accept its terms on the hub and log in with `hf auth login`"
             )
         return (
-            "the hub shows you no such data set; check the name, log in with `hf auth login` if "
-            "it is private"
+            "the hub has no such data set, or it is private; check the name, or log in with "
+            "`hf auth login`"
         )
     if isinstance(error, ValueError) and text.startswith(_HUB_NAMES):
-        return f"the data set on the hub has other parts: {text} Give ID:CONFIGURATION:SPLIT"
+        return f"the data set on the hub has no such part: {text} Give ID:CONFIGURATION:SPLIT"
     if text.startswith("Dataset scripts"):
-        return "the data set on the hub is made by a script, which is never run; fetch its files"
+        return "the data set on the hub is made by a script, which is never run; download its files"
     if isinstance(error, ConnectionError | TimeoutError):
         return f"the hub could not be reached ({kind}); connect to the network"
     return (
-        f"the hub does not give it ({kind}); check the name, log in with `hf auth login` if it is "
-        "private"
+        f"the hub does not provide it ({kind}); check the name, or log in with `hf auth login` if "
+        "it is private"
     )

@@ -1,4 +1,4 @@
-"""What a model knows: loss, perplexity, multiple-choice questions, MMLU."""
+"""Evaluates a model: loss, perplexity, multiple-choice questions, MMLU."""
 
 from irqlora_jax.evaluate.choices import Question as Question
 from irqlora_jax.evaluate.choices import choice_scores as choice_scores

@@ -1,4 +1,4 @@
-"""Log-probabilities of the choices of multiple-choice questions, in as few tokens as they need."""
+"""Computes log-probabilities of multiple-choice answers. Common prefixes are computed once."""
 
 import collections
 import dataclasses
@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 
-from irqlora_jax.data.batches import by_length
+from irqlora_jax.data.batches import batches_by_length
 from irqlora_jax.model.llama import Cache, Llama, head_logits, head_weight
 
 Item = TypeVar("Item")
 
-# What prompts have in common, and the cache, are rounded up to these: few lengths are compiled.
-_COMMON_STEP, _CACHE_STEP = 128, 256
-# Fewer tokens in common are not worth a cache, which flash attention does not take.
-_LEAST_COMMON = 64
-_CHUNK = 1024  # positions whose logits exist at one time
+# Common prefixes and caches are padded to multiples of these, so that few lengths are compiled.
+_PREFIX_STEP, _CACHE_STEP = 128, 256
+# A shorter common prefix is not worth a cache, because flash attention does not support caches.
+_MIN_PREFIX = 64
+_CHUNK = 1024  # positions whose logits are in memory at the same time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Question:
     answer: int
     """Index of the right choice."""
     pool: int | None = None
-    """How many answers are equally likely for who knows the kind of answer but not the fact."""
+    """Number of plausible answers for a model that knows only the answer's type."""
     lengths: tuple[int, ...] | None = None
-    """Characters of each choice, for scores that are normalized by them."""
+    """Number of characters of each choice, for scores normalized by length."""
 
     @property
     def single(self) -> bool:
@@ -44,8 +44,8 @@ class Question:
         return all(len(choice) == 1 for choice in self.choices)
 
 
-def fit(prompt: Sequence[int], room: int, bos_token_id: int | None) -> tuple[int, ...]:
-    """A prompt cut on the left to `room` tokens; a bos in front stays."""
+def truncate_prompt(prompt: Sequence[int], room: int, bos_token_id: int | None) -> tuple[int, ...]:
+    """Truncates a prompt on the left to `room` tokens. A bos at its start stays."""
     if len(prompt) <= room:
         return tuple(prompt)
     head = tuple(prompt[:1]) if prompt[0] == bos_token_id and room > 1 else ()
@@ -61,9 +61,15 @@ def choice_scores(
     share: bool = True,
     done: Callable[[int], Any] | None = None,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """What `stream_scores` yields, in the order of the questions.
+    """Collects the results of `stream_scores` in the order of the questions.
 
-    `done` is called with the number of questions that were finished since the last call.
+    Args:
+        model, variables, questions, batch_size, share: as for `stream_scores`.
+        done: called with the number of questions that were finished since the last call.
+
+    Returns:
+        For each question, over its choices: the summed log-probabilities (nats), and whether all
+        tokens of the choice are the most likely ones.
     """
     scores = [np.zeros(len(q.choices)) for q in questions]
     greedy = [np.zeros(len(q.choices), bool) for q in questions]
@@ -82,22 +88,22 @@ def stream_scores(
     *,
     share: bool = True,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Log-probabilities of the choices given the prompts, question by question.
+    """Yields the log-probabilities of the choices given the prompts, question by question.
 
-    What many prompts begin with, such as the examples in front of the questions of a subject, is
-    computed once. Choices that begin alike share a row: four letters of one token each take one
-    forward pass over the prompt alone, and so do "yes" and "yes indeed".
+    A common prefix of many prompts is computed once, e.g. the few-shot examples of a subject.
+    Choices with a common prefix share a row: four letters of one token each need one forward pass
+    over the prompt alone; "yes" and "yes indeed" also need only one row.
 
     Args:
         model: the architecture.
         variables: {"params": adapters, "base": base}.
-        questions: each within the context of the model.
-        batch_size: rows computed at one time.
+        questions: each fits into the context of the model.
+        batch_size: rows of a forward pass.
         share: False computes every prompt from its start.
 
     Yields:
-        The index of a question that is finished; of each of its choices the log-probabilities of
-        the tokens (nats), summed, and whether they are the likeliest ones of the vocabulary.
+        The index of a finished question. For each of its choices: the summed log-probability of
+        its tokens (nats), and whether all its tokens are the most likely ones of the vocabulary.
     """
     rows = [(index, *row) for index, q in enumerate(questions) for row in _rows(q)]
     prompts = [questions[index].prompt for index, _, _ in rows]
@@ -112,7 +118,7 @@ def stream_scores(
                 needed = _slots(max(lengths[row] for row in group))
                 padded = _padded(prompts[group[0]][:common])
                 cache = _prefill(model, variables, *padded, needed)
-            for places in by_length([lengths[row] for row in group], batch_size):
+            for places in batches_by_length([lengths[row] for row in group], batch_size):
                 part = [group[place] for place in places]
                 asked = [(questions[rows[row][0]], *rows[row][1:]) for row in part]
                 arrays = _batch(asked, common, batch_size, most)
@@ -121,7 +127,7 @@ def stream_scores(
     left = np.bincount([index for index, _, _ in rows], minlength=len(questions))
     scores = [np.zeros(len(q.choices)) for q in questions]
     greedy = [np.zeros(len(q.choices), bool) for q in questions]
-    for part, outputs in _late(dispatched()) if rows else ():
+    for part, outputs in _pipelined(dispatched()) if rows else ():
         sums, likeliest = (np.asarray(output) for output in outputs)
         for place, row in enumerate(part):
             index, _, served = rows[row]
@@ -132,8 +138,8 @@ def stream_scores(
                 yield index, scores[index], greedy[index]
 
 
-def _late(items: Iterable[Item], behind: int = 2) -> Iterator[Item]:
-    """Each item after two more were made: the device does not wait for Python to read results."""
+def _pipelined(items: Iterable[Item], behind: int = 2) -> Iterator[Item]:
+    """Delays each item until `behind` more exist, so that the device never waits for the host."""
     waiting: collections.deque[Item] = collections.deque()
     for item in items:
         waiting.append(item)
@@ -143,27 +149,28 @@ def _late(items: Iterable[Item], behind: int = 2) -> Iterator[Item]:
 
 
 def group_by_prefix(
-    prompts: Sequence[tuple[int, ...]], batch_size: int, least: int = _LEAST_COMMON
+    prompts: Sequence[tuple[int, ...]], batch_size: int, least: int = _MIN_PREFIX
 ) -> list[tuple[int, list[int]]]:
-    """Which prompts to compute behind one cache of what they begin with.
+    """Groups prompts that share a cache of their common prefix.
 
-    Prompts leave the others, for a longer beginning of their own, where that saves tokens: the
-    cache itself and rows that fill up a batch count.
+    A group is split off with a longer prefix where that saves tokens. The count includes the
+    cache itself and the rows that pad a batch.
 
     Args:
         prompts: as tokens.
-        batch_size: rows computed at one time. No smaller group leaves the others.
-        least: fewer tokens in common count as none.
+        batch_size: rows of a forward pass. Smaller groups are not split off.
+        least: a shorter common prefix counts as none.
 
     Returns:
-        Groups: the number of tokens in common, never the last one of a prompt; and indices.
+        Groups: the length of the common prefix, which excludes the last token of every prompt;
+        and the indices of the prompts.
     """
     order = sorted(range(len(prompts)), key=lambda index: prompts[index])
     pairs = pairwise(order)
     shared = [0, *(_common(prompts[before], prompts[after]) for before, after in pairs)]
 
     def split(low: int, high: int) -> tuple[list[tuple[int, list[int]]], int, list[int]]:
-        """Groups within a part of the order; what the others have in common, and they."""
+        """Splits order[low:high]: the groups split off, the prefix of the rest, and the rest."""
         common = min(shared[low + 1 : high], default=0)
         # Steps of 16 tokens keep the recursion shallow.
         deeper = (common // 16 + 1) * 16
@@ -188,17 +195,17 @@ def group_by_prefix(
 
 
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Number of tokens that both begin with; the last token of neither is among them."""
+    """Length of the common prefix; it excludes the last token of both."""
     shortest = min(len(first), len(second)) - 1
     pairs = zip(first[:shortest], second[:shortest], strict=True)
     return next((place for place, (a, b) in enumerate(pairs) if a != b), shortest)
 
 
 def _rows(question: Question) -> list[tuple[tuple[int, ...], list[int]]]:
-    """What is to follow the prompt in each row, and the choices that can be read from that row."""
+    """Returns the tokens after the prompt in each row, and the choices scored by that row."""
     rows: list[tuple[tuple[int, ...], list[int]]] = []
     for index in sorted(range(len(question.choices)), key=lambda i: -len(question.choices[i])):
-        # Nothing follows the last token of a choice, so it need not be in the row.
+        # The last token of a choice is only predicted, so the row does not need it.
         stem = question.choices[index][:-1]
         for tokens, served in rows:
             if tokens[: len(stem)] == stem:
@@ -215,7 +222,7 @@ def _batch(
     batch_size: int,
     most: int,
 ) -> tuple[np.ndarray, ...]:
-    """Arguments of `_score` behind the cache, of few shapes."""
+    """Makes the array arguments of `_score`, padded to few different shapes."""
     longest = max(len(q.choices[index]) for q, _, served in rows for index in served)
     longest = 4 ** (((longest - 1).bit_length() + 1) // 2)
     width = bucket(max(len(q.prompt) + len(stem) for q, stem, _ in rows) - common)
@@ -234,7 +241,10 @@ def _batch(
 
 
 def bucket(length: int) -> int:
-    """A length rounded up so that few remain: by 32 up to 256, then to a quarter of a doubling."""
+    """Rounds a length up so that few lengths are compiled.
+
+    The step is 32 up to 256, then 1/8 of the next power of two.
+    """
     return _round_up(length, max(32, 1 << (length - 1).bit_length() >> 3))
 
 
@@ -247,8 +257,8 @@ def _slots(needed: int) -> int:
 
 
 def _padded(tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """A row of tokens, padded on the right, and their number."""
-    padded = np.zeros((1, _round_up(len(tokens), _COMMON_STEP)), np.int32)
+    """Pads a row of tokens on the right; also returns their number."""
+    padded = np.zeros((1, _round_up(len(tokens), _PREFIX_STEP)), np.int32)
     padded[0, : len(tokens)] = tokens
     return padded, np.array([len(tokens)], np.int32)
 
@@ -261,7 +271,7 @@ def _prefill(
     lengths: Int[Array, " 1"],
     slots: int,
 ) -> Cache:
-    """The cache of what all rows begin with, with room for `slots` tokens in all."""
+    """Computes the cache of the common prefix, with room for `slots` tokens in total."""
     cache = model.init_cache(1, slots)
     return cast(Any, model.apply(variables, tokens, cache, lengths, method="decode"))[1]
 
@@ -276,16 +286,16 @@ def _score(
     choices: Int[Array, "batch length choices"],
     given: Bool[Array, "batch length choices"],
 ) -> tuple[Float32[Array, "batch choices"], Bool[Array, "batch choices"]]:
-    """Summed log-probabilities of the given tokens of the choices; whether all are the likeliest.
+    """Sums the log-probabilities of the tokens of each choice; also: are all of them the likeliest?
 
     Args:
         model: the architecture.
         variables: its collections.
-        cache: of what stands in front of all rows, if anything does.
-        tokens: the rest of the prompts and what follows them, padded on the right.
-        first: place of the last token of each prompt, which the choices follow.
-        choices: their tokens; the next ones follow the next places.
-        given: which of these there are.
+        cache: of the common prefix of all rows, if there is one.
+        tokens: the rest of each prompt and the tokens after it, padded on the right.
+        first: position of the last token of each prompt; it predicts the first token of a choice.
+        choices: tokens of the choices; token i is predicted at position first + i.
+        given: mask of the tokens that exist in `choices`.
     """
     (batch, seq), longest = tokens.shape, choices.shape[1]
     if cache is not None:
@@ -298,7 +308,7 @@ def _score(
     places = jnp.minimum(first[:, None] + jnp.arange(longest)[None, :], seq - 1)
     hidden = jnp.take_along_axis(hidden, places[:, :, None], axis=1)
     head = head_weight(variables["base"])
-    # Both are powers of two.
+    # `longest` and `width` are powers of two, so `width` divides `longest`.
     width = min(longest, 1 << (max(1, _CHUNK // batch).bit_length() - 1))
 
     def chunks(x: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The tasks of lm-evaluation-harness (the extra `eval`), asked through its own interface."""
+"""Runs tasks of lm-evaluation-harness (the extra `eval`) through its own interface."""
 
 import dataclasses
 import difflib
@@ -13,27 +13,26 @@ import lm_eval  # pyright: ignore[reportMissingImports]
 import numpy as np
 from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-from irqlora_jax.evaluate.harness_model import HarnessLM, Kept
+from irqlora_jax.evaluate.harness_model import AnswerCache, HarnessLM
 from irqlora_jax.model.llama import Llama
 
 
 @dataclasses.dataclass(frozen=True)
 class HarnessScores:
-    """What lm-eval reports, by task; groups of tasks stand among them."""
+    """Results of lm-eval by task. Groups of tasks are also included."""
 
     scores: dict[str, dict[str, float]]
     """Metrics and their standard errors: acc, acc_stderr, acc_norm, ..."""
     shots: dict[str, int]
     counts: dict[str, int]
-    """Questions asked."""
+    """Number of questions of each task."""
     task_versions: dict[str, Any]
     lm_eval: str
     """Version of lm-eval."""
     mean_acc: float | None
-    """Mean of the `acc` of the tasks that were asked for, each with equal weight; None where one
-    has none."""
+    """Mean of `acc` over the requested tasks with equal weights. None if a task has no `acc`."""
     truncated: int
-    """Requests that were cut on the left to fit into the context."""
+    """Number of requests that were truncated on the left to fit into the context."""
 
 
 def harness(
@@ -46,7 +45,7 @@ def harness(
     shots: int | None = None,
     limit: int | None = None,
     batch_size: int = 8,
-    keep: Path | None = None,
+    resume_file: Path | None = None,
     identity: str = "",
     progress: bool = False,
 ) -> HarnessScores:
@@ -55,20 +54,20 @@ def harness(
     Args:
         model: the architecture.
         variables: {"params": adapters, "base": base}.
-        tokenizer: of transformers.
-        tasks: names that lm-eval knows, or that `folder` defines.
-        folder: with more tasks (.yaml), which may read local files.
-        shots: examples in front of each question (default: what the tasks say, or none).
-        limit: ask only the first so many questions of each task.
-        batch_size: rows computed at one time.
-        keep: file for the answers given so far; those that are there already, of the same
-            `identity`, are not computed again.
-        identity: what `keep` is to tell models apart by.
-        progress: show bars.
+        tokenizer: a transformers tokenizer.
+        tasks: names known to lm-eval or defined in `folder`.
+        folder: folder with more tasks (.yaml), which may read local files.
+        shots: few-shot examples of each question (default: as each task defines, or none).
+        limit: use only the first `limit` questions of each task.
+        batch_size: rows of a forward pass.
+        resume_file: file for the answers so far. Answers in it with the same `identity` are not
+            computed again.
+        identity: identifies the model in `resume_file`.
+        progress: show progress bars.
 
     Raises:
-        ValueError: an unknown task, or the model gives no numbers.
-        OSError: no such folder, or data that cannot be had.
+        ValueError: an unknown task, or the model returns NaN or infinite numbers.
+        OSError: no such folder, or the data is not available.
     """
     if folder is not None and not Path(folder).is_dir():
         raise FileNotFoundError(f"task_folder = '{folder}': no such folder")
@@ -77,16 +76,20 @@ def harness(
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks) or ["arc_easy", "piqa"]
             raise ValueError(
-                f"task = 'lm-eval:{name}': lm-eval knows no such task; near are {', '.join(near)}"
+                f"task = 'lm-eval:{name}': lm-eval has no such task; similar names: "
+                f"{', '.join(near)}"
             )
     lm = HarnessLM(
-        *(model, variables, tokenizer, batch_size),
-        kept=Kept(keep, identity),
+        model,
+        variables,
+        tokenizer,
+        batch_size,
+        cache=AnswerCache(resume_file, identity),
         progress=progress,
     )
-    # Or the bootstrap of some metrics forks this process, threads of jax and all.
+    # Else the bootstrap of some metrics forks this process, which is unsafe with threads of jax.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
-    evaluate: Any = lm_eval.simple_evaluate  # its annotations are those of another function
+    evaluate: Any = lm_eval.simple_evaluate  # its type annotations are wrong
     found = evaluate(
         model=lm,
         tasks=list(tasks),
@@ -112,7 +115,7 @@ def harness(
 
 
 def _metrics(values: dict[str, Any]) -> dict[str, float]:
-    """Numbers by metric; lm-eval's filter is named where it is not the plain "none"."""
+    """Returns numbers by metric, without the name of lm-eval's default filter, ",none"."""
     numbers = {name: value for name, value in values.items() if "," in name}
     return {
         name.removesuffix(",none"): float(value)

@@ -1,4 +1,4 @@
-"""A model as lm-evaluation-harness sees it."""
+"""Adapts a model to the interface of lm-evaluation-harness."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
 )
 from tqdm import tqdm
 
-from irqlora_jax.data.batches import by_length, eval_batches
+from irqlora_jax.data.batches import batches_by_length, eval_batches
 from irqlora_jax.data.examples import Example
 from irqlora_jax.evaluate.choices import Question, stream_scores
 from irqlora_jax.evaluate.perplexity import row_nll
@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 class HarnessLM(TemplateLM):
-    """A model as lm-eval sees it; answers are those of its own `HFLM` for the same weights.
+    """The interface of lm-eval to a model. Answers equal the answers of `HFLM` of lm-eval.
 
-    A text is encoded as its tokenizer does by itself: with a bos in front for LLaMA's, and without
-    a second one where it is spelled out. So the text of `loglikelihood_rolling` has two, that of
-    the window and its own, as with `HFLM`. An empty context is bos, or eos without one. What is
-    longer than the context of the model is cut on the left, bos first, as `HFLM` does (our own
-    tasks keep it). Where continuations begin is settled by `TemplateLM._encode_pair`.
+    The tokenizer adds its usual special tokens, e.g. bos for LLaMA. If the text already starts
+    with bos, no second one is added. The text of `loglikelihood_rolling` has two as with `HFLM`:
+    one from the window and its own. An empty context is bos, or eos if there is no bos. Longer
+    inputs than the context of the model are truncated on the left, including bos, as `HFLM` does
+    (our own tasks keep bos). `TemplateLM._encode_pair` splits context and continuation.
     """
 
     def __init__(
@@ -44,15 +44,15 @@ class HarnessLM(TemplateLM):
         tokenizer: Any,
         batch_size: int = 8,
         *,
-        kept: "Kept | None" = None,
+        cache: "AnswerCache | None" = None,
         progress: bool = False,
     ) -> None:
-        """Keeps the arguments, which are those of `harness`."""
+        """Stores the arguments; see `harness`."""
         super().__init__()
         self.model, self.variables, self.tokenizer = model, variables, tokenizer
         self.batch_size = batch_size
         self.truncated = 0
-        self._kept = Kept(None, "") if kept is None else kept
+        self._cache = AnswerCache(None, "") if cache is None else cache
         self._progress = progress
         self._drawn = 0
         self._texts: list[str] = []
@@ -60,7 +60,7 @@ class HarnessLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model can see."""
+        """Context length of the model, in tokens."""
         return self.model.config.max_position_embeddings
 
     @property
@@ -71,19 +71,19 @@ class HarnessLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands in front of a text without context."""
+        """The token in front of a text without context."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
     def tokenizer_name(self) -> str:
-        """Of its folder."""
+        """Name of the tokenizer, made from its folder."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Tokens of a text; None adds what the tokenizer adds, unless it is there already."""
+        """Tokenizes a text. With None the tokenizer adds its special tokens unless bos is there."""
         if add_special_tokens is not None:
             return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         if string in self._encoded:
@@ -91,14 +91,14 @@ class HarnessLM(TemplateLM):
         return self._encode([string])[0]
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Tokens of texts, with what the tokenizer adds unless it is there already."""
+        """Tokenizes texts with the special tokens of the tokenizer, unless bos is there already."""
         bos = self.tokenizer.decode([self.prefix_token_id])
         found: list[Any] = [None] * len(texts)
-        for there in (False, True):
-            places = [i for i, text in enumerate(texts) if text.startswith(bos) == there]
+        for has_bos in (False, True):
+            places = [i for i, text in enumerate(texts) if text.startswith(bos) == has_bos]
             part = [texts[place] for place in places]
             encoded = (
-                self.tokenizer(part, add_special_tokens=not there)["input_ids"] if part else []
+                self.tokenizer(part, add_special_tokens=not has_bos)["input_ids"] if part else []
             )
             for place, tokens in zip(places, encoded, strict=True):
                 found[place] = tokens
@@ -107,9 +107,9 @@ class HarnessLM(TemplateLM):
     def loglikelihood(
         self, requests: Any, disable_tqdm: bool | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-probability (nats) of each continuation, and whether it is the likeliest."""
+        """Log-probability (nats) of each continuation, and whether greedy decoding gives it."""
         quiet = not self._progress if disable_tqdm is None else disable_tqdm
-        # What `_encode_pair` will ask for, encoded together, which takes a fraction of the time.
+        # Encode all texts that `_encode_pair` needs in one call, which is much faster.
         pairs = [request.args for request in requests]
         texts = dict.fromkeys(
             text for context, end in pairs for text in (context.rstrip(), context + end)
@@ -124,28 +124,28 @@ class HarnessLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = True, **_: Any
     ) -> list[tuple[float, bool]]:
-        """The same of (texts, context, continuation), the latter two as tokens.
+        """Like `loglikelihood` for (texts, context, continuation), the latter two as tokens.
 
-        Continuations of one context share rows, and contexts what they begin with.
+        Continuations of one context share rows; contexts share the cache of a common prefix.
         """
         answers: list[Any] = [None] * len(requests)
         asked: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
         for index, (_, context, continuation) in enumerate(requests):
             context, continuation = self._fit(context, continuation)
-            answers[index] = self._kept.get("loglikelihood", context, continuation)
+            answers[index] = self._cache.get("loglikelihood", context, continuation)
             if answers[index] is None:
                 asked.setdefault(context, {}).setdefault(continuation, []).append(index)
         questions = [Question("", context, tuple(parts), 0) for context, parts in asked.items()]
         with self._bar("Log-likelihoods", len(requests), disable_tqdm) as bar:
             bar.update(sum(answer is not None for answer in answers))
-            arguments = (self.model, self.variables, questions, self.batch_size)
-            for number, sums, likeliest in stream_scores(*arguments):
+            scores = stream_scores(self.model, self.variables, questions, self.batch_size)
+            for number, sums, likeliest in scores:
                 question = questions[number]
                 if not np.isfinite(sums).all():
-                    raise ValueError("the model gives no numbers (NaN or infinite logits)")
+                    raise ValueError("the logits of the model are NaN or infinite")
                 for part, total, greedy in zip(question.choices, sums, likeliest, strict=True):
                     answer = [float(total), bool(greedy)]
-                    self._kept.put(answer, "loglikelihood", question.prompt, part)
+                    self._cache.put(answer, "loglikelihood", question.prompt, part)
                     for index in asked[question.prompt][part]:
                         answers[index] = answer
                         bar.update(1)
@@ -154,7 +154,7 @@ class HarnessLM(TemplateLM):
     def _fit(
         self, context: Sequence[int], continuation: Sequence[int]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The two as the model can see them: nothing has to be seen behind the last token."""
+        """Truncates the context. The last token of the continuation is only predicted."""
         count = len(continuation)
         if not 0 < count <= self.max_length:
             raise ValueError(
@@ -166,22 +166,22 @@ class HarnessLM(TemplateLM):
         return tuple(context[over:]), tuple(continuation)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool | None = None) -> list[float]:
-        """Log-probability (nats) of each whole text, in windows as lm-eval defines them."""
+        """Log-probability (nats) of each whole text, in the windows of lm-eval."""
         texts = [request.args[0] for request in requests]
-        totals: list[Any] = [self._kept.get("rolling", text) for text in texts]
-        open_ = [index for index, total in enumerate(totals) if total is None]
+        totals: list[Any] = [self._cache.get("rolling", text) for text in texts]
+        remaining = [index for index, total in enumerate(totals) if total is None]
         windows: list[Example] = []
         owners: list[int] = []
-        for index in open_:
+        for index in remaining:
             tokens = self.tok_encode(texts[index])
             for pair in get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, 1):
                 context, part = make_disjoint_window(pair)
                 row = np.array([*context, *part], np.int32)
                 windows.append(Example(row, np.arange(len(row)) >= len(context)))
                 owners.append(index)
-        for index in open_:
+        for index in remaining:
             totals[index] = 0.0
-        order = by_length([len(window.tokens) for window in windows], self.batch_size)
+        order = batches_by_length([len(window.tokens) for window in windows], self.batch_size)
         with self._bar("Windows", len(windows), disable_tqdm) as bar:
             batches = eval_batches(windows, self.batch_size)
             for part, batch in zip(order, batches, strict=True) if windows else ():
@@ -190,19 +190,19 @@ class HarnessLM(TemplateLM):
                     totals[owners[place]] -= float(value)
                 bar.update(len(part))
         if not np.isfinite(totals).all():
-            raise ValueError("the model gives no numbers (NaN or infinite logits)")
-        for index in open_:
-            self._kept.put(totals[index], "rolling", texts[index])
+            raise ValueError("the logits of the model are NaN or infinite")
+        for index in remaining:
+            self._cache.put(totals[index], "rolling", texts[index])
         return totals
 
     def generate_until(self, requests: Any, disable_tqdm: bool | None = None) -> list[str]:
-        """Continues each context up to one of its `until`, which are cut off.
+        """Continues each context up to one of its `until` strings, which are removed.
 
-        Greedy, unless do_sample asks for draws (temperature, top_k, top_p). A context leaves room
-        for max_gen_toks (256) tokens and is cut on the left for that.
+        Decoding is greedy, unless do_sample asks for sampling (temperature, top_k, top_p). A
+        context is truncated on the left to leave room for max_gen_toks (256) tokens.
 
         Raises:
-            ValueError: an argument of the generation that is not among these, or no room.
+            ValueError: an unsupported argument of the generation, or no room for new tokens.
         """
         answers: list[Any] = [None] * len(requests)
         groups: dict[str, list[int]] = {}
@@ -210,7 +210,7 @@ class HarnessLM(TemplateLM):
             context, settings = request.args
             setting = json.dumps(settings, sort_keys=True)
             if not settings.get("do_sample"):
-                answers[index] = self._kept.get("generate", context, setting)
+                answers[index] = self._cache.get("generate", context, setting)
             if answers[index] is None:
                 groups.setdefault(setting, []).append(index)
         with self._bar("Texts", len(requests), disable_tqdm) as bar:
@@ -220,14 +220,14 @@ class HarnessLM(TemplateLM):
                 for place, text in self._continue(contexts, json.loads(setting)):
                     answers[members[place]] = text
                     if not json.loads(setting).get("do_sample"):
-                        self._kept.put(text, "generate", contexts[place], setting)
+                        self._cache.put(text, "generate", contexts[place], setting)
                     bar.update(1)
         return answers
 
     def _continue(
         self, contexts: Sequence[str], settings: dict[str, Any]
     ) -> Iterator[tuple[int, str]]:
-        """Index and text of every context, for one set of arguments."""
+        """Yields index and new text of every context, for one set of generation arguments."""
         settings = dict(settings)
         until = settings.pop("until", None) or []
         until = [until] if isinstance(until, str) else list(until)
@@ -253,8 +253,8 @@ class HarnessLM(TemplateLM):
         self.truncated += sum(len(tokens) > room for tokens in encoded)
         prompts = [tokens[-room:] for tokens in encoded]
         ends = {self.eot_token_id, *self.model.config.eos_token_ids, *self._stops(until)}
-        for part in by_length([len(prompt) for prompt in prompts], self.batch_size):
-            # Filled up with copies, which end when the first row does: one shape.
+        for part in batches_by_length([len(prompt) for prompt in prompts], self.batch_size):
+            # Fill the batch with copies of the first row, so that all batches have one shape.
             rows = [prompts[place] for place in part]
             rows += [rows[0]] * (self.batch_size - len(rows))
             if sampling:
@@ -270,7 +270,7 @@ class HarnessLM(TemplateLM):
                 yield place, text
 
     def _stops(self, until: Sequence[str]) -> list[int]:
-        """Tokens that contain one of the texts: nothing behind them is ever read."""
+        """Tokens that contain one of the texts: generation can end there."""
         if not self._texts:
             count = min(len(self.tokenizer), self.model.config.vocab_size)
             self._texts = self.tokenizer.batch_decode([[token] for token in range(count)])
@@ -282,11 +282,11 @@ class HarnessLM(TemplateLM):
         return tqdm(total=total, desc=name, disable=quiet)
 
 
-class Kept:
-    """Answers by request, written to a file as they are given: an interruption loses none."""
+class AnswerCache:
+    """Answers by request. They are also appended to a file, so that an interruption loses none."""
 
     def __init__(self, path: Path | None, identity: str) -> None:
-        """Reads the answers in the file, if they are those of the same model."""
+        """Reads the answers in the file, if they belong to the same model."""
         self._path, self._answers = path, {}
         self._head = json.dumps({"key": hashlib.sha256(identity.encode()).hexdigest()})
         self._open = False
@@ -295,23 +295,23 @@ class Kept:
         head, *lines = path.read_text(encoding="utf-8").split("\n")
         if head != self._head:
             return
-        for line in lines[:-1]:  # the last one is empty, or was broken off
+        for line in lines[:-1]:  # the last one is empty or incomplete
             key, answer = json.loads(line)
             self._answers[key] = answer
 
     def get(self, *request: Any) -> Any:
-        """The answer to a request, or None."""
+        """Returns the answer to a request, or None."""
         return self._answers.get(_digest(request))
 
     def put(self, answer: Any, *request: Any) -> None:
-        """Keeps an answer. What cannot be written is only said: hours of work do not end by it."""
+        """Stores an answer. A write error is only logged: it must not end hours of work."""
         key = _digest(request)
         self._answers[key] = answer
         if self._path is None:
             return
         try:
             if not self._open:
-                # Anew, so that no line stands behind one that an interruption broke off.
+                # Rewrite the file: an interruption may have left an incomplete last line.
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 lines = [self._head, *(json.dumps(item) for item in self._answers.items())]
                 self._path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -321,8 +321,9 @@ class Kept:
                     file.write(json.dumps([key, answer]) + "\n")
         except OSError as error:
             logger.warning(
-                "%s: cannot be written (%s), so an interrupted evaluation begins anew",
-                *(self._path, error.strerror),
+                "%s: cannot be written (%s), so an interrupted evaluation starts again from zero",
+                self._path,
+                error.strerror,
             )
             self._path = None
 

@@ -1,4 +1,4 @@
-"""MMLU (Hendrycks et al., 2021) as its authors ask and average it."""
+"""Runs MMLU (Hendrycks et al., 2021) with the prompts and averages of its authors."""
 
 import dataclasses
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from irqlora_jax.data.examples import encode_source
-from irqlora_jax.evaluate.choices import Question, choice_scores, fit
+from irqlora_jax.evaluate.choices import Question, choice_scores, truncate_prompt
 from irqlora_jax.evaluate.mmlu_files import (
     CATEGORIES,
     LETTERS,
@@ -30,35 +30,35 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class MmluScores:
-    """Accuracies are between 0 and 1, and averages over questions, not over subjects."""
+    """Accuracies between 0 and 1, averaged over questions, not over subjects."""
 
     accuracy: float
-    """Of all questions."""
+    """Accuracy of all questions."""
     by_category: dict[str, float]
-    """Of the questions of STEM, humanities, social sciences and other."""
+    """Accuracy of STEM, humanities, social sciences and other."""
     by_subcategory: dict[str, float]
-    """Of the questions of the 17 subcategories."""
+    """Accuracy of the 17 subcategories."""
     by_subject: dict[str, float]
     count: int
     """Number of questions."""
     counts: dict[str, int]
     """Number of questions of each subject."""
     shots: dict[str, int]
-    """Number of questions that were asked with 0, 1, ... examples in front."""
+    """Number of questions that had 0, 1, ... few-shot examples."""
     truncated: int
-    """Questions that were cut on the left, because not even they alone fit into the context."""
+    """Number of questions truncated on the left: they exceed the context even without examples."""
     ties: int
-    """Questions whose best score several letters share. The first of them is the answer given."""
+    """Number of questions where several letters have the best score. The first of them counts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Answers:
-    """What came of the questions of a subject."""
+    """Answers to the questions of a subject."""
 
     correct: list[int]
-    """1 or 0 a question."""
+    """1 or 0 for each question."""
     shots: list[int]
-    """Examples in front of each."""
+    """Few-shot examples of each question."""
     truncated: int
     ties: int
 
@@ -74,44 +74,44 @@ def mmlu(
     subjects: Collection[str] = (),
     limit: int | None = None,
     batch_size: int = 8,
-    keep: Path | None = None,
+    resume_file: Path | None = None,
     identity: str = "",
     progress: bool = False,
 ) -> MmluScores:
-    """Asks the questions of MMLU.
+    """Evaluates a model on MMLU.
 
     A prompt is the line "The following are multiple choice questions (with answers) about
     SUBJECT." (with two spaces in front of the subject, as published), the first `shots` questions
-    of dev/ with their answers, and the question up to "Answer:". Where it is longer than the
-    context of the model, examples are left out from the end, one by one; a question that does not
-    fit even alone is cut on the left. The answer given is the likeliest of the four letters as they
-    follow "Answer:" in running text (" A"), the first of them if several are equally likely: that
-    is the published benchmark, so a model without an opinion gets the share of A. A letter that the
-    tokenizer writes as several tokens is scored by their joint probability.
+    of dev/ with their answers, and the question up to "Answer:". If the prompt is longer than the
+    context of the model, examples are removed one by one from the end. A question that does not
+    fit without examples is truncated on the left.
 
-    The text of the files is taken as it stands. The original reads it with pandas, of which recent
-    versions make "nan" of the choice "None" (10 of the 14,042 questions).
+    The answer is the most likely of the four letters, tokenized as after "Answer:" in running text
+    (" A"). The first letter wins a tie, as in the published benchmark: a model with equal scores
+    always answers A. If a letter is several tokens, their joint probability counts.
+
+    The text of the files is used unchanged. The original code reads the files with pandas, whose
+    recent versions turn the choice "None" into "nan" (10 of the 14,042 questions).
 
     Args:
         model: the architecture.
         variables: {"params": adapters, "base": base}.
-        tokenizer: of transformers.
-        folder: holds dev/SUBJECT_dev.csv and test/SUBJECT_test.csv (and val/), without header, with
-            the columns question, A, B, C, D, answer.
-        shots: examples in front of each question.
-        split: which questions are asked.
-        subjects: ask these alone (default: all that are there).
-        limit: ask only the first so many questions of each subject.
-        batch_size: questions computed at one time.
-        keep: file for the answers of the finished subjects; those that are there already, from the
-            same data, settings and `identity`, are not asked again.
-        identity: what `keep` is to tell models apart by.
-        progress: show a bar.
+        tokenizer: a transformers tokenizer.
+        folder: contains dev/SUBJECT_dev.csv and test/SUBJECT_test.csv (and val/), without header,
+            with the columns question, A, B, C, D, answer.
+        shots: few-shot examples of each question.
+        split: which questions to use.
+        subjects: use only these (default: all in the folder).
+        limit: use only the first `limit` questions of each subject.
+        batch_size: questions of a forward pass.
+        resume_file: file for the answers of the finished subjects. Subjects in it with the same
+            data, settings and `identity` are not computed again.
+        identity: identifies the model in `resume_file`.
+        progress: show a progress bar.
 
     Raises:
         FileNotFoundError: no such folder, subject or file.
-        ValueError: a malformed file, or an argument that is not accepted; or the model gives no
-            numbers.
+        ValueError: a malformed file, an invalid argument, or a model with NaN or infinite logits.
     """
     from tqdm import tqdm
 
@@ -129,7 +129,7 @@ def mmlu(
     letters = letter_tokens(tokenizer)
     context = model.config.max_position_embeddings
     setting = (identity, split, shots, limit, context, model.compute_dtype)
-    kept = {} if keep is None else _load_kept(keep)
+    kept = {} if resume_file is None else _read_resume_file(resume_file)
     finished: dict[str, _Answers] = {}
     total = sum(len(subject.rows) for subject in read)
     with tqdm(total=total, desc="MMLU", unit="q", disable=not progress) as bar:
@@ -146,25 +146,26 @@ def mmlu(
                     model, variables, tokenizer, subject, letters, shots, batch_size, bar
                 )
                 kept[key] = dataclasses.asdict(answers)
-                if keep is not None and not _keep(keep, kept):
-                    keep = None
+                if resume_file is not None and not _write_resume_file(resume_file, kept):
+                    resume_file = None
             finished[subject.name] = answers
             bar.set_postfix_str(_so_far(subject.name, finished))
     return _average(finished)
 
 
 def letter_tokens(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """The tokens of the four letters as they follow "Answer:" in running text.
+    """Returns the tokens of the four letters as they follow "Answer:" in running text.
 
     Raises:
-        ValueError: "Answer:" has other tokens where a letter follows, or two letters are the same.
+        ValueError: the tokens of "Answer:" change when a letter follows, or two letters are equal.
     """
     texts = ["\nAnswer:", *(f"\nAnswer: {letter}" for letter in LETTERS)]
     stem, *whole = encode_source(tokenizer, texts)
     letters = tuple(tuple(ids[len(stem) :]) for ids in whole)
     if any(ids[: len(stem)] != stem for ids in whole) or len({*letters, ()}) <= len(LETTERS):
         raise ValueError(
-            f"the tokenizer has no four distinct endings ' A' to ' D' of 'Answer:' ({letters})"
+            "the tokenizer does not give four distinct letters ' A' to ' D' after 'Answer:' "
+            f"({letters})"
         )
     return letters
 
@@ -172,21 +173,21 @@ def letter_tokens(tokenizer: Any) -> tuple[tuple[int, ...], ...]:
 def _encode(
     tokenizer: Any, subject: Subject, shots: int, room: int, bos_token_id: int | None
 ) -> tuple[list[tuple[int, ...]], list[int], int]:
-    """Prompts that fit, the number of examples in each, and how many had to be cut nevertheless."""
+    """Returns prompts that fit, the number of examples in each, and how many were truncated."""
     prompts: list[tuple[int, ...]] = [()] * len(subject.rows)
     used = [0] * len(subject.rows)
-    open_ = list(range(len(subject.rows)))
+    remaining = list(range(len(subject.rows)))
     for count in range(shots, -1, -1):
         shown = subject.examples[:count]
-        texts = [prompt_text(subject.name, shown, subject.rows[index]) for index in open_]
-        for index, tokens in zip(open_, encode_source(tokenizer, texts), strict=True):
+        texts = [prompt_text(subject.name, shown, subject.rows[index]) for index in remaining]
+        for index, tokens in zip(remaining, encode_source(tokenizer, texts), strict=True):
             prompts[index], used[index] = tuple(tokens), count
-        open_ = [index for index in open_ if len(prompts[index]) > room]
-        if not open_:
+        remaining = [index for index in remaining if len(prompts[index]) > room]
+        if not remaining:
             break
-    for index in open_:
-        prompts[index] = fit(prompts[index], room, bos_token_id)
-    return prompts, used, len(open_)
+    for index in remaining:
+        prompts[index] = truncate_prompt(prompts[index], room, bos_token_id)
+    return prompts, used, len(remaining)
 
 
 def subject_questions(
@@ -196,15 +197,15 @@ def subject_questions(
     letters: tuple[tuple[int, ...], ...],
     shots: int,
 ) -> tuple[list[Question], list[int], int]:
-    """The questions of a subject, each with as many of the `shots` examples as fit.
+    """Makes the questions of a subject, each with up to `shots` examples, as many as fit.
 
     Returns:
-        The questions, the number of examples in front of each, and how many had to be cut.
+        The questions, the number of examples of each, and how many questions were truncated.
 
     Raises:
         ValueError: the context of the model is too short for a letter.
     """
-    # The last token of a letter is never read, so it needs no room.
+    # The last token of a letter is only predicted, so it needs no room.
     room = model.config.max_position_embeddings + 1 - max(map(len, letters))
     if room < 1:
         raise ValueError(
@@ -233,7 +234,7 @@ def _ask(
     scores, _ = choice_scores(model, variables, questions, batch_size, done=bar.update)
     table = np.stack(scores)
     if not np.isfinite(table).all():
-        raise ValueError(f"{subject.name}: the model gives no numbers (NaN or infinite logits)")
+        raise ValueError(f"{subject.name}: the logits of the model are NaN or infinite")
     given = np.argmax(table, axis=1)
     return _Answers(
         correct=[int(g == q.answer) for g, q in zip(given, questions, strict=True)],
@@ -271,7 +272,7 @@ def _average(finished: Mapping[str, _Answers]) -> MmluScores:
 def _pool(
     correct: Mapping[str, list[int]], groups: Mapping[str, Iterable[str]]
 ) -> dict[str, float]:
-    """The mean over the questions of each group of subjects; groups without any are left out."""
+    """Averages over the questions of each group of subjects. Empty groups are left out."""
     pooled = {
         name: [value for subject in subjects for value in correct.get(subject, [])]
         for name, subjects in groups.items()
@@ -284,27 +285,31 @@ def _so_far(name: str, finished: Mapping[str, _Answers]) -> str:
     return f"{name}, {np.mean(correct):.1%} so far" if correct else name
 
 
-def forget(keep: Path, count: int) -> None:
-    """Deletes a file of `count` finished subjects; one that holds those of other settings stays."""
-    if keep.is_file() and len(_load_kept(keep)) <= count:
-        keep.unlink()
+def delete_resume_file(path: Path, count: int) -> None:
+    """Deletes the file of finished subjects, unless it holds more than `count`.
+
+    More subjects than that belong to other settings.
+    """
+    if path.is_file() and len(_read_resume_file(path)) <= count:
+        path.unlink()
 
 
-def _keep(path: Path, kept: Mapping[str, Any]) -> bool:
-    """Whether the finished subjects could be written; hours of work do not end because of them."""
+def _write_resume_file(path: Path, kept: Mapping[str, Any]) -> bool:
+    """Writes the finished subjects; False if that failed, since it must not end hours of work."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(kept) + "\n")
     except OSError as error:
         logger.warning(
-            "%s: cannot be written (%s), so an interrupted evaluation begins anew",
-            *(path, error.strerror),
+            "%s: cannot be written (%s), so an interrupted evaluation starts again from zero",
+            path,
+            error.strerror,
         )
         return False
     return True
 
 
-def _load_kept(path: Path) -> dict[str, Any]:
+def _read_resume_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
@@ -312,5 +317,7 @@ def _load_kept(path: Path) -> dict[str, Any]:
         for values in kept.values():
             _Answers(**values)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no file of finished subjects; delete it ({error})") from None
+        raise ValueError(
+            f"{path} is not a file of finished subjects; delete it ({error})"
+        ) from None
     return kept

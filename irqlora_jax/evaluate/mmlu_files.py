@@ -1,4 +1,4 @@
-"""The files of MMLU: which subjects there are, their questions, and how they are put."""
+"""Reads the files of MMLU and writes its prompts."""
 
 import csv
 import dataclasses
@@ -49,20 +49,20 @@ _COLUMNS = 2 + len(LETTERS)
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """The files of a subject, read."""
+    """The contents of the files of a subject."""
 
     name: str
     examples: list[list[str]]
     rows: list[list[str]]
     digest: str
-    """Of the bytes of the two files."""
+    """SHA-256 of the bytes of the two files."""
 
 
 def find_subjects(folder: Path, split: str, wanted: Collection[str]) -> list[str]:
-    """Names of the subjects that have a file, in order; those that are wanted, if any are.
+    """Returns the sorted names of the subjects with a file, or only the wanted ones if given.
 
     Raises:
-        FileNotFoundError: none, or one that is wanted is missing.
+        FileNotFoundError: there are no subjects, or a wanted one is missing.
     """
     ending = f"_{split}.csv"
     if not (folder / split).is_dir():
@@ -82,7 +82,7 @@ def find_subjects(folder: Path, split: str, wanted: Collection[str]) -> list[str
 
 
 def read_subject(folder: Path, name: str, split: str, shots: int, limit: int | None) -> Subject:
-    """The first `shots` examples and `limit` questions of a subject.
+    """Reads the first `shots` examples and `limit` questions of a subject.
 
     Raises:
         FileNotFoundError, ValueError: a missing or malformed file.
@@ -127,7 +127,7 @@ def _read_rows(path: Path, data: bytes) -> list[list[str]]:
 
 
 def prompt_text(subject: str, examples: Sequence[Sequence[str]], row: Sequence[str]) -> str:
-    """The prompt of a question, with its examples in front."""
+    """Writes the prompt of a question, with its examples in front."""
     # The published prompts have two spaces in front of the subject.
     head = "The following are multiple choice questions (with answers) about  "
     shown = "".join(f"{_question(example)} {example[-1]}\n\n" for example in examples)

@@ -1,4 +1,4 @@
-"""Loss of held-out examples, and perplexity of a text."""
+"""Computes the loss of held-out examples and the perplexity of a text."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ from irqlora_jax.model.loss import row_cross_entropy
 def row_nll(
     model: Llama, variables: Any, batch: Mapping[str, Any], chunk: int = 1024
 ) -> tuple[Float32[Array, " batch"], Float32[Array, " batch"]]:
-    """Sum of the negative log-likelihoods (nats) of each row's targets, and their number."""
+    """Sums the negative log-likelihoods (nats) of the targets of each row; also their number."""
     tokens, targets = batch["tokens"], batch["targets"]
     features = cast(Array, model.apply(variables, tokens, method="features"))
     return row_cross_entropy(features, head_weight(variables["base"]), tokens, targets, chunk)
@@ -29,7 +29,7 @@ def row_nll(
 def nll(
     model: Llama, variables: Any, batch: Mapping[str, Any], chunk: int = 1024
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    """Sum of the negative log-likelihoods (nats) of the targets of a batch, and their number."""
+    """Sums the negative log-likelihoods (nats) of the targets of a batch; also their number."""
     total, count = row_nll(model, variables, batch, chunk)
     return total.sum(), count.sum()
 
@@ -41,17 +41,17 @@ def evaluation_loss(
     batch_size: int = 8,
     chunk: int = 1024,
 ) -> float:
-    """Mean negative log-likelihood (nats) per target of all examples.
+    """Computes the mean negative log-likelihood (nats) over the targets of all examples.
 
     Args:
         model: the architecture.
         variables: {"params": adapters, "base": base}.
-        examples: each counts with the number of its targets.
-        batch_size: rows computed at one time.
-        chunk: positions whose logits exist at one time.
+        examples: their weight in the mean is their number of targets.
+        batch_size: rows of a forward pass.
+        chunk: positions whose logits are in memory at the same time.
 
     Raises:
-        ValueError: no examples, or none with a target.
+        ValueError: no examples, or no targets.
     """
     total, count = _sums(model, variables, examples, batch_size, chunk)
     return total / count
@@ -65,18 +65,18 @@ def _sums(
     chunk: int,
     done: Callable[[int], Any] | None = None,
 ) -> tuple[float, int]:
-    """Negative log-likelihood (nats) of all targets, and their number."""
+    """Sums the negative log-likelihoods (nats) of all targets; also their number."""
     if not examples:
         raise ValueError("there are no examples to evaluate")
     total, count = 0.0, 0.0
-    ahead: list[Any] = []
+    pending: list[Any] = []
     parts = eval_batches(examples, batch_size)
     for part in (*parts, None):
         if part is not None:
-            ahead.append(row_nll(model, variables, part, chunk))
-        # Read late, so that the device never waits for Python.
-        while ahead and (part is None or len(ahead) > 2):
-            values, counts = (np.asarray(x, np.float64) for x in ahead.pop(0))
+            pending.append(row_nll(model, variables, part, chunk))
+        # Read results two batches late, so that the device never waits for the host.
+        while pending and (part is None or len(pending) > 2):
+            values, counts = (np.asarray(x, np.float64) for x in pending.pop(0))
             total, count = total + values.sum(), count + counts.sum()
             if done is not None:
                 done(int(counts.sum()))
@@ -87,22 +87,22 @@ def _sums(
 
 @dataclasses.dataclass(frozen=True)
 class TextScores:
-    """How well a text is predicted."""
+    """Scores of a text."""
 
     perplexity: float
     """exp(nll)."""
     nll: float
     """Mean negative log-likelihood of a token, in nats."""
     bits_per_byte: float
-    """Negative log-likelihood of the whole text in bits, divided by its bytes of UTF-8: comparable
-    between tokenizers."""
+    """Negative log-likelihood of the text in bits, divided by its length in UTF-8 bytes. It can be
+    compared between tokenizers."""
     tokens: int
     """Number of tokens that were scored."""
     bytes: int
     window: int
-    """Tokens of context."""
+    """Length of a window, in tokens."""
     stride: int
-    """Tokens from one window to the next."""
+    """Tokens from the start of one window to the start of the next."""
 
 
 def score_text(
@@ -117,28 +117,29 @@ def score_text(
     chunk: int = 1024,
     progress: bool = False,
 ) -> TextScores:
-    """Perplexity of a text, and what belongs to it.
+    """Computes the perplexity of a text, and related scores.
 
-    The tokens (bos in front, once) are read through windows that start every `stride` tokens. All
-    tokens but the very first are scored, each exactly once, in the first window that holds it in
-    its second place or later. With the default stride, window - 1, a window starts at the last
-    token of the one before, and a token sees between 1 and window - 1 tokens of context: the usual
-    figure for language models. With a smaller stride all but the first window's tokens see at
-    least window - stride tokens, at the price of more computation.
+    The text gets one bos and is cut into windows that start every `stride` tokens. Each token
+    except the first is scored exactly once, in the first window where another token precedes it.
+
+    With the default stride, window - 1, a window starts at the last token of the previous one.
+    Tokens then have 1 to window - 1 tokens of context, as usual for language models. With a
+    smaller stride, all tokens after the first window have at least window - stride tokens of
+    context, but the computation takes longer.
 
     Args:
         model: the architecture.
         variables: {"params": adapters, "base": base}.
-        text: taken as it is.
-        tokenizer: of transformers.
-        window: tokens that the model sees at one time (default: its context, at most 2048).
+        text: used unchanged.
+        tokenizer: a transformers tokenizer.
+        window: length of a window in tokens (default: context of the model, at most 2048).
         stride: tokens from one window to the next, 1 to window - 1.
-        batch_size: windows computed at one time.
-        chunk: positions whose logits exist at one time.
-        progress: show a bar.
+        batch_size: windows of a forward pass.
+        chunk: positions whose logits are in memory at the same time.
+        progress: show a progress bar.
 
     Raises:
-        ValueError: the text has no token to score, or a bad window or stride.
+        ValueError: the text has no token to score, or an invalid window or stride.
     """
     from tqdm import tqdm
 
@@ -155,7 +156,7 @@ def score_text(
         total, count = _sums(model, variables, examples, batch_size, chunk, bar.update)
     nll = total / count
     return TextScores(
-        # exp of more than 709 is no float.
+        # exp overflows above 709.
         perplexity=math.exp(nll) if nll < 700 else math.inf,
         nll=nll,
         bits_per_byte=total / math.log(2) / size,
@@ -177,15 +178,24 @@ def perplexity(
     batch_size: int = 1,
     chunk: int = 1024,
 ) -> float:
-    """exp of the mean negative log-likelihood per token of a text; see `score_text`."""
-    settings = {"window": window, "stride": stride, "batch_size": batch_size, "chunk": chunk}
-    return score_text(model, variables, text, tokenizer, **settings).perplexity
+    """Computes exp(mean negative log-likelihood per token) of a text; see `score_text`."""
+    scores = score_text(
+        model,
+        variables,
+        text,
+        tokenizer,
+        window=window,
+        stride=stride,
+        batch_size=batch_size,
+        chunk=chunk,
+    )
+    return scores.perplexity
 
 
 def text_windows(
     tokens: Int[np.ndarray, " seq"], window: int, stride: int | None = None
 ) -> list[Example]:
-    """The windows of `perplexity`; targets are the tokens that a window scores."""
+    """Cuts tokens into the windows of `perplexity`. Targets are the tokens that a window scores."""
     if window < 2:
         raise ValueError(f"window = {window}: accepted is a whole number of at least 2")
     stride = window - 1 if stride is None else stride

@@ -1,4 +1,4 @@
-"""Answers to many prompts: batched by length, kept as they are finished."""
+"""Answers many prompts in batches, and saves every finished batch."""
 
 import dataclasses
 import hashlib
@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 
-from irqlora_jax.data import by_length, read_rows
-from irqlora_jax.evaluate.choices import fit
-from irqlora_jax.evaluate.results import unwritable
-from irqlora_jax.generate.conversation import Style, encode_turns, spoken
+from irqlora_jax.data import batches_by_length, read_rows
+from irqlora_jax.evaluate.choices import truncate_prompt
+from irqlora_jax.evaluate.results import write_error
+from irqlora_jax.generate.conversation import Style, decode_stream, encode_turns
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.runs.load import Run
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn; as in `generate`."""
+    """Settings of the decoding; see `generate`."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -34,19 +34,21 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What is asked: an instruction or a text to continue, and what belongs to it."""
+    """An instruction or a text to continue, and the input that belongs to it."""
 
     text: str
     context: str = ""
 
 
 def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
-    """Reads the lines of a .txt file that are not empty, or rows of a .jsonl (or .json) file with
-    "prompt", or with "instruction" and perhaps "input".
+    """Reads prompts from a file.
+
+    A .txt file has one prompt a line; empty lines are skipped. A row of a .jsonl or .json file has
+    "prompt", or "instruction" and optionally "input".
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: no prompts, or a row without one.
+        ValueError: the file has no prompts, or a row has no prompt.
     """
     file = Path(path)
     if not file.is_file():
@@ -85,23 +87,23 @@ def answer_all(
     identity: str,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Answers all prompts, into a .jsonl file with a row for each, in their order.
+    """Answers all prompts and writes a .jsonl file with one row a prompt, in their order.
 
-    Every finished batch is written to OUTPUT.part at once; the same call goes on from there.
+    Every finished batch is written to OUTPUT.part at once. The same call resumes from that file.
 
     Args:
         run: the model.
-        style: how it is addressed.
-        prompts: of `read_prompts`.
-        sampling: how answers are drawn.
-        batch_size: prompts answered at one time.
-        output: the file; a row has index, prompt, output, tokens (of the answer) and finished
-            (whether it ended by itself).
-        identity: what tells the model from others.
-        progress: show a bar.
+        style: format of the prompts.
+        prompts: from `read_prompts`.
+        sampling: settings of the decoding.
+        batch_size: prompts of a batch.
+        output: the file. A row has index, prompt, output, tokens (number of tokens of the answer)
+            and finished (whether the answer ended by itself).
+        identity: identifies the model in OUTPUT.part.
+        progress: show a progress bar.
 
     Returns:
-        What there is to count: prompts, tokens, finished, truncated.
+        The number of prompts, tokens, finished answers and truncated prompts.
 
     Raises:
         ValueError: a prompt without tokens.
@@ -122,7 +124,7 @@ def answer_all(
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         done = _load_part(part, key)
-        # Anew, so that no row stands behind a line that an interruption broke off.
+        # Rewrite the file: an interruption may have left an incomplete last line.
         _write_lines(part, [{"key": key}, *done.values()])
         with (
             part.open("a", encoding="utf-8") as file,
@@ -139,7 +141,7 @@ def answer_all(
         _write_lines(part, rows)
         os.replace(part, output)
     except OSError as error:
-        raise unwritable(output, error) from error
+        raise write_error(output, error) from error
     return {
         "prompts": len(rows),
         "tokens": sum(row["tokens"] for row in rows),
@@ -151,24 +153,28 @@ def answer_all(
 def _fit(
     run: Run, prompts: Sequence[list[int]], max_new_tokens: int
 ) -> tuple[list[tuple[int, ...]], int]:
-    """Prompts that leave a quarter of the context for the answer, or as much as it may have."""
+    """Truncates prompts to leave room for `max_new_tokens`, or a quarter of the context if less."""
     context = run.model.config.max_position_embeddings
     room = context - max(1, min(max_new_tokens, context // 4))
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {index + 1} has no tokens")
-    fitted = [fit(prompt, room, run.model.config.bos_token_id) for prompt in prompts]
+    fitted = [truncate_prompt(prompt, room, run.model.config.bos_token_id) for prompt in prompts]
     return fitted, sum(len(prompt) > room for prompt in prompts)
 
 
 def _batches(
     run: Run, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
 ) -> list[list[int]]:
-    """Rows of similar length; one that is short of room alone, so as not to shorten the others."""
+    """Batches prompts of similar length.
+
+    A prompt with too little room for `max_new_tokens` gets its own batch. Else it would shorten
+    the answers of the whole batch.
+    """
     lengths = [len(prompt) for prompt in prompts]
     free = run.model.config.max_position_embeddings - max_new_tokens
     roomy = [index for index, length in enumerate(lengths) if length <= free]
-    groups = by_length([lengths[index] for index in roomy], batch_size)
+    groups = batches_by_length([lengths[index] for index in roomy], batch_size)
     tight = [[index] for index, length in enumerate(lengths) if length > free]
     return tight + [[roomy[place] for place in group] for group in groups]
 
@@ -204,7 +210,9 @@ def _answer(
                 taken += 1
                 yield token
 
-        text = "".join(spoken(run.tokenizer, count(), prompt=tokens[index], stops=style.stops))
+        text = "".join(
+            decode_stream(run.tokenizer, count(), prompt=tokens[index], stops=style.stops)
+        )
         ended = taken < len(answer) or answer[-1] in run.model.config.eos_token_ids
         said = prompts[index]
         rows.append(
@@ -221,7 +229,7 @@ def _answer(
 
 
 def _load_part(path: Path, key: str) -> dict[int, dict[str, Any]]:
-    """Rows by index, where the file is of the same settings; the last line may be broken off."""
+    """Reads rows by index if the file has the same settings. The last line may be incomplete."""
     if not path.is_file():
         return {}
     rows: list[Any] = []

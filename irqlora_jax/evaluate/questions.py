@@ -1,4 +1,4 @@
-"""Multiple-choice questions, answered by the choice that the model finds most likely."""
+"""Reads multiple-choice questions, and scores the most likely choice of a model."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from irqlora_jax.data.examples import Row, alpaca_prompt, encode_pairs, read_rows
-from irqlora_jax.evaluate.choices import Question, choice_scores, fit
+from irqlora_jax.evaluate.choices import Question, choice_scores, truncate_prompt
 from irqlora_jax.model.llama import Llama
 
 _COLUMNS = ("subject", "prompt", "choices", "answer")
@@ -19,26 +19,26 @@ _OPTIONS = re.compile(r"Answer format: *([^/\s]+(?:/[^/\s]+)+)\s*$")
 
 @dataclasses.dataclass(frozen=True)
 class QuestionScores:
-    """Shares are between 0 and 1."""
+    """Scores of multiple-choice questions. Accuracies and recall are between 0 and 1."""
 
     accuracy: float
-    """Share of all questions whose right choice is strictly more likely than every other one."""
+    """Fraction of questions where the right choice is strictly more likely than all others."""
     by_subject: dict[str, float]
-    """The same for each subject."""
+    """Accuracy of each subject."""
     count: int
     """Number of questions."""
     recall: float | None
-    """Share of questions whose right choice is the likeliest token of the whole vocabulary. None
+    """Fraction of questions where the right choice is the most likely token of the vocabulary. None
     unless all choices are single tokens."""
     bits_per_fact: float | None
-    """Mean of log2(pool) minus the answer's cross-entropy in bits: what the model knows of a fact.
-    Negative where it is surer of wrong answers than a guess from the pool would be. None unless all
-    choices are single tokens and all questions have a pool."""
+    """Mean of log2(pool) minus the answer's cross-entropy in bits: the knowledge of the model per
+    fact. Negative if the model is worse than a uniform guess from the pool. None unless all choices
+    are single tokens and all questions have a pool."""
     accuracy_norm: float | None = None
-    """`accuracy` of the log-probabilities divided by the number of characters of each choice. None
-    where the questions do not say it."""
+    """Accuracy with log-probabilities divided by the number of characters of each choice. None if
+    the questions have no lengths."""
     truncated: int = 0
-    """Questions whose prompt was cut on the left to fit into the context."""
+    """Number of questions with a prompt truncated on the left to fit into the context."""
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     """Number of questions of each subject."""
 
@@ -51,24 +51,24 @@ class QuestionScores:
 def load_questions(path: str, tokenizer: Any, limit: int | None = None) -> list[Question]:
     """Reads questions from a .jsonl (or .json) file.
 
-    A row has "subject", "prompt", "choices" (texts), "answer" (index of the right one, from 0) and
-    may have "pool" (see `Question`). One space stands between prompt and choice, whether or not
-    the file has it there (none where the prompt ends a line).
+    A row has "subject", "prompt", "choices" (texts) and "answer" (index of the right choice, from
+    0), and optionally "pool" (see `Question`). Prompt and choice are always joined by one space,
+    whether or not the file has it; but if the prompt ends with a line break, by none.
 
-    Or it is an instruction with its options, as in the commonsense files of LLM-Adapters:
-    "instruction" ends with "Answer format: true/false", "output" with "answer", which is one of
-    these. The choices are then the output with each option in the place of the answer, the prompt
-    is Alpaca's, and the subject is the name of the file, or of its folder where that is called
-    test, train or val.
+    A row may also be an instruction with its options, as in the commonsense files of LLM-Adapters.
+    "instruction" ends with e.g. "Answer format: true/false", and "output" ends with "answer", which
+    is one of the options. The choices are then the output with each option in place of the answer,
+    and the prompt is Alpaca's. The subject is the name of the file; if that is test, train or val,
+    the subject is the name of its folder.
 
     Args:
         path: the file.
-        tokenizer: of transformers.
-        limit: read at most so many (null: all).
+        tokenizer: a transformers tokenizer.
+        limit: read only the first `limit` questions (None: all).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a malformed row; says which and why.
+        ValueError: a malformed row; the message names the row and the reason.
     """
     file = Path(path)
     if not file.is_file():
@@ -85,7 +85,7 @@ def load_questions(path: str, tokenizer: Any, limit: int | None = None) -> list[
         rows = read_rows(path, _COLUMNS)[:limit]
         for row in rows:
             _check(row)
-        # Without their own spaces at the seam, all choices of a row have one prompt in common.
+        # Without spaces at the seam, all choices of a row have the same prompt.
         prompts = [row.text("prompt").rstrip(" ") for row in rows for _ in row.columns["choices"]]
         choices = [choice.lstrip(" ") for row in rows for choice in row.columns["choices"]]
         pairs = encode_pairs(tokenizer, prompts, choices, join=True)
@@ -119,7 +119,7 @@ def _to_questions(
 
 
 def _from_instruction(row: Row, subject: str) -> Row:
-    """A row of options in an instruction as a row of choices."""
+    """Converts a row with options in its instruction into a row with choices."""
     instruction, output, answer = (row.text(n) for n in ("instruction", "output", "answer"))
     found = _OPTIONS.search(instruction)
     if found is None:
@@ -165,19 +165,18 @@ def score_questions(
     *,
     done: Callable[[int], Any] | None = None,
 ) -> QuestionScores:
-    """Asks all questions.
+    """Scores all questions.
 
-    The score of a choice is the log-probability of its tokens given the prompt, summed. A question
-    counts as right only if the right choice is strictly better than every other one: ties count as
-    wrong, so that a model without an opinion gets 0, not the share of right answers that happen to
-    stand first.
+    The score of a choice is the summed log-probability of its tokens given the prompt. A question
+    counts as right only if the right choice is strictly better than all others. Ties count as
+    wrong, so a model with equal scores for all choices gets 0.
 
     Args:
         model: the architecture.
         variables: {"params": adapters, "base": base}.
-        questions: of `load_questions`. What is longer than the context is cut on the left.
-        batch_size: rows computed at one time. A question whose choices differ in their last token
-            alone is one row; at most it is one row per choice.
+        questions: from `load_questions`. Prompts are truncated on the left to fit the context.
+        batch_size: rows of a forward pass. A question needs one row if its choices differ only in
+            their last token, and at most one row per choice.
         done: called with the number of questions that were finished since the last call.
 
     Raises:
@@ -185,7 +184,7 @@ def score_questions(
     """
     if not questions:
         raise ValueError("there are no questions")
-    asked = [_fit(model, question) for question in questions]
+    asked = [_truncate(model, question) for question in questions]
     scores, greedy = choice_scores(model, variables, asked, batch_size, done=done)
     right = [_wins(values, q.answer) for values, q in zip(scores, asked, strict=True)]
     normalized = None
@@ -218,8 +217,8 @@ def _wins(scores: np.ndarray, answer: int) -> bool:
     return bool((scores[answer] > np.delete(scores, answer)).all())
 
 
-def _fit(model: Llama, question: Question) -> Question:
-    """The question within the context; nothing has to be seen behind the last token of a choice."""
+def _truncate(model: Llama, question: Question) -> Question:
+    """Truncates the prompt to the context. The last token of a choice needs no room."""
     longest = max(map(len, question.choices))
     room = model.config.max_position_embeddings + 1 - longest
     if room < 1:
@@ -227,5 +226,5 @@ def _fit(model: Llama, question: Question) -> Question:
             f"a choice of {question.subject} has {longest} tokens: accepted are at most "
             f"max_position_embeddings = {model.config.max_position_embeddings}"
         )
-    prompt = fit(question.prompt, room, model.config.bos_token_id)
+    prompt = truncate_prompt(question.prompt, room, model.config.bos_token_id)
     return dataclasses.replace(question, prompt=prompt)

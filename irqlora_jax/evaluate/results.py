@@ -1,4 +1,4 @@
-"""Where the results of an evaluation go, and how they look."""
+"""Writes the results of an evaluation as JSON."""
 
 import dataclasses
 import json
@@ -18,16 +18,16 @@ logger = logging.getLogger(__name__)
 
 
 def result_path(run: Run, stem: str, output: str | None) -> Path:
-    """The file of the results.
+    """Returns the path of the results file.
 
     Args:
-        run: what is evaluated.
-        stem: of the file, "eval-TASK" and what tells it from others.
-        output: a file that was asked for.
+        run: the evaluated run.
+        stem: name without suffix: "eval-TASK", with a suffix for each variant.
+        output: the path requested by the user, if any.
 
     Returns:
-        `output`, or STEM.json in the folder of the run. The folder of anything but a run may be
-        shared or not ours: then STEM-NAME.json in the working directory, NAME that of the folder.
+        `output`, or STEM.json in the folder of the run. If the folder is not a run, it may belong
+        to somebody else. Then the path is STEM-FOLDER.json in the working directory.
     """
     if output is not None:
         return Path(output)
@@ -38,7 +38,7 @@ def result_path(run: Run, stem: str, output: str | None) -> Path:
 
 
 def identity(run: Run, baseline: bool) -> str:
-    """What tells a model from others: its folder, checkpoint and the state of its files."""
+    """Identifies a model: its folder, its checkpoint, and size and time of its files."""
     files = sorted(run.folder.resolve().glob("*.safetensors"))
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     trained = None
@@ -48,7 +48,7 @@ def identity(run: Run, baseline: bool) -> str:
 
 
 def describe(run: Run, settings: Any) -> dict[str, Any]:
-    """What was evaluated, for the JSON: the model, the settings and the versions."""
+    """Describes the evaluated model, the settings and the versions, for the JSON."""
     return {
         "task": settings.task,
         "run": str(run.folder),
@@ -74,10 +74,10 @@ def write_result(path: Path, result: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(result, indent=1) + "\n")
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise write_error(path, error) from error
     logger.info(f"written to {path}")
 
 
-def unwritable(path: Path, error: OSError) -> OSError:
-    """The error as one sentence that says what to do."""
-    return OSError(f"{path}: cannot be written ({error.strerror}); --output FILE is another place")
+def write_error(path: Path, error: OSError) -> OSError:
+    """Makes an error that also says what to do."""
+    return OSError(f"{path}: cannot be written ({error.strerror}); --output FILE writes elsewhere")

@@ -1,4 +1,4 @@
-"""What a person sees: the first lines of a run, and the table at its end."""
+"""Scores a run and its baselines for the table at the end of the run."""
 
 import dataclasses
 import time
@@ -27,12 +27,12 @@ class Row:
     """Scores of one model. None: not measured.
 
     Attributes:
-        model: what it is.
-        entropy: mean entropy of the blocks' codes, in bits.
+        model: name of the model.
+        entropy: mean entropy of the codes of a block, in bits.
         loss: evaluation loss in nats per target token.
-        accuracy: share of multiple-choice questions answered right.
-        bits: stored bits per weight of the linear layers, scales and shifts included.
-        seconds: that reading, quantizing or finetuning took.
+        accuracy: fraction of multiple-choice questions answered right.
+        bits: stored bits per weight of the linear layers, including scales and shifts.
+        seconds: time for reading, quantizing or finetuning.
     """
 
     model: str
@@ -53,13 +53,13 @@ def mean_entropy(base: Base) -> float | None:
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Measures models in one way.
+    """Scores several models with the same data and settings.
 
     Attributes:
-        examples: for the evaluation loss; may be none.
-        questions: for the accuracy; may be none.
-        batch_size: rows computed at one time.
-        chunk: positions whose logits exist at one time.
+        examples: for the evaluation loss; may be empty.
+        questions: for the accuracy; may be empty.
+        batch_size: rows of a forward pass.
+        chunk: positions whose logits are in memory at the same time.
     """
 
     examples: list[Example]
@@ -75,7 +75,7 @@ class Scorer:
         seconds: float | None,
         loss: float | None = None,
     ) -> Row:
-        """Scores a model; `loss` is its evaluation loss if that is known already."""
+        """Scores a model. `loss` is its evaluation loss if it is already known."""
         if loss is None and self.examples:
             loss = evaluation_loss(model, variables, self.examples, self.batch_size, self.chunk)
         accuracy = None
@@ -105,10 +105,10 @@ def baselines(
         config: of the run.
         model: with its adapter.
         base: of the run.
-        mesh: that it lies on.
-        scorer: how to measure.
-        quantize_seconds: that reading and quantizing took, if it was done.
-        start: the adapters that the training started from, with LoftQ.
+        mesh: the mesh of the base.
+        scorer: data and settings of the scores.
+        quantize_seconds: time for reading and quantizing, if that was done.
+        start: with LoftQ: the initial adapters of the training.
     """
     quant, bare = config.quant, model.clone(adapter=None)
     quantized = quant.quantizes
@@ -141,7 +141,7 @@ def baselines(
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text."""
+    """Formats the rows as an aligned table."""
     head = ("model", "entropy", "loss", "accuracy", "bits a weight", "seconds")
     forms = ("{}", "{:.3f}", "{:.4f}", "{:.1%}", "{:.2f}", "{:.1f}")
     cells: list[tuple[str, ...]] = [head]

@@ -1,4 +1,4 @@
-"""Evaluation of a finished run: what `irqlora eval` calls."""
+"""Evaluates a finished run on one task (the command `irqlora eval`)."""
 
 import dataclasses
 import hashlib
@@ -12,12 +12,12 @@ from typing import Any, Literal
 import jax
 
 from irqlora_jax.evaluate import results
-from irqlora_jax.evaluate.mmlu import MmluScores, forget, mmlu
+from irqlora_jax.evaluate.mmlu import MmluScores, delete_resume_file, mmlu
 from irqlora_jax.evaluate.mmlu_files import CATEGORIES
 from irqlora_jax.evaluate.perplexity import score_text
 from irqlora_jax.evaluate.prompts import Sampling, answer_all, read_prompts
 from irqlora_jax.evaluate.questions import load_questions, score_questions
-from irqlora_jax.generate.conversation import Style, encode_turns, find_style, spoken
+from irqlora_jax.generate.conversation import Style, decode_stream, encode_turns, find_style
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.messages import shows_messages
 from irqlora_jax.runs.load import Run, load_run, read_checkpoint
@@ -30,69 +30,68 @@ _LM_EVAL = "lm-eval:"
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """One evaluation of one model. The results are shown, and written as JSON."""
+    """Evaluates a model on one task. The results are printed and written as JSON."""
 
     run: str
     """Folder of a run, of irqlora quantize, or of a Hugging Face LLaMA."""
     task: str
-    """"mmlu": 57 subjects of multiple choice. "questions" or "factworld": multiple-choice questions
-    from a file. "perplexity": of a text file. "generate": answers to prompts. "lm-eval:NAMES":
-    tasks of lm-evaluation-harness, such as lm-eval:arc_easy,piqa (needs the extra `eval`)."""
+    """"mmlu": multiple-choice questions of 57 subjects. "questions" or "factworld": multiple-choice
+    questions from a file. "perplexity": perplexity of a text file. "generate": answers to prompts.
+    "lm-eval:NAMES": tasks of lm-evaluation-harness, e.g. lm-eval:arc_easy,piqa (needs the extra
+    `eval`)."""
     baseline: bool = False
-    """Leave the adapter out: the quantized model before its finetune (with LoftQ that has the pair
-    that it began with)."""
+    """Leave the finetuned adapter out. With LoftQ, use its initial adapter."""
     checkpoint: Literal["last", "best"] | int = "last"
-    """Which adapter of a run: the newest, that of the best evaluation loss, or that of a step."""
+    """Checkpoint of the adapter: "last", "best" (lowest evaluation loss), or a step number."""
     output: str | None = None
-    """File for the results. Null: eval-TASK.json (generate: .jsonl) in the folder of the run, or,
-    if `run` is no run, in the working directory, with the name of its folder."""
+    """File for the results. Null: eval-TASK.json (generate: .jsonl) in the folder of the run. If
+    `run` is not a run: in the working directory, with the name of the folder added."""
     batch_size: int | None = None
-    """Rows computed at one time. Null: mmlu 8, questions 64, perplexity 4, generate 16,
-    lm-eval 16."""
+    """Rows of a forward pass. Null: mmlu 8, questions 64, perplexity 4, generate 16, lm-eval 16."""
     limit: int | None = None
-    """Use only the first so many questions (mmlu, lm-eval: of each subject or task) or prompts
-    (null: all)."""
+    """Use only this many questions or prompts (mmlu, lm-eval: of each subject or task). Null:
+    all."""
     progress: bool = True
     """Show a progress bar."""
     mmlu: str | None = None
-    """mmlu: folder with dev/SUBJECT_dev.csv and test/SUBJECT_test.csv, as its authors give it out.
-    What is finished is kept beside the results; the same command goes on from there."""
+    """mmlu: folder with dev/SUBJECT_dev.csv and test/SUBJECT_test.csv, as published by its authors.
+    Finished subjects are saved beside the results; the same command resumes from there."""
     shots: int | None = None
-    """Examples in front of each question. mmlu: null is 5; fewer where the context is too short.
-    lm-eval: null is what the tasks say, which is mostly none."""
+    """Number of few-shot examples. mmlu: null means 5; fewer are used if the context is too short.
+    lm-eval: null means the default of each task, mostly 0."""
     split: Literal["test", "val"] = "test"
-    """mmlu: which questions."""
+    """mmlu: which questions to use."""
     subjects: tuple[str, ...] = ()
-    """mmlu: ask these alone, such as ["anatomy", "astronomy"] (empty: all)."""
+    """mmlu: use only these subjects, e.g. ["anatomy", "astronomy"] (empty: all)."""
     questions: str | None = None
-    """questions: file with rows (.jsonl, .json) of subject, prompt, choices and answer, or of
-    instruction, output and answer where the instruction ends with "Answer format: a/b". Null: that
-    of the run."""
+    """questions: .jsonl or .json file. Rows have subject, prompt, choices and answer. Or they have
+    instruction, output and answer, where the instruction ends with "Answer format: a/b". Null: the
+    file of the run."""
     text: str | None = None
     """perplexity: a plain text file."""
     window: int = 0
-    """perplexity: tokens of context (0: the longest that the model takes, at most 2048)."""
+    """perplexity: length of a window in tokens (0: context of the model, at most 2048)."""
     stride: int = 0
-    """perplexity: tokens from one window to the next; fewer give every token more context and take
-    longer (0: window - 1)."""
+    """perplexity: tokens from one window to the next (0: window - 1). A smaller stride gives every
+    token more context but takes longer."""
     task_folder: str | None = None
-    """lm-eval: folder with more task files (.yaml). With `dataset_path: json` they read local
-    files, and nothing is downloaded."""
+    """lm-eval: folder with more task files (.yaml). With `dataset_path: json` a task reads local
+    files without a download."""
     prompt: str | None = None
-    """generate: the text to continue; for a run that learned to answer, what is asked."""
+    """generate: the instruction to answer, or for a run on plain text the text to continue."""
     prompts: str | None = None
-    """generate: file with many prompts: .txt with one a line, or .jsonl with "prompt" or
+    """generate: file with many prompts: .txt with one prompt a line, or .jsonl with "prompt" or
     "instruction" (and "input")."""
     max_new_tokens: int = 128
-    """generate: tokens to add at most."""
+    """generate: maximum number of new tokens."""
     temperature: float = 0.0
-    """generate: 0 takes the likeliest token, larger values vary more."""
+    """generate: sampling temperature. 0: greedy decoding."""
     top_k: int | None = None
-    """generate: draw among the k likeliest tokens only (null: all)."""
+    """generate: sample only from the k most likely tokens (null: all)."""
     top_p: float | None = None
-    """generate: draw among the likeliest tokens that make up this probability (null: all)."""
+    """generate: sample only from the most likely tokens with this total probability (null: all)."""
     seed: int = 0
-    """generate: seed of the draws."""
+    """generate: seed of the sampling."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "limit"):
@@ -113,13 +112,13 @@ def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
     """Runs one task, shows its result and then writes it as JSON.
 
     Args:
-        asked: what.
+        asked: the model, the task and its settings.
 
     Returns:
-        What was written: the scores, and what was evaluated with which settings and versions.
+        The contents of the JSON: the scores, the model, the settings and the versions.
 
     Raises:
-        ValueError, OSError: bad input, or a file that cannot be written; in one sentence.
+        ValueError, OSError: bad input, or the results cannot be written.
     """
     _check_input(asked)
     checkpoint = read_checkpoint(asked.checkpoint)
@@ -127,7 +126,7 @@ def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
     if asked.task == "mmlu" and asked.shots is None:
         asked = dataclasses.replace(asked, shots=5)
     run = load_run(asked.run, adapter=not asked.baseline, checkpoint=checkpoint)
-    path = results.result_path(run, _stem(asked), asked.output)
+    path = results.result_path(run, _file_stem(asked), asked.output)
     task = {
         "mmlu": _mmlu,
         "factworld": _questions,
@@ -139,7 +138,7 @@ def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
     try:
         scores = task(asked, run, path)
     except KeyboardInterrupt:
-        for part in (_kept(path), _kept(_answers(asked, path))):
+        for part in (_resume_file(path), _resume_file(_answers_file(asked, path))):
             if part.is_file():
                 logger.info(f"what is done is kept in {part}; the same command goes on from there")
         raise
@@ -147,14 +146,14 @@ def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
     result = results.describe(run, asked) | {"seconds": round(seconds, 3)} | scores
     results.write_result(_summary(asked, path), result)
     if asked.task == "mmlu":
-        forget(_kept(path), len(scores["counts"]))
+        delete_resume_file(_resume_file(path), len(scores["counts"]))
     if asked.task.startswith(_LM_EVAL):
-        _kept(path).unlink(missing_ok=True)
+        _resume_file(path).unlink(missing_ok=True)
     return result
 
 
 def _check_input(asked: EvalConfig) -> None:
-    """Says what is missing before a model is read."""
+    """Checks the input before a model is read."""
     needed = {"mmlu": ["mmlu"], "perplexity": ["text"], "generate": ["prompt", "prompts"]}
     if asked.task.startswith(_LM_EVAL) and importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
@@ -173,8 +172,8 @@ def _check_input(asked: EvalConfig) -> None:
             raise FileNotFoundError(f"text = '{path}': no such file")
 
 
-def _stem(asked: EvalConfig) -> str:
-    """eval-TASK, and what tells the evaluations of a run apart."""
+def _file_stem(asked: EvalConfig) -> str:
+    """Returns "eval-TASK" with a suffix for each variant, such as the baseline."""
     name = re.sub(r"[^\w+-]+", "_", asked.task.replace(",", "+").replace(":", "-"))
     if len(name) > 100:
         name = f"{name[:80]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
@@ -186,17 +185,17 @@ def _stem(asked: EvalConfig) -> str:
     return "-".join(parts)
 
 
-def _kept(path: Path) -> Path:
+def _resume_file(path: Path) -> Path:
     return path.with_name(path.name + ".part")
 
 
-def _answers(asked: EvalConfig, path: Path) -> Path:
-    """The file of the answers to many prompts."""
+def _answers_file(asked: EvalConfig, path: Path) -> Path:
+    """Path of the answers to many prompts."""
     return path.with_suffix(".jsonl") if asked.output is None else path
 
 
 def _summary(asked: EvalConfig, path: Path) -> Path:
-    """The file of the scores; that of the answers to many prompts is another one."""
+    """Path of the scores. For many prompts it differs from the path of the answers."""
     if asked.task != "generate" or asked.prompts is None or asked.output is None:
         return path
     return path.with_suffix(".summary.json" if path.suffix == ".json" else ".json")
@@ -214,7 +213,7 @@ def _mmlu(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
         subjects=asked.subjects,
         limit=asked.limit,
         batch_size=asked.batch_size or 8,
-        keep=_kept(path),
+        resume_file=_resume_file(path),
         identity=results.identity(run, asked.baseline),
         progress=asked.progress,
     )
@@ -247,7 +246,7 @@ def _mmlu_table(scores: MmluScores) -> str:
 
 
 def _harness(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
-    # Here, because the extra may be missing.
+    # Imported here, because the extra may not be installed.
     from irqlora_jax.evaluate.harness import harness
 
     scores = harness(
@@ -259,7 +258,7 @@ def _harness(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
         shots=asked.shots,
         limit=asked.limit,
         batch_size=asked.batch_size or 16,
-        keep=_kept(path),
+        resume_file=_resume_file(path),
         identity=results.identity(run, asked.baseline),
         progress=asked.progress,
     )
@@ -292,7 +291,7 @@ def _questions(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
     questions = load_questions(file, run.tokenizer, limit)
     with tqdm(total=len(questions), desc="Questions", unit="q", disable=not asked.progress) as bar:
         scores = score_questions(
-            *(run.model, run.variables, questions, asked.batch_size or 64), done=bar.update
+            run.model, run.variables, questions, asked.batch_size or 64, done=bar.update
         )
     rows = [("subject", "accuracy")]
     rows += [(subject, f"{accuracy:.1%}") for subject, accuracy in scores.by_subject.items()]
@@ -347,7 +346,7 @@ def _generate(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
         return _answer_one(asked.prompt, run, style, sampling)
     assert asked.prompts is not None
     prompts = read_prompts(asked.prompts, asked.limit)
-    output = _answers(asked, path)
+    output = _answers_file(asked, path)
     counts = answer_all(
         run,
         style,
@@ -381,7 +380,7 @@ def _answer_one(prompt: str, run: Run, style: Style, sampling: Sampling) -> dict
         key=jax.random.key(sampling.seed),
         eos_token_ids=run.model.config.eos_token_ids,
     )[0]
-    answer = "".join(spoken(run.tokenizer, new, prompt=tokens, stops=style.stops))
+    answer = "".join(decode_stream(run.tokenizer, new, prompt=tokens, stops=style.stops))
     text = prompt + answer if style.continues else answer.strip()
     logger.info(text)
     return {"prompt": prompt, "text": text}

@@ -1,1 +1,1 @@
-"""Files of others: Hugging Face folders, the hub, safetensors, small text files."""
+"""Reads and writes files: Hugging Face folders and the hub, safetensors, small text files."""

@@ -1,4 +1,4 @@
-"""Models and tokenizers, from a local folder or from the Hugging Face hub."""
+"""Finds models and tokenizers in a local folder or on the Hugging Face hub."""
 
 import functools
 import re
@@ -9,13 +9,13 @@ from typing import Any
 from irqlora_jax.files.small import read_json
 from irqlora_jax.model.config import LlamaConfig
 
-# "consolidated.safetensors" and "original/" repeat the weights under other names: not fetched.
+# Not "consolidated.safetensors" and "original/": they hold the same weights under other names.
 _FETCHED = ("model*.safetensors", "*.json", "tokenizer*", "*.jinja")
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def is_hub_id(source: str | Path) -> bool:
-    """Whether `source` is no path of this computer, but can be the id of a model on the hub."""
+    """Whether `source` is not a local path, but may be the id of a model on the hub."""
     return (
         isinstance(source, str)
         and _HUB_ID.fullmatch(source) is not None
@@ -24,17 +24,19 @@ def is_hub_id(source: str | Path) -> bool:
 
 
 def snapshot(source: str | Path) -> Path:
-    """The local folder of a model; one that is not here is fetched from the Hugging Face hub.
+    """Returns the local folder of a model. If there is none, downloads the model from the hub.
 
     Raises:
-        FileNotFoundError: no such folder, and nothing that the hub can or will give.
+        FileNotFoundError: no such folder, and the hub does not provide the model.
         NotADirectoryError: the path is a file.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise NotADirectoryError(f"model = '{source}': a file; accepted is the folder it lies in")
+        raise NotADirectoryError(
+            f"model = '{source}': a file; accepted is the folder that contains it"
+        )
     if not is_hub_id(source):
         raise FileNotFoundError(f"model = '{source}': no such folder")
     import huggingface_hub
@@ -44,35 +46,35 @@ def snapshot(source: str | Path) -> Path:
 
 
 def _fetch(source: str | Path, fetch: Callable[[str], str]) -> Path:
-    """What `fetch` gets from the hub for the id of a model.
+    """Calls `fetch` with the id of a model on the hub.
 
     Raises:
-        FileNotFoundError: the hub cannot or will not give it.
+        FileNotFoundError: the hub does not provide the model.
     """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-    way_out = "or give a local folder"
+    advice = "or give a local folder"
     try:
         return Path(fetch(str(source)))
     except GatedRepoError:
-        reason = "the hub asks you to accept the model's license and to log in with `hf auth login`"
+        reason = "gated: accept the model's license on the hub and log in with `hf auth login`"
     except RepositoryNotFoundError:
         reason = (
-            "neither a local folder nor a model that the hub shows you; check the name, log in "
-            "with `hf auth login` if it is private"
+            "neither a local folder nor a model on the hub that you can see; check the name, log "
+            "in with `hf auth login` if the model is private"
         )
     except Exception as error:
-        # Of many types. Their text may quote the headers of the request, and with them the token.
+        # The error has many types. Leave its text out: it may contain the headers with the token.
         reason = f"no such folder, and the hub could not be reached ({type(error).__name__})"
-        way_out = "connect to the network, or give a local folder"
-    raise FileNotFoundError(f"model = '{source}': {reason}, {way_out}")
+        advice = "connect to the network, or give a local folder"
+    raise FileNotFoundError(f"model = '{source}': {reason}, {advice}")
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of a folder or of a model on the hub (a transformers tokenizer).
+    """Reads the transformers tokenizer of a folder or of a model on the hub.
 
     Raises:
-        FileNotFoundError: the folder has none.
+        FileNotFoundError: the folder has no tokenizer.
         ValueError: its files cannot be read.
     """
     folder = snapshot(source)
@@ -91,11 +93,11 @@ def load_tokenizer(source: str | Path) -> Any:
 
 
 def read_config(source: str | Path) -> LlamaConfig:
-    """The architecture of a folder or of a model on the hub.
+    """Reads the architecture of a model in a folder or on the hub.
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
-        ValueError: not a float LLaMA.
+        ValueError: not a LLaMA, or already quantized.
     """
     values = read_values(source)
     if values.get("quantization_config"):
@@ -107,11 +109,11 @@ def read_config(source: str | Path) -> LlamaConfig:
 
 
 def read_values(source: str | Path) -> Mapping[str, Any]:
-    """config.json of a folder or of a model on the hub, from which nothing else is fetched.
+    """Reads config.json of a model in a folder or on the hub, and downloads no other file.
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
-        ValueError: no JSON.
+        ValueError: not valid JSON.
     """
     if not is_hub_id(source):
         return read_json(snapshot(source) / "config.json")

@@ -1,4 +1,4 @@
-"""Small text files, written completely or not at all."""
+"""Reads and writes small text files."""
 
 import json
 import os
@@ -8,14 +8,19 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a small file completely or not at all."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    """Writes a small file atomically: completely or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def read_json(file: Path) -> Mapping[str, Any]:
-    """The object in a JSON file."""
+    """Reads the object in a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not valid JSON, or not an object.
+    """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Safetensors files, read and written a tensor at a time: a whole file never stands in memory."""
+"""Reads and writes safetensors files tensor by tensor; a whole file is never in memory."""
 
 import dataclasses
 import json
@@ -12,12 +12,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_PART = 2**19  # numbers that are read or written at a time
+_PART = 2**19  # elements that are read or written at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of a tensor."""
+    """Shape and type of a tensor in a safetensors file."""
 
     file: Path
     shape: tuple[int, ...]
@@ -25,7 +25,7 @@ class Header:
 
 
 def read_headers(file: Path) -> dict[str, Header]:
-    """The headers of all tensors of a file."""
+    """Reads the headers of all tensors of a file."""
     try:
         with safe_open(file, framework="numpy") as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
@@ -38,25 +38,32 @@ def read_headers(file: Path) -> dict[str, Header]:
 
 
 def check_float(header: Header, name: str) -> None:
-    """Refuses a tensor that is no float."""
+    """Checks that a tensor has a floating-point type.
+
+    Raises:
+        ValueError: it has another type.
+    """
     if header.dtype not in FLOATS:
         accepted = ", ".join(FLOATS.values())
         raise ValueError(f"{header.file}: {name} has type {header.dtype}: accepted is {accepted}")
 
 
 def read_into(out: np.ndarray, header: Header, name: str, first: int = 0) -> None:
-    """Copies rows of a tensor, part by part, and refuses NaN and infinity.
+    """Copies rows of a tensor part by part.
 
     Args:
-        out: where to; as many rows as are copied.
+        out: destination; its number of rows is the number of copied rows.
         header: of the tensor.
         name: of the tensor.
-        first: row of the tensor that comes first.
+        first: index of the first copied row.
+
+    Raises:
+        ValueError: the file cannot be read, or the tensor has NaN or infinite values.
     """
     rows = max(1, _PART * header.shape[0] // max(1, math.prod(header.shape)))
     for start in range(0, out.shape[0], rows):
         stop = min(start + rows, out.shape[0])
-        # Opened for each part: what was read of a mapped file counts as memory until it is closed.
+        # Open the file for each part: pages of a mapped file count as memory until it is closed.
         try:
             with safe_open(header.file, framework="numpy") as tensors:
                 part = tensors.get_slice(name)[first + start : first + stop]
@@ -70,42 +77,42 @@ def read_into(out: np.ndarray, header: Header, name: str, first: int = 0) -> Non
 def read_ahead(
     found: Mapping[str, Header], names: Sequence[str], dtype: Any
 ) -> Generator[np.ndarray, None, None]:
-    """The tensors of these names as `dtype` (None: as in the file), each lost when the next one is
-    asked for.
+    """Yields tensors by name as `dtype` (None: the type in the file).
 
-    While the caller works on one, a thread reads as many rows of the next as fit into a quarter of
-    the memory of the largest: the rest is read when it is asked for. So there are two buffers in
-    all, since the allocator may keep what is freed. An error of the thread is raised where its
-    tensor is asked for. Closing the iterator waits for the thread.
+    A tensor is valid only until the next one is requested, because all share one buffer. While
+    the caller uses a tensor, a thread reads the first rows of the next one into a second buffer.
+    That buffer has a quarter of the size of the largest tensor; the remaining rows are read on
+    request. Two fixed buffers are used because the allocator may keep freed memory. An error of
+    the thread is raised when its tensor is requested. Closing the iterator waits for the thread.
     """
     headers = [found[name] for name in names]
     types = [np.dtype(FLOATS[header.dtype] if dtype is None else dtype) for header in headers]
     nbytes = [math.prod(h.shape) * kind.itemsize for h, kind in zip(headers, types, strict=True)]
     whole = aligned((max(nbytes, default=0),), np.uint8)
-    waiting = aligned((whole.size // 4,), np.uint8)
+    prefetched = aligned((whole.size // 4,), np.uint8)
 
     def read(i: int) -> np.ndarray:
         kind, (rows, *rest) = np.dtype(FLOATS[headers[i].dtype]), headers[i].shape
         row = math.prod(rest) * kind.itemsize
-        rows = min(rows, waiting.size // row)
-        part = waiting[: rows * row].view(kind).reshape(rows, *rest)
+        rows = min(rows, prefetched.size // row)
+        part = prefetched[: rows * row].view(kind).reshape(rows, *rest)
         read_into(part, headers[i], names[i])
         return part
 
     with ThreadPoolExecutor(1, thread_name_prefix="reader") as reader:
-        ahead = reader.submit(read, 0) if names else None
+        next_part = reader.submit(read, 0) if names else None
         for i, header in enumerate(headers):
-            assert ahead is not None
+            assert next_part is not None
             weight = whole[: nbytes[i]].view(types[i]).reshape(header.shape)
-            part = ahead.result()
+            part = next_part.result()
             weight[: len(part)] = part
-            ahead = reader.submit(read, i + 1) if i + 1 < len(names) else None
+            next_part = reader.submit(read, i + 1) if i + 1 < len(names) else None
             read_into(weight[len(part) :], header, names[i], len(part))
             yield weight
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An array on a 64-byte boundary, which a CPU device takes over without a copy."""
+    """Allocates an array on a 64-byte boundary, which jax uses on a CPU without a copy."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -118,16 +125,16 @@ def write_tensors(
     dtype: str,
     parts: Iterable[tuple[str, np.ndarray]],
 ) -> None:
-    """Writes a safetensors file while its tensors are made: its header needs their shapes alone.
+    """Writes a safetensors file while its tensors are computed. The header needs only shapes.
 
     Args:
-        file: where to.
+        file: path of the file.
         shapes: of the tensors, in the order of the file.
-        dtype: one of `FLOATS`, to which all numbers are rounded.
-        parts: name and numbers of each tensor, in that order.
+        dtype: one of `FLOATS`; all values are rounded to it.
+        parts: name and values of each tensor, in the same order.
 
     Raises:
-        ValueError: a number that `dtype` cannot hold.
+        ValueError: a value is out of the range of `dtype`.
     """
     code = next(code for code, name in FLOATS.items() if name == dtype)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -136,11 +143,11 @@ def write_tensors(
         start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
         header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the numbers begin on a multiple of 8 bytes
+    text += b" " * (-len(text) % 8)  # align the data to 8 bytes
     with file.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         expected = iter(shapes.items())
-        # Neither zip nor a name may keep an array alive while the next one is made.
+        # No zip, and delete the name: else an array stays alive while the next one is computed.
         for name, array in parts:
             assert (name, array.shape) == next(expected)
             _write_array(out, name, array, dtype)
@@ -154,5 +161,5 @@ def _write_array(out: BinaryIO, name: str, array: np.ndarray, dtype: str) -> Non
         with np.errstate(over="ignore"):
             part = flat[start : start + _PART].astype(dtype, copy=False)
         if not np.isfinite(part).all():
-            raise ValueError(f"dtype = '{dtype}': cannot hold all numbers of {name}")
+            raise ValueError(f"dtype = '{dtype}': cannot hold all values of {name}")
         out.write(np.ascontiguousarray(part).view(np.uint8).data)

@@ -1,4 +1,4 @@
-"""A conversation with a model in the terminal."""
+"""Runs a conversation with a model in the terminal (the command `irqlora chat`)."""
 
 import dataclasses
 import sys
@@ -7,38 +7,36 @@ from typing import Any, Literal
 
 import jax
 
-from irqlora_jax.generate.conversation import Style, Turn, encode_turns, find_style, spoken
+from irqlora_jax.generate.conversation import Style, Turn, decode_stream, encode_turns, find_style
 from irqlora_jax.generate.decode import stream
 from irqlora_jax.runs.load import Run, load_run
 
 Write = Callable[[str], Any]
-_HELP = "/reset forgets what was said, /quit ends, Ctrl-C stops an answer"
+_HELP = "/reset clears the conversation, /quit ends it, Ctrl-C stops an answer"
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatConfig:
-    """A conversation in the terminal."""
+    """Talks to a model in the terminal."""
 
     run: str
     """Folder of a run, of irqlora quantize, or of a Hugging Face LLaMA."""
     baseline: bool = False
-    """Leave the adapter out: the quantized model before its finetune (with LoftQ that has the pair
-    that it began with)."""
+    """Leave the finetuned adapter out. With LoftQ, use its initial adapter."""
     checkpoint: Literal["last", "best"] | int = "last"
-    """Which adapter of a run: the newest, that of the best evaluation loss, or that of a step."""
+    """Checkpoint of the adapter: "last", "best" (lowest evaluation loss), or a step number."""
     system: str = ""
-    """What stands in front of the conversation: the system message of a chat template, plain text
-    elsewhere."""
+    """Text before the conversation: the system message of a chat template, else plain text."""
     max_new_tokens: int = 512
-    """Longest answer, in tokens; at most what the context of the model leaves."""
+    """Maximum length of an answer in tokens. The context of the model may allow less."""
     temperature: float = 0.7
-    """0 takes the likeliest token each time, larger values vary more."""
+    """Sampling temperature. 0: greedy decoding."""
     top_k: int | None = None
-    """Draw among the k likeliest tokens only (null: all)."""
+    """Sample only from the k most likely tokens (null: all)."""
     top_p: float | None = 0.9
-    """Draw among the likeliest tokens that make up this probability (null: all)."""
+    """Sample only from the most likely tokens with this total probability (null: all)."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the sampling."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -49,32 +47,32 @@ class ChatConfig:
 def chat(
     config: ChatConfig, read: Callable[[str], str] = input, write: Write | None = None
 ) -> None:
-    """Reads messages and writes answers as they come, until /quit or the end of the input.
+    """Reads messages and streams the answers, until /quit or the end of the input.
 
-    The prompt has the form that the run learned (see `conversation.find_style`). What was said
-    stays in the prompt as long as the context of the model has room for it; then the oldest turns
-    are dropped, which is said. KeyboardInterrupt stops an answer, and ends at the prompt.
+    The prompt has the style of the training data (see `conversation.find_style`). It contains all
+    previous turns that fit into the context of the model. Older turns are dropped with a notice.
+    KeyboardInterrupt stops an answer; while the chat waits for a message, it ends the chat.
 
     Args:
-        config: the model and how it answers.
-        read: gives a line, for a prompt to show; EOFError ends.
-        write: shows a piece of text (default: standard output, at once).
+        config: the model and its decoding settings.
+        read: reads a line after showing a prompt; EOFError ends the chat.
+        write: writes a piece of text (default: standard output, flushed).
 
     Raises:
-        FileNotFoundError, ValueError: no such model, or bad settings.
+        FileNotFoundError, ValueError: no such model, or invalid settings.
     """
     write = _print if write is None else write
     run = load_run(config.run, adapter=not config.baseline, checkpoint=config.checkpoint)
     style = find_style(run.config, run.tokenizer)
-    # Said before the first message: bad settings and a template that does not work.
+    # Fail before the first message if the settings are invalid or the chat template does not work.
     encode_turns(style, run.tokenizer, "?", system=config.system)
-    stream(run.model, run.variables, [0], 1, **_drawing(config, 0))
-    write(f"{run.folder}{_which(run, config)}. {_HELP}\n")
+    stream(run.model, run.variables, [0], 1, **_sampling_options(config, 0))
+    write(f"{run.folder}{_model_description(run, config)}. {_HELP}\n")
     turns: list[Turn] = []
     for number, message in enumerate(_messages(read, write)):
         if message is None:
             turns = []
-            write("[forgotten]\n")
+            write("[conversation cleared]\n")
             continue
         tokens, dropped = _prompt(run, style, turns, message, config)
         if tokens is None:
@@ -87,7 +85,7 @@ def chat(
 
 
 def _messages(read: Callable[[str], str], write: Write) -> Iterator[str | None]:
-    """Messages until the end; None is /reset."""
+    """Yields messages until the end of the input; None for /reset."""
     while True:
         try:
             line = read("> ")
@@ -104,8 +102,10 @@ def _messages(read: Callable[[str], str], write: Write) -> Iterator[str | None]:
 def _prompt(
     run: Run, style: Style, turns: list[Turn], message: str, config: ChatConfig
 ) -> tuple[list[int] | None, int]:
-    """Tokens that leave room for an answer, and how many of the oldest turns had to go for that;
-    None where the message alone is too long."""
+    """Returns a prompt that leaves room for an answer, and the number of dropped turns.
+
+    The prompt is None if the message alone is too long.
+    """
     context = run.model.config.max_position_embeddings
     room = context - max(1, min(config.max_new_tokens, context // 4))
     for dropped in range(len(turns) + 1):
@@ -134,16 +134,19 @@ def _answer(
 
     def new() -> Iterator[int]:
         for token in stream(
-            *(run.model, run.variables, prompt, limit),
+            run.model,
+            run.variables,
+            prompt,
+            limit,
             eos_token_ids=eos,
-            **_drawing(config, number),
+            **_sampling_options(config, number),
         ):
             tokens.append(token)
             yield token
 
     try:
-        for piece in spoken(run.tokenizer, new(), prompt=prompt, stops=style.stops):
-            # An answer begins behind the space or line end that belongs to the prompt's colon.
+        for piece in decode_stream(run.tokenizer, new(), prompt=prompt, stops=style.stops):
+            # Strip the space or line break between the colon of the prompt and the answer.
             shown = piece if said or style.continues else piece.lstrip()
             if shown:
                 write(shown)
@@ -156,7 +159,7 @@ def _answer(
     return Turn(message, said.rstrip() if style.stops else said, tuple(tokens))
 
 
-def _drawing(config: ChatConfig, number: int) -> dict[str, Any]:
+def _sampling_options(config: ChatConfig, number: int) -> dict[str, Any]:
     return {
         "temperature": config.temperature,
         "top_k": config.top_k,
@@ -165,7 +168,7 @@ def _drawing(config: ChatConfig, number: int) -> dict[str, Any]:
     }
 
 
-def _which(run: Run, config: ChatConfig) -> str:
+def _model_description(run: Run, config: ChatConfig) -> str:
     if run.step is not None:
         return f", step {run.step}"
     return " without its adapter" if config.baseline and run.config is not None else ""

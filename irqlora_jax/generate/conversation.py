@@ -1,4 +1,4 @@
-"""How a model is addressed: the text around what a person says, as the model learned it."""
+"""Writes prompts in the style of the training data, and decodes answers as they are generated."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,8 +9,8 @@ from irqlora_jax.data import alpaca_prompt, encode, encode_source, read_chat_tem
 from irqlora_jax.data.chat import render_chat
 from irqlora_jax.data.formats import GUANACO
 
-# Text in front of what a person says, and of the answer. No space stands behind the latter: in
-# running text it belongs to the first token of the answer.
+# Text in front of the user's message and in front of the answer. The latter has no space at its
+# end: in running text, the space is part of the first token of the answer.
 _SPEAKERS = {
     "oasst1": (GUANACO["prompter"], GUANACO["assistant"].rstrip()),
     "hh_rlhf": ("\n\nHuman: ", "\n\nAssistant:"),
@@ -19,23 +19,23 @@ _SPEAKERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """What was said and answered."""
+    """A message of the user and the answer."""
 
     user: str
     answer: str
     tokens: tuple[int, ...]
-    """Of the answer, as the model gave them."""
+    """Tokens of the answer, as generated."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """How a model is addressed.
+    """The format of prompts and answers.
 
     Attributes:
-        kind: "chat" writes messages with a chat template; "alpaca" puts Alpaca's prompt around each
-            instruction; "pairs" gives prompts as they are and ends answers with eos; "oasst1" and
-            "hh_rlhf" name the speakers; "text" is continued.
-        template: of "chat"; None is the tokenizer's own.
+        kind: "chat" uses a chat template. "alpaca" puts each instruction into Alpaca's prompt.
+            "pairs" uses prompts unchanged and ends answers with eos. "oasst1" and "hh_rlhf" write
+            the names of the speakers. "text" continues the prompt.
+        template: the template of "chat"; None: the tokenizer's.
     """
 
     kind: Literal["chat", "alpaca", "pairs", "oasst1", "hh_rlhf", "text"]
@@ -43,21 +43,21 @@ class Style:
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Text that ends an answer: the other speaker."""
+        """Strings that end an answer: the name of the other speaker."""
         return (_SPEAKERS[self.kind][0].rstrip(),) if self.kind in _SPEAKERS else ()
 
     @property
     def continues(self) -> bool:
-        """Whether an answer goes on with the text of the prompt."""
+        """Whether the answer continues the text of the prompt."""
         return self.kind == "text"
 
 
 def find_style(config: Config | None, tokenizer: Any) -> Style:
-    """The style that a run learned; without a run, the tokenizer's chat template or plain text.
+    """Returns the style of a run's training data; without a run, the chat template or plain text.
 
     Raises:
-        FileNotFoundError: the run's data.chat_template is gone.
-        ValueError: it is not UTF-8.
+        FileNotFoundError: the file data.chat_template of the run does not exist.
+        ValueError: the file is not UTF-8.
     """
     own = getattr(tokenizer, "chat_template", None)
     if config is None:
@@ -79,24 +79,24 @@ def encode_turns(
     context: str = "",
     system: str = "",
 ) -> list[int]:
-    """Tokens up to where the answer to a message begins.
+    """Makes the tokens of a prompt, up to the start of the answer.
 
     Args:
-        style: of `find_style`.
-        tokenizer: of transformers.
-        message: what is said.
-        turns: what was said before.
-        context: what Alpaca's files call the input; stands behind the message elsewhere.
-        system: stands in front of everything; with a chat template as the system message.
+        style: from `find_style`.
+        tokenizer: a transformers tokenizer.
+        message: the new message of the user.
+        turns: the previous turns.
+        context: the column "input" of Alpaca's files; other styles append it to the message.
+        system: text in front of everything; the system message with a chat template.
 
     Raises:
-        ValueError: the chat template does not take the conversation.
+        ValueError: the chat template failed for the conversation.
     """
     if context and style.kind != "alpaca":
         message = f"{message}\n\n{context}"
     if style.kind == "chat":
         text = _render(style, tokenizer, [*turns, Turn(message, "", ())], system)
-        # bos stands where the template writes it.
+        # The template writes bos itself.
         return encode(tokenizer, [text])[0]
     head = f"{system}\n\n" if system else ""
     if style.kind == "text":
@@ -110,7 +110,7 @@ def encode_turns(
     if style.kind == "alpaca":
         contexts = [*("" for _ in turns), context]
         prompts = [alpaca_prompt(*pair) for pair in zip(prompts, contexts, strict=True)]
-    # Prompts and answers were learned as tokens apart.
+    # The training data has prompts and answers tokenized separately.
     first, *rest = prompts
     tokens = encode_source(tokenizer, [head + first])[0]
     eos = tokenizer.eos_token_id
@@ -130,28 +130,28 @@ def _render(style: Style, tokenizer: Any, turns: Sequence[Turn], system: str) ->
     return render_chat(tokenizer, [messages[:-1]], style.template, prompt=True)[0]
 
 
-def spoken(
+def decode_stream(
     tokenizer: Any,
     tokens: Iterable[int],
     *,
     prompt: Sequence[int] = (),
     stops: Sequence[str] = (),
 ) -> Iterator[str]:
-    """Text of tokens as they come, in pieces of whole characters.
+    """Decodes tokens as they arrive, and yields text in whole characters.
 
     Args:
-        tokenizer: of transformers.
-        tokens: the new ones. No more of them are taken once the text has ended.
-        prompt: the tokens in front, which decide whether the text begins with a space.
-        stops: the text ends in front of the first of these.
+        tokenizer: a transformers tokenizer.
+        tokens: the new tokens. They are not read further after a stop string.
+        prompt: the tokens before them, which decide whether the text starts with a space.
+        stops: the text ends before the first of these strings.
     """
-    # Decoded together with what was told last, since spaces depend on what stands in front. That
-    # begins with a whole character, which a fixed number of tokens would not.
+    # Decode with the previous chunk: leading spaces depend on context. A chunk starts with a whole
+    # character; a fixed number of previous tokens would not.
     before, fresh, held = list(prompt), [], ""
     for token in tokens:
         fresh.append(token)
         text = _decode(tokenizer, before + fresh)
-        # The bytes of a character may be spread over several tokens.
+        # Several tokens may share the bytes of one character.
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
             continue
         held += text[len(_decode(tokenizer, before)) :]
@@ -176,6 +176,6 @@ def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:
 
 
 def _overlap(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of the text that one of the stops begins with."""
+    """Length of the longest suffix of the text that is a proper prefix of a stop string."""
     lengths = (n for stop in stops for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n]))
     return max(lengths, default=0)

@@ -1,7 +1,7 @@
-"""Text from a model: one prefill, then one token a step over a key-value cache.
+"""Decodes tokens: one prefill of the prompts, then one token a step with a key-value cache.
 
-Prompts of different lengths share a batch: rows are padded on the right and each keeps its own
-length, so a row gets what it would get alone.
+Prompts of different lengths share a batch. Rows are padded on the right, and each row keeps its
+own length. So the result of a row does not depend on the other rows.
 """
 
 import functools
@@ -14,10 +14,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
 from irqlora_jax.model.llama import Cache, Llama
+from irqlora_jax.text import require
 
-# Prompts are padded to a multiple of this, so that few lengths are compiled.
+# Prompts are padded to a multiple of this length, so that few lengths are compiled.
 _PROMPT_STEP = 32
-# The cache of a stream has a multiple of so many slots, for the same reason.
+# The slots of the cache of a stream are a multiple of this, for the same reason.
 _CACHE_STEP = 256
 
 
@@ -38,20 +39,19 @@ def generate(
     Args:
         model: the model.
         variables: its collections, {"params": adapters, "base": base}.
-        prompts: token ids, each prompt at least one.
-        max_new_tokens: most tokens to add.
-        temperature: 0 takes the likeliest token each time; otherwise tokens are drawn from
-            softmax(logits / temperature).
-        top_k: draw from the k likeliest tokens alone.
-        top_p: draw from the fewest tokens whose probabilities add up to p, alone.
-        key: of the draws; the same key gives the same text.
-        eos_token_ids: a row ends with the first of these, which is kept.
+        prompts: token ids, at least one for each prompt.
+        max_new_tokens: maximum number of new tokens.
+        temperature: 0: greedy decoding; else tokens are sampled from softmax(logits / temperature).
+        top_k: sample only from the k most likely tokens.
+        top_p: sample only from the smallest set of tokens with a total probability of at least p.
+        key: random key of the sampling; the same key gives the same text.
+        eos_token_ids: a row ends with the first of these tokens, which is included.
 
     Returns:
         The new tokens of each prompt.
 
     Raises:
-        ValueError: a bad argument, or more tokens than the model has positions for.
+        ValueError: an invalid argument, or more tokens than positions of the model.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key)
     if not prompts:
@@ -74,7 +74,7 @@ def generate(
         jax.random.key(0) if key is None else key,
         tuple(sorted(eos_token_ids)),
     )
-    return [_until(row, eos_token_ids) for row in np.asarray(new).tolist()]
+    return [_cut_after_eos(row, eos_token_ids) for row in np.asarray(new).tolist()]
 
 
 def stream(
@@ -89,9 +89,9 @@ def stream(
     key: PRNGKeyArray | None = None,
     eos_token_ids: Collection[int] = (),
 ) -> Iterator[int]:
-    """Continues one prompt, token by token: those of `generate`, as they come.
+    """Yields the tokens of `generate` for one prompt, one by one.
 
-    Arguments and errors are those of `generate`.
+    It has the same arguments and errors as `generate`.
     """
     _check(model, [prompt], max_new_tokens, temperature, top_k, top_p, key)
     return _stream(
@@ -128,8 +128,16 @@ def _stream(
     token = jnp.asarray(tokens)
     for step in range(max_new_tokens):
         token, cache = _advance(
-            *(model, variables, token, cache, lengths if step == 0 else None),
-            *(temperature, top_k, top_p, key, jnp.int32(step)),
+            model,
+            variables,
+            token,
+            cache,
+            lengths if step == 0 else None,
+            temperature,
+            top_k,
+            top_p,
+            key,
+            jnp.int32(step),
         )
         new = int(np.asarray(token)[0, 0])
         yield new
@@ -150,7 +158,7 @@ def _advance(
     key: PRNGKeyArray,
     step: Int[Array, ""],
 ) -> tuple[Int[Array, "1 1"], Cache]:
-    """The next token, and the cache with the tokens given."""
+    """Returns the next token, and the cache extended by the given tokens."""
     logits, after = cast(Any, model.apply(variables, tokens, cache, lengths, method="decode"))
     token = sample(jax.random.fold_in(key, step), logits, temperature, top_k, top_p)
     return token[:, None], after
@@ -163,7 +171,7 @@ def sample(
     top_k: int | None = None,
     top_p: Float32[Array, ""] | None = None,
 ) -> Int[Array, " batch"]:
-    """Draws a token a row; temperature None takes the likeliest. `top_k` comes before `top_p`."""
+    """Samples one token a row; greedy if temperature is None. `top_k` is applied before `top_p`."""
     if temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / temperature
@@ -178,9 +186,10 @@ def sample(
 def _nucleus(
     logits: Float[Array, "batch vocab"], top_p: Float32[Array, ""]
 ) -> Bool[Array, "batch vocab"]:
+    """Marks the smallest set of tokens with a total probability of at least `top_p`."""
     order = jnp.argsort(logits, axis=-1, descending=True)
     ranked = jnp.take_along_axis(jax.nn.softmax(logits, axis=-1), order, axis=-1)
-    # A token belongs as long as those before it fall short of p; the first always does.
+    # Keep a token if the more likely ones have less than p in total. The first is always kept.
     before = jnp.cumsum(ranked, axis=-1) - ranked
     rank = jnp.argsort(order, axis=-1)
     return jnp.take_along_axis(before < top_p, rank, axis=-1)
@@ -199,7 +208,7 @@ def _loop(
     key: PRNGKeyArray,
     eos_token_ids: tuple[int, ...],
 ) -> Int[Array, "batch new"]:
-    """New tokens; what stands after a row's end of text is undefined."""
+    """Returns the new tokens. Values after the eos of a row are undefined."""
     batch, width = tokens.shape
     eos = jnp.asarray(eos_token_ids, jnp.int32)
 
@@ -223,7 +232,7 @@ def _loop(
     return jax.lax.while_loop(more, advance, (jnp.int32(1), cache, *first))[3]
 
 
-def _until(tokens: list[int], eos_token_ids: Collection[int]) -> list[int]:
+def _cut_after_eos(tokens: list[int], eos_token_ids: Collection[int]) -> list[int]:
     ends = (i for i, token in enumerate(tokens) if token in eos_token_ids)
     return tokens[: next(ends, len(tokens)) + 1]
 
@@ -237,13 +246,9 @@ def _check(
     top_p: float | None,
     key: PRNGKeyArray | None,
 ) -> None:
-    def require(ok: bool, field: str, value: Any, accepted: str) -> None:
-        if not ok:
-            raise ValueError(f"{field} = {value!r}: accepted is {accepted}")
-
     ok = max_new_tokens >= 1
     require(ok, "max_new_tokens", max_new_tokens, "a whole number of at least 1")
-    # Written so that nan fails.
+    # This form also rejects nan.
     ok = 0 <= temperature < float("inf")
     require(ok, "temperature", temperature, "0 or a positive number")
     ok = top_k is None or top_k >= 1
@@ -257,7 +262,7 @@ def _check(
         require(bad is None, f"token of prompts[{i}]", bad, f"0 <= token < {vocab}")
         if len(prompt) + max_new_tokens > limit:
             raise ValueError(
-                f"prompts[{i}] has {len(prompt)} tokens, with max_new_tokens = {max_new_tokens} "
-                f"that makes {len(prompt) + max_new_tokens}: accepted is at most "
+                f"prompts[{i}] has {len(prompt)} tokens, and {len(prompt) + max_new_tokens} with "
+                f"max_new_tokens = {max_new_tokens}: accepted is at most "
                 f"max_position_embeddings = {limit}"
             )

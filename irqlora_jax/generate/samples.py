@@ -1,11 +1,11 @@
-"""Samples of what a model answers while it is trained."""
+"""Answers sample prompts during the training."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from irqlora_jax.config import Config
-from irqlora_jax.generate.conversation import Style, encode_turns, find_style, spoken
+from irqlora_jax.generate.conversation import Style, decode_stream, encode_turns, find_style
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
@@ -17,10 +17,10 @@ class Samples:
 
     Attributes:
         texts: as in the configuration.
-        prompts: their tokens, up to where the answer begins.
-        style: how the model is addressed.
-        tokenizer: of transformers.
-        tokens: longest answer.
+        prompts: their tokens, up to the start of the answer.
+        style: format of the prompts.
+        tokenizer: a transformers tokenizer.
+        tokens: maximum length of an answer.
     """
 
     texts: tuple[str, ...]
@@ -31,10 +31,10 @@ class Samples:
 
 
 def read_samples(config: Config, tokenizer: Any, llama: LlamaConfig) -> Samples:
-    """The prompts of `evaluate.samples`.
+    """Encodes the prompts of `evaluate.samples`.
 
     Raises:
-        ValueError: one that leaves no room for an answer.
+        ValueError: a prompt leaves no room for an answer.
     """
     texts, style = config.evaluate.samples, find_style(config, tokenizer)
     prompts = [encode_turns(style, tokenizer, text) for text in texts]
@@ -52,13 +52,13 @@ def read_samples(config: Config, tokenizer: Any, llama: LlamaConfig) -> Samples:
 def answer_samples(
     samples: Samples, model: Llama, variables: Mapping[str, Any]
 ) -> list[dict[str, str]]:
-    """The likeliest answers: {"prompt": text, "answer": text} each."""
+    """Answers the prompts with greedy decoding: {"prompt": text, "answer": text} for each."""
     if not samples.prompts:
         return []
     eos = model.config.eos_token_ids
     new = generate(model, variables, samples.prompts, samples.tokens, eos_token_ids=eos)
     answers = []
     for text, prompt, tokens in zip(samples.texts, samples.prompts, new, strict=True):
-        pieces = spoken(samples.tokenizer, tokens, prompt=prompt, stops=samples.style.stops)
+        pieces = decode_stream(samples.tokenizer, tokens, prompt=prompt, stops=samples.style.stops)
         answers.append({"prompt": text, "answer": "".join(pieces)})
     return answers

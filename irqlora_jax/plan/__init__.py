@@ -1,1 +1,1 @@
-"""What a run needs, before it runs."""
+"""Plans the memory of a run before it starts."""

@@ -1,7 +1,7 @@
-"""GPUs by name, and the compiler's view of one that is not there.
+"""Describes GPUs by name, and makes devices to compile for without such a GPU.
 
-A program can be compiled for a GPU without one: jax's CUDA plugin takes a description of it. That
-needs no driver, only the wheels jax-cuda13-plugin and jax-cuda13-pjrt (or jax[cuda13]).
+The CUDA plugin of jax can compile for a GPU from its description. This needs no driver, only the
+wheels jax-cuda13-plugin and jax-cuda13-pjrt (or jax[cuda13]).
 """
 
 import dataclasses
@@ -14,16 +14,16 @@ from jax.experimental import topologies
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A GPU, as its driver and its data sheet describe it.
+    """Properties of a GPU from its driver and its data sheet.
 
     Attributes:
-        title: what people call it.
-        capability: the CUDA compute capability.
-        mib: MiB of memory, all of it, as the driver reports it.
-        cores: streaming multiprocessors.
-        bandwidth: of the memory, in GB/s.
-        cache: second level, in MiB.
-        clock: boost, in GHz.
+        title: name for people.
+        capability: CUDA compute capability.
+        mib: total memory in MiB, as reported by the driver.
+        cores: number of streaming multiprocessors.
+        bandwidth: memory bandwidth in GB/s.
+        cache: size of the L2 cache in MiB.
+        clock: boost clock in GHz.
     """
 
     title: str
@@ -36,7 +36,7 @@ class Device:
 
     @property
     def memory(self) -> int:
-        """All of it, in bytes."""
+        """Total memory in bytes."""
         return self.mib << 20
 
 
@@ -56,18 +56,18 @@ DEVICES = {
     "h200": Device("H200", (9, 0), 143771, 132, 4800, 50, 1.98),
     "b200": Device("B200", (10, 0), 183359, 148, 8000, 126, 1.97),
 }
-"""Names that `--plan` takes."""
+"""GPUs by the names that `--plan` accepts."""
 
-# By capability: bytes of shared memory and threads of a multiprocessor.
+# By compute capability: bytes of shared memory, and threads, of a multiprocessor.
 _SHARED = {(7, 5): 64 << 10, (8, 0): 164 << 10, (9, 0): 228 << 10, (10, 0): 228 << 10}
 _THREADS = {(7, 5): 1024, (8, 0): 2048, (9, 0): 2048, (10, 0): 2048}
 
 
 def find_device(name: str) -> Device:
-    """The device of a name; case, blanks and a leading "rtx" or "nvidia" do not matter.
+    """Finds a GPU by name. Case, blanks and a leading "rtx" or "nvidia" do not matter.
 
     Raises:
-        ValueError: none of that name; says which there are.
+        ValueError: an unknown name; the message lists the known ones.
     """
     plain = re.sub(r"^(nvidia|geforce|rtx|[\s_-])+", "", name.lower())
     plain = re.sub(r"[\s_]+", "-", plain.removesuffix("gb").strip())
@@ -76,13 +76,13 @@ def find_device(name: str) -> Device:
     return DEVICES[plain]
 
 
-def absent_devices(device: Device, count: int = 1) -> list[Any] | None:
-    """Devices that programs can be compiled for, but not run on.
+def compile_only_devices(device: Device, count: int = 1) -> list[Any] | None:
+    """Makes devices for compilation only; programs cannot run on them.
 
-    Compile with `OPTIONS`: there is nothing to measure candidates on.
+    Compile with `OPTIONS`, because autotuning needs a real device.
 
     Returns:
-        None where jax has no CUDA plugin.
+        The devices, or None if jax has no CUDA plugin.
     """
     try:
         found = topologies.get_topology_desc(
@@ -94,26 +94,26 @@ def absent_devices(device: Device, count: int = 1) -> list[Any] | None:
 
 
 OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-"""Compiler options for `absent_devices`."""
+"""Compiler options for `compile_only_devices`."""
 
 
-DEFAULT_SHARE = 0.75
-"""The share of a GPU's memory that jax takes where XLA_CLIENT_MEM_FRACTION does not say another."""
+DEFAULT_FRACTION = 0.75
+"""Fraction of a GPU's memory that jax uses unless XLA_CLIENT_MEM_FRACTION sets another one."""
 
 
-def usable_share() -> float:
-    """The share of a GPU's memory that jax takes."""
+def usable_fraction() -> float:
+    """Fraction of a GPU's memory that jax uses."""
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         if os.environ.get(name):
             return float(os.environ[name])
-    return DEFAULT_SHARE
+    return DEFAULT_FRACTION
 
 
 def _description(device: Device) -> str:
-    """A GpuTargetConfigProto of XLA, as text."""
+    """Writes a GpuTargetConfigProto of XLA as text."""
     major, minor = device.capability
     shared = _SHARED.get(device.capability, 100 << 10)
-    # Of each block, the driver keeps 1 KiB from Ampere on.
+    # From Ampere on, the driver reserves 1 KiB of each block.
     own = shared - (1 << 10 if major >= 8 else 0)
     features = "ACCELERATED_FEATURES" if major >= 9 else "NONE"
     return f"""

@@ -1,7 +1,7 @@
-"""What a run needs on each device, from shapes alone.
+"""Computes the memory that a run needs on each device, from shapes alone.
 
-What is stored is arithmetic, and exact. What the training step needs besides (gradients,
-activations, dequantized weights) is what the compiler says of the real step for the device.
+The size of stored arrays is computed exactly. The memory of the training step (gradients,
+activations, dequantized weights) comes from compiling the real step for the device.
 """
 
 import contextlib
@@ -25,37 +25,37 @@ from irqlora_jax.data import longest_row
 from irqlora_jax.files.hub import read_values
 from irqlora_jax.machine import fastest_dtype
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.plan.gpus import OPTIONS, absent_devices, find_device, usable_share
+from irqlora_jax.plan.gpus import OPTIONS, compile_only_devices, find_device, usable_fraction
 from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import check_model, is_base, read_architecture
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
 from irqlora_jax.sharding import ROWS, device_bytes, make_mesh, tree_shardings
 from irqlora_jax.train.step import make_step, state_shardings
 
-MOST_SPLIT = 8
-"""Devices that a plan may try in the place of one."""
+MAX_SPLIT = 8
+"""Maximum factor by which a plan may raise the number of devices."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
-    """What a run is planned for.
+class PlanDevice:
+    """The device that a run is planned for.
 
     Attributes:
-        title: of the device.
-        devices: to compile for; as many as a mesh may have.
-        memory: bytes that jax may use on each.
-        whole: bytes of the device.
-        compiler: "own": for this very device. "estimate": for the CPU, because jax has no compiler
-            for GPUs here.
-        options: of the compiler.
-        shared: the memory of the host is that of the device.
-        capability: of CUDA, where it is known.
+        title: name of the device.
+        devices: devices to compile for; a mesh may use all of them.
+        memory: bytes that jax may use on each device.
+        total: bytes of memory of each device.
+        compiler: "own": compile for this device. "estimate": compile for the CPU instead, because
+            jax has no compiler for GPUs here.
+        options: options of the compiler.
+        shared: host and device share one memory.
+        capability: CUDA compute capability, if known.
     """
 
     title: str
     devices: list[Any]
     memory: int
-    whole: int
+    total: int
     compiler: str = "own"
     options: dict[str, Any] | None = None
     shared: bool = False
@@ -63,19 +63,19 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """Bytes that a run needs on each device.
 
     Attributes:
         base: frozen weights.
         adapters: trained weights.
-        optimizer: its state, on the device.
-        host: its state, in pinned memory of the host.
-        step: all that comes and goes in a training step: gradients, activations, a layer's
-            dequantized weights, the batch.
-        devices: number of them.
-        rows: of a batch that are computed at one time, on all devices together.
-        length: tokens of a row.
+        optimizer: state of the optimizer on the device.
+        host: state of the optimizer in pinned memory of the host.
+        step: temporary memory of a training step: gradients, activations, dequantized weights of
+            a layer, the batch.
+        devices: number of devices.
+        rows: rows of a forward pass, on all devices together.
+        length: length of a row, in tokens.
     """
 
     base: Storage
@@ -89,64 +89,65 @@ class Need:
 
     @property
     def peak(self) -> int:
-        """Most bytes in use at one time, on each device."""
+        """Peak memory on each device, in bytes."""
         return self.base.total + self.adapters + self.optimizer + self.step
 
 
-def find_target(name: str | None, count: int) -> Target:
-    """The device at hand, or one of a name.
+def find_plan_device(name: str | None, count: int) -> PlanDevice:
+    """Returns the local device, or a GPU by name.
 
     Args:
-        name: of `irqlora_jax.devices`; None: the device at hand.
-        count: devices of the mesh.
+        name: a name from `plan.gpus.DEVICES`; None: the local device.
+        count: number of devices of the mesh.
 
     Raises:
-        ValueError: no such device, or fewer than needed.
+        ValueError: no such device, or not enough devices.
     """
     if name is None:
-        return _at_hand()
+        return _local_device()
     device = find_device(name)
-    memory = int(device.memory * usable_share())
+    memory = int(device.memory * usable_fraction())
     capability = device.capability
-    target = Target(device.title, [], memory, device.memory, "estimate", capability=capability)
-    found = absent_devices(device, MOST_SPLIT * count)
+    target = PlanDevice(device.title, [], memory, device.memory, "estimate", capability=capability)
+    found = compile_only_devices(device, MAX_SPLIT * count)
     if found is not None:
         return dataclasses.replace(target, devices=found, compiler="own", options=OPTIONS)
     found = jax.devices("cpu")
     if count > len(found):
         raise ValueError(
             f"plan = {name!r}: the mesh has {count} devices; without the package "
-            f"jax-cuda13-plugin up to {len(found)} can be planned for here"
+            f"jax-cuda13-plugin a plan can have up to {len(found)} here"
         )
     return dataclasses.replace(target, devices=found)
 
 
 def prepare(config: Config) -> None:
-    """Makes jax ready to plan for a named device; call it before anything else of jax.
+    """Sets up jax to plan for a named device. Call it before any other use of jax.
 
-    Devices at hand are left alone: jax would look for their drivers, and take their memory. The
-    CPU gets as many devices as a plan may ask for, for where it stands in.
+    jax must not initialize local GPUs, because it would reserve their memory. The CPU may stand in
+    for the named device, so it gets as many devices as a plan may need.
     """
     jax.config.update("jax_platforms", "cpu")
-    # What is compiled for a device that is not there cannot be read back.
+    # A cached program for an absent device cannot be loaded.
     jax.config.update("jax_enable_compilation_cache", False)
-    with contextlib.suppress(RuntimeError):  # jax is in use already
-        jax.config.update("jax_num_cpu_devices", MOST_SPLIT * device_count(config))
+    with contextlib.suppress(RuntimeError):  # jax is already initialized
+        jax.config.update("jax_num_cpu_devices", MAX_SPLIT * device_count(config))
 
 
-def _at_hand() -> Target:
+def _local_device() -> PlanDevice:
     devices = jax.devices()
     stats = devices[0].memory_stats() or {}
     if "bytes_limit" in stats:
         memory = stats["bytes_limit"]
-        return Target(devices[0].device_kind, devices, memory, int(memory / usable_share()))
+        return PlanDevice(devices[0].device_kind, devices, memory, int(memory / usable_fraction()))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
-    return Target(devices[0].device_kind, devices, memory, memory, shared=True)
+    return PlanDevice(devices[0].device_kind, devices, memory, memory, shared=True)
 
 
 def read_base_shapes(config: Config) -> tuple[Base, LlamaConfig]:
-    """The base of a run, with jax.ShapeDtypeStruct for its arrays, from a config.json alone (or the
-    header of a quantized base).
+    """Returns the base of a run with jax.ShapeDtypeStruct in place of arrays.
+
+    Reads only config.json, or the header of a quantized base.
 
     Raises:
         FileNotFoundError, ValueError: as `runs.check_model` and `runs.read_architecture`.
@@ -166,27 +167,29 @@ def read_base_shapes(config: Config) -> tuple[Base, LlamaConfig]:
 
 
 def measure(
-    config: Config, base: Base, llama: LlamaConfig, target: Target, limit: int | None = None
-) -> Need:
+    config: Config, base: Base, llama: LlamaConfig, target: PlanDevice, limit: int | None = None
+) -> MemoryNeed:
     """Compiles the training step of a run, from shapes alone.
 
     Args:
         config: of the run.
-        base: of `read_base_shapes`.
+        base: from `read_base_shapes`.
         llama: its architecture.
-        target: to compile for.
-        limit: bytes; where what is stored takes more, nothing is compiled and `Need.step` is 0.
+        target: the device to compile for.
+        limit: in bytes. If the stored arrays exceed it, nothing is compiled and `MemoryNeed.step`
+            is 0.
 
     Raises:
-        ValueError: a mesh that does not fit the model, the batch or the devices.
+        ValueError: the mesh does not fit the model, the batch or the devices.
     """
-    train, rows, share = config.train, config.train.batch_size // config.train.accumulation, 1
+    train, divisor = config.train, 1
+    rows = train.batch_size // train.accumulation
     mesh = make_mesh(config.mesh, rows, target.devices)
     check_mesh(mesh, llama, config.quant)
     if target.compiler == "estimate" and train.compute_dtype != "float32":
-        # CPUs compute in float32 whatever the type: then every array is twice as large.
-        train, share = dataclasses.replace(train, compute_dtype="float32"), 2
-    # By XLA, which takes no less memory: a kernel asks for the device at hand.
+        # CPUs compute in float32 in any case. Then every array is twice as large.
+        train, divisor = dataclasses.replace(train, compute_dtype="float32"), 2
+    # Use XLA, which needs at least as much memory: a kernel would check for the local device.
     dtype = train.compute_dtype or fastest_dtype(mesh.devices.flat[0])
     train = dataclasses.replace(train, compute_dtype=dtype, matmul=None)
     model = make_model(llama, config.adapter, train)
@@ -198,19 +201,19 @@ def measure(
     shape = (train.batch_size, length)
     where = NamedSharding(mesh, P(ROWS))
     batch = {k: jax.ShapeDtypeStruct(shape, v, sharding=where) for k, v in names.items()}
-    base = _placed(base, tree_shardings(mesh, base))
+    base = _with_shardings(base, tree_shardings(mesh, base))
     with jax.set_mesh(mesh):
         state = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
-        # Devices that are not there do not say what memories they have; an abstract mesh may.
+        # Absent devices have no list of memory kinds, so use an abstract mesh.
         places = mesh.abstract_mesh
         step = make_step(places, state, model=model, optimizer=optimizer, config=train)
-        state = _placed(
+        state = _with_shardings(
             state,
             state_shardings(places, state, train.offload_optimizer, config.adapter.chosen.splits),
         )
         away = [x for x in jax.tree.leaves(state) if _is_on_host(x)] if not target.shared else []
         host = device_bytes(away)
-        need = Need(
+        need = MemoryNeed(
             base=measure_base(base),
             adapters=device_bytes(state.adapters),
             optimizer=device_bytes(state.opt_state) - host,
@@ -223,19 +226,19 @@ def measure(
         if limit is not None and need.peak > limit:
             return need
         lowered = step.trace(state, base, batch).lower()
-        # A CPU's machine code takes no other memory if it is left as it is, and half the time.
+        # On a CPU, level 0 compiles in half the time and needs the same memory.
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         options = {"xla_backend_optimization_level": 0} if on_cpu else target.options
-        with _quiet():
+        with _silent_stderr():
             program = lowered.compile(compiler_options=options)
     found = program.memory_analysis()
     extra = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    return dataclasses.replace(need, step=device_bytes(batch) + extra // share)
+    return dataclasses.replace(need, step=device_bytes(batch) + extra // divisor)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the compiler itself writes: that a program is larger than the memory."""
+def _silent_stderr() -> Iterator[None]:
+    """Hides the output of the compiler, which warns if a program exceeds the memory."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -251,13 +254,13 @@ def _is_on_host(x: jax.ShapeDtypeStruct) -> bool:
     return x.sharding is not None and x.sharding.memory_kind == "pinned_host"
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
+def _with_shardings(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
     )
 
 
 def device_count(config: Config) -> int:
-    """Devices of the mesh of a configuration; as few as it allows."""
+    """Number of devices of a mesh; mesh.data null counts as 1."""
     mesh = config.mesh
     return (mesh.data or 1) * mesh.fsdp * mesh.tensor

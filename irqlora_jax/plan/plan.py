@@ -1,4 +1,4 @@
-"""Whether a run fits, before any of it is read: `irqlora train --config FILE --plan [NAME]`."""
+"""Checks whether a run fits into the memory (`irqlora train --config FILE --plan [NAME]`)."""
 
 import dataclasses
 import logging
@@ -11,44 +11,44 @@ from irqlora_jax.messages import shows_messages
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.plan.gpus import find_device
 from irqlora_jax.plan.measure import (
-    MOST_SPLIT,
-    Need,
-    Target,
+    MAX_SPLIT,
+    MemoryNeed,
+    PlanDevice,
     device_count,
-    find_target,
+    find_plan_device,
     measure,
     read_base_shapes,
 )
 from irqlora_jax.text import aligned, readable_size
 
-_TIGHT = 0.95  # of the usable memory: beyond it, fragments of free memory may be too small
-_MOST_SHARE = 0.95  # the driver and the libraries need the rest
-_MOST_ROWS = 1024
+_TIGHT = 0.95  # above this fraction of the usable memory, fragmentation may fail an allocation
+_MAX_SHARE = 0.95  # the driver and the libraries need the rest
+_MAX_ROWS = 1024
 _SMALL_CHUNK = 256
 logger = logging.getLogger(__name__)
 
 
 @shows_messages
 def plan(config: Config, name: str | None = None) -> bool:
-    """Says what a run needs and whether that fits; where it does not, tries what would.
+    """Reports the memory of a run and whether it fits. If not, tries settings that save memory.
 
-    Reads a config.json or the header of a quantized base, and writes nothing.
+    Reads only config.json or the header of a quantized base, and writes nothing.
 
     Args:
         config: of the run.
-        name: device to plan for, of `irqlora_jax.devices`; None: the one at hand.
+        name: device to plan for, from `plan.gpus.DEVICES`; None: the local device.
 
     Returns:
-        Whether it fits.
+        Whether the run fits.
 
     Raises:
-        ValueError, OSError: bad input, in one sentence.
+        ValueError, OSError: bad input.
     """
     if name is not None:
-        find_device(name)  # before anything that takes time
-        config = _with(config, {"mesh.data": config.mesh.data or 1})
+        find_device(name)  # refuse an unknown name before the slow steps
+        config = _replace_fields(config, {"mesh.data": config.mesh.data or 1})
     base, llama = read_base_shapes(config)
-    target = find_target(name, device_count(config))
+    target = find_plan_device(name, device_count(config))
     need = measure(config, base, llama, target)
     logger.info(_table(config, need, target))
     room = target.memory - need.peak
@@ -66,37 +66,37 @@ def plan(config: Config, name: str | None = None) -> bool:
     return room >= 0
 
 
-def _table(config: Config, need: Need, target: Target) -> str:
-    stored, away = need.base, "" if need.host == 0 else " on the device"
+def _table(config: Config, need: MemoryNeed, target: PlanDevice) -> str:
+    stored, where = need.base, "" if need.host == 0 else " on the device"
     bits = lambda size: f"{8 * size / stored.weights:.3f}" if need.devices == 1 else ""  # noqa: E731
     kept = "weights" if config.quant.format == "none" else "codes"
     rows = [
-        ("on each of them" if need.devices > 1 else "", "GiB", "bits a weight"),
+        ("on each device" if need.devices > 1 else "", "GiB", "bits a weight"),
         (f"base: {kept}", _gib(stored.codes), bits(stored.codes)),
         ("base: scales", _gib(stored.scales), bits(stored.scales)),
         ("base: shifts", _gib(stored.shifts), bits(stored.shifts)),
         ("base: embeddings, output matrix, norms", _gib(stored.rest), ""),
         ("adapters", _gib(need.adapters), ""),
-        (f"optimizer state{away}", _gib(need.optimizer), ""),
+        (f"optimizer state{where}", _gib(need.optimizer), ""),
         ("gradients, activations and temporaries", _gib(need.step), ""),
         ("peak", _gib(need.peak), ""),
-        (f"usable of {_gib(target.whole)}", _gib(target.memory), ""),
+        (f"usable of {_gib(target.total)}", _gib(target.memory), ""),
     ]
     if need.host:
         rows.append(("in pinned memory of the host: optimizer state", _gib(need.host), ""))
     train, count = config.train, "" if need.devices == 1 else f"{need.devices} x "
     text = (
-        f"{config.model} on {count}{target.title}: {need.rows} rows of {need.length} tokens at a "
-        f"time, {train.accumulation} to a step\n{aligned(rows)}"
+        f"{config.model} on {count}{target.title}: {need.rows} rows of {need.length} tokens per "
+        f"forward pass, {train.accumulation} passes per step\n{aligned(rows)}"
     )
     capability = target.capability
     if capability and capability < (8, 0) and train.compute_dtype == "bfloat16":
-        text += f"\n{target.title} has no products of bfloat16: --train.compute_dtype float16"
+        text += f"\n{target.title} does not support bfloat16: use --train.compute_dtype float16"
     if target.compiler == "estimate":
         text += (
-            "\nThe base, the adapters and the optimizer are exact; the gradients, activations and "
-            "temporaries are\nestimated with the compiler for CPUs, which put the peak 4 % too low "
-            "to 9 % too high where\nit was checked: install jax-cuda13-plugin to compile for GPUs."
+            "\nThe base, the adapters and the optimizer are exact. The gradients, activations and "
+            "temporaries are\nestimated with the compiler for CPUs. In our checks the peak was 4 % "
+            "too low to 9 % too high.\nInstall jax-cuda13-plugin to compile for GPUs."
         )
     return text
 
@@ -106,18 +106,18 @@ def _gib(size: int) -> str:
 
 
 def _most_rows(
-    config: Config, base: Base, llama: LlamaConfig, target: Target, need: Need
-) -> tuple[int, Need]:
-    """The most rows at a time that were seen to fit, at least those of the configuration."""
+    config: Config, base: Base, llama: LlamaConfig, target: PlanDevice, need: MemoryNeed
+) -> tuple[int, MemoryNeed]:
+    """Searches the maximum number of rows of a forward pass that fits."""
 
-    def rows(count: int) -> Need:
+    def rows(count: int) -> MemoryNeed:
         changes = {"train.accumulation": 1, "train.batch_size": count}
-        return measure(_with(config, changes), base, llama, target)
+        return measure(_replace_fields(config, changes), base, llama, target)
 
     unit = need.devices // config.mesh.tensor
     double, limit = rows(2 * need.rows), _TIGHT * target.memory
     slope = max((double.peak - need.peak) / need.rows, 1)
-    guess = min(int(need.rows + (limit - need.peak) / slope), _MOST_ROWS)
+    guess = min(int(need.rows + (limit - need.peak) / slope), _MAX_ROWS)
     best = (2 * need.rows, double) if double.peak <= limit else (need.rows, need)
     for _ in range(3):
         guess = guess // unit * unit
@@ -130,18 +130,20 @@ def _most_rows(
     return best
 
 
-def _advise(config: Config, base: Base, llama: LlamaConfig, target: Target, need: Need) -> None:
-    """Tries what saves memory, each on top of the others, and says what is enough."""
+def _advise(
+    config: Config, base: Base, llama: LlamaConfig, target: PlanDevice, need: MemoryNeed
+) -> None:
+    """Adds settings that save memory one by one, and reports which are sufficient."""
     words, memory = "", target.memory
-    if memory < _MOST_SHARE * target.whole:
-        memory = int(_MOST_SHARE * target.whole)
-        words = f"XLA_CLIENT_MEM_FRACTION={_MOST_SHARE} "
+    if memory < _MAX_SHARE * target.total:
+        memory = int(_MAX_SHARE * target.total)
+        words = f"XLA_CLIENT_MEM_FRACTION={_MAX_SHARE} "
     limit = int(_TIGHT * memory)
 
-    def attempt(changes: dict[str, Any]) -> Need:
-        return measure(_with(config, changes), base, llama, target, limit)
+    def attempt(changes: dict[str, Any]) -> MemoryNeed:
+        return measure(_replace_fields(config, changes), base, llama, target, limit)
 
-    def tell(changes: dict[str, Any], found: Need) -> None:
+    def tell(changes: dict[str, Any], found: MemoryNeed) -> None:
         if found.step:
             verdict = "fits" if found.peak <= limit else "does not fit"
             logger.info(f"  {_gib(found.peak)} GiB, {verdict}: {words}{_flags(changes)}")
@@ -169,7 +171,7 @@ def _advise(config: Config, base: Base, llama: LlamaConfig, target: Target, need
         tell(changes, found)
         return found.peak <= limit
 
-    # The last one was needed; of those before it, the dearest are tried to be done without first.
+    # The last change was needed. Try to drop the earlier ones, the most expensive first.
     for name in list(taken)[-2::-1]:
         fewer = {k: v for k, v in taken.items() if k != name}
         taken = fewer if fits_too(fewer) else taken
@@ -188,8 +190,8 @@ def _flags(changes: dict[str, Any]) -> str:
     return " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items())
 
 
-def _savings(config: Config, target: Target) -> Iterator[dict[str, Any]]:
-    """Changes that save memory, those that cost least first."""
+def _savings(config: Config, target: PlanDevice) -> Iterator[dict[str, Any]]:
+    """Yields changes that save memory, the cheapest first."""
     train, mesh = config.train, config.mesh
     rows = (mesh.data or 1) * mesh.fsdp
     if not train.remat:
@@ -203,7 +205,7 @@ def _savings(config: Config, target: Target) -> Iterator[dict[str, Any]]:
         yield {"train.offload_optimizer": True}
     if config.adapter.dtype == "float32":
         yield {"adapter.dtype": "bfloat16"}
-    for fsdp in [n * mesh.fsdp for n in _divisors(MOST_SPLIT)[1:]]:
+    for fsdp in [n * mesh.fsdp for n in _divisors(MAX_SPLIT)[1:]]:
         for n in reversed(_divisors(train.batch_size)):
             change = {"train.accumulation": n, "mesh.fsdp": fsdp}
             if _is_valid(config, change, target):
@@ -211,9 +213,9 @@ def _savings(config: Config, target: Target) -> Iterator[dict[str, Any]]:
                 break
 
 
-def _is_valid(config: Config, changes: dict[str, Any], target: Target) -> bool:
-    """Whether the rows of a batch and the devices suffice for the mesh."""
-    new = _with(config, changes)
+def _is_valid(config: Config, changes: dict[str, Any], target: PlanDevice) -> bool:
+    """Whether the mesh can split the rows of a batch and has enough devices."""
+    new = _replace_fields(config, changes)
     rows = new.train.batch_size // new.train.accumulation
     split = rows % ((new.mesh.data or 1) * new.mesh.fsdp) == 0
     return split and device_count(new) <= len(target.devices)
@@ -223,8 +225,8 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _with(config: Config, changes: dict[str, Any]) -> Config:
-    """A configuration with other values of some fields, by their dotted names."""
+def _replace_fields(config: Config, changes: dict[str, Any]) -> Config:
+    """Returns a copy of the configuration with new values of fields, given by dotted names."""
     sections: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
         section, field = name.split(".")

@@ -1,1 +1,1 @@
-"""The page about a run: report.html."""
+"""Makes report.html, a page about a run."""

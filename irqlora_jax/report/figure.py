@@ -1,4 +1,4 @@
-"""A figure of the page: title, legend, picture and a table of what the picture shows."""
+"""Makes a figure of the page: title, legend, picture, and a table of its values."""
 
 import math
 from collections.abc import Sequence
@@ -7,18 +7,18 @@ from typing import TypeGuard
 from irqlora_jax.report.markup import Markup, tag
 
 WIDTH = 360
-"""Of all pictures, in units of about a pixel: the width of a phone."""
+"""Width of all pictures: the width of a phone, in units of about a pixel."""
 KINDS = 3
-"""Of series, each with a color, a dash and a marker of its own."""
+"""Number of kinds of series. Each kind has its own color, dash pattern and marker."""
 _NAMESPACE = "http://www.w3.org/2000/svg"
 _DASHES = (None, "5 3", "1.5 2.5")
 
 Number = float | None
-"""None, like what is not finite, is a gap."""
+"""A value of a plot. None, NaN and infinity are gaps."""
 
 
-def number(value: object) -> str:
-    """A figure as people write it, with five digits."""
+def format_number(value: object) -> str:
+    """Formats a number for people, with five digits; "-" if there is none."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "-"
     if isinstance(value, int):
@@ -26,18 +26,18 @@ def number(value: object) -> str:
     return f"{value:.5g}" if isinstance(value, float) and abs(value) < 1e5 else f"{value:,.0f}"
 
 
-def is_known(value: Number) -> TypeGuard[float]:
-    """Whether it can be drawn."""
+def is_finite(value: Number) -> TypeGuard[float]:
+    """Whether a value can be drawn."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def dash(kind: int) -> str | None:
-    """How the line of a kind is broken."""
+    """Dash pattern of the lines of a kind, for SVG."""
     return _DASHES[kind % KINDS]
 
 
 def marker(x: float, y: float, kind: int) -> Markup:
-    """A dot, a square or a triangle."""
+    """Draws a dot, a square or a triangle, depending on the kind."""
     shape = f"m s{kind}"
     if kind % KINDS == 1:
         return tag("rect", class_=shape, x=x - 2.4, y=y - 2.4, width=4.8, height=4.8)
@@ -56,16 +56,16 @@ def figure(
     *,
     filled: bool = False,
 ) -> Markup:
-    """Puts a figure together.
+    """Assembles a figure.
 
     Args:
-        title: above it.
-        height: of the picture.
-        drawn: the picture.
-        legend: names and kinds; of a single one nothing is shown.
-        head: of the table.
-        rows: of the table.
-        filled: the picture has bars, with names in the first column of the table, not lines.
+        title: text above the picture.
+        height: height of the picture.
+        drawn: contents of the picture.
+        legend: names and kinds. A legend with a single entry is not shown.
+        head: column names of the table.
+        rows: rows of the table.
+        filled: the picture has bars instead of lines, and the first column of the table has names.
     """
     picture = tag(
         "svg",
@@ -86,7 +86,7 @@ def figure(
 
 
 def _key(kind: int, filled: bool) -> Markup:
-    """The line and the marker of a kind, or its bar, as in the plot. Below 0: a mere level."""
+    """Draws the legend symbol of a kind: line and marker, or a bar. Kind -1 is a reference line."""
     if kind < 0:
         parts = [tag("line", class_="level", x1=0, x2=20, y1=5, y2=5)]
     elif filled:
@@ -100,8 +100,10 @@ def _key(kind: int, filled: bool) -> Markup:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numeric: bool = False) -> Markup:
-    """A table; columns of figures lie to the right, the first only if it is `numeric`.
-    Nothing without rows."""
+    """Makes a table, empty without rows.
+
+    Columns are aligned to the right; the first column only if it is `numeric`.
+    """
     if not rows:
         return Markup()
 

@@ -1,13 +1,13 @@
-"""The page: one file without scripts that fetches nothing, for screens, phones and paper."""
+"""Makes the page: one file without scripts and downloads, for screens, phones and paper."""
 
 from collections.abc import Callable
 
 from irqlora_jax.report import quantized, scored, sections
-from irqlora_jax.report.gather import Findings
 from irqlora_jax.report.markup import Markup, join, tag
+from irqlora_jax.report.run_data import RunData
 
-# Okabe and Ito's colors, which color-blind readers tell apart; darker blue on white, lighter on
-# black. Nothing in here may need escaping.
+# Okabe and Ito's colors, which color-blind readers can distinguish: darker on white, lighter on
+# black. The style must not contain characters that need escaping.
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --faint: #5c6670;
   --rule: #dfe3e8; --panel: #f6f7f9; --s0: #0072b2; --s1: #d55e00; --s2: #007a5a; }
@@ -68,7 +68,7 @@ pre { background: var(--panel); padding: 0.75rem; font-size: 0.8rem; white-space
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
-_SECTIONS: tuple[tuple[str, Callable[[Findings], Markup]], ...] = (
+_SECTIONS: tuple[tuple[str, Callable[[RunData], Markup]], ...] = (
     ("Results", sections.results),
     ("Entropy of the codes", quantized.entropy),
     ("Codes, shifts and errors", quantized.quantization),
@@ -79,10 +79,10 @@ _SECTIONS: tuple[tuple[str, Callable[[Findings], Markup]], ...] = (
 )
 
 
-def page(found: Findings) -> str:
-    """The whole page, a document that is HTML 5 and well-formed XML at once.
+def page(found: RunData) -> str:
+    """Makes the whole page, which is both HTML 5 and well-formed XML.
 
-    A section that has nothing to say is left out; one whose figures make no sense says why.
+    A section without data is left out. If a section fails, the page shows the reason.
     """
     problems = list(found.problems)
     body = [tag("h1", found.name), _attempt("Headline", sections.headline, found, problems)]
@@ -106,11 +106,11 @@ def page(found: Findings) -> str:
 
 
 def _attempt(
-    title: str, section: Callable[[Findings], Markup], found: Findings, problems: list[str]
+    title: str, section: Callable[[RunData], Markup], found: RunData, problems: list[str]
 ) -> Markup:
     try:
         return section(found)
-    except Exception as error:  # files of other versions may hold anything
+    except Exception as error:  # files of other versions may contain anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         problems.append(f"The section \u201c{title}\u201d could not be made: {reason}")
         return Markup()

@@ -1,4 +1,4 @@
-"""Sections about what quantization did to the weights."""
+"""Makes the sections about the quantization: entropy, codes, shifts, errors."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,9 +6,17 @@ from typing import Any
 from irqlora_jax.base.survey import bin_edges
 from irqlora_jax.quant.calibrations import CALIBRATIONS
 from irqlora_jax.quant.formats import FORMATS, Format
-from irqlora_jax.report.gather import Findings
 from irqlora_jax.report.markup import Markup, join, tag
-from irqlora_jax.report.svg import Axis, Line, Series, columns, grouped, line_plot, round_ends
+from irqlora_jax.report.run_data import RunData
+from irqlora_jax.report.svg import (
+    Axis,
+    Line,
+    Series,
+    grouped_columns,
+    histogram,
+    line_plot,
+    nice_limits,
+)
 
 
 def calibration_name(name: str) -> str:
@@ -17,8 +25,8 @@ def calibration_name(name: str) -> str:
     return name if known is None else known.title or known.description
 
 
-def entropy(found: Findings) -> Markup:
-    """Entropy of the codes by layer, before and after the calibration."""
+def entropy(found: RunData) -> Markup:
+    """Plots the entropy of the codes by layer, before and after the calibration."""
     survey = found.survey or {}
     kinds = _kinds(found)
     if not kinds:
@@ -40,14 +48,14 @@ def entropy(found: Findings) -> Markup:
         plots.append(_by_layer(name, axis, {kind: v[name] for kind, v in by_kind.items()}))
     bits = FORMATS[survey["format"]].bits
     note = (
-        f"Mean entropy of the codes in a block, of at most {bits} bits, by layer, counted from 0. "
+        f"Mean entropy of the codes in a block (at most {bits} bits) by layer, counted from 0. "
         f"{_sampled(survey)} All plots have the same scale."
     )
     return join(tag("p", note, class_="note"), tag("div", *plots, class_="grid2"))
 
 
-def quantization(found: Findings) -> Markup:
-    """Codes, shifts and errors."""
+def quantization(found: RunData) -> Markup:
+    """Plots codes, shifts and errors."""
     survey, kinds = found.survey or {}, _kinds(found)
     if not kinds:
         return Markup()
@@ -62,8 +70,8 @@ def quantization(found: Findings) -> Markup:
         values = {kind: errors[part] for kind, errors in by_kind.items()}
         plots.append(_by_layer(f"Error of {part}", axis, values))
     note = (
-        "Relative error: norm of what the quantization changed, in parts of the norm of the "
-        "weights. The error plots have one scale."
+        "Relative error: norm of the quantization error, divided by the norm of the weights. "
+        "All error plots have the same scale."
     )
     return join(tag("p", note, class_="note"), tag("div", *plots, class_="grid2"))
 
@@ -72,11 +80,11 @@ def _shared_axis(label: str, by_kind: Mapping[str, Mapping[str, Sequence[float]]
     """One scale for many plots, so that they can be compared."""
     parts = [values for kind in by_kind.values() for values in kind.values()]
     found = [value for values in parts for value in values if value is not None]
-    return Axis(label, *round_ends(min(found), max(found)))
+    return Axis(label, *nice_limits(min(found), max(found)))
 
 
-def _kinds(found: Findings) -> list[tuple[str, str]]:
-    """Names of what was surveyed, and their keys in the survey."""
+def _kinds(found: RunData) -> list[tuple[str, str]]:
+    """Names of the quantizers in the survey, and their keys."""
     survey = found.survey or {}
     name = survey.get("calibration", "none")
     names = (("plain", "plain"), (calibration_name(name), "calibrated"))
@@ -86,8 +94,8 @@ def _kinds(found: Findings) -> list[tuple[str, str]]:
 def _sampled(survey: Mapping[str, Any]) -> str:
     share = survey["sampled"] / survey["weights"]
     if share == 1:
-        return "Of all weights."
-    return f"Of {share:.1%} of the weights, in whole rows that lie evenly apart."
+        return "Computed from all weights."
+    return f"Computed from {share:.1%} of the weights: evenly spaced whole rows."
 
 
 def _by_layer(title: str, axis: Axis, values: Mapping[str, Sequence[float]]) -> Markup:
@@ -98,7 +106,7 @@ def _by_layer(title: str, axis: Axis, values: Mapping[str, Sequence[float]]) -> 
 
 
 def _series(values: Mapping[str, Sequence[float | None]]) -> list[Series]:
-    """The plain quantizer is drawn as the second kind, what is calibrated as the first."""
+    """Makes the series: kind 1 for the plain quantizer, kind 0 for the calibrated one."""
     return [Series(name, y, 1 if name == "plain" else 0) for name, y in values.items()]
 
 
@@ -109,13 +117,13 @@ def _codes_plot(survey: Mapping[str, Any], kinds: Sequence[tuple[str, str]], fmt
         shares[name] = [100 * count / sum(counts) for count in counts]
     digits = 0 if fmt.integer else 2
     labels = [f"{fmt.levels[code]:.{digits}f}" for code in fmt.order]
-    return grouped(
+    return grouped_columns(
         f"How often each level of {fmt.name} is used",
         Axis("level" if fmt.integer else "level (units of the scale)"),
         Axis("weights (%)"),
         labels,
         _series(shares),
-        ("all alike", 100 / len(labels)),
+        ("uniform", 100 / len(labels)),
     )
 
 
@@ -128,7 +136,7 @@ def _shifts_plot(
     edges = bin_edges(fmt.name)
     used = [i for counts in found.values() for i, count in enumerate(counts) if count]
     first, last = min(used), max(used)
-    if not fmt.integer:  # as far to the left as to the right of 0, around which a bin lies
+    if not fmt.integer:  # symmetric around the bin that contains 0
         middle = len(edges) // 2 - 1
         reach = min(middle, max(middle - first, last - middle) + 1)
         first, last = middle - reach, middle + reach
@@ -144,4 +152,4 @@ def _shifts_plot(
         title, label = "Zero points of the blocks", "zero point (codes)"
     else:
         title, label = "Shifts of the blocks", "shift (units of the scale)"
-    return columns(title, Axis(label), Axis("blocks (%)"), limits, _series(shares))
+    return histogram(title, Axis(label), Axis("blocks (%)"), limits, _series(shares))

@@ -1,4 +1,4 @@
-"""The section about evaluations: scores, their intervals, and scores by subject."""
+"""Makes the section about evaluations: scores, confidence intervals, scores by subject."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,9 +6,9 @@ from typing import Any
 
 from irqlora_jax.evaluate.mmlu_files import CATEGORIES, SUBCATEGORIES
 from irqlora_jax.report.figure import table
-from irqlora_jax.report.gather import Findings
 from irqlora_jax.report.markup import Markup, join, tag
-from irqlora_jax.report.svg import Axis, Bar, bars
+from irqlora_jax.report.run_data import RunData
+from irqlora_jax.report.svg import Axis, Bar, horizontal_bars
 
 _MEASURES = {
     "accuracy": "accuracy",
@@ -22,8 +22,8 @@ _MEASURES = {
 _SHARES = ("accuracy", "accuracy_norm", "recall")
 
 
-def evaluation(found: Findings) -> Markup:
-    """Scores of every evaluation, and by subject."""
+def evaluation(found: RunData) -> Markup:
+    """Shows the scores of every evaluation, in total and by subject."""
     scored = [one for one in found.evaluations.items() if one[1].get("task") != "generate"]
     parts = []
     for task in dict.fromkeys(one.get("task") for _, one in scored):
@@ -35,7 +35,7 @@ def evaluation(found: Findings) -> Markup:
 
 
 def _measures(models: Sequence[tuple[str, Mapping[str, Any]]]) -> Markup:
-    """A row a measure, a column a model."""
+    """Makes a table with a row for each measure and a column for each model."""
     rows = []
     for measure, label in _MEASURES.items():
         values = [one.get(measure) for _, one in models]
@@ -58,9 +58,9 @@ def _cell(measure: str, value: Any, one: Mapping[str, Any]) -> str:
 
 
 def _variant(one: Mapping[str, Any]) -> str:
-    """Which weights were evaluated."""
+    """Describes the evaluated weights."""
     if one.get("baseline"):
-        return "before the finetune"
+        return "before finetuning"
     step, which = one.get("step"), one.get("checkpoint")
     text = "finetuned" if step is None else f"finetuned, step {step}"
     return f"{text} (best)" if which == "best" else text
@@ -84,16 +84,16 @@ def _subjects(task: str, models: Sequence[tuple[str, Mapping[str, Any]]]) -> Mar
                     row.append(Bar(value, low, high, kind))
             rows.append((subject.replace("_", " "), row))
         legend = [(name, kind) for (name, _), kind in zip(models, kinds, strict=True)]
-        plots.append(bars(title, Axis("accuracy", 0.0, 1.0), rows, legend))
+        plots.append(horizontal_bars(title, Axis("accuracy", 0.0, 1.0), rows, legend))
     counted = any(one.get("counts") for _, one in models)
-    note = "In brackets, and as whiskers: 95 % interval (Wilson) of the questions asked."
+    note = "Numbers in brackets and whiskers: 95 % confidence interval (Wilson)."
     return join(
         tag("p", note, class_="note") if counted else None, tag("div", *plots, class_="grid2")
     )
 
 
 def _groups(task: str, names: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Subjects of MMLU by category, others in plots of at most 16."""
+    """Groups the subjects of MMLU by category; other subjects in plots of at most 16."""
     if task == "mmlu":
         groups = []
         for category, parts in CATEGORIES.items():
@@ -107,7 +107,7 @@ def _groups(task: str, names: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 def wilson(share: float, count: int | None) -> tuple[float | None, float | None]:
-    """Ends of the 95 % interval of a share of `count` questions (Wilson 1927)."""
+    """Computes the 95 % confidence interval of a fraction of `count` questions (Wilson 1927)."""
     if not count:
         return None, None
     z = 1.959964

@@ -1,4 +1,4 @@
-"""The sections of the page, each a function of what was found; nothing where it has no figures."""
+"""Makes the sections of the page from the data of a run; empty if there is no data."""
 
 import json
 import shlex
@@ -8,15 +8,15 @@ from typing import Any
 from irqlora_jax.adapters import METHODS
 from irqlora_jax.quant.formats import FORMATS
 from irqlora_jax.report.figure import table
-from irqlora_jax.report.gather import Findings, course
 from irqlora_jax.report.markup import Markup, join, tag
 from irqlora_jax.report.quantized import calibration_name
-from irqlora_jax.report.svg import Axis, Bar, Line, bars, line_plot
+from irqlora_jax.report.run_data import RunData, metric_curve
+from irqlora_jax.report.svg import Axis, Bar, Line, horizontal_bars, line_plot
 from irqlora_jax.text import readable_size
 
 
-def headline(found: Findings) -> Markup:
-    """Model, format, calibration, adapter and result, a sentence each."""
+def headline(found: RunData) -> Markup:
+    """Writes one sentence each about model, format, calibration, adapter and result."""
     parts = [
         ("model", _model_sentence(found)),
         ("format", _format_sentence(found)),
@@ -28,7 +28,7 @@ def headline(found: Findings) -> Markup:
     return tag("dl", *map(Markup, cells)) if cells else Markup()
 
 
-def _model_sentence(found: Findings) -> str:
+def _model_sentence(found: RunData) -> str:
     llama = found.llama
     size = ""
     if llama is not None:
@@ -37,11 +37,11 @@ def _model_sentence(found: Findings) -> str:
             f", a vocabulary of {llama.vocab_size:,}"
         )
     if found.storage is not None:
-        size += f" and {_many(found.storage.weights)} weights in its linear layers"
+        size += f" and {_readable_count(found.storage.weights)} weights in its linear layers"
     return ": ".join(part for part in (found.source, size) if part) + "."
 
 
-def _format_sentence(found: Findings) -> str:
+def _format_sentence(found: RunData) -> str:
     quant = found.quant
     if quant is None:
         return ""
@@ -57,7 +57,7 @@ def _format_sentence(found: Findings) -> str:
     return f"{text}."
 
 
-def _calibration_sentence(found: Findings) -> str:
+def _calibration_sentence(found: RunData) -> str:
     if found.quant is None or found.quant["format"] == "none":
         return ""
     name = calibration_name(found.quant["calibration"])
@@ -75,7 +75,7 @@ def _calibration_sentence(found: Findings) -> str:
     )
 
 
-def _adapter_sentence(found: Findings) -> str:
+def _adapter_sentence(found: RunData) -> str:
     settings = found.settings
     if settings is None:
         return ""
@@ -85,11 +85,11 @@ def _adapter_sentence(found: Findings) -> str:
     places = f"{len(adapter['targets'])} projections of every layer"
     text = f"{method}, rank {adapter['rank']}, alpha {adapter['alpha']:g}, on {places}"
     if found.trained is not None:
-        text += f": {_many(found.trained.weights)} trained weights"
+        text += f": {_readable_count(found.trained.weights)} trained weights"
     return f"{text}."
 
 
-def _result_sentence(found: Findings) -> str:
+def _result_sentence(found: RunData) -> str:
     before, after = before_and_after(found.results)
     if after is None:
         return ""
@@ -113,14 +113,14 @@ def _result_sentence(found: Findings) -> str:
 def before_and_after(
     rows: Sequence[Mapping[str, Any]],
 ) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
-    """The quantized model before and after its finetune, of the rows of results.json."""
+    """Returns the rows of results.json before and after the finetuning."""
     before = [row for row in rows if "finetuned" not in row["model"]]
     after = [row for row in rows if "finetuned" in row["model"]]
     return (before[-1] if before else None), (after[0] if after else None)
 
 
-def results(found: Findings) -> Markup:
-    """The table at the end of a run."""
+def results(found: RunData) -> Markup:
+    """Makes the table of results.json."""
     forms = {
         "model": "{}",
         "entropy": "{:.3f}",
@@ -142,20 +142,20 @@ def results(found: Findings) -> Markup:
     return table([heads.get(name, name) for name in forms], rows)
 
 
-def training(found: Findings) -> Markup:
-    """Courses of loss, learning rate, gradient, speed and memory."""
+def training(found: RunData) -> Markup:
+    """Plots loss, learning rate, gradient, speed and memory over the steps."""
     metrics, steps = found.metrics, Axis("step", low=0.0, whole=True)
     plots = [_loss_plot(metrics, steps)]
     courses = (
         ("Learning rate", "learning_rate", "learning rate", 1.0),
-        ("Norm of the gradient, before it is clipped", "grad_norm", "norm", 1.0),
+        ("Norm of the gradient before clipping", "grad_norm", "norm", 1.0),
         ("Speed", "tokens_per_second", "tokens/s", 1.0),
-        ("Share of the time the device was busy", "device_share", "share (%)", 0.01),
+        ("Share of time with a busy device", "device_share", "share (%)", 0.01),
         ("Peak memory", "peak_memory", "memory (GiB)", 2.0**30),
         ("Loss scale of float16", "loss_scale", "scale", 1.0),
     )
     for title, name, label, unit in courses:
-        x, values = course(metrics, name)
+        x, values = metric_curve(metrics, name)
         y = [None if value is None else value / unit for value in values]
         plots.append(line_plot(title, steps, Axis(label, 0.0), [Line(label, y, 0, x, False)]))
     plots = [plot for plot in plots if plot]
@@ -163,15 +163,17 @@ def training(found: Findings) -> Markup:
 
 
 def _loss_plot(metrics: Sequence[Mapping[str, Any]], steps: Axis) -> Markup:
-    lines = [Line("training", y, 0, x, False) for x, y in [course(metrics, "loss")] if x]
+    lines = [Line("training", y, 0, x, False) for x, y in [metric_curve(metrics, "loss")] if x]
     lines += [
-        Line("evaluation", y, 1, x, len(x) <= 40) for x, y in [course(metrics, "eval_loss")] if x
+        Line("evaluation", y, 1, x, len(x) <= 40)
+        for x, y in [metric_curve(metrics, "eval_loss")]
+        if x
     ]
     return line_plot("Loss", steps, Axis("nats a token"), lines)
 
 
-def memory(found: Findings) -> Markup:
-    """What is stored while training, and the peak that was seen."""
+def memory(found: RunData) -> Markup:
+    """Shows the stored memory during training, and the measured peak."""
     parts: list[tuple[str, int]] = []
     if found.storage is not None:
         stored = found.storage
@@ -182,9 +184,9 @@ def memory(found: Findings) -> Markup:
             ("base: embeddings, head and norms", stored.rest),
         ]
     if found.trained is not None:
-        away = (found.settings or {}).get("train", {}).get("offload_optimizer")
+        offloaded = (found.settings or {}).get("train", {}).get("offload_optimizer")
         parts.append(("adapters", found.trained.adapters))
-        parts.append((f"optimizer{' (on the host)' if away else ''}", found.trained.optimizer))
+        parts.append((f"optimizer{' (on the host)' if offloaded else ''}", found.trained.optimizer))
     parts = [(name, size) for name, size in parts if size]
     if not parts:
         return Markup()
@@ -193,9 +195,9 @@ def memory(found: Findings) -> Markup:
     units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
     unit, name = next((one for one in units if largest >= one[0]), units[-1])
     rows = [(part, [Bar(size / unit)]) for part, size in parts]
-    plot = bars("What is stored", Axis(f"memory ({name})"), rows, [(name, 0)], "{:,.3g}")
+    plot = horizontal_bars("What is stored", Axis(f"memory ({name})"), rows, [(name, 0)], "{:,.3g}")
     text = f"{readable_size(total)} in all, before gradients and activations."
-    peaks = [v for v in course(found.metrics, "peak_memory")[1] if v is not None]
+    peaks = [v for v in metric_curve(found.metrics, "peak_memory")[1] if v is not None]
     if peaks:
         where = (found.environment or {}).get("platform")
         whose = "The process took" if where == "cpu" else "The device held"
@@ -203,8 +205,8 @@ def memory(found: Findings) -> Markup:
     return join(tag("p", text), tag("div", plot, class_="grid2"))
 
 
-def repeat(found: Findings) -> Markup:
-    """Device, versions, commands and the whole configuration."""
+def repeat(found: RunData) -> Markup:
+    """Shows the commands to repeat the run, with device, versions and configuration."""
     parts, commands = [_environment(found)], []
     if found.settings is not None:
         commands.append("irqlora train --config config.json --output_dir NEW_FOLDER")
@@ -214,8 +216,7 @@ def repeat(found: Findings) -> Markup:
             if isinstance(one.get("settings"), dict)
         ]
         note = (
-            "config.json is the configuration below, and the file of that name in the folder of "
-            "the run."
+            "config.json is the configuration below. The folder of the run has a file of that name."
         )
         parts += [tag("p", note, class_="note"), tag("pre", "\n".join(commands))]
         written = json.dumps(found.settings, indent=1, ensure_ascii=False)
@@ -232,7 +233,7 @@ def repeat(found: Findings) -> Markup:
     return join(*parts)
 
 
-def _environment(found: Findings) -> Markup:
+def _environment(found: RunData) -> Markup:
     known = found.environment
     if known is None:
         return Markup()
@@ -270,7 +271,7 @@ def _eval_command(one: Mapping[str, Any]) -> str:
     return shlex.join(["irqlora", "eval", *flags])
 
 
-def _many(count: int) -> str:
+def _readable_count(count: int) -> str:
     for size, name in ((10**9, "billion"), (10**6, "million")):
         if count >= size:
             return f"{count / size:.3g} {name}"

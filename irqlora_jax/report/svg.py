@@ -1,8 +1,8 @@
-"""Plots as inline SVG, drawn by hand: 360 units wide, which is the width of a phone.
+"""Draws plots as inline SVG, 360 units wide (the width of a phone).
 
-Colors come from the classes s0, s1, ... of the page's style, so that they follow light and dark.
-Series differ in dash and marker too. A plot is a <figure> with its title, legend and a table of
-its figures.
+Colors come from the classes s0, s1, ... of the page's style, which has a light and a dark mode.
+Series also differ in dash pattern and marker. A plot is a <figure> with a title, a legend and a
+table of its values.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from irqlora_jax.report.figure import WIDTH, Number, dash, figure, is_known, marker, number
+from irqlora_jax.report.figure import WIDTH, Number, dash, figure, format_number, is_finite, marker
 from irqlora_jax.report.markup import Markup, join, tag
 
 HEIGHT = 220
@@ -19,7 +19,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 24, 38
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """Values of one kind, and their name in the legend. `kind` chooses color, dash and marker."""
+    """Values with a name for the legend. `kind` chooses color, dash pattern and marker."""
 
     name: str
     y: Sequence[Number]
@@ -28,7 +28,7 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Line(Series):
-    """A series with an ascending x for each value, and whether its points are marked."""
+    """A series with an ascending x for each value. `marks` draws markers at its points."""
 
     x: Sequence[float] = ()
     marks: bool = True
@@ -36,7 +36,7 @@ class Line(Series):
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """Name with its unit, and the ends; an end that is None is that of the figures."""
+    """Label with unit, and limits (None: from the data). `whole`: integer ticks only."""
 
     label: str
     low: float | None = None
@@ -46,7 +46,7 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """A value, the ends of its confidence interval if there is one, and its kind."""
+    """A value, its confidence interval if there is one, and its kind."""
 
     value: float
     low: float | None = None
@@ -54,11 +54,11 @@ class Bar:
     kind: int = 0
 
 
-def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[float]:
-    """Round numbers between the two, 1, 2 or 5 times a power of 10 apart."""
+def ticks(low: float, high: float, max_ticks: int = 5, whole: bool = False) -> list[float]:
+    """Returns round numbers from `low` to `high`, in steps of 1, 2 or 5 times a power of 10."""
     if not high > low:
         return [low]
-    rough = (high - low) / max(1, most - 1)
+    rough = (high - low) / max(1, max_ticks - 1)
     power = 10 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
     step = max(step, 1.0) if whole else step
@@ -66,19 +66,19 @@ def ticks(low: float, high: float, most: int = 5, whole: bool = False) -> list[f
     return [float(i * step) for i in range(first, last + 1)]
 
 
-def round_ends(low: float, high: float) -> tuple[float, float]:
-    """Round numbers around two others, which `ticks` of the new ends would hit."""
+def nice_limits(low: float, high: float) -> tuple[float, float]:
+    """Extends an interval to round limits, so that `ticks` has marks at both ends."""
     if not high > low:
         return low, high
     marks = ticks(low, high)
     step = marks[1] - marks[0] if len(marks) > 1 else high - low
-    # What float32 made of a round number is as good as that.
+    # Tolerate the float32 rounding of a round number.
     first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
     return first * step, last * step
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
-    """The numbers with just the digits that tell them apart: 12k, 3.5M, 1.5e-4."""
+    """Formats numbers with as few digits as distinguish them: 12k, 3.5M, 1.5e-4."""
     largest = max(map(abs, values), default=0)
     units = ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"), (1e-2, 1.0, ""))
     unit, name = next(((u, n) for least, u, n in units if largest >= least), (1.0, ""))
@@ -96,12 +96,12 @@ def line_plot(
     y_axis: Axis,
     lines: Sequence[Line],
 ) -> Markup:
-    """Lines, broken where a value is missing; a point that stands alone is marked in any case.
+    """Draws lines, interrupted at missing values. A single point always has a marker.
 
     Returns:
-        The figure; nothing where there is no value at all.
+        The figure; empty if there are no values.
     """
-    known = [y for one in lines for y in one.y if is_known(y)]
+    known = [y for one in lines for y in one.y if is_finite(y)]
     x = sorted({at for one in lines for at in one.x})
     if not known:
         return Markup()
@@ -118,34 +118,36 @@ def line_plot(
                 drawn += [marker(a, b, one.kind) for a, b in piece]
     head = [x_axis.label, *(one.name for one in lines)]
     values = [dict(zip(one.x, one.y, strict=True)) for one in lines]
-    rows = [[number(at), *(number(v[at]) if at in v else "" for v in values)] for at in x]
+    rows = [
+        [format_number(at), *(format_number(v[at]) if at in v else "" for v in values)] for at in x
+    ]
     return figure(title, HEIGHT, drawn, [(one.name, one.kind) for one in lines], head, rows)
 
 
 def _pieces(line: Line, frame: "_Frame") -> list[list[tuple[float, float]]]:
-    """Points on the paper, cut where a value is missing."""
+    """Converts a line to picture coordinates, and splits it at missing values."""
     pieces: list[list[tuple[float, float]]] = [[]]
     for at, y in zip(line.x, line.y, strict=True):
-        if is_known(y):
+        if is_finite(y):
             pieces[-1].append((frame.x(at), frame.y(y)))
         elif pieces[-1]:
             pieces.append([])
     return [piece for piece in pieces if piece]
 
 
-def columns(
+def histogram(
     title: str, x_axis: Axis, y_axis: Axis, edges: Sequence[float], series: Sequence[Series]
 ) -> Markup:
-    """A histogram over a numeric axis; several series overlap as outlines.
+    """Draws a histogram over a numeric axis. Several series overlap as outlines.
 
     Args:
-        title: of the plot.
-        x_axis: name and ends.
-        y_axis: name; it begins at 0.
-        edges: of the bins, one more than values.
-        series: a value for each bin.
+        title: title of the plot.
+        x_axis: label and limits.
+        y_axis: label; the axis starts at 0.
+        edges: edges of the bins, one more than values.
+        series: one value for each bin.
     """
-    known = [y for one in series for y in one.y if is_known(y)]
+    known = [y for one in series for y in one.y if is_finite(y)]
     if not known:
         return Markup()
     y_axis = dataclasses.replace(y_axis, low=0.0)
@@ -154,19 +156,19 @@ def columns(
     for one in series:
         d = f"M{frame.x(edges[0]):.1f} {frame.y(0.0):.1f}"
         for (left, right), y in zip(pairwise(edges), one.y, strict=True):
-            top = frame.y(y if is_known(y) else 0.0)
+            top = frame.y(y if is_finite(y) else 0.0)
             d += f"L{frame.x(left):.1f} {top:.1f}L{frame.x(right):.1f} {top:.1f}"
         d += f"L{frame.x(edges[-1]):.1f} {frame.y(0.0):.1f}Z"
         drawn.append(tag("path", class_=f"l a s{one.kind}", d=d, stroke_dasharray=dash(one.kind)))
     head = ["from", "to", *(one.name for one in series)]
     rows = [
-        [number(left), number(right), *(number(one.y[i]) for one in series)]
+        [format_number(left), format_number(right), *(format_number(one.y[i]) for one in series)]
         for i, (left, right) in enumerate(pairwise(edges))
     ]
     return figure(title, HEIGHT, drawn, [(s.name, s.kind) for s in series], head, rows)
 
 
-def grouped(
+def grouped_columns(
     title: str,
     x_axis: Axis,
     y_axis: Axis,
@@ -174,8 +176,8 @@ def grouped(
     series: Sequence[Series],
     level: tuple[str, float] | None = None,
 ) -> Markup:
-    """Columns side by side, a group for each label. `level`: name and height of a dashed line."""
-    known = [y for one in series for y in one.y if is_known(y)]
+    """Draws groups of columns, one group a label. `level`: name and height of a dashed line."""
+    known = [y for one in series for y in one.y if is_finite(y)]
     if not known:
         return Markup()
     highest = max(known + ([level[1]] if level else []))
@@ -186,12 +188,21 @@ def grouped(
     width = 0.82 * group / len(series)
     for place, one in enumerate(series):
         for i, y in enumerate(one.y):
-            if is_known(y):
+            if is_finite(y):
                 left, top = frame.x(float(i)) + 0.09 * group + place * width, frame.y(y)
-                size = dict(x=left, y=top, width=width, height=frame.y(0.0) - top)
-                text = tag("title", f"{labels[i]}, {one.name}: {number(y)}")
-                drawn.append(tag("rect", text, class_=f"f s{one.kind}", **size))
-    # Of labels that would touch each other every second or third one is left out.
+                text = tag("title", f"{labels[i]}, {one.name}: {format_number(y)}")
+                drawn.append(
+                    tag(
+                        "rect",
+                        text,
+                        class_=f"f s{one.kind}",
+                        x=left,
+                        y=top,
+                        width=width,
+                        height=frame.y(0.0) - top,
+                    )
+                )
+    # Leave out labels that would overlap.
     every = math.ceil(max(map(len, labels)) * 6 / group) if labels else 1
     for i, label in enumerate(labels):
         if i % every == 0:
@@ -202,32 +213,35 @@ def grouped(
         drawn.append(
             tag(
                 "line",
-                tag("title", f"{level[0]}: {number(level[1])}"),
+                tag("title", f"{level[0]}: {format_number(level[1])}"),
                 class_="level",
-                **dict(x1=_LEFT, x2=WIDTH - _RIGHT, y1=frame.y(level[1]), y2=frame.y(level[1])),
+                x1=_LEFT,
+                x2=WIDTH - _RIGHT,
+                y1=frame.y(level[1]),
+                y2=frame.y(level[1]),
             )
         )
     head = [x_axis.label, *(one.name for one in series)]
-    rows = [[name, *(number(one.y[i]) for one in series)] for i, name in enumerate(labels)]
+    rows = [[name, *(format_number(one.y[i]) for one in series)] for i, name in enumerate(labels)]
     legend = [(one.name, one.kind) for one in series] + ([(level[0], -1)] if level else [])
     return figure(title, HEIGHT, drawn, legend, head, rows, filled=True)
 
 
-def bars(
+def horizontal_bars(
     title: str,
     axis: Axis,
     rows: Sequence[tuple[str, Sequence[Bar]]],
     names: Sequence[tuple[str, int]],
     form: str = "{:.1%}",
 ) -> Markup:
-    """Horizontal bars, the label of each row above them; whiskers for the intervals.
+    """Draws horizontal bars below the label of each row, with whiskers for the intervals.
 
     Args:
-        title: of the plot.
-        axis: of the values; it begins at 0 unless it says otherwise.
-        rows: a label and its bars.
-        names: name and kind of the bars, for the legend.
-        form: of a value.
+        title: title of the plot.
+        axis: axis of the values; it starts at 0 by default.
+        rows: label and bars of each row.
+        names: names and kinds of the bars, for the legend.
+        form: format string of a value.
     """
     if not rows:
         return Markup()
@@ -278,9 +292,13 @@ def _bar(
     start = at(0.0)
     parts = [
         tag(
-            *("rect", text),
+            "rect",
+            text,
             class_=f"f s{bar.kind}",
-            **dict(x=start, y=y, width=max(0.5, at(bar.value) - start), height=thick),
+            x=start,
+            y=y,
+            width=max(0.5, at(bar.value) - start),
+            height=thick,
         )
     ]
     if bar.low is not None and bar.high is not None:
@@ -292,7 +310,7 @@ def _bar(
 
 @dataclasses.dataclass(frozen=True)
 class _Frame:
-    """Where numbers lie on the paper."""
+    """Maps values to picture coordinates."""
 
     x_axis: Axis
     y_axis: Axis
@@ -303,9 +321,9 @@ class _Frame:
     def around(
         cls, x_axis: Axis, y_axis: Axis, x: tuple[float, float], y: tuple[float, float]
     ) -> "_Frame":
-        """The ends of the axes; of y round ones where they are those of the figures."""
+        """Makes a frame for data ranges x and y. Limits of y from the data become round numbers."""
         low = y[0] if y_axis.low is None else y_axis.low
-        return cls(x_axis, y_axis, _ends(x_axis, *x), _ends(y_axis, *round_ends(low, y[1])))
+        return cls(x_axis, y_axis, _limits(x_axis, *x), _limits(y_axis, *nice_limits(low, y[1])))
 
     def x(self, value: float) -> float:
         low, high = self.x_ends
@@ -335,7 +353,7 @@ class _Frame:
         return join(*parts)
 
 
-def _ends(axis: Axis, low: float, high: float) -> tuple[float, float]:
+def _limits(axis: Axis, low: float, high: float) -> tuple[float, float]:
     low = low if axis.low is None else axis.low
     high = high if axis.high is None else axis.high
     if high > low:

@@ -1,4 +1,4 @@
-"""The page about a run as a file: report.html, and what it has to know of the machine."""
+"""Writes report.html, and environment.json with the device and versions of the training."""
 
 import dataclasses
 import datetime
@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 from irqlora_jax.files.small import write_text
 from irqlora_jax.machine import installed_version
 from irqlora_jax.messages import ON_STDOUT, shows_messages
-from irqlora_jax.report.gather import ENVIRONMENT_FILE, gather
 from irqlora_jax.report.page import page
+from irqlora_jax.report.run_data import ENVIRONMENT_FILE, read_run_data
 
 REPORT_FILE = "report.html"
 _PACKAGES = ("irqlora-jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
@@ -23,12 +23,12 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
-    """Writes the page about a run again, from what its folder holds."""
+    """Writes the page about a run again from the files in its folder."""
 
     run: str
     """Folder of a run, or of irqlora quantize."""
     output: str | None = None
-    """File to write. Null: report.html in that folder."""
+    """Output file. Null: report.html in the folder of the run."""
 
 
 @shows_messages
@@ -36,28 +36,28 @@ def report(asked: ReportConfig) -> Path:
     """Writes the page.
 
     Raises:
-        FileNotFoundError: no such folder, or nothing of a run in it.
+        FileNotFoundError: no such folder, or it is not a run.
         OSError: the file cannot be written.
     """
     folder = Path(asked.run)
     path = folder / REPORT_FILE if asked.output is None else Path(asked.output)
-    text = page(gather(folder))
+    text = page(read_run_data(folder))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
     except OSError as error:
         reason = f"cannot be written ({error.strerror})"
-        raise OSError(f"{path}: {reason}; --output FILE is another place") from error
+        raise OSError(f"{path}: {reason}; --output FILE writes elsewhere") from error
     logger.info(f"written to {path}")
     return path
 
 
 @shows_messages
 def try_to_write(folder: Path) -> None:
-    """Writes the page of a run that has everything else already; says so if that fails."""
+    """Writes the page at the end of a run. A failure is only reported."""
     try:
         report(ReportConfig(str(folder)))
-    except Exception as error:  # whatever it is, the run is done and must not end with it
+    except Exception as error:  # no error of the page may end a finished run
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         logger.warning(
             f"{folder / REPORT_FILE} was not written ({reason}); the run itself is whole, and "
@@ -67,10 +67,10 @@ def try_to_write(folder: Path) -> None:
 
 
 def save_environment(folder: Path, mesh: Mesh) -> None:
-    """Writes environment.json: on what, with which versions and when.
+    """Writes environment.json: device, versions, and start time of the training.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     device = jax.devices()[0]
     found = {

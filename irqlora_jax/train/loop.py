@@ -1,4 +1,4 @@
-"""The loop around the training step: evaluation, checkpoints, log, and the ways it can end."""
+"""Runs the training loop: steps, evaluation, checkpoints, metrics, early stopping and signals."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool
 
 from irqlora_jax.base.file import Base
 from irqlora_jax.config import Config
-from irqlora_jax.data import Example, ahead, make_batches
+from irqlora_jax.data import Example, make_batches, prefetch
 from irqlora_jax.evaluate import Question, evaluation_loss
 from irqlora_jax.generate.samples import Samples, answer_samples
 from irqlora_jax.machine import peak_memory
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """All of a run but its weights. Nothing of it changes while training."""
+    """Everything that a run needs except its weights. It does not change during the training."""
 
     config: Config
     mesh: Mesh
@@ -50,13 +50,13 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ended:
-    """How the loop ended.
+class LoopResult:
+    """Result of the loop.
 
     Attributes:
-        state: the last one, of which there is a checkpoint.
-        signal: that asked for it.
-        early: in words, why before the last step.
+        state: the final state, which is saved as a checkpoint.
+        signal: the signal that ended the loop, if any.
+        early: reason of an early stop, if any.
     """
 
     state: TrainState
@@ -66,18 +66,21 @@ class Ended:
 
 def train(
     job: Job, base: Base, state: TrainState, checkpoints: Checkpoints, log: MetricsLog
-) -> Ended:
-    """Goes on from `state` to the last step, to an early stop, or to a signal.
+) -> LoopResult:
+    """Trains from `state` to the last step, an early stop, or a signal.
 
     Raises:
-        FloatingPointError: loss, gradient or state are not finite. Such a state is never saved.
+        FloatingPointError: loss, gradient or state is not finite. Such a state is never saved.
         OSError: a checkpoint or the log cannot be written.
     """
     from tqdm.auto import tqdm
 
     settings, first = job.config.train, int(state.step)
     batches = make_batches(
-        *(job.examples, job.config.data, settings.batch_size, job.config.seed),
+        job.examples,
+        job.config.data,
+        settings.batch_size,
+        job.config.seed,
         job.model.config.max_position_embeddings,
     )
     advance = make_step(job.mesh, state, model=job.model, optimizer=job.optimizer, config=settings)
@@ -93,9 +96,9 @@ def train(
         return step + 1, batches.indices(step), put_batch(job.mesh, batches[step])
 
     meter = _Meter(job, log, checkpoints, bar)
-    early = _patience_is_over(job, log)
+    early = _early_stop_reason(job, log)
     steps = range(first, first if early else settings.steps)
-    with bar, Stop() as stop, contextlib.closing(ahead(prepare, steps)) as prepared:
+    with bar, Stop() as stop, contextlib.closing(prefetch(prepare, steps)) as prepared:
         for done, indices, batch in prepared:
             meter.mark_start()
             state, metrics = advance(state, base, batch)
@@ -116,42 +119,43 @@ def train(
                     loss = values.get("eval_loss")
                     if loss is not None and not math.isfinite(loss):
                         raise FloatingPointError(
-                            f"evaluation loss = {loss} at step {done}; {_last_good(checkpoints)}"
+                            f"evaluation loss = {loss} at step {done}; "
+                            f"{_last_checkpoint(checkpoints)}"
                         )
                     best = min((loss for _, loss in log.evaluations), default=math.inf)
                     log.write(done, values)
                     if loss is not None:
                         logger.info(f"step {done}: evaluation loss {loss:.4f}")
                         saves = saves or loss < best
-                        early = _patience_is_over(job, log)
-                # Asked once: a signal that comes behind this line ends the next step.
+                        early = _early_stop_reason(job, log)
+                # Read the signal only once: a later signal ends the next step.
                 ends = early is not None or stop.signal is not None
                 if saves or ends:
                     checkpoints.save(done, state, loss)
             if ends:
                 break
-    return Ended(state, stop.signal, None if int(state.step) == settings.steps else early)
+    return LoopResult(state, stop.signal, None if int(state.step) == settings.steps else early)
 
 
 def _is_due(every: int, done: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _patience_is_over(job: Job, log: MetricsLog) -> str | None:
-    """Why the run should stop early, if it should."""
+def _early_stop_reason(job: Job, log: MetricsLog) -> str | None:
+    """Returns why the run should stop early, or None."""
     patience, losses = job.config.train.early_stopping, [loss for _, loss in log.evaluations]
     if not patience or not losses:
         return None
-    place = int(np.argmin(losses))
-    since = len(losses) - 1 - place
+    best = int(np.argmin(losses))
+    since = len(losses) - 1 - best
     if since < patience:
         return None
-    step, loss = log.evaluations[place]
+    step, loss = log.evaluations[best]
     return f"{since} evaluations without a loss below {loss:.4f} (step {step})"
 
 
 def _evaluate(job: Job, variables: dict[str, Any]) -> dict[str, Any]:
-    """Evaluation loss in nats per target, its speed, and answers to the samples."""
+    """Computes the evaluation loss in nats per target, its speed, and answers to the samples."""
     values: dict[str, Any] = {}
     if job.eval_examples:
         settings, started = job.config.train, time.perf_counter()
@@ -177,7 +181,7 @@ def _is_finite(x: Array) -> Bool[Array, ""]:
 
 def _all_finite(tree: Any) -> bool:
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    # One by one: moments that lie in the memory of the host may not fit on the device together.
+    # One by one: offloaded moments may not fit on the device together.
     return bool(jnp.stack([_is_finite(x) for x in floats]).all())
 
 
@@ -185,11 +189,11 @@ def _require_finite(state: TrainState, done: int, checkpoints: Checkpoints) -> N
     if not _all_finite((state.adapters, state.opt_state)):
         raise FloatingPointError(
             f"adapters or optimizer state are not finite after step {done}; "
-            f"{_last_good(checkpoints)}"
+            f"{_last_checkpoint(checkpoints)}"
         )
 
 
-def _last_good(checkpoints: Checkpoints) -> str:
+def _last_checkpoint(checkpoints: Checkpoints) -> str:
     step = checkpoints.latest()
     return (
         "there is no checkpoint yet" if step is None else f"the last checkpoint is of step {step}"
@@ -197,39 +201,39 @@ def _last_good(checkpoints: Checkpoints) -> str:
 
 
 class _Meter:
-    """Fetches, checks and logs the metrics of a step while the device works on the next one."""
+    """Fetches, checks and logs the metrics of a step while the device computes the next one."""
 
     def __init__(self, job: Job, log: MetricsLog, checkpoints: Checkpoints, bar: Any) -> None:
         self._job, self._log, self._checkpoints, self._bar = job, log, checkpoints, bar
         self._waiting: tuple[int, list[int], dict[str, Array]] | None = None
-        self._since: float | None = None  # the first step, which compiles, is not timed
+        self._since: float | None = None  # not set in the first step, which compiles
         self._tokens = 0
-        self._fetched = math.inf  # when the host last had to wait for the device
+        self._fetched = math.inf  # when the host last waited for the device
         self._idle = 0.0
 
     def mark_start(self) -> None:
-        """To be called right before a step is started.
+        """Adds the idle time of the device. Call it right before a step starts.
 
-        If the step before has ended by then, the device has been idle: for how long cannot be told,
-        but not before the host was last seen waiting for it. All of that counts.
+        If the previous step has already ended, the device is idle. We only know an upper bound on
+        the idle time: since the host last waited for the device. Count all of it.
         """
         if self._waiting is None or self._waiting[2]["loss"].is_ready():  # type: ignore[attr-defined]
             self._idle += max(0.0, time.perf_counter() - self._fetched)
 
     def put(self, step: int, indices: list[int], metrics: dict[str, Array]) -> None:
-        """Takes the metrics of a step that has been started, and fetches those of the one before.
+        """Stores the metrics of a started step, and fetches the metrics of the previous step.
 
         Args:
-            step: its number, from 1.
-            indices: of the examples in its batch.
-            metrics: of `train_step`.
+            step: number of the step, from 1.
+            indices: indices of the examples in its batch.
+            metrics: metrics of `train_step`.
         """
         self._fetch()
         self._waiting = step, indices, metrics
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Fetches everything; what takes time inside does not count for the speed."""
+        """Fetches all metrics. The time inside of this context does not count for the speed."""
         self._fetch()
         started = time.perf_counter()
         yield
@@ -267,7 +271,7 @@ class _Meter:
         self._log.write(step, values)
 
     def _check(self, step: int, indices: list[int], values: dict[str, float]) -> None:
-        # In float16 a step that overflows changes nothing, as long as the scale can still fall.
+        # In float16 an overflow only skips the step, as long as the loss scale can be halved.
         if values.get("loss_scale", 1.0) > 1:
             return
         for name in ("loss", "grad_norm"):
@@ -275,5 +279,5 @@ class _Meter:
                 batch = ", ".join(map(str, sorted(indices)))
                 raise FloatingPointError(
                     f"{name} = {values[name]} at step {step}, in a batch of the training examples "
-                    f"{batch} (counted from 0); {_last_good(self._checkpoints)}"
+                    f"{batch} (counted from 0); {_last_checkpoint(self._checkpoints)}"
                 )

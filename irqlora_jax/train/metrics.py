@@ -1,17 +1,17 @@
-"""What is measured while training, written down: JSON lines, TensorBoard, Weights & Biases.
+"""Writes the metrics of the training as JSON lines, to TensorBoard and to Weights & Biases.
 
 Every `log.every` steps:
     loss                nats per target of the batch
-    grad_norm           of the gradient, before it is clipped
-    targets             tokens of the batch that count in the loss
+    grad_norm           norm of the gradient before clipping
+    targets             number of tokens of the batch that count in the loss
     learning_rate       of the step
-    loss_scale          with float16
-    tokens_per_second   since the line before, without evaluations and checkpoints
-    device_share        the least share of that time in which the device had a step to work on:
-                        where a step had ended before the next one was started, all the time counts
-                        as idle since the host last waited for the device
+    loss_scale          only with float16
+    tokens_per_second   since the previous line, without evaluations and checkpoints
+    device_share        lower bound on the fraction of that time in which the device was busy: if a
+                        step ended before the next one started, the device counts as idle since the
+                        host last waited for it
     peak_memory         bytes, of the device, or of the process on a CPU
-and at evaluations eval_loss (nats per target), eval_seconds, eval_tokens_per_second and samples.
+At evaluations: eval_loss (nats per target), eval_seconds, eval_tokens_per_second and samples.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ from irqlora_jax.files.small import write_text
 from irqlora_jax.messages import ON_STDOUT
 
 Values = Mapping[str, Any]
-"""Numbers by name, and perhaps "samples": [{"prompt": text, "answer": text}, ...]."""
+"""Numbers by name, and optionally "samples": [{"prompt": text, "answer": text}, ...]."""
 
 _FILE = "metrics.jsonl"
 logger = logging.getLogger(__name__)
 
 
 def check_packages(config: LogConfig) -> None:
-    """Sees to it that what the metrics are to be written with is installed.
+    """Checks that the packages for the requested metrics are installed.
 
     Raises:
-        ValueError: it is not; says how to install it.
+        ValueError: a package is not installed; the message says how to install it.
     """
     asked = (
         ("tensorboard", "tensorboardX", "SummaryWriter", "tb"),
@@ -53,24 +53,24 @@ def check_packages(config: LogConfig) -> None:
             module = importlib.import_module(package)
         except ImportError:
             module = None
-        # A folder of this name, such as wandb leaves behind, can be imported as an empty package.
+        # A folder of this name, e.g. from an earlier wandb run, is importable as an empty package.
         if not hasattr(module, needed):
             raise ValueError(
                 f"log.{field} = {value!r}: the package {package} is not installed; "
-                f'`pip install "irqlora-jax[{extra}]"` does it'
+                f'`pip install "irqlora-jax[{extra}]"` installs it'
             )
 
 
 class Sink(Protocol):
-    """Takes metrics, somewhere else than into the file."""
+    """Another destination for metrics, besides the file."""
 
     name: str
 
     def write(self, step: int, values: Values) -> None:
-        """Takes the values of a step."""
+        """Writes the values of a step."""
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Flushes and closes the destination."""
 
 
 class TensorBoard:
@@ -79,7 +79,7 @@ class TensorBoard:
     name = "TensorBoard"
 
     def __init__(self, folder: Path, step: int) -> None:
-        # What an earlier part of the run wrote behind the step that it goes on from is dropped.
+        # Drop events after the step that the run resumes from.
         purge = step + 1 if step else None
         writer = importlib.import_module("tensorboardX").SummaryWriter
         self._writer = writer(
@@ -87,7 +87,7 @@ class TensorBoard:
         )
 
     def write(self, step: int, values: Values) -> None:
-        """Numbers as scalars, samples as text."""
+        """Writes numbers as scalars and samples as text."""
         for name, value in values.items():
             if name != "samples":
                 self._writer.add_scalar(name, value, step)
@@ -96,12 +96,12 @@ class TensorBoard:
             self._writer.add_text(f"samples/{index}", text, step)
 
     def close(self) -> None:
-        """Writes the files to their end."""
+        """Flushes and closes the files."""
         self._writer.close()
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; its id is kept in RUN/wandb-id, so that it is continued."""
+    """A run of Weights & Biases. RUN/wandb-id stores its id, so that a resumed run continues it."""
 
     name = "Weights & Biases"
 
@@ -120,7 +120,7 @@ class WeightsAndBiases:
         )
 
     def write(self, step: int, values: Values) -> None:
-        """Numbers as they are, samples as a table."""
+        """Writes numbers, and samples as a table."""
         values = dict(values)
         samples = values.pop("samples", None)
         if samples is not None:
@@ -129,22 +129,22 @@ class WeightsAndBiases:
         self._run.log(values, step=step)
 
     def close(self) -> None:
-        """Sends what is left and ends the run there."""
+        """Sends the remaining data and ends the run of Weights & Biases."""
         self._run.finish()
 
 
-def _is_wild(value: Any) -> bool:
+def _is_non_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
 class MetricsLog:
-    """metrics.jsonl, one JSON object a line, and whatever else was asked for.
+    """Writes metrics.jsonl, one JSON object a line, and the other requested destinations.
 
-    The file is the record. Anything else that fails (a network) is given up, once said.
+    If another destination fails (e.g. the network), one warning is shown and it is not used again.
     """
 
     def __init__(self, folder: Path, step: int, config: Config | None = None) -> None:
-        """Opens the log; lines of steps that will be done again are dropped.
+        """Opens the log, and drops lines of steps that will be repeated.
 
         Args:
             folder: of the run.
@@ -156,7 +156,7 @@ class MetricsLog:
         self._sinks: list[Sink] = []
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # The last line may be half written.
+            # The last line may be incomplete.
             rows = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
             kept = [(line, row) for line, row in rows if row["step"] <= step]
             write_text(self._path, "".join(line for line, _ in kept))
@@ -177,10 +177,10 @@ class MetricsLog:
         """Appends a line.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
-        # JSON has no word for nan and inf, such as the gradient norm of an overflow in float16.
-        known = {name: None if _is_wild(value) else value for name, value in values.items()}
+        # JSON has no nan and inf, e.g. for the gradient norm of an overflow in float16.
+        known = {name: None if _is_non_finite(value) else value for name, value in values.items()}
         line = json.dumps({"step": step} | known, ensure_ascii=False) + "\n"
         try:
             with self._path.open("a", encoding="utf-8") as file:
@@ -200,7 +200,7 @@ class MetricsLog:
         try:
             action()
         except Exception as error:
-            # Its text may quote the headers of a request, and with them a key.
+            # Leave out the text of the error: it may contain request headers with a key.
             failure = type(error).__name__
             text = f"{name} failed ({failure}); the run goes on, {self._path} has everything"
             logger.warning(text, extra=ON_STDOUT)

@@ -1,4 +1,4 @@
-"""The training step: a pure function of (state, base, batch)."""
+"""The training step, a pure function of (state, base, batch)."""
 
 import dataclasses
 import functools
@@ -19,8 +19,8 @@ from irqlora_jax.runs.state import TrainState, learning_rate
 from irqlora_jax.sharding import PAIR, Splits, tree_shardings
 
 Batch = dict[str, Array]
-"""tokens int32 [batch, seq], targets bool [batch, seq]: the tokens that count in the loss; packed
-batches also have segment_ids int32 [batch, seq]."""
+"""tokens int32 [batch, seq]; targets bool [batch, seq], true for tokens that count in the loss;
+packed batches also have segment_ids int32 [batch, seq]."""
 
 _GOOD_STEPS = 1000
 
@@ -31,8 +31,8 @@ def state_shardings(
     """Where each array of a state lies.
 
     Args:
-        mesh: of `make_mesh`.
-        state: arrays, or their shapes.
+        mesh: from `make_mesh`.
+        state: arrays or their shapes.
         offload: keep the moments of the optimizer in pinned memory of the host.
         splits: of the adapter method.
     """
@@ -68,7 +68,7 @@ def loss_sum(
     model: Llama,
     chunk: int,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
-    """Summed negative log-likelihood of the targets in nats, and their number."""
+    """Sums the negative log-likelihoods of the targets (nats); also returns their number."""
     features: Any = model.apply(
         {"params": adapters, "base": base},
         batch["tokens"],
@@ -89,14 +89,14 @@ def train_step(
     optimizer: optax.GradientTransformation,
     config: TrainConfig,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One optimizer step; gradients for the adapters only.
+    """Computes one optimizer step with gradients for the adapters only.
 
-    The loss is the mean over all targets of the batch, however it is cut by `config.accumulation`.
-    With float16 the loss is scaled, and a step that overflows changes nothing but the scale.
+    The loss is the mean over all targets of the batch, for any `config.accumulation`. With float16
+    the loss is scaled. If a step overflows, only the loss scale changes.
 
     Returns:
-        The next state, and the loss (nats per target), the norm of the gradient before clipping,
-        the number of targets, the learning rate and, with float16, the loss scale.
+        The next state; and the loss (nats per target), the norm of the gradient before clipping,
+        the number of targets, the learning rate, and with float16 the loss scale.
     """
     scaled = config.compute_dtype == "float16"
     scale = state.loss_scale if scaled else jnp.float32(1)
@@ -109,7 +109,7 @@ def train_step(
         nll, count = loss_sum(adapters, base, part, key, model=model, chunk=config.loss_chunk)
         return nll * (scale / total), (nll, count)
 
-    # The scaling by 1 / targets comes before the backward pass: in float16 the sum would overflow.
+    # Divide by the number of targets before the backward pass: in float16 the sum would overflow.
     total = jnp.maximum(batch["targets"][:, 1:].sum(), 1).astype(jnp.float32)
     if config.accumulation == 1:
         (_, (nll, count)), grads = scaled_loss(
@@ -156,12 +156,12 @@ def make_step(
     optimizer: optax.GradientTransformation,
     config: TrainConfig,
 ) -> Any:
-    """`train_step`, compiled: (state, base, batch) to the next state, in the place of the old one.
+    """Compiles `train_step` as a function of (state, base, batch). It donates the old state.
 
     Args:
-        mesh: of `make_mesh`.
-        state: arrays, or their shapes.
-        model, optimizer, config: as `train_step`.
+        mesh: from `make_mesh`.
+        state: arrays or their shapes.
+        model, optimizer, config: as for `train_step`.
     """
     splits = PAIR if model.adapter is None else model.adapter.chosen.splits
     shardings = state_shardings(mesh, state, config.offload_optimizer, splits)
@@ -173,7 +173,7 @@ def make_step(
 
 
 def _clip(grads: Any, norm: Array, largest: float) -> Any:
-    """Gradients, or some of them, where all of them together have this norm."""
+    """Clips gradients (possibly a subset) by the global norm of all of them."""
     clip = lambda g: jnp.where(norm < largest, g, g / norm.astype(g.dtype) * largest)  # noqa: E731
     return jax.tree.map(clip, grads)
 
@@ -181,11 +181,11 @@ def _clip(grads: Any, norm: Array, largest: float) -> Any:
 def _update_by_layer(
     update: Callable[[Any, Any, Any], tuple[Any, Any]], grads: Any, opt_state: Any, adapters: Any
 ) -> tuple[Any, Any]:
-    """`update`, with moments that lie in the memory of the host (`state_shardings`).
+    """Applies `update` with moments in the memory of the host (`state_shardings`).
 
-    They visit the device a layer at a time, so that they never take room there all at once, and
-    are written back in place. AdamW goes number by number, so the result is the same, but for how a
-    compiler rounds: it may fuse either product of b1 mu + (1 - b1) g with the sum.
+    The moments are copied to the device layer by layer and written back in place, so they are never
+    all on the device. AdamW is elementwise, so the result is the same except for rounding: the
+    compiler may fuse either product of b1 mu + (1 - b1) g with the sum.
     """
 
     def advance(layer: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
@@ -196,7 +196,7 @@ def _update_by_layer(
             return jax.lax.dynamic_update_index_in_dim(x, y, layer, 0)
 
         def fetch(x: Array, first: Array) -> Array:
-            # Every layer counts the same step: from the number before it.
+            # All layers use the same step count: the value before this step.
             return jax.device_put(read(x), jax.memory.Space.Device) if x.ndim else first
 
         def store(x: Array, y: Array) -> Array:
@@ -213,12 +213,12 @@ def _update_by_layer(
 
 
 def _is_offloaded(leaf: Any) -> bool:
-    """Whether an array of the optimizer's state is worth moving: a moment of a matrix."""
+    """Whether an array of the optimizer's state is offloaded: only the moments of matrices."""
     return leaf.ndim > 1
 
 
 def _adapt_scale(new: TrainState, finite: Array) -> TrainState:
-    """The scale of the loss after a step that did or did not overflow."""
+    """Updates the loss scale: halved after an overflow, doubled after many steps without one."""
     good = jnp.where(finite, new.good_steps + 1, 0)
     double = good >= _GOOD_STEPS
     grown = jnp.where(double, new.loss_scale * 2, new.loss_scale)

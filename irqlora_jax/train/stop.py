@@ -1,4 +1,4 @@
-"""Signals that ask a run to end."""
+"""Handles signals that ask a run to end."""
 
 import os
 import signal
@@ -8,27 +8,27 @@ from types import FrameType
 from typing import TypeVar
 
 Result = TypeVar("Result")
-_SAYS = b"\nending after this step, with a checkpoint; once more ends at once\n"
+_NOTICE = b"\nending after this step with a checkpoint; send the signal again to end at once\n"
 
 
-class _GivenUp(BaseException):
-    """Unwinds what need not be finished. Like KeyboardInterrupt it is no Exception."""
+class _AttemptInterrupted(BaseException):
+    """Interrupts `Stop.attempt`. Like KeyboardInterrupt, it is not an Exception."""
 
 
 class Stop:
-    """As a context: SIGINT (Ctrl-C) and SIGTERM (a cluster that takes its machine back) only ask.
+    """Context in which the first SIGINT (Ctrl-C) or SIGTERM (e.g. preemption) is only recorded.
 
-    The second of them raises KeyboardInterrupt. A signal that is ignored stays so, and outside of
-    the main thread, where Python allows no handlers, nothing changes.
+    The second signal raises KeyboardInterrupt. Ignored signals stay ignored. Outside of the main
+    thread nothing changes, because Python allows no handlers there.
 
     Attributes:
-        signal: what came, if anything did.
+        signal: the recorded signal, if any.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
         self._before: dict[signal.Signals, object] = {}
-        self._gives_up = False
+        self._in_attempt = False
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
@@ -39,18 +39,18 @@ class Stop:
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
-            # None stands for a handler that Python did not install.
+            # None means a handler that was not installed by Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
 
     def attempt(self, work: Callable[[], Result]) -> Result | None:
-        """The result of `work`, or None if a signal comes before it is finished."""
+        """Returns the result of `work`, or None if a signal arrives before it is finished."""
         if self.signal is not None:
             return None
         try:
-            self._gives_up = True
+            self._in_attempt = True
             result = work()
-            self._gives_up = False
-        except _GivenUp:
+            self._in_attempt = False
+        except _AttemptInterrupted:
             return None
         return result
 
@@ -58,7 +58,7 @@ class Stop:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
-        os.write(2, _SAYS)  # print may be at work just now, and may not be entered twice
-        if self._gives_up:
-            self._gives_up = False
-            raise _GivenUp
+        os.write(2, _NOTICE)  # not print, which is not reentrant
+        if self._in_attempt:
+            self._in_attempt = False
+            raise _AttemptInterrupted

@@ -19,7 +19,7 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.loftq import LoftqOptions, exact_svd, loftq, randomized_svd
 from irqlora_jax.config import Config
 from irqlora_jax.model.llama import Llama
-from irqlora_jax.plan.measure import find_target, measure, read_base_shapes
+from irqlora_jax.plan.measure import find_plan_device, measure, read_base_shapes
 from irqlora_jax.plan.plan import plan
 from irqlora_jax.quant import encode
 from irqlora_jax.quant.calibrations.icq import IcqOptions
@@ -423,5 +423,5 @@ def test_the_plan_needs_shapes_alone(tmp_path: Path) -> None:
     for init in ("default", "loftq"):
         asked = config(tmp_path / "run", folder, adapter__init=init)
         shapes, llama = read_base_shapes(asked)
-        needs.append(measure(asked, shapes, llama, find_target(None, 1)))
+        needs.append(measure(asked, shapes, llama, find_plan_device(None, 1)))
     assert needs[0] == needs[1]

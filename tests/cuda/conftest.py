@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import pytest
 
-from irqlora_jax.plan.gpus import DEVICES, absent_devices
+from irqlora_jax.plan.gpus import DEVICES, compile_only_devices
 
 if shutil.which("nvidia-smi") is None:
     # Otherwise jax looks for the driver, and drops the CUDA plugin if there is none.
@@ -32,8 +32,8 @@ NAMES = ("h200", "a100-80", "l4", "t4")
 
 
 def absent(name: str, count: int = 1) -> list[Any]:
-    """Absent devices of `plan.gpus.DEVICES`; skips the test without the CUDA plugin."""
-    found = absent_devices(DEVICES[name], count)
+    """Devices of `irqlora_jax.plan.gpus.DEVICES`; skips the test without the CUDA plugin."""
+    found = compile_only_devices(DEVICES[name], count)
     if found is None:
         pytest.skip("needs jax-cuda13-plugin and jax-cuda13-pjrt")
     return found
@@ -41,7 +41,7 @@ def absent(name: str, count: int = 1) -> list[Any]:
 
 @pytest.fixture(params=NAMES)
 def gpu(request: pytest.FixtureRequest) -> Any:
-    """One absent device of each kind in turn. Compile with `plan.gpus.OPTIONS`."""
+    """One absent device, of each kind in turn. Compile with `irqlora_jax.plan.gpus.OPTIONS`."""
     return absent(request.param)[0]
 
 

@@ -42,8 +42,8 @@ def compile_kernels(traced: Any, folder: Path) -> tuple[Any, dict[str, Machine]]
     """Compiles `jax.jit(f).trace(..)` for an absent GPU; returns the program and kernels by name.
 
     Args:
-        traced: its shapes are on a device of `plan.gpus.absent_devices`.
-        folder: an empty folder for files.
+        traced: with shapes that lie on a device of `irqlora_jax.plan.gpus.compile_only_devices`.
+        folder: an empty one, for files.
     """
     # XLA of jax 0.12 writes PTX only with the second option.
     options = OPTIONS | {"xla_dump_to": str(folder), "xla_dump_emitter_re": "ptx"}

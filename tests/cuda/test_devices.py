@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from irqlora_jax.plan.gpus import DEVICES, OPTIONS, absent_devices
+from irqlora_jax.plan.gpus import DEVICES, OPTIONS, compile_only_devices
 
 
 @pytest.mark.parametrize("name", DEVICES)
-def test_xla_compiles_for_every_known_device(name: str) -> None:
-    devices = absent_devices(DEVICES[name], 2)
+def test_every_known_device_can_be_compiled_for(name: str) -> None:
+    devices = compile_only_devices(DEVICES[name], 2)
     if devices is None:
         pytest.skip("needs jax-cuda13-plugin and jax-cuda13-pjrt")
     assert len(devices) == 2 and devices[0].device_kind == DEVICES[name].title

@@ -12,14 +12,16 @@ import pytest
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.storage import abstract_base
 from irqlora_jax.config import Config, TrainConfig
-from irqlora_jax.plan.gpus import DEVICES, OPTIONS, absent_devices
-from irqlora_jax.plan.measure import Need, Target, measure
+from irqlora_jax.plan.gpus import DEVICES, OPTIONS, compile_only_devices
+from irqlora_jax.plan.measure import MemoryNeed, PlanDevice, measure
 from tests.architectures import MODELS
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
 
-def need(device: str, size: str, dtype: Any = "float32", count: int = 1, **train: Any) -> Need:
+def need(
+    device: str, size: str, dtype: Any = "float32", count: int = 1, **train: Any
+) -> MemoryNeed:
     config = Config(
         "model",
         "folder",
@@ -27,11 +29,11 @@ def need(device: str, size: str, dtype: Any = "float32", count: int = 1, **train
         train=TrainConfig(**{"batch_size": count} | train),
     )
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=count))
-    devices = absent_devices(DEVICES[device], count)
+    devices = compile_only_devices(DEVICES[device], count)
     if devices is None:
         pytest.skip("needs jax-cuda13-plugin and jax-cuda13-pjrt")
     memory = DEVICES[device].memory
-    target = Target(device, devices, memory, memory, options=OPTIONS)
+    target = PlanDevice(device, devices, memory, memory, options=OPTIONS)
     return measure(config, abstract_base(MODELS[size], config.quant), MODELS[size], target)
 
 

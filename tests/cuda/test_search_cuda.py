@@ -13,7 +13,7 @@ import pytest
 
 from irqlora_jax.kernels import search_integer_triton
 from irqlora_jax.kernels.search_triton import refusal, search_shift
-from irqlora_jax.plan.gpus import DEVICES, OPTIONS, absent_devices
+from irqlora_jax.plan.gpus import DEVICES, OPTIONS, compile_only_devices
 from irqlora_jax.quant.calibrations import icq, icq_integer
 from irqlora_jax.quant.entropy import spaced
 from irqlora_jax.quant.formats import get_format
@@ -29,7 +29,7 @@ NAMES = {"h200": "H200", "a100-80": "A100", "l4": "L4"}  # as NVIDIA calls them
 
 
 def on(name: str, *shapes: tuple[tuple[int, ...], Any]) -> list[jax.ShapeDtypeStruct]:
-    devices = absent_devices(DEVICES[name])
+    devices = compile_only_devices(DEVICES[name])
     if devices is None:
         pytest.skip("needs jax-cuda13-plugin and jax-cuda13-pjrt")
     where = jax.sharding.SingleDeviceSharding(devices[0])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.data import Batches, Example, ahead, eval_batches, hold_out, make_batches
+from irqlora_jax.data import Batches, Example, eval_batches, hold_out, make_batches, prefetch
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.data.packing import pack, pad_packed
 from irqlora_jax.model.llama import Llama, head_weight
@@ -53,8 +53,8 @@ def test_orders_differ_between_epochs_and_seeds_and_nothing_else():
 
 def test_a_batch_depends_on_its_step_alone():
     examples = some_examples(range(2, 13))
-    ahead = Batches(examples, 4, seed=3)
-    batches = [batch for batch, _ in zip(ahead, range(9), strict=False)]
+    batches_by_step = Batches(examples, 4, seed=3)
+    batches = [batch for batch, _ in zip(batches_by_step, range(9), strict=False)]
     behind = Batches(examples, 4, seed=3)
     for step in [8, 2, 2, 5, 0]:
         for name, values in behind[step].items():
@@ -293,12 +293,12 @@ def test_the_next_batch_is_made_while_one_is_used() -> None:
         made[step].set()
         return step, threading.current_thread().name
 
-    for step, (got, thread) in enumerate(ahead(make, range(4))):
+    for step, (got, thread) in enumerate(prefetch(make, range(4))):
         assert got == step and thread.startswith("batches")
         if step < 3:
             assert made[step + 1].wait(10)
     assert not batch_threads()
-    assert list(ahead(make, range(0))) == []
+    assert list(prefetch(make, range(0))) == []
 
 
 def test_an_error_in_the_thread_is_raised_in_order() -> None:
@@ -309,7 +309,7 @@ def test_an_error_in_the_thread_is_raised_in_order() -> None:
 
     seen = []
     with pytest.raises(OSError, match="no such file"):
-        for step in ahead(make, range(5)):
+        for step in prefetch(make, range(5)):
             seen.append(step)
     assert seen == [0, 1]
     assert not batch_threads()
@@ -317,7 +317,7 @@ def test_an_error_in_the_thread_is_raised_in_order() -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_no_thread_is_left_behind(error: type[BaseException]) -> None:
-    with pytest.raises(error), contextlib.closing(ahead(lambda step: step, range(100))) as steps:
+    with pytest.raises(error), contextlib.closing(prefetch(lambda step: step, range(100))) as steps:
         for step in steps:
             if step == 3:
                 assert len(batch_threads()) == 1

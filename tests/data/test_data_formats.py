@@ -126,7 +126,7 @@ def test_message_trees_become_their_best_conversations(write, caplog):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([TREES[1], TREES[1]], "line 2: message_id = 'a' stands in .*a.jsonl, line 1 too"),
+        ([TREES[1], TREES[1]], "line 2: message_id = 'a' is also in .*a.jsonl, line 1"),
         ([TREES[0]], "no message begins a conversation"),
         ([TREES[1], TREES[2] | {"rank": "best"}], "line 2: rank = 'best': accepted is a number"),
         ([TREES[1] | {"role": "bot"}], "line 1: role = 'bot': accepted is prompter, assistant"),

@@ -256,7 +256,7 @@ def test_rows_with_nothing_to_learn_are_left_out_and_counted(write, caplog):
 
 def test_half_characters_are_refused(write):
     path = write("a.jsonl", '{"input": "red", "output": "red \\ud83d"}')
-    with pytest.raises(ValueError, match=r"line 1: output has half a character, \\ud83d"):
+    with pytest.raises(ValueError, match=r"line 1: output contains an unpaired surrogate, \\ud83d"):
         load_examples(path, config(), make_tokenizer())
 
 

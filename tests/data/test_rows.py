@@ -196,13 +196,13 @@ GATED = "Dataset 'someone/data' is a gated dataset on the Hub. You must be authe
             ConnectionError(f"no\nnetwork for {SECRET}"),
             r"the hub could not be reached \(ConnectionError\); connect to the network",
         ),
-        (OSError(f"401 {SECRET}"), r"the hub does not give it \(OSError\); .*`hf auth login`"),
-        (ValueError(f"Invalid header value b'Bearer {SECRET}'"), r"not give it \(ValueError\)"),
+        (OSError(f"401 {SECRET}"), r"the hub does not provide it \(OSError\); .*`hf auth login`"),
+        (ValueError(f"Invalid header value b'Bearer {SECRET}'"), r"not provide it \(ValueError\)"),
         (RuntimeError("Dataset scripts are no longer supported"), "by a script, which is never"),
-        (datasets.exceptions.DatasetNotFoundError(f"{GATED} {SECRET}"), "accept the terms .*`hf a"),
+        (datasets.exceptions.DatasetNotFoundError(f"{GATED} {SECRET}"), "accept its terms .*`hf a"),
         (
             datasets.exceptions.DatasetNotFoundError(f"doesn't exist {SECRET}"),
-            "the hub shows you no such data set; check the name, log in with `hf auth login`",
+            "the hub has no such data set, or it is private; check the name, or log in with `hf a",
         ),
         (
             ValueError("Unknown split \"train\". Should be one of ['validation']."),

@@ -26,7 +26,7 @@ from irqlora_jax.evaluate import harness as harness_module
 from irqlora_jax.evaluate import harness_model
 from irqlora_jax.evaluate.choices import choice_scores
 from irqlora_jax.evaluate.harness import harness
-from irqlora_jax.evaluate.harness_model import HarnessLM, Kept
+from irqlora_jax.evaluate.harness_model import AnswerCache, HarnessLM
 from irqlora_jax.evaluate.mmlu import letter_tokens, subject_questions
 from irqlora_jax.evaluate.mmlu_files import LETTERS, prompt_text, read_subject
 
@@ -118,7 +118,7 @@ def test_nan_scores_are_an_error(variables):
     broken = jax.tree.map(lambda x: x * jnp.nan, variables)
     lm = HarnessLM(MODEL, broken, TOKENIZERS["byte"], 4)
     for call, args in ((lm.loglikelihood, ("the", " cat")), (lm.loglikelihood_rolling, ("the",))):
-        with pytest.raises(ValueError, match="the model gives no numbers"):
+        with pytest.raises(ValueError, match="logits of the model are NaN"):
             call(requests(args))
 
 
@@ -255,7 +255,7 @@ def test_commonsense_tasks_score_as_our_own_questions(loaded, data, tmp_path, sa
     assert result["counts"] == dict.fromkeys(names, 7)
     assert result["shots"] == dict.fromkeys(names, 0)
     stem = f"eval-lm-eval-{'+'.join(names)}"
-    file = tasks_module._stem(asked)
+    file = tasks_module._file_stem(asked)
     assert file == stem or file.startswith(stem[:80])
     written = json.loads((tmp_path / f"{file}-model.json").read_text())
     assert written == json.loads(json.dumps(result))
@@ -302,17 +302,17 @@ def test_answers_of_another_model_are_not_taken_up(variables, tmp_path):
     other = jax.tree.map(lambda x: x * 1.1, variables)
     found = []
     for identity, weights in (("one", variables), ("two", other), ("two", variables)):
-        kept = Kept(tmp_path / "part", identity)
+        cache = AnswerCache(tmp_path / "part", identity)
         found.append(
-            HarnessLM(MODEL, weights, TOKENIZERS["byte"], 4, kept=kept).loglikelihood(asked)
+            HarnessLM(MODEL, weights, TOKENIZERS["byte"], 4, cache=cache).loglikelihood(asked)
         )
     assert found[0] != found[1] == found[2]
 
 
 def test_scores_survive_when_they_cannot_be_kept(variables, tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    kept = Kept(tmp_path / "file" / "part", "")
-    lm = HarnessLM(MODEL, variables, TOKENIZERS["byte"], 4, kept=kept)
+    cache = AnswerCache(tmp_path / "file" / "part", "")
+    lm = HarnessLM(MODEL, variables, TOKENIZERS["byte"], 4, cache=cache)
     assert len(lm.loglikelihood(requests(("the", " cat"), ("a", " cat")))) == 2
     assert caplog.text.count("cannot be written") == 1
 
@@ -320,7 +320,7 @@ def test_scores_survive_when_they_cannot_be_kept(variables, tmp_path, caplog):
 def test_unknown_tasks_and_folders_are_refused(loaded, data, tmp_path):
     folder = write_tasks(tmp_path / "tasks", data)
     near = EvalConfig("model", "lm-eval:local_bolq", task_folder=str(folder))
-    with pytest.raises(ValueError, match=r"'lm-eval:local_bolq': .* near are local_boolq"):
+    with pytest.raises(ValueError, match=r"'lm-eval:local_bolq': .* similar names: local_boolq"):
         evaluate_run(near)
     with pytest.raises(FileNotFoundError, match="task_folder = 'nowhere': no such folder"):
         evaluate_run(EvalConfig("model", "lm-eval:local_boolq", task_folder="nowhere"))

@@ -215,7 +215,7 @@ def test_equal_scores_give_the_answer_a(variables, folder):
 
 def test_nan_scores_are_an_error(variables, folder):
     broken = jax.tree.map(lambda x: x * jnp.nan, variables)
-    with pytest.raises(ValueError, match="abstract_algebra: the model gives no numbers"):
+    with pytest.raises(ValueError, match="abstract_algebra: the logits of the model are NaN"):
         mmlu(MODEL, broken, TOKENIZERS["single"], folder)
 
 
@@ -270,7 +270,9 @@ def test_a_tokenizer_without_letters_is_refused():
     core = Tokenizer(models.WordLevel({"<unk>": 0, "Answer:": 1}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
-    with pytest.raises(ValueError, match="no four distinct endings ' A' to ' D' of 'Answer:'"):
+    with pytest.raises(
+        ValueError, match="not give four distinct letters ' A' to ' D' after 'Answer:'"
+    ):
         letter_tokens(tokenizer)
 
 
@@ -348,12 +350,12 @@ class Counting:
         return getattr(self.inner, name)
 
 
-def test_finished_subjects_are_not_computed_again(variables, folder, tmp_path):
-    keep = tmp_path / "kept.part"
+def test_finished_subjects_are_taken_up_again(variables, folder, tmp_path):
+    resume_file = tmp_path / "resume.part"
     whole = mmlu(MODEL, variables, TOKENIZERS["single"], folder)
 
     def ask(tokenizer, **settings):
-        return mmlu(MODEL, variables, tokenizer, folder, keep=keep, **settings)
+        return mmlu(MODEL, variables, tokenizer, folder, resume_file=resume_file, **settings)
 
     with pytest.raises(KeyboardInterrupt):
         ask(Counting(TOKENIZERS["single"], stop_at="sociology"))
@@ -377,15 +379,19 @@ def test_finished_subjects_are_not_computed_again(variables, folder, tmp_path):
 
 def test_another_file_is_not_taken_for_finished_subjects(variables, folder, tmp_path):
     for text in ("no JSON", '{"a": {"correct": [1]}}', "[1]"):
-        (tmp_path / "kept.part").write_text(text)
-        with pytest.raises(ValueError, match=r"kept.part is no file of finished subjects; delete"):
-            mmlu(MODEL, variables, TOKENIZERS["single"], folder, keep=tmp_path / "kept.part")
+        (tmp_path / "resume.part").write_text(text)
+        with pytest.raises(
+            ValueError, match=r"resume.part is not a file of finished subjects; delete"
+        ):
+            mmlu(
+                MODEL, variables, TOKENIZERS["single"], folder, resume_file=tmp_path / "resume.part"
+            )
 
 
 def test_scores_survive_when_they_cannot_be_kept(variables, folder, tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    keep = tmp_path / "file" / "kept.part"
-    scores = mmlu(MODEL, variables, TOKENIZERS["single"], folder, limit=1, keep=keep)
+    path = tmp_path / "file" / "resume.part"
+    scores = mmlu(MODEL, variables, TOKENIZERS["single"], folder, limit=1, resume_file=path)
     assert scores.count == 4
     assert caplog.text.count("cannot be written") == 1
 
@@ -433,7 +439,7 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 def test_results_of_many_tasks_have_a_file_of_their_own():
     def stem(names):
-        return tasks_module._stem(EvalConfig("r", f"lm-eval:{names}"))
+        return tasks_module._file_stem(EvalConfig("r", f"lm-eval:{names}"))
 
     assert stem("arc_easy,piqa") == "eval-lm-eval-arc_easy+piqa"
     assert stem("a/b") == "eval-lm-eval-a_b"

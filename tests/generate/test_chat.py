@@ -16,7 +16,7 @@ from irqlora_jax.evaluate.prompts import read_prompts
 from irqlora_jax.evaluate.tasks import EvalConfig, evaluate_run
 from irqlora_jax.generate import chat as chat_module
 from irqlora_jax.generate.chat import ChatConfig, chat
-from irqlora_jax.generate.conversation import Style, Turn, encode_turns, find_style, spoken
+from irqlora_jax.generate.conversation import Style, Turn, decode_stream, encode_turns, find_style
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.load import Run, read_checkpoint
@@ -91,7 +91,7 @@ def test_chat_templates():
         "<s>[system]Be kind.</s>[user]one</s>[assistant]first</s>[user]three</s>[assistant]"
     )
     broken = Style("chat", "{{ raise_exception('no\nsystem') }}")
-    with pytest.raises(ValueError, match=r"the chat template does not take the .* no system"):
+    with pytest.raises(ValueError, match=r"the chat template failed for the .* no system"):
         encode_turns(broken, tokenizer, "three")
 
 
@@ -142,12 +142,12 @@ HARD = (
 
 def test_streamed_text_has_whole_characters():
     for prompt in ((), ids("\N{GRINNING FACE}")):
-        pieces = list(spoken(TOKENIZER, ids(HARD), prompt=prompt))
+        pieces = list(decode_stream(TOKENIZER, ids(HARD), prompt=prompt))
         assert "".join(pieces) == HARD and len(pieces) == len(HARD)
     # What no character is is shown in the end.
-    broken = list(spoken(TOKENIZER, ids("a\N{EURO SIGN}")[:-1]))
+    broken = list(decode_stream(TOKENIZER, ids("a\N{EURO SIGN}")[:-1]))
     assert broken == ["a", "\N{REPLACEMENT CHARACTER}"]
-    assert list(spoken(TOKENIZER, [])) == []
+    assert list(decode_stream(TOKENIZER, [])) == []
 
 
 @needs_stories
@@ -157,7 +157,7 @@ def test_streamed_text_has_the_spaces_of_sentencepiece(prompt):
     start = encode_source(tokenizer, [prompt])[0]
     whole = encode_source(tokenizer, [f"{prompt} upon {HARD}\n a time"])[0]
     assert whole[: len(start)] == start
-    text = "".join(spoken(tokenizer, whole[len(start) :], prompt=start))
+    text = "".join(decode_stream(tokenizer, whole[len(start) :], prompt=start))
     decoded = tokenizer.decode(whole, skip_special_tokens=True)
     assert tokenizer.decode(start, skip_special_tokens=True) + text == decoded
     assert HARD in text
@@ -172,12 +172,12 @@ def test_stops_end_the_text_and_the_tokens():
             yield token
 
     stop = "### Human:"
-    pieces = list(spoken(TOKENIZER, new("Yes ### no### Human: more"), stops=(stop,)))
+    pieces = list(decode_stream(TOKENIZER, new("Yes ### no### Human: more"), stops=(stop,)))
     assert "".join(pieces) == "Yes ### no"
     assert not any("### H" in piece for piece in pieces)
     assert text_of(taken).endswith(stop)
     # Half a stop at the end is text.
-    assert "".join(spoken(TOKENIZER, new("Yes### Hum"), stops=(stop,))) == "Yes### Hum"
+    assert "".join(decode_stream(TOKENIZER, new("Yes### Hum"), stops=(stop,))) == "Yes### Hum"
 
 
 class Terminal:
@@ -236,14 +236,14 @@ def test_a_conversation_is_remembered_until_reset(talk):
     ]
     assert terminal.lines == ["four"]
     *_, first, second, forgotten, third = terminal.text.splitlines()
-    assert (first, second, forgotten, third) == ("A", "B", "[forgotten]", "C")
+    assert (first, second, forgotten, third) == ("A", "B", "[conversation cleared]", "C")
 
 
 def test_answers_are_those_of_generate_and_follow_the_seed(talk, variables):
     terminal = Terminal("abc", EOFError)
     (prompt,) = talk(terminal, temperature=0.0, top_p=None, max_new_tokens=6)
     (new,) = generate(MODEL, variables, [prompt], 6, eos_token_ids=(1,))
-    said = "".join(spoken(TOKENIZER, new, prompt=prompt))
+    said = "".join(decode_stream(TOKENIZER, new, prompt=prompt))
     assert terminal.text.partition("an answer\n")[2] == said + "\n\n"
 
     def drawn(seed):
@@ -362,7 +362,7 @@ def test_answers_stand_in_the_order_of_their_prompts(answer, variables, tmp_path
     for row in rows:
         prompt = [0, *ids(row["prompt"])]
         (new,) = generate(MODEL, variables, [prompt], 8, eos_token_ids=(1,))
-        assert row["output"] == "".join(spoken(TOKENIZER, new, prompt=prompt))
+        assert row["output"] == "".join(decode_stream(TOKENIZER, new, prompt=prompt))
         assert row["tokens"] == len(new) and row["finished"] == (new[-1] == 1)
     assert result["prompts"] == 5 and result["tokens"] == sum(row["tokens"] for row in rows)
     assert json.loads(Path("eval-generate-model.json").read_text()) == json.loads(
@@ -424,7 +424,9 @@ def test_one_prompt(answer, variables, said):
     result = answer([], prompts=None, prompt="abc")
     prompt = [0, *ids("abc")]
     (new,) = generate(MODEL, variables, [prompt], 8, eos_token_ids=(1,))
-    assert result["text"] == said[0] == "abc" + "".join(spoken(TOKENIZER, new, prompt=prompt))
+    assert (
+        result["text"] == said[0] == "abc" + "".join(decode_stream(TOKENIZER, new, prompt=prompt))
+    )
     with pytest.raises(ValueError, match="prompt: has 129 tokens: accepted are fewer than"):
         answer([], prompts=None, prompt="a" * 128)
     with pytest.raises(ValueError, match="accepted is null with --prompts"):
@@ -433,7 +435,7 @@ def test_one_prompt(answer, variables, said):
 
 def test_the_names_of_results_tell_evaluations_apart(answer, tmp_path):
     stems = {
-        tasks_module._stem(dataclasses.replace(EvalConfig("r", "mmlu"), **settings))
+        tasks_module._file_stem(dataclasses.replace(EvalConfig("r", "mmlu"), **settings))
         for settings in (
             *({}, {"baseline": True}, {"checkpoint": "best"}, {"checkpoint": 100}),
             {"task": "questions"},

@@ -156,7 +156,7 @@ def test_sample_distribution(top_k, top_p, kept):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_new_tokens": 58}, "has 7 tokens, with max_new_tokens = 58 that makes 65: accepted is"
+        ({"max_new_tokens": 58}, "has 7 tokens, and 65 with max_new_tokens = 58: accepted is"
                                  " at most max_position_embeddings = 64"),
         ({"max_new_tokens": 0}, "max_new_tokens = 0"),
         ({"temperature": -0.1}, "temperature = -0.1"),

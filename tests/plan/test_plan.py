@@ -16,9 +16,10 @@ from irqlora_jax.cli import main
 from irqlora_jax.config import Config, TrainConfig
 from irqlora_jax.data import longest_row
 from irqlora_jax.data.config import DataConfig
+from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.plan import plan as plans
 from irqlora_jax.plan.gpus import DEVICES, find_device
-from irqlora_jax.plan.measure import Target, find_target, measure, read_base_shapes
+from irqlora_jax.plan.measure import PlanDevice, find_plan_device, measure, read_base_shapes
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
 from irqlora_jax.sharding import MeshConfig, device_bytes
@@ -38,8 +39,14 @@ CONFIG = Config(
 )
 
 
-def target(memory: int) -> Target:
-    return Target("a device", jax.devices(), memory, memory)
+def write_model(folder: Path, llama: LlamaConfig = SMALL, **more: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(llama.to_dict() | {"dtype": "float32"} | more))
+    return folder
+
+
+def target(memory: int) -> PlanDevice:
+    return PlanDevice("a device", jax.devices(), memory, memory)
 
 
 @pytest.mark.parametrize("block", [64, 40])
@@ -124,7 +131,7 @@ def test_suggested_settings_fit(
         for k, v in zip(flags[::2], flags[1::2], strict=True)
     }
     assert changes
-    new = plans._with(config, changes)
+    new = plans._replace_fields(config, changes)
     assert measure(new, base, llama, target(memory)).peak <= memory
 
 
@@ -146,8 +153,8 @@ def test_without_the_compiler_for_gpus_the_plan_says_that_it_estimates(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And from a folder with a config.json alone, writing nothing."""
-    folder = write_config(tmp_path / "model", SMALL, dtype="float32")
-    monkeypatch.setattr("irqlora_jax.plan.measure.absent_devices", lambda *_: None)
+    folder = write_model(tmp_path / "model")
+    monkeypatch.setattr("irqlora_jax.plan.measure.compile_only_devices", lambda *_: None)
     monkeypatch.setattr("irqlora_jax.plan.measure.prepare", lambda *_: None)
     out = tmp_path / "run"
     flags = [f"--model={folder}", f"--output_dir={out}", "--train.batch_size=2", "--plan=t4"]
@@ -203,7 +210,7 @@ def test_the_budgets_hold_by_the_estimate_too(size: str, most: float) -> None:
     config = dataclasses.replace(
         Config("model", "folder", mesh=MeshConfig(data=1)), train=TrainConfig(batch_size=1)
     )
-    found = dataclasses.replace(find_target(None, 1), compiler="estimate", shared=False)
+    found = dataclasses.replace(find_plan_device(None, 1), compiler="estimate", shared=False)
     need = measure(config, abstract_base(MODELS[size], config.quant), MODELS[size], found)
     assert need.peak / 2**30 <= most
 

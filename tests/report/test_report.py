@@ -18,9 +18,9 @@ from irqlora_jax.base.file import save_base
 from irqlora_jax.base.survey import BINS
 from irqlora_jax.evaluate.mmlu_files import SUBCATEGORIES
 from irqlora_jax.report import svg, write
-from irqlora_jax.report.gather import course, gather
 from irqlora_jax.report.markup import tag
 from irqlora_jax.report.page import page
+from irqlora_jax.report.run_data import metric_curve, read_run_data
 from irqlora_jax.report.scored import wilson
 from irqlora_jax.sharding import LINEAR_NAMES
 from tests.models import NARROW, PLAIN, random_base
@@ -203,7 +203,7 @@ ALL = [
 
 
 def test_the_page_shows_what_was_measured(run: Path) -> None:
-    text = page(gather(run))
+    text = page(read_run_data(run))
     root = parse(text)
     assert sections(root) == ALL
     shown, survey = figures(root), make_survey()
@@ -235,7 +235,7 @@ def test_the_page_shows_what_was_measured(run: Path) -> None:
     assert shown["Speed"][-1] == ["400", "5400"]
     assert shown["Peak memory"][1] == ["10", "7"]
     stem = shown["MMLU, STEM"]
-    assert stem[0] == ["", "before the finetune", "finetuned, step 400"]
+    assert stem[0] == ["", "before finetuning", "finetuned, step 400"]
     low, high = wilson(0.41, 100)
     assert stem[1][:1] + stem[1][2:] == ["astronomy", f"41.0% ({low:.1%} to {high:.1%})"]
     subjects = [row[0] for title, rows in shown.items() if "MMLU" in title for row in rows[1:]]
@@ -255,7 +255,7 @@ def test_the_page_shows_what_was_measured(run: Path) -> None:
 
 
 def test_lines_and_bars_lie_where_their_figures_say(run: Path) -> None:
-    root = parse(page(gather(run)))
+    root = parse(page(read_run_data(run)))
     loss = next(f for f in root.iter("figure") if f.findtext("figcaption") == "Loss")
     paths = {
         p.get("class"): p.get("d") for p in loss.iter(f"{SVG}path") if "l " in p.get("class", "")
@@ -279,7 +279,7 @@ def test_lines_and_bars_lie_where_their_figures_say(run: Path) -> None:
 
 
 def test_nothing_is_fetched_and_nothing_runs(run: Path) -> None:
-    text = page(gather(run))
+    text = page(read_run_data(run))
     assert "default-src 'none'" in text.replace("&#x27;", "'")
     for word in ("<script", "href=", "src=", "url(", "@import", "<link", "onload"):
         assert word not in text
@@ -336,7 +336,9 @@ def test_hostile_text_stays_text(run: Path) -> None:
 def test_what_is_missing_is_left_out(run: Path, missing: str, without: set[str]) -> None:
     for file in run.glob(missing):
         file.unlink()
-    assert sections(parse(page(gather(run)))) == [name for name in ALL if name not in without]
+    assert sections(parse(page(read_run_data(run)))) == [
+        name for name in ALL if name not in without
+    ]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"plain": {}}', '[{"model": 3}]', "\x00"])
@@ -346,14 +348,14 @@ def test_what_is_broken_is_named(run: Path, content: str) -> None:
     for name in names:
         kept = (run / name).read_bytes()
         (run / name).write_text(content)
-        root = parse(page(gather(run)))
+        root = parse(page(read_run_data(run)))
         # Lines that are none are skipped, and what is merely empty is not broken.
         sound = (("results.json", "[]"), ("eval-mmlu.json", '{"plain": {}}'))
         if name != "metrics.jsonl" and (name, content) not in sound:
             words = "".join(root.itertext())
             assert "Left out" in sections(root) or set(ALL) - set(sections(root)), (name, words)
         (run / name).write_bytes(kept)
-    assert sections(parse(page(gather(run)))) == ALL
+    assert sections(parse(page(read_run_data(run)))) == ALL
 
 
 def test_missing_numbers_are_gaps(run: Path) -> None:
@@ -365,7 +367,7 @@ def test_missing_numbers_are_gaps(run: Path) -> None:
     write_lines(run / "metrics.jsonl", rows)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('not a line\n{"loss": 3}\n{"step": 110, "lo')
-    root = parse(page(gather(run)))
+    root = parse(page(read_run_data(run)))
     assert sections(root) == ALL
     shown = figures(root)
     assert shown["Loss"][3][:2] == ["30", "-"] and shown["Speed"][4] == ["40", "-"]
@@ -381,9 +383,9 @@ def test_missing_numbers_are_gaps(run: Path) -> None:
 
 def test_long_runs_are_averaged() -> None:
     rows = [{"step": step, "loss": float(step)} for step in range(1, 1001)]
-    steps, values = course(rows, "loss", most=200)
+    steps, values = metric_curve(rows, "loss", max_points=200)
     assert steps == list(range(5, 1001, 5)) and values == list(range(3, 1001, 5))
-    assert course(rows, "missing") == ([], [])
+    assert metric_curve(rows, "missing") == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -391,7 +393,7 @@ def test_long_runs_are_averaged() -> None:
     [(0.0, 1.0), (2.61, 2.79), (-3.0, 5.0), (1e-7, 3e-7), (0.0, 123456.0), (5.0, 5.0), (1e9, 3e9)],
 )
 def test_ticks_are_round_different_and_within(low: float, high: float) -> None:
-    ends = svg.round_ends(low, high)
+    ends = svg.nice_limits(low, high)
     for a, b in ((low, high), ends):
         marks = svg.ticks(a, b)
         assert all(a - 1e-9 * abs(a) <= mark <= b + 1e-9 * abs(b) for mark in marks)
@@ -445,7 +447,9 @@ def test_a_run_survives_a_page_that_cannot_be_written(
     not any(map(shutil.which, ("chromium", "google-chrome"))), reason="there is no browser"
 )
 def test_a_phone_shows_it_without_scrolling_sideways(run: Path, tmp_path: Path) -> None:
-    text = page(gather(run)).replace("http-equiv", "data-was")  # or else this test could not look
+    text = page(read_run_data(run)).replace(
+        "http-equiv", "data-was"
+    )  # or else this test could not look
     text = text.replace("<details", '<details open=""')
     frame = tag("iframe", " ", srcdoc=text, width=360, height=700, id="page")
     script = """<script>onload = () => {

@@ -1,4 +1,4 @@
-"""All that a folder knows of its run, each piece on its own: what is missing or broken is None."""
+"""Reads everything that a folder has about its run. Missing or damaged parts are None."""
 
 import dataclasses
 import json
@@ -23,13 +23,13 @@ Piece = TypeVar("Piece")
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """What is trained.
+class TrainedSize:
+    """Size of the trained parameters.
 
     Attributes:
-        weights: their number.
-        adapters: bytes of them.
-        optimizer: bytes of its state.
+        weights: number of trained parameters.
+        adapters: bytes of the parameters.
+        optimizer: bytes of the optimizer's state.
     """
 
     weights: int
@@ -38,23 +38,23 @@ class Trained:
 
 
 @dataclasses.dataclass(frozen=True)
-class Findings:
-    """Pieces of a run; None or empty where the folder does not have them.
+class RunData:
+    """Data about a run. Parts that the folder does not have are None or empty.
 
     Attributes:
-        name: of the folder.
+        name: name of the folder.
         source: the model that the base was made from.
-        settings: the configuration, as config.json has it.
-        quant: how the base was quantized.
+        settings: the configuration, from config.json.
+        quant: configuration of the quantizer.
         llama: the architecture.
-        storage: what the base takes.
-        trained: what adapters and optimizer take.
-        survey: of the quantization (`quant.survey.summarize`).
+        storage: size of the base.
+        trained: size of adapters and optimizer.
+        survey: statistics of the quantization (`base.survey.summarize`).
         metrics: the lines of metrics.jsonl.
         results: the rows of results.json.
-        evaluations: what every eval-*.json says, by "eval-..."
+        evaluations: contents of every eval-*.json, by "eval-...".
         environment: device and versions of the training.
-        problems: sentences about files that are there but cannot be used.
+        problems: sentences about files that exist but cannot be used.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Findings:
     quant: Mapping[str, Any] | None
     llama: LlamaConfig | None
     storage: Storage | None
-    trained: Trained | None
+    trained: TrainedSize | None
     survey: Mapping[str, Any] | None
     metrics: Sequence[Mapping[str, Any]]
     results: Sequence[Mapping[str, Any]]
@@ -72,16 +72,16 @@ class Findings:
     problems: Sequence[str]
 
 
-def gather(folder: Path) -> Findings:
-    """Reads the folder of a run, or of `irqlora quantize`. Weights stay where they are.
+def read_run_data(folder: Path) -> RunData:
+    """Reads the folder of a run or of `irqlora quantize`, without its weights.
 
     Raises:
-        FileNotFoundError: neither a configuration nor a base is there.
+        FileNotFoundError: the folder has neither a configuration nor a base.
     """
     base, problems = folder / BASE_FILE, []
     if not base.is_file() and not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"run = '{folder}': no config.json and no {BASE_FILE} there; accepted is the "
+            f"run = '{folder}': has neither config.json nor {BASE_FILE}; accepted is the "
             "folder of a run, or of irqlora quantize"
         )
 
@@ -90,7 +90,7 @@ def gather(folder: Path) -> Findings:
             return None
         try:
             return read(folder / name)
-        except Exception as error:  # old or damaged files may hold anything
+        except Exception as error:  # old or damaged files may contain anything
             problems.append(f"{name} cannot be used: {_sentence(error)}")
             return None
 
@@ -104,7 +104,7 @@ def gather(folder: Path) -> Findings:
     evaluations = {
         file.stem: attempt(file.name, _read_dict) for file in sorted(folder.glob("eval-*.json"))
     }
-    return Findings(
+    return RunData(
         name=folder.resolve().name,
         source=attempt(BASE_FILE, read_source) or (settings or {}).get("model"),
         settings=settings,
@@ -128,46 +128,47 @@ def _sentence(error: Exception) -> str:
 def _read_dict(file: Path) -> dict[str, Any]:
     found = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     return found
 
 
 def _read_rows(file: Path) -> list[dict[str, Any]]:
     found = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-        raise ValueError("no list of JSON objects")
+        raise ValueError("not a list of JSON objects")
     return found
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines that are whole and have a step, in the order of the steps."""
+    """Reads the complete lines that have a step, sorted by step."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     rows = []
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:  # the last line of a run that was cut off
+        except ValueError:  # an interrupted run may leave an incomplete last line
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return sorted(rows, key=lambda row: row["step"])
 
 
-def course(
-    metrics: Sequence[Mapping[str, Any]], name: str, most: int = 200
+def metric_curve(
+    metrics: Sequence[Mapping[str, Any]], name: str, max_points: int = 200
 ) -> tuple[list[float], list[float | None]]:
-    """Steps and values of a metric.
+    """Returns the steps and values of a metric.
 
     Args:
         metrics: lines of metrics.jsonl.
-        name: of the metric.
-        most: points; of more lines each point is the mean of some that follow one another.
+        name: name of the metric.
+        max_points: maximum number of points. With more lines, a point is the mean of several
+            consecutive lines.
 
     Returns:
-        The steps (of several: the last of them), and the values, None where one is not finite.
+        The steps (of a mean: the last one), and the values; None for a value that is not finite.
     """
     found = [(row["step"], _finite(row[name])) for row in metrics if name in row]
-    size = max(1, math.ceil(len(found) / most))
+    size = max(1, math.ceil(len(found) / max_points))
     steps, values = [], []
     for start in range(0, len(found), size):
         part = found[start : start + size]
@@ -183,9 +184,9 @@ def _finite(value: Any) -> float | None:
     return float(value)
 
 
-def _measure_trained(config: Config, llama: LlamaConfig) -> Trained:
+def _measure_trained(config: Config, llama: LlamaConfig) -> TrainedSize:
     model = Llama(llama, adapter=config.adapter)
     optimizer = make_optimizer(config.train)
     state = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.adapters))
-    return Trained(weights, device_bytes(state.adapters), device_bytes(state.opt_state))
+    return TrainedSize(weights, device_bytes(state.adapters), device_bytes(state.opt_state))
