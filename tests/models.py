@@ -19,7 +19,7 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.file import save_base
 from irqlora_jax.config import Config, TrainConfig
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.llama import ATTENTION_NAMES, Llama
+from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.runs.checkpoints import Checkpoints
@@ -179,7 +179,7 @@ def random_tensors(llama: LlamaConfig = LLAMA, dtype: Any = np.float32) -> dict[
         shapes[f"model.layers.{i}.input_layernorm"] = vector
         shapes[f"model.layers.{i}.post_attention_layernorm"] = vector
         for name, shape in llama.linear_shapes.items():
-            block = "self_attn" if name in ATTENTION_NAMES else "mlp"
+            block = "self_attn" if name in LINEAR_NAMES[:4] else "mlp"
             shapes[f"model.layers.{i}.{block}.{name}"] = shape
     draw = lambda shape: rng.normal(0, 0.05, shape).astype(dtype)  # noqa: E731
     return {f"{name}.weight": draw(shape) for name, shape in shapes.items()}
