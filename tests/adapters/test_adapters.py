@@ -1,5 +1,6 @@
 """LoRA and IEC: the paper's formulas, and exact folding for every shape."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,6 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irqlora_jax.adapters import METHODS, iec, lora
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.adapters.method import Method
+from irqlora_jax.quant.config import QuantConfig
 
 
 def spread_by_definition(x: np.ndarray, size: int) -> np.ndarray:
@@ -63,15 +67,51 @@ def test_fold_is_exact(in_features: int, out_features: int, rank: int) -> None:
         assert float(jnp.abs(elastic - other).max()) <= 1e-5 * float(jnp.abs(elastic).max())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_fresh_adapters_change_nothing(method: str) -> None:
-    params = METHODS[method].init(jax.random.key(0), 12, 20, 4)
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_fresh_adapters_change_nothing(method: Method) -> None:
+    params = method.init(jax.random.key(0), (20, 12), 4, method.options, jnp.float32)
     x = jax.random.normal(jax.random.key(1), (3, 12))
-    assert not np.asarray(METHODS[method].apply(params, x, x)).any()
+    assert not np.asarray(method.apply(params, x, x, 1.0, None)).any()
     assert float(jnp.abs(params["lora_A"]).max()) <= 1 / math.sqrt(12)
-    assert float(jnp.std(METHODS[method].init(jax.random.key(0), 4096, 8, 64)["lora_A"])) == (
-        pytest.approx(1 / math.sqrt(3 * 4096), rel=0.02)
-    )
+    wide = method.init(jax.random.key(0), (8, 4096), 64, method.options, jnp.float32)["lora_A"]
+    assert float(jnp.std(wide)) == pytest.approx(1 / math.sqrt(3 * 4096), rel=0.02)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+def test_apply_fold_and_weight_update_are_one_update(method: Method) -> None:
+    fresh = method.init(jax.random.key(0), (20, 12), 4, method.options, jnp.float32)
+    keys = jax.random.split(jax.random.key(1), len(fresh) + 1)
+    params = {
+        name: jax.random.normal(key, leaf.shape)
+        for (name, leaf), key in zip(fresh.items(), keys[1:], strict=True)
+    }
+    x = jax.random.normal(keys[0], (3, 12))
+    y = method.apply(params, x, x, 0.5, None)
+    update = method.weight_update(params, (20, 12))
+    np.testing.assert_allclose(y, 0.5 * x @ update.T, atol=1e-5)
+    assert fresh.keys() <= method.files.keys()
+    if method.fold is not None:
+        pair = method.fold(params)
+        np.testing.assert_allclose(pair["lora_B"] @ pair["lora_A"], update, atol=1e-5)
+
+
+def test_a_method_without_a_pair_must_give_its_update() -> None:
+    with pytest.raises(ValueError, match="adapter 'bare': needs fold or delta"):
+        dataclasses.replace(METHODS["lora"], name="bare", fold=None)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AdapterConfig(method="dora"), "adapter.method = 'dora': accepted is lora, iec"),
+        (lambda: AdapterConfig(init="pissa"), "adapter.init = 'pissa': accepted is default, loftq"),
+        (lambda: QuantConfig(calibration="iqc"), "quant.calibration = 'iqc': accepted is none"),
+        (lambda: QuantConfig(format="nf5"), "quant.format = 'nf5': accepted is nf4"),
+    ],
+)
+def test_names_are_checked_in_python_too(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_first_gradient_reaches_beta2_but_not_beta1() -> None:
