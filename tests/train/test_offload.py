@@ -28,6 +28,8 @@ TRAIN = TrainConfig(
     warmup_steps=1,
     compute_dtype="float32",
 )
+# As for users, not as quickly as in other tests (tests/conftest.py): roundings depend on it.
+OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
 EXACT = jax.__version_info__ < (0, 11)
 """Whether the compiler rounds the update of a layer as it rounds that of all of them."""
 EVEN = dataclasses.replace(LLAMA, hidden_size=48, head_dim=16)
@@ -67,7 +69,14 @@ class Training:
     def advance(self) -> Any:
         shapes = jax.eval_shape(lambda: init_state(self.model, self.optimizer, 0))
         settings = dict(model=self.model, optimizer=self.optimizer, config=self.settings)
-        return make_step(self.mesh, shapes, **settings)
+        step, compiled = make_step(self.mesh, shapes, **settings), []
+
+        def advance(*arguments: Any) -> Any:
+            if not compiled:
+                compiled.append(step.lower(*arguments).compile(OPTIMIZED))
+            return compiled[0](*arguments)
+
+        return advance
 
     def go(self, state: Any, steps: range) -> tuple[Any, list[float]]:
         losses = []
