@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.adapters.method import Params
 from irqlora_jax.model.attention import (
     attend,
     einsum_f32,
@@ -132,7 +131,7 @@ class AdaptedLinear(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch seq in"], params: Params | None = None
+        self, x: Float[Array, "batch seq in"], params: Mapping[str, Array] | None = None
     ) -> Float[Array, "batch seq out"]:
         """`params` are of the adapter; None: the layer is no target."""
         assert self.name is not None
@@ -161,7 +160,7 @@ class _Block(nn.Module):
     """A part of a layer: its linear layers, and their adapters by name."""
 
     settings: Settings
-    adapters: Mapping[str, Params]
+    adapters: Mapping[str, Mapping[str, Array]]
 
     def linear(self, name: str, x: Array) -> Array:
         shape = self.settings.config.linear_shapes[name]
