@@ -38,7 +38,6 @@ class Method:
         delta: (parameters, (out, in)) -> the update of the weight [out, in] at scale 1; None:
             lora_B lora_A of `fold`. A method without `fold` must have it.
         frozen: options -> the leaves that get no gradient.
-        penalty: parameters -> a scalar that is added to the loss, once for every layer; None: none.
         splits: how a mesh splits a leaf: "out" or "in" for a dimension that follows the outputs or
             inputs of the layer, None for one that stays whole (default: LoRA's pair). Leaves that
             are not named are copied to every device.
@@ -55,7 +54,6 @@ class Method:
     fold: Callable[[Params], Params] | None = None
     delta: Callable[[Params, Shape], Array] | None = None
     frozen: Callable[[Any], tuple[str, ...]] = lambda options: ()
-    penalty: Callable[[Params], Array] | None = None
     splits: Splits = dataclasses.field(default_factory=lambda: PAIR)
     options: Any = None
 
