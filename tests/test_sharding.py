@@ -73,7 +73,7 @@ def batch(step: int) -> dict[str, np.ndarray]:
 def trained(shape: tuple[int, int, int]) -> tuple[list[float], dict, str]:
     """The losses of three steps, the adapters after them, and the program that every device ran."""
     mesh = mesh_of(shape)
-    check_mesh(mesh, CONFIG, 8)
+    check_mesh(mesh, CONFIG, QuantConfig(block_size=8))
     model = Llama(CONFIG, adapter=ADAPTER, remat=shape == (2, 2, 2))
     optimizer = make_optimizer(TRAIN)
     with jax.set_mesh(mesh):
@@ -230,8 +230,11 @@ LLAMA_7B = MODELS["7b"]
 def test_shapes_that_cannot_be_split_are_refused(
     shape: tuple, llama: LlamaConfig, block_size: int | None, words: list[str]
 ) -> None:
+    quant = QuantConfig(format="none")
+    if block_size is not None:
+        quant = QuantConfig(block_size=block_size)
     with pytest.raises(ValueError) as error:
-        check_mesh(make_mesh(MeshConfig(*shape), 8), llama, block_size)
+        check_mesh(make_mesh(MeshConfig(*shape), 8), llama, quant)
     for word in words:
         assert word in str(error.value)
 
@@ -242,7 +245,7 @@ def test_published_shapes_can_be_split() -> None:
         llama = MODELS[name]
         assert set(llama.linear_shapes) == set(LINEAR_NAMES)
         for shape in ((1, 8, 1), (1, 1, 4), (1, 2, 4)):
-            check_mesh(make_mesh(MeshConfig(*shape), 8), llama, 64)
+            check_mesh(make_mesh(MeshConfig(*shape), 8), llama, QuantConfig())
 
 
 def test_bases_are_read_onto_the_mesh(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def test_the_first_signal_asks_and_the_second_interrupts(number: signal.Signals,
         assert stop.signal is None
         os.kill(os.getpid(), number)
         assert stop.signal == number
-        assert "once more ends at once" in capfd.readouterr().err
+        assert "send the signal again to end at once" in capfd.readouterr().err
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
 
