@@ -188,7 +188,7 @@ def save_adapter(
     parts = (
         (adapter_name(path, layer, part), np.asarray(value))
         for path, layer in places
-        for part, value in leaves(path, layer).items()
+        for part, value in sorted(leaves(path, layer).items())  # the order of `shapes`
     )
     write_tensors(folder / ADAPTER, shapes, dtype, parts)
     alpha = adapter.alpha

@@ -409,4 +409,17 @@ class Llama(nn.Module):
         if self.is_initializing() and not self.has_variable("params", LAYERS):
             fresh = self.init_adapters(self.make_rng("params"))
             self.put_variable("params", LAYERS, fresh[LAYERS])
-        return self.get_variable("params", LAYERS)
+        given = self.get_variable("params", LAYERS)
+        fresh = jax.eval_shape(self.init_adapters, jax.random.key(0))[LAYERS]
+        given_shapes, wanted_shapes = (
+            {
+                jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape
+                for path, leaf in jax.tree.leaves_with_path(tree)
+            }
+            for tree in (given, fresh)
+        )
+        for name in sorted(given_shapes.keys() | wanted_shapes.keys()):
+            found, wanted = (of.get(name, "nothing") for of in (given_shapes, wanted_shapes))
+            if found != wanted:
+                raise ValueError(f"params: {name}: shape {found}, accepted is {wanted}")
+        return given

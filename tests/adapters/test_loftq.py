@@ -119,8 +119,8 @@ def test_the_first_turn_is_kept_where_it_is_the_best(monkeypatch: pytest.MonkeyP
     """A quantizer that becomes worse from call to call: Q and its pair still belong together."""
     calls: list[Any] = []
 
-    def worse(weight: jax.Array, config: QuantConfig, less: Any) -> QTensor:
-        calls.append(quantize(weight * (1.0 + len(calls)), config, minus=less))
+    def worse(weight: jax.Array, config: QuantConfig, minus: Any) -> QTensor:
+        calls.append(quantize(weight * (1.0 + len(calls)), config, minus=minus))
         return calls[-1]
 
     monkeypatch.setattr(module, "quantize", worse)
@@ -280,7 +280,7 @@ def test_base_and_pairs_are_read_onto_the_mesh() -> None:
             assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
     split_as = jax.tree.map(lambda x: x.sharding.spec, split[1]["layers"])
     assert split_as["self_attn"]["o_proj"]["lora_A"] == P(None, None, ("tensor", "fsdp"))
-    assert split_as["mlp"]["up_proj"]["lora_B"] == P(None, ("tensor", "fsdp"))
+    assert split_as["mlp"]["up_proj"]["lora_B"] == P(None, ("tensor", "fsdp"), None)
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -317,7 +317,7 @@ def test_a_crashed_run_ends_as_if_it_had_not(
         run(config(folder))
     assert 0 in steps_of(folder)
     if moment.startswith("step"):
-        monkeypatch.setattr(f"{finetune.__name__}.load_loftq", crash)
+        monkeypatch.setattr(f"{finetune.__name__}.load_fitted", crash)
     else:
         # What a start that was broken off even earlier leaves.
         (folder / "checkpoints" / "0").rename(folder / "checkpoints" / "0.orbax-checkpoint-tmp")
@@ -358,7 +358,7 @@ def test_the_baseline_is_the_model_before_its_finetune(finished: Path) -> None:
 def test_the_table_has_the_quantizer_with_and_without_its_pair(tmp_path: Path) -> None:
     changes = {
         "quant__calibration": "icq",
-        "quant__icq": IcqOptions(steps=4),
+        "quant__icq__steps": 4,
         "train__steps": 1,
         "train__save_every": 0,
         "evaluate__baselines": True,
@@ -388,7 +388,7 @@ def test_bases_that_do_not_go_with_loftq_are_refused(finished: Path, tmp_path: P
         with pytest.raises(ValueError) as refused:
             action(config(tmp_path / "new", finished, adapter__init="default"))
         assert str(refused.value) == (
-            f"model = '{finished}': its base was quantized by LoftQ for the adapter of that run, "
+            f"model = '{finished}': its base was fitted to the adapter of that run (LoftQ), "
             f"and is incomplete without it; {origin}or a folder of irqlora quantize"
         )
     assert not (tmp_path / "new").exists()

@@ -13,7 +13,7 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.iec import IecOptions
 from irqlora_jax.config import Config
 from irqlora_jax.evaluate.mmlu_files import SUBCATEGORIES
-from irqlora_jax.model.llama import AdaptedLinear
+from irqlora_jax.model.llama import AdaptedLinear, Settings
 from irqlora_jax.quant.config import QuantConfig
 from tests.data.small_data import make_tokenizer, write_file
 from tests.examples.scripts import scripts
@@ -148,10 +148,11 @@ def test_one_connection_is_learned_and_the_other_is_not() -> None:
     found = {}
     for connections in ("both", "u1", "u2"):
         adapter = AdapterConfig(rank=4, iec=IecOptions(connections))
-        layer = AdaptedLinear((6, 8), adapter, "xla", True, name="q_proj")
+        settings = Settings(tiny_llama(), adapter, None, "xla", deterministic=True)
+        layer = AdaptedLinear((6, 8), settings, name="q_proj")
 
         def loss(params, layer=layer):
-            return (layer.apply({"params": params, "base": base}, x) ** 2).sum()
+            return (layer.apply({"base": base}, x, params) ** 2).sum()
 
         found[connections] = jax.value_and_grad(loss)(params)
     value, full = found["both"]

@@ -76,7 +76,7 @@ def test_the_step_of_every_recipe_builds_at_full_size(recipe: str, size: str) ->
     scalars = architecture.num_hidden_layers * 14 * (config.adapter.method == "iec")
     assert sum(leaf.size for leaf in jax.tree.leaves(new.adapters)) == pairs + scalars
     mesh = make_mesh(MeshConfig(fsdp=8), settings.batch_size // settings.accumulation)
-    check_mesh(mesh, architecture, config.quant.block_size)
+    check_mesh(mesh, architecture, config.quant)
 
 
 def test_every_recipe_is_covered_and_names_its_source() -> None:

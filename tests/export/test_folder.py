@@ -246,7 +246,7 @@ def test_a_kill_leaves_a_part_folder_which_the_next_export_names(
     code = f"""
 import os, signal
 from irqlora_jax import hf
-from irqlora_jax.hf import tensors
+from irqlora_jax.files import tensors
 tensors._write_array = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
 hf.export_merged({str(base_folder)!r}, {str(tmp_path / "out")!r})
 """

@@ -293,9 +293,19 @@ def test_weights_of_another_model_are_refused():
     wider = Llama(dataclasses.replace(CONFIG, intermediate_size=48))
     with pytest.raises(ValueError, match=r"mlp\.gate_proj\.weight .*\(40, 24\).*\(48, 24\)"):
         wider.apply({"base": base}, TOKENS)
-    with pytest.raises(Exception, match="lora_A"):
-        params = random_adapters(Llama(CONFIG, dataclasses.replace(IEC, rank=8)))
-        Llama(CONFIG, IEC).apply({"params": params, "base": base}, TOKENS)
+    model = Llama(CONFIG, IEC)
+    others = {
+        r"down_proj\.lora_A: shape \(3, 8, 40\), accepted is \(3, 4, 40\)": {"rank": 8},
+        r"beta1: shape nothing, accepted is \(3,\)": {"method": "lora"},
+        r"down_proj\.\w+: shape nothing, accepted is \(3": {"targets": ("q_proj", "v_proj")},
+    }
+    for message, changes in others.items():
+        params = random_adapters(Llama(CONFIG, dataclasses.replace(IEC, **changes)))
+        with pytest.raises(ValueError, match=message):
+            model.apply({"params": params, "base": base}, TOKENS)
+    with pytest.raises(ValueError, match=r"beta1: shape \(3,\), accepted is nothing"):
+        plain = Llama(CONFIG, dataclasses.replace(IEC, method="lora"))
+        plain.apply({"params": random_adapters(model), "base": base}, TOKENS)
     with pytest.raises(ValueError, match="compute_dtype = 'float64'"):
         Llama(CONFIG, compute_dtype="float64").apply({"base": base}, TOKENS)
 
