@@ -153,18 +153,20 @@ def summarize(found: Sequence[Surveyed], config: QuantConfig) -> dict[str, Any]:
         "plain" and "calibrated" (left out where nothing was calibrated) "entropy" and "error", by
         projection a list over the layers (null where a layer is not quantized), "mean_entropy" of
         all blocks in bits, "codes", counted, and "shifts", the counts of the bins of `bin_edges`
-        (left out without shifts); both of the matrices in `format` alone. With rules also
-        "formats", the number of matrices in each format.
+        (left out without shifts). With rules also "formats", the number of matrices in each format;
+        "format" is then the most frequent one, and only its matrices count in "codes" and "shifts".
     """
+    formats = collections.Counter(one.format for one in found)
+    format, _ = formats.most_common(1)[0]
     summary: dict[str, Any] = {
-        "format": config.format,
+        "format": format,
         "calibration": config.calibration,
         "block_size": config.block_size,
         "weights": sum(one.weights for one in found),
         "sampled": sum(one.sampled for one in found),
     }
     if config.rules:
-        summary["formats"] = dict(collections.Counter(one.format for one in found))
+        summary["formats"] = dict(formats)
     total = summary["weights"]
     kinds = {"plain": [(one, one.plain) for one in found]}
     if any(one.calibrated is not None for one in found):
@@ -176,9 +178,8 @@ def summarize(found: Sequence[Surveyed], config: QuantConfig) -> dict[str, Any]:
             for measure in ("entropy", "error")
         }
         # Histograms of one format only: codes of others mean other levels.
-        same = [m for one, m in parts if one.format == config.format]
-        if same:
-            summary[kind]["codes"] = _sum([m.codes for m in same])
+        same = [m for one, m in parts if one.format == format]
+        summary[kind]["codes"] = _sum([m.codes for m in same])
         shifts = [m.shifts for m in same if m.shifts is not None]
         if shifts:
             summary[kind]["shifts"] = _sum(shifts)

@@ -69,7 +69,7 @@ def plan(config: Config, name: str | None = None) -> bool:
 def _table(config: Config, need: MemoryNeed, target: PlanDevice) -> str:
     stored, where = need.base, "" if need.host == 0 else " on the device"
     bits = lambda size: f"{8 * size / stored.weights:.3f}" if need.devices == 1 else ""  # noqa: E731
-    kept = "weights" if config.quant.format == "none" else "codes"
+    kept = "weights" if not config.quant.quantizes else "codes"
     rows = [
         ("on each device" if need.devices > 1 else "", "GiB", "bits a weight"),
         (f"base: {kept}", _gib(stored.codes), bits(stored.codes)),

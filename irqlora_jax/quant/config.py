@@ -124,10 +124,10 @@ class QuantConfig:
     @property
     def plain(self) -> "QuantConfig":
         """The same storage without a calibration."""
+        # A rule stays even if it chose a calibration alone: it shadows the rules behind it.
         rules = tuple(
-            dataclasses.replace(rule, calibration=None)
+            dataclasses.replace(rule, calibration=rule.calibration and PLAIN.name)
             for rule in self.rules
-            if set(rule.overrides) != {"calibration"}
         )
         return dataclasses.replace(self, calibration=PLAIN.name, rules=rules)
 

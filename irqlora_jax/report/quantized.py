@@ -39,17 +39,16 @@ def entropy(found: RunData) -> Markup:
             "Mean of all projections",
             axis,
             {
-                name: [sum(column) / len(column) for column in zip(*values.values(), strict=True)]
+                name: [_mean(column) for column in zip(*values.values(), strict=True)]
                 for name, values in by_kind.items()
             },
         )
     ]
     for name in names:
         plots.append(_by_layer(name, axis, {kind: v[name] for kind, v in by_kind.items()}))
-    bits = FORMATS[survey["format"]].bits
     note = (
-        f"Mean entropy of the codes in a block (at most {bits} bits) by layer, counted from 0. "
-        f"{_sampled(survey)} All plots have the same scale."
+        f"Mean entropy of the codes in a block (at most {most_bits(survey)} bits) by layer, "
+        f"counted from 0. {_sampled(survey)} All plots have the same scale."
     )
     return join(tag("p", note, class_="note"), tag("div", *plots, class_="grid2"))
 
@@ -62,7 +61,10 @@ def quantization(found: RunData) -> Markup:
     fmt = FORMATS[survey["format"]]
     plots = [_codes_plot(survey, kinds, fmt), _shifts_plot(survey, kinds, fmt)]
     by_kind = {
-        name: {part: [100 * v for v in values] for part, values in survey[key]["error"].items()}
+        name: {
+            part: [None if v is None else 100 * v for v in values]
+            for part, values in survey[key]["error"].items()
+        }
         for name, key in kinds
     }
     axis = _shared_axis("relative error (%)", by_kind)
@@ -74,6 +76,17 @@ def quantization(found: RunData) -> Markup:
         "All error plots have the same scale."
     )
     return join(tag("p", note, class_="note"), tag("div", *plots, class_="grid2"))
+
+
+def most_bits(survey: Mapping[str, Any]) -> int:
+    """Bits of the largest format, so the limit of every entropy."""
+    return max(FORMATS[name].bits for name in survey.get("formats") or [survey["format"]])
+
+
+def _mean(column: Sequence[float | None]) -> float | None:
+    """Mean of the projections of a layer that are quantized; None if none is."""
+    found = [value for value in column if value is not None]
+    return sum(found) / len(found) if found else None
 
 
 def _shared_axis(label: str, by_kind: Mapping[str, Mapping[str, Sequence[float]]]) -> Axis:

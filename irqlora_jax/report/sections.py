@@ -9,7 +9,7 @@ from irqlora_jax.adapters import METHODS
 from irqlora_jax.quant.formats import FORMATS
 from irqlora_jax.report.figure import table
 from irqlora_jax.report.markup import Markup, join, tag
-from irqlora_jax.report.quantized import calibration_name
+from irqlora_jax.report.quantized import calibration_name, most_bits
 from irqlora_jax.report.run_data import RunData, metric_curve
 from irqlora_jax.report.svg import Axis, Bar, Line, horizontal_bars, line_plot
 from irqlora_jax.text import readable_size
@@ -45,26 +45,30 @@ def _format_sentence(found: RunData) -> str:
     quant = found.quant
     if quant is None:
         return ""
+    rules = quant.get("rules") or ()
     if quant["format"] == "none":
-        return "Not quantized."
-    levels = 2 ** FORMATS[quant["format"]].bits
-    text = f"{quant['format']}, {levels} levels, in blocks of {quant['block_size']} weights"
+        text = "Not quantized"
+        if not rules:
+            return f"{text}."
+    else:
+        levels = 2 ** FORMATS[quant["format"]].bits
+        text = f"{quant['format']}, {levels} levels, in blocks of {quant['block_size']} weights"
     if found.storage is not None:
         text += f": {found.storage.bits:.2f} bits a weight with scales and shifts"
-    for rule in quant.get("rules") or ():
+    for rule in rules:
         changes = (f"{k} {v}" for k, v in rule.items() if k != "match" and v is not None)
         text += f"; {rule['match']}: {', '.join(changes)}"
     return f"{text}."
 
 
 def _calibration_sentence(found: RunData) -> str:
-    if found.quant is None or found.quant["format"] == "none":
+    if found.quant is None or (found.quant["format"] == "none" and not found.quant.get("rules")):
         return ""
     name = calibration_name(found.quant["calibration"])
     survey = found.survey or {}
     if "plain" not in survey:
         return _sentence(name)
-    bits = FORMATS[survey["format"]].bits
+    bits = most_bits(survey)
     plain = survey["plain"]["mean_entropy"]
     if "calibrated" not in survey:
         return f"{_sentence(name)[:-1]}; mean entropy of the codes {plain:.3f} of {bits} bits."

@@ -1,6 +1,7 @@
 """Layers in different formats: `quant.rules`, and the stacks that they are kept in."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.file import read_base, save_base
 from irqlora_jax.base.storage import abstract_base, measure_base
 from irqlora_jax.export.model import save_model
-from irqlora_jax.model.llama import Llama
+from irqlora_jax.model.llama import AdaptedLinear, Llama
 from irqlora_jax.quant.config import QuantConfig, QuantRule
 from irqlora_jax.quant.qtensor import QTensor
 from tests.models import assert_same, random_tensors, tiny_llama, word_tokenizer, write_model
@@ -68,6 +69,23 @@ def test_a_rule_that_matches_nothing_or_sets_nothing_is_refused(model: Path) -> 
         hf.load_base(model, config)
     with pytest.raises(ValueError, match=r"quant.rules\[0\].*sets something"):
         QuantConfig(rules=(QuantRule("layers.0.*"),))
+
+
+def test_the_program_without_second_moments_has_nothing_of_them(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, llama = hf.load_base(model, MIXED)
+    bare = Llama(llama)
+
+    def program(mutable: Any) -> str:
+        apply = lambda base: bare.apply({"base": base}, TOKENS, mutable=mutable)  # noqa: E731
+        return jax.jit(apply).lower(base).compile().as_text()
+
+    plain, moments = program(False), program(["stats"])
+    with monkeypatch.context() as patch:
+        patch.setattr(AdaptedLinear, "is_mutable_collection", lambda self, name: False)
+        assert program(False) == plain
+    assert moments.count(" dot(") == plain.count(" dot(") + 4 * 7
 
 
 def test_second_moments_of_the_inputs_are_given_on_request(model: Path) -> None:
