@@ -1,6 +1,6 @@
 """The command line: `irqlora train | eval | report | quantize | export | chat`.
 
-Nothing else is imported until the command is known, so help and mistakes get their answer at once.
+A command's modules are imported only when it runs, so help and usage errors appear at once.
 """
 
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 
 import irqlora_jax
 
-# The class of the options, and the function that does the work.
+# The class of the options, and the function that runs the command.
 Loaded = tuple[type, Callable[[Any], Any]]
 
 
@@ -79,15 +79,15 @@ def _chat() -> Loaded:
     return ChatConfig, chat
 
 
-# Name: its line in the help, and a function that imports what the command needs.
+# Name: the line in the help, and a function that imports what the command needs.
 _COMMANDS: dict[str, tuple[str, Callable[[], Loaded]]] = {
     "train": (
-        "finetune a quantized LLaMA (also: python train.py); --plan only says whether it fits",
+        "finetune a quantized LLaMA (also: python train.py); --plan only checks whether it fits",
         _train,
     ),
     "eval": ("questions, MMLU, perplexity, generation (also: python eval.py)", _eval),
-    "report": ("write the page about a run again", _report),
-    "quantize": ("quantize a base once, for many runs to share", _quantize),
+    "report": ("rewrite the report page of a run", _report),
+    "quantize": ("quantize a base once for many runs", _quantize),
     "export": ("write a run as Hugging Face folders: adapter, merged or dequantized", _export),
     "chat": ("talk to a model in the terminal", _chat),
 }
@@ -115,8 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit code: 0 done, 2 the user's input, 130 Ctrl-C. Anything else raises, which makes 1;
-        training that a signal ended, with a checkpoint, raises SystemExit(130 or 143).
+        The exit code: 0 for success, 2 for invalid input, 130 for Ctrl-C. Other errors are raised
+        (exit code 1). Training that a signal ended raises SystemExit(130 or 143).
     """
     name, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):

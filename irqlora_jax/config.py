@@ -1,7 +1,7 @@
-"""The whole configuration: frozen dataclasses, read from YAML and dotted overrides.
+"""The configuration: frozen dataclasses, read from YAML and dotted overrides.
 
-Every unknown key and every bad value is an error that names the field, the value and what is
-accepted. The fields are documented here and nowhere else; `python train.py --help` prints them.
+An unknown key or invalid value is an error that names the field, the value and the accepted values.
+The fields are documented only here; `python train.py --help` prints the documentation.
 """
 
 import dataclasses
@@ -110,8 +110,8 @@ class EvaluateConfig:
     max_questions: int | None = None
     """Use only this many questions (null: all)."""
     baselines: bool = False
-    """Also measure, for a table, the full-precision model and the quantized model without a
-    finetune. Beside the run's calibration this shows the plain quantizer and, with joint, ICQ."""
+    """Also measure the full-precision model and the quantized model without finetuning. Besides
+    the run's calibration, the table shows the plain quantizer and, with joint, ICQ."""
     samples: tuple[str, ...] = ()
     """Prompts to answer at every evaluation (with data.format alpaca: instructions)."""
     sample_tokens: int = 64
@@ -162,7 +162,7 @@ class Config:
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
-        # Such a start corrects the quantization error.
+        # A fitted initialization corrects the quantization error.
         ok = self.quant.quantizes or self.adapter.start.fit is None
         require(ok, "adapter.init", self.adapter.init, "default with quant.format none")
 
@@ -203,9 +203,9 @@ class TrainOptions(Config):
     __doc__ = Config.__doc__
 
     plan: bool | str = False
-    """Only say whether the run fits, and what would: `--plan` for the device at hand, `--plan NAME`
-    for another (t4, 4090, l4, a6000, a100-40, a100-80, h100, h200, ...). The training step is
-    compiled from shapes: no weights are read, nothing is written."""
+    """Only check whether the run fits into memory, and if not, what would fit: `--plan` for this
+    device, `--plan NAME` for another (t4, 4090, l4, a6000, a100-40, a100-80, h100, h200, ...). The
+    training step is compiled from shapes: no weights are read, and nothing is written."""
 
     def config(self) -> Config:
         """The configuration of the run."""
@@ -214,21 +214,21 @@ class TrainOptions(Config):
 
 
 def parse_config(argv: Sequence[str]) -> Config:
-    """The configuration on a command line: `--config FILE` and `--section.key value` overrides.
+    """Parses a command line: `--config FILE` and `--section.key value` overrides.
 
     Raises:
-        ValueError: no such file, unknown key, wrong type or value that is not accepted.
+        ValueError: no such file, unknown key, wrong type or invalid value.
     """
     return parse_flags(Config, argv, "train.py")
 
 
 def parse_flags(kind: type[Parsed], argv: Sequence[str], script: str) -> Parsed:
-    """A dataclass from flags and, with `--config`, from a YAML file that the flags override.
+    """Makes a dataclass from flags and, with `--config`, a YAML file that the flags override.
 
-    A switch (true or false) may stand without a value: `--baseline` is `--baseline=true`.
+    The value of a boolean flag is optional: `--baseline` means `--baseline=true`.
 
     Raises:
-        ValueError: no such file, unknown key, wrong type or value that is not accepted.
+        ValueError: no such file, unknown key, wrong type or invalid value.
     """
     import jsonargparse
 
@@ -258,7 +258,7 @@ def parse_flags(kind: type[Parsed], argv: Sequence[str], script: str) -> Parsed:
 
 
 def _with_current_flags(argv: Sequence[str]) -> list[str]:
-    """Flags and configuration files with today's names."""
+    """Replaces old names of fields in flags and configuration files."""
     renamed = {
         f"{section}.{old}": ".".join((section, *new))
         for section, names in _RENAMED.items()
@@ -279,16 +279,16 @@ def _with_current_flags(argv: Sequence[str]) -> list[str]:
 
 
 def _read_config(path: str) -> str:
-    """A configuration file as YAML text with today's names.
+    """Returns a configuration file as YAML text with the current names of fields.
 
-    A file that cannot be read, or that holds no mapping, is left to the parser, which refuses it.
+    Returns the path if no name changes or no mapping can be read. The parser then reads the file.
     """
     import yaml
     from jsonargparse import get_loader
 
     try:
         text = Path(path).read_text(encoding="utf-8")
-        # In JSON, numbers that are not finite are written in another way.
+        # JSON and YAML write non-finite numbers differently.
         values = json.loads(text) if path.endswith(".json") else get_loader("yaml")(text)
     except (OSError, ValueError, yaml.YAMLError):
         return path
@@ -304,7 +304,7 @@ def _read_config(path: str) -> str:
 
 
 def _switches(kind: type, prefix: str = "--") -> Iterator[str]:
-    """The flags that are true or false, or may be."""
+    """Yields the flags that accept a boolean."""
     for field in dataclasses.fields(kind):
         if dataclasses.is_dataclass(field.type):
             yield from _switches(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The machine at hand: its device, its memory, installed packages, the cache of programs."""
+"""This machine: device, memory, installed packages and the cache of compiled programs."""
 
 import importlib.metadata
 import logging
@@ -27,7 +27,7 @@ def installed_version(package: str) -> str:
 
 
 def compute_capability(device: Any) -> tuple[int, int] | None:
-    """The CUDA compute capability of a jax device; None if it is no NVIDIA GPU."""
+    """The CUDA compute capability of a jax device; None if it is not an NVIDIA GPU."""
     text = str(getattr(device, "compute_capability", None))
     found = re.fullmatch(r"(\d+)\.(\d+)", text)  # AMD's GPUs have "gfx90a"
     return (int(found[1]), int(found[2])) if found else None
@@ -45,7 +45,7 @@ def fastest_dtype(device: Any) -> FloatName:
 
 
 def peak_memory() -> int:
-    """The largest number of bytes in use so far, by the accelerator or by this process on a CPU."""
+    """Peak memory so far in bytes, of the accelerator, or of this process on a CPU."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

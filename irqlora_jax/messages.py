@@ -1,8 +1,8 @@
 """How the messages of the package reach the user.
 
-Every module logs to `logging.getLogger(__name__)`: `info` for what happens, `warning` where
-something failed or was given up. The functions behind the commands (`train.run`, `evaluate_run`,
-`plan`, `quantize_model`, `export`, `report`) show these messages without any configuration.
+Every module logs to `logging.getLogger(__name__)`: `info` for progress and results,
+`warning` for failures. The functions behind the commands (`train.run`, `evaluate_run`, `plan`,
+`quantize_model`, `export`, `report`) show these messages without any configuration.
 
 Python drops messages of level INFO unless somebody configures logging. A notebook would then train
 in silence. So these functions run inside `shown()`, which adds a handler to the logger
@@ -47,19 +47,19 @@ class Plain(logging.Handler):
 
 
 def _bars_cleared() -> contextlib.AbstractContextManager[Any]:
-    bars: Any = sys.modules.get("tqdm")  # where it is not imported, there is no bar
+    bars: Any = sys.modules.get("tqdm")  # without this import, there is no bar
     return contextlib.nullcontext() if bars is None else bars.tqdm.external_write_mode()
 
 
 def _is_configured() -> bool:
-    """Whether the application takes the messages itself, or `shown` is already at work."""
+    """Whether the application handles the messages itself, or `shown` is already active."""
     own = bool(_package.handlers)
     return own or (_package.hasHandlers() and _package.isEnabledFor(logging.INFO))
 
 
 @contextlib.contextmanager
 def shown() -> Iterator[None]:
-    """Shows the messages of the package inside, unless the application configured logging."""
+    """Context that shows the package's messages, unless the application configured logging."""
     if _is_configured():
         yield
         return

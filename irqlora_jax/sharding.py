@@ -29,9 +29,9 @@ SPLIT_INPUTS = ("o_proj", "down_proj")
 
 Axes = tuple[str, ...]
 Splits = Mapping[str, tuple[str | None, ...]]
-"""By leaf of an adapter: "out" or "in" for each dimension, None for one that stays whole."""
+"""By leaf of an adapter, for each dimension: "out", "in", or None if it is not split."""
 PAIR: Splits = {"lora_A": (None, "in"), "lora_B": ("out", None)}
-"""How a pair of LoRA is split."""
+"""How a LoRA pair is split."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = Non
 
 
 def spec(mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...], splits: Splits = PAIR) -> P:
-    """The rule for one array of the base, the adapters or the optimizer's state.
+    """The partition spec of one array of the base, the adapters or the optimizer's state.
 
     Adapters, embeddings and the output matrix are split as far as their sizes allow. `check_mesh`
     checks beforehand that the linear layers can be split.
@@ -132,7 +132,7 @@ def _fitting(mesh: Mesh | AbstractMesh, size: int, axes: Axes) -> Axes | None:
 def sharding(
     mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...], splits: Splits = PAIR
 ) -> NamedSharding:
-    """`spec` on its mesh."""
+    """The `NamedSharding` of `spec`."""
     return NamedSharding(mesh, spec(mesh, path, shape, splits))
 
 
@@ -140,7 +140,7 @@ def tree_shardings(mesh: Mesh | AbstractMesh, tree: Any, splits: Splits = PAIR) 
     """The sharding of every array of a tree: a base, adapters, or a training state.
 
     Args:
-        mesh: of `make_mesh`.
+        mesh: from `make_mesh`.
         tree: arrays, or their shapes.
         splits: of the adapter method.
     """
@@ -175,8 +175,8 @@ def split_activation(x: jax.Array, over_tensor: bool = False) -> jax.Array:
 def gather(tree: Any, name: str, splits: Splits | None = None) -> Any:
     """Gathers the fsdp parts of a weight or adapter of one layer. It stays split over tensor.
 
-    Weights are gathered in packed form, so only 2 to 4 bits a weight are sent. Does nothing outside
-    of `jax.set_mesh`.
+    Weights are gathered in packed form, so only 2 to 4 bits per weight are sent. Does nothing
+    outside of `jax.set_mesh`.
 
     Args:
         tree: weight, QTensor or adapter of a linear layer (without the axis of the layers), or

@@ -1,14 +1,14 @@
-"""Text for people: tables, sizes, and the sentence that refuses a value."""
+"""Text for users: tables, sizes and error messages about values."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def require(ok: bool, field: str, value: Any, accepted: str) -> None:
-    """Refuses the value of a field unless `ok`.
+    """Raises an error about the value of a field unless `ok`.
 
     Raises:
-        ValueError: names the field, the value and what is accepted.
+        ValueError: not `ok`. The message names the field, the value and what is accepted.
 
     Examples:
         >>> require(False, "train.steps", 0, "a whole number of at least 1")
@@ -22,7 +22,7 @@ def require(ok: bool, field: str, value: Any, accepted: str) -> None:
 def with_current_names(
     fields: Mapping[str, Any], renamed: Mapping[str, tuple[str, str]]
 ) -> dict[str, Any]:
-    """The fields of a section of the configuration, with those of earlier versions moved.
+    """Replaces names of earlier versions in a section of the configuration.
 
     Examples:
         >>> renamed = {"search_steps": ("icq", "steps")}
@@ -37,7 +37,7 @@ def with_current_names(
 
 
 def readable_size(size: int) -> str:
-    """A number of bytes in GiB or MiB.
+    """Formats a number of bytes in GiB or MiB.
 
     Examples:
         >>> readable_size(3 * 2**30), readable_size(1536 * 2**10)
@@ -47,7 +47,7 @@ def readable_size(size: int) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A table with aligned columns. The first row is the head, the first column holds names.
+    """Formats a table with aligned columns. The first row is the header; the first column, names.
 
     Examples:
         >>> print(aligned([("task", "score"), ("boolq", "0.7")]))

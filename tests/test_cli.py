@@ -111,7 +111,7 @@ BAD: dict[str, tuple[Callable[[Case], object], list[str], list[str]]] = {
     "output cannot be written": (
         lambda c: None if Path("/proc").is_dir() else pytest.skip("needs a folder like /proc"),
         ["--output_dir=/proc/run"],
-        ["output_dir = '/proc/run': nothing can be written there"],
+        ["output_dir = '/proc/run': not writable"],
     ),
     "no such questions": (
         lambda c: None,

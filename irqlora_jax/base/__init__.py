@@ -1,1 +1,1 @@
-"""The frozen base: made from float weights, stored once, measured."""
+"""The frozen base: makes it from float weights, stores it and measures it."""

@@ -34,12 +34,11 @@ def save_base(
     *,
     fitted: bool = False,
 ) -> None:
-    """Writes base, architecture and how it was quantized into one safetensors file.
+    """Writes a base, its architecture and its quantization settings to one safetensors file.
 
-    A QTensor becomes one tensor an array (`NAME.packed`, `NAME.scale_codes`, ...) and an entry of
-    the metadata that holds its shape, format, block size and layout. `source` is the folder or the
-    id of the model that it was made from; `fitted` marks a base that is incomplete without the
-    adapters fitted to it.
+    Each array of a QTensor becomes one tensor (`NAME.packed`, `NAME.scale_codes`, ...). The
+    metadata holds its shape, format, block size and layout. `source` is the folder or hub id of the
+    original model. `fitted` marks a base that is incomplete without the adapters fitted to it.
     """
     tensors: dict[str, np.ndarray] = {}
     static: dict[str, Any] = {}
@@ -70,15 +69,15 @@ def save_base(
 
 
 def read_base(path: Path, mesh: Mesh | None = None) -> tuple[Base, LlamaConfig]:
-    """Reads what `save_base` wrote, bit by bit.
+    """Reads a base written by `save_base`, bit for bit.
 
     Args:
-        path: the file.
+        path: path of the file.
         mesh: devices to split the weights over (default: all on the first device).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, or not written by `save_base`.
+        ValueError: the file is damaged, or was not written by `save_base`.
     """
 
     def read(file: Any, name: str) -> jax.Array:
@@ -90,7 +89,7 @@ def read_base(path: Path, mesh: Mesh | None = None) -> tuple[Base, LlamaConfig]:
 
 
 def base_shapes(path: Path) -> tuple[Base, LlamaConfig]:
-    """As `read_base`, with jax.ShapeDtypeStruct for the arrays: only the header is read."""
+    """Reads only the header: like `read_base`, with jax.ShapeDtypeStruct for the arrays."""
 
     def read(file: Any, name: str) -> jax.ShapeDtypeStruct:
         part = file.get_slice(name)
@@ -123,7 +122,7 @@ def _read(path: Path, read: Callable[[Any, str], Any]) -> tuple[Base, LlamaConfi
 
 
 def read_base_config(path: Path) -> tuple[LlamaConfig, QuantConfig]:
-    """The architecture of a base, and how it was quantized.
+    """Reads the architecture and the quantization settings of a base.
 
     Raises:
         FileNotFoundError, ValueError: as `read_base`.
@@ -134,7 +133,7 @@ def read_base_config(path: Path) -> tuple[LlamaConfig, QuantConfig]:
 
 
 def read_source(path: Path) -> str | None:
-    """The model that a base was made from; None where that is not known.
+    """Reads the folder or hub id of a base's original model; None if unknown.
 
     Raises:
         FileNotFoundError, ValueError: as `read_base`.
@@ -161,7 +160,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: damaged safetensors file ({error})") from error
     if metadata.get("irqlora_jax") != _VERSION:
         found = metadata.get("irqlora_jax")
-        raise ValueError(f"{path}: version {found!r} of a base: accepted is {_VERSION!r}")
+        raise ValueError(f"{path}: base file version {found!r}: accepted is {_VERSION!r}")
     return metadata
 
 

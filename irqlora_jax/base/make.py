@@ -1,7 +1,7 @@
-"""LLaMA folders of Hugging Face as trees of this package.
+"""Reads and quantizes the weights of a Hugging Face LLaMA.
 
-Weights are quantized one tensor at a time while a thread reads the next one, so that a model needs
-little more host memory than its packed form. Only safetensors are opened, never pickles.
+Weights are quantized one tensor at a time while a thread reads the next one. So the host needs
+little more memory than the packed model. Only safetensors files are opened, never pickles.
 """
 
 import contextlib
@@ -51,10 +51,10 @@ from irqlora_jax.sharding import LINEAR_NAMES, sharding
 from irqlora_jax.text import first_few, require
 
 Watch = Callable[[int, str, jax.Array, QTensor, QuantConfig], None]
-"""Called with every quantized matrix: layer, projection, the float32 weights, the result, and how
-it was made. The weights are overwritten when it returns."""
+"""Called for each quantized matrix with layer, projection, float32 weights, the QTensor and its
+configuration. The weights are overwritten after the call."""
 Maker = Callable[[Keys, int, jax.Array, QuantConfig], tuple[Any, Params]]
-"""From path, layer, weight and configuration of a matrix to the stored weight and its pair."""
+"""Maps path, layer, weight and configuration of a matrix to the stored weight and its LoRA pair."""
 
 
 def load_base(
@@ -65,21 +65,21 @@ def load_base(
     progress: bool = False,
     watch: Watch | None = None,
 ) -> tuple[Tree, LlamaConfig]:
-    """Reads a LLaMA and quantizes its linear layers; the head and the embeddings stay as they are.
+    """Reads a LLaMA and quantizes its linear layers, but not the head and the embeddings.
 
     Args:
-        source: local folder, or id on the hub.
-        quant: how; None or format "none" keeps the weights in the type of the file.
+        source: local folder or hub id.
+        quant: quantization settings. None or format "none" keeps the type of the file.
         mesh: devices to split the weights over (default: all on the first device).
         progress: show a bar.
-        watch: called with every matrix that was quantized.
+        watch: called for each quantized matrix.
 
     Returns:
         The frozen weights, stacked over the layers (`model/tree.py`), and the architecture.
 
     Raises:
-        FileNotFoundError, NotADirectoryError, ValueError: what is wrong with which file; a rule
-            that matches no matrix.
+        FileNotFoundError, NotADirectoryError, ValueError: a file is missing or invalid (the message
+            names it), or a rule matches no matrix.
     """
 
     def make(
@@ -104,13 +104,13 @@ def load_fitted(
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> tuple[Tree, Tree, LlamaConfig]:
-    """Like `load_base`, with the targets of an adapter fitted together with their pairs.
+    """Like `load_base`, but fits the targets of an adapter together with their LoRA pairs.
 
     Args:
-        source: local folder, or id on the hub.
-        quant: how the linear layers are stored.
+        source: local folder or hub id.
+        quant: quantization settings.
         adapter: initialization, targets, rank, alpha and type of the pairs.
-        key: for random directions, such as those of a randomized SVD.
+        key: random key, e.g. for a randomized SVD.
         mesh: devices to split weights and pairs over (default: all on the first device).
         progress: show a bar.
 
@@ -119,13 +119,13 @@ def load_fitted(
         the layers, and the architecture.
 
     Raises:
-        FileNotFoundError, NotADirectoryError, ValueError: as `load_base`; nothing is quantized; an
-            initialization that fits nothing.
+        FileNotFoundError, NotADirectoryError, ValueError: as `load_base`; also if nothing is
+            quantized, or if the initialization is not fitted to the weights.
     """
     require(quant.quantizes, "quant.format", quant.format, ", ".join(FORMATS))
     start, fit = adapter.start, adapter.start.fit
     if fit is None:
-        raise ValueError(f"adapter.init = {start.name!r}: it is not fitted to the weights")
+        raise ValueError(f"adapter.init = {start.name!r}: accepted is one fitted to the weights")
     options = getattr(adapter, start.name, start.options)
 
     def make(path: Keys, layer: int, weight: jax.Array, config: QuantConfig) -> tuple[Any, Params]:
@@ -134,14 +134,14 @@ def load_fitted(
         own = jax.random.fold_in(key, LINEAR_NAMES.index(path[-1]))
         own = jax.random.fold_in(own, layer)
         if config.format == KEPT:
-            # There is no error to correct: the pair starts as LoRA's.
+            # There is no quantization error to correct, so initialize the pair as in LoRA.
             rows, columns = weight.shape
             return None, LORA.init(own, (rows, columns), adapter.rank, None, adapter.dtype)
         dtype = adapter.dtype
         packed, a, b = fit(weight, config, adapter.rank, adapter.scale, options, own, dtype)
         return packed, {"lora_A": a, "lora_B": b}
 
-    # In the type of the file: every turn needs the matrix again, and widens a slab at a time.
+    # Keep the type of the file: each iteration reads the matrix again and widens it slab by slab.
     return _load(source, quant, make, None, mesh, progress, adapter.targets)
 
 
@@ -152,7 +152,7 @@ def load_loftq(
     key: PRNGKeyArray,
     **options: Any,
 ) -> tuple[Tree, Tree, LlamaConfig]:
-    """`load_fitted` with LoftQ (`adapters/loftq.py`), whatever `adapter.init` is."""
+    """Calls `load_fitted` with LoftQ (`adapters/loftq.py`) and ignores `adapter.init`."""
     return load_fitted(source, quant, dataclasses.replace(adapter, init="loftq"), key, **options)
 
 
@@ -165,10 +165,10 @@ def _load(
     progress: bool,
     fitted: Sequence[str] = (),
 ) -> tuple[Tree, Tree, LlamaConfig]:
-    """The base, the pairs that `make` gave, and the architecture.
+    """Returns the base, the pairs from `make`, and the architecture.
 
-    `make` gets every matrix that is quantized, and every matrix of the projections `fitted`, in
-    `dtype` or, if that is None, in the type of the file.
+    `make` gets each matrix that is quantized or belongs to a projection in `fitted`. The type of
+    the matrix is `dtype` (None: the type in the file).
     """
     from tqdm import tqdm
 
@@ -202,7 +202,7 @@ def _load_layers(
     bar: Any,
     fitted: Sequence[str],
 ) -> tuple[Tree, Tree]:
-    """The layers and their pairs: fills stacked arrays on the host, then moves them."""
+    """Fills stacked arrays of layers and pairs on the host, then moves them to the devices."""
     depth, shapes = config.num_hidden_layers, weight_shapes(config)[0]
     stacks: dict[Keys, list[np.ndarray]] = {}  # the leaves of a QTensor, or one float array
     structures: dict[Keys, Any] = {}
@@ -213,7 +213,7 @@ def _load_layers(
         if place not in stacks:
             stacks[place] = [aligned((count, *leaf.shape), leaf.dtype) for leaf in leaves]
         for stack, leaf in zip(stacks[place], leaves, strict=True):
-            stack[index] = leaf  # waits for the result, so that the buffer is free again
+            stack[index] = leaf  # waits for the result, so that the buffer can be reused
 
     for name, layers in plan_stacks(config, quant).items():
         for layer in layers:
@@ -236,7 +236,7 @@ def _load_layers(
         for (place, layer, layers, own), weight in zip(made, weights, strict=True):
 
             def step(weight: np.ndarray, place: Keys = place, layer: int = layer) -> None:
-                """A function, so that nothing of a matrix is left when the next one is read."""
+                """A function, so that its local arrays are freed before the next matrix is read."""
                 array = jax.device_put(weight, may_alias=True)
                 packed, pair = make(place[1:], layer, array, own)  # noqa: B023
                 if packed is not None:
@@ -265,14 +265,14 @@ def _load_layers(
 
 
 def _to_device(arrays: list[np.ndarray], mesh: Mesh | None, path: Keys) -> jax.Array:
-    """Moves the first array out of the list; unless the device takes it over, it is freed."""
+    """Pops the first array and puts it on the device. Frees the host copy unless it is aliased."""
     array = arrays.pop(0)
     where = None if mesh is None else sharding(mesh, path, array.shape)
     return jax.block_until_ready(jax.device_put(array, where, may_alias=True))
 
 
 def _find_weights(folder: Path) -> dict[str, Header]:
-    """The headers of all weights, from one file or from the shards that the index names."""
+    """Reads the headers of all weights, from one file or from the shards listed in the index."""
     if (folder / SINGLE).is_file():
         return read_headers(folder / SINGLE)
     if not (folder / INDEX).is_file():
@@ -280,7 +280,7 @@ def _find_weights(folder: Path) -> dict[str, Header]:
         pickles = sorted(file.name for file in folder.iterdir() if file.suffix in suffixes)
         if pickles:
             raise ValueError(
-                f"{folder}: its weights are pickles ({first_few(pickles)}), never opened here; "
+                f"{folder}: pickles are never opened ({first_few(pickles)}); "
                 "convert them elsewhere with save_pretrained(folder, safe_serialization=True)"
             )
         raise FileNotFoundError(f"{folder}: no weights ({SINGLE} or {INDEX})")
@@ -290,13 +290,13 @@ def _find_weights(folder: Path) -> dict[str, Header]:
     found: dict[str, Header] = {}
     for shard in sorted(set(shards.values())):
         if not (folder / shard).is_file():
-            raise FileNotFoundError(f"{folder / INDEX}: names {shard}, which is not there")
+            raise FileNotFoundError(f"{folder / INDEX}: lists {shard}, which does not exist")
         found |= read_headers(folder / shard)
     return found
 
 
 def _check_weights(folder: Path, found: Mapping[str, Header], config: LlamaConfig) -> None:
-    """Refuses a folder before anything of it is read, if its weights are not those of `config`."""
+    """Checks, before any weight is read, that the weights of a folder match `config`."""
     layered, single = weight_shapes(config)
     expected: dict[str, tuple[tuple[int, ...], str]] = {}
     for path, shape in single.items():
@@ -319,7 +319,7 @@ def _check_weights(folder: Path, found: Mapping[str, Header], config: LlamaConfi
                 f"{header.file}: {name} has type {FLOATS[header.dtype]}, but {first} has "
                 f"{FLOATS[found[first].dtype]}: accepted is one type for all layers"
             )
-    # Old files carry the rotary frequencies, tied ones may repeat the embeddings.
+    # Old files contain the rotary frequencies. With tied embeddings, a file may repeat them.
     spare = [name for name in found if name not in expected]
     spare = [name for name in spare if not name.endswith("rotary_emb.inv_freq")]
     spare = [name for name in spare if name != "lm_head.weight"]

@@ -1,4 +1,4 @@
-"""Whether a mesh can split a base."""
+"""Checks whether a mesh can split a base."""
 
 from jax.sharding import Mesh
 
@@ -9,15 +9,15 @@ from irqlora_jax.sharding import SPLIT_INPUTS
 
 
 def check_mesh(mesh: Mesh, llama: LlamaConfig, quant: QuantConfig) -> None:
-    """Refuses a mesh that cannot split a packed layer evenly.
+    """Checks that a mesh can split all packed layers evenly.
 
     Args:
-        mesh: of `make_mesh`.
+        mesh: from `make_mesh`.
         llama: the architecture.
         quant: how the linear layers are stored.
 
     Raises:
-        ValueError: which axis cannot split which layer, and what could.
+        ValueError: an axis cannot split a layer. The message names both and the accepted sizes.
     """
     tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
 
@@ -48,7 +48,7 @@ def check_mesh(mesh: Mesh, llama: LlamaConfig, quant: QuantConfig) -> None:
 
 
 def _block_sizes(llama: LlamaConfig, quant: QuantConfig, name: str) -> set[int]:
-    """Block sizes of a projection in any layer; 1 where it is not quantized."""
+    """Block sizes of a projection over all layers; 1 for layers where it is not quantized."""
     path, layers = linear_path(name), range(llama.num_hidden_layers)
     configs = (quant.for_matrix(matrix_name(path, layer)) for layer in layers)
     return {1 if config.format == KEPT else config.block_size for config in configs}

@@ -1,4 +1,4 @@
-"""What a base takes, as exact arithmetic on shapes: nothing is read and nothing is computed."""
+"""Computes the exact size of a base from shapes, without reading or quantizing weights."""
 
 import dataclasses
 import fnmatch
@@ -28,12 +28,12 @@ from irqlora_jax.text import require
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """Bytes of a base.
+    """Sizes of the parts of a base, in bytes.
 
     Attributes:
-        codes: of the linear layers; their weights where they are not quantized.
-        scales: with their second level.
-        shifts: or zero points, with their second level.
+        codes: codes of the linear layers, or their weights if they are not quantized.
+        scales: scales with their second level.
+        shifts: shifts or zero points, with their second level.
         rest: embeddings, output matrix and norms.
         weights: number of weights of the linear layers, without padding.
     """
@@ -46,7 +46,7 @@ class Storage:
 
     @property
     def total(self) -> int:
-        """All bytes: base.safetensors is as long, but for its header."""
+        """All bytes: the size of base.safetensors without its header."""
         return self.codes + self.scales + self.shifts + self.rest
 
     @property
@@ -56,10 +56,10 @@ class Storage:
 
 
 def measure_base(base: Base) -> Storage:
-    """What a base takes: of all devices together for arrays, or of one for shapes with shardings.
+    """Measures arrays over all devices together, but shapes with shardings per device.
 
     Args:
-        base: arrays, or jax.ShapeDtypeStruct in their place.
+        base: arrays or their shapes (jax.ShapeDtypeStruct).
     """
     parts = dict.fromkeys(("codes", "scales", "shifts"), 0)
     linears = [weight for _, weight in linear_stacks(base)]
@@ -81,15 +81,15 @@ def _logical(weight: Any) -> int:
 
 
 def abstract_base(llama: LlamaConfig, quant: QuantConfig, dtype: DTypeLike = jnp.bfloat16) -> Base:
-    """The base that `hf.load_base` reads, with jax.ShapeDtypeStruct for its arrays.
+    """Makes the tree of `hf.load_base` with jax.ShapeDtypeStruct in place of arrays.
 
     Args:
         llama: the architecture.
-        quant: how the linear layers are stored.
-        dtype: of what is not quantized.
+        quant: quantization settings.
+        dtype: type of the weights that are not quantized.
 
     Raises:
-        ValueError: a rule that matches no matrix.
+        ValueError: a rule matches no matrix.
     """
     layered, single = weight_shapes(llama)
     base: Base = {}
@@ -107,10 +107,10 @@ def abstract_base(llama: LlamaConfig, quant: QuantConfig, dtype: DTypeLike = jnp
 
 
 def plan_stacks(llama: LlamaConfig, quant: QuantConfig) -> dict[str, range]:
-    """The stacks of layers that a base will have (`model.tree.stack_names`).
+    """Plans into which stacks the layers of a base go (`model.tree.stack_names`).
 
     Raises:
-        ValueError: a rule that matches no matrix of the model.
+        ValueError: a rule matches no matrix of the model.
     """
     shapes = {linear_path(name): shape for name, shape in llama.linear_shapes.items()}
     names = [
@@ -131,7 +131,7 @@ def plan_stacks(llama: LlamaConfig, quant: QuantConfig) -> dict[str, range]:
     return stack_names([tuple(map(kind, row, shapes.values())) for row in names])
 
 
-@functools.cache  # tracing the search takes a while, and many layers have one shape
+@functools.cache  # tracing the search is slow, and many layers have the same shape
 def _quantized(shape: tuple[int, int], quant: QuantConfig) -> QTensor:
     return quantized_shape(shape, quant)
 

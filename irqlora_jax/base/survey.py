@@ -1,8 +1,8 @@
-"""What quantization did to the weights, beside the plain quantizer: entropy, error, codes, shifts.
+"""Compares a quantized base with the plain quantizer: entropy, error, codes, shifts.
 
-Measured while a base is made, since the weights are at hand then and never again. Some rows of
-every matrix stand for all of it: a calibration is not searched anew, and the plain quantizer, which
-is cheap, sees about one weight in a hundred of a large model.
+This happens while a base is made, because the float weights are available only then. A sample of
+rows represents each matrix. The calibration is not searched again. The plain quantizer is cheap: it
+runs only on the sample, which is about 1 % of the weights of a large model.
 """
 
 import collections
@@ -23,22 +23,22 @@ from irqlora_jax.quant.formats import get_format
 from irqlora_jax.quant.qtensor import QTensor
 
 SAMPLE = 2**18
-"""Weights of a matrix that are looked at, in whole rows that lie evenly apart."""
+"""Maximum number of sampled weights of a matrix, in whole, evenly spaced rows."""
 BINS = 401
-"""Of the histogram of the shifts. Odd, so that one is around 0."""
+"""Number of bins in the histogram of shifts. It is odd, so that one bin is centered at 0."""
 REACH = 1.0025
-"""End of that histogram, in units of the scale; the bins are 0.005 wide."""
+"""End of this histogram, in units of the scale. The bins are 0.005 wide."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Measures:
-    """Of one matrix and one quantizer.
+    """Measurements of one matrix with one quantizer.
 
     Attributes:
-        entropy: mean of its blocks, in bits (eq. 7).
-        error: |w - dequantized| / |w|, of the sample as a whole (Frobenius).
-        codes: how often every code occurs.
-        shifts: histogram of shift / scale, or of an integer format's zero points; None without.
+        entropy: mean entropy of the blocks, in bits (eq. 7).
+        error: |w - dequantized| / |w| over the whole sample (Frobenius norm).
+        codes: number of occurrences of each code.
+        shifts: histogram of shift / scale, or of an integer format's zero points; None if absent.
     """
 
     entropy: float
@@ -49,7 +49,7 @@ class Measures:
 
 @dataclasses.dataclass(frozen=True)
 class Surveyed:
-    """One matrix. `calibrated` is None where the quantizer is the plain one."""
+    """Measurements of one matrix. `calibrated` is None with the plain quantizer."""
 
     layer: int
     name: str
@@ -61,7 +61,7 @@ class Surveyed:
 
 
 def bin_edges(format: str) -> Float[np.ndarray, " edges"]:
-    """Edges of the bins of the shifts, in units of the scale; of zero points, in codes."""
+    """Bin edges for shifts (in units of the scale) or zero points (in codes)."""
     fmt = get_format(format)
     return np.linspace(0, 2**fmt.bits, BINS + 1) if fmt.integer else _symmetric_edges()
 
@@ -78,24 +78,24 @@ def survey(
     config: QuantConfig,
     sample: int = SAMPLE,
 ) -> Surveyed:
-    """Measures a matrix and what was made of it.
+    """Measures the quantization of a matrix.
 
     Args:
-        layer: its layer.
+        layer: index of the layer.
         name: of the projection.
-        weight: the matrix itself.
-        packed: what `quantize(weight, config)` gave.
-        config: how that was made.
-        sample: weights to look at, at most (at least one row).
+        weight: the matrix before quantization.
+        packed: result of `quantize(weight, config)`.
+        config: configuration of `packed`.
+        sample: maximum number of weights to sample (but at least one row).
     """
     count = min(max(1, sample // weight.shape[1]), weight.shape[0])
     rows = np.unique(np.linspace(0, weight.shape[0] - 1, count).round().astype(np.int32))
-    part = jnp.asarray(weight[rows])  # a copy: the caller may fill the buffer anew
+    part = jnp.asarray(weight[rows])  # a copy: the caller may reuse the buffer
     calibrated = None
     if config == config.plain:
         plain = _measures(part, packed, rows)
     else:
-        # Its scales are second-level quantized with the others of the sample, not of the matrix.
+        # The second-level quantization of its scales sees only the sample, not the whole matrix.
         other = quantize(part, config.plain)
         plain = _measures(part, other, np.arange(len(rows), dtype=np.int32))
         calibrated = _measures(part, packed, rows)
@@ -131,7 +131,7 @@ def _measure(
 
 
 def _histogram(packed: QTensor, scale: Array, rows: Array) -> Int32[Array, " bins"]:
-    """What lies beyond the ends counts in the last bins; blocks whose scale is 0 do not count."""
+    """Counts values beyond the ends in the outermost bins, and ignores blocks with scale 0."""
     fmt, edges = get_format(packed.format), bin_edges(packed.format)
     if fmt.integer:
         assert packed.shift_codes is not None
@@ -146,15 +146,15 @@ def _histogram(packed: QTensor, scale: Array, rows: Array) -> Int32[Array, " bin
 
 
 def summarize(found: Sequence[Surveyed], config: QuantConfig) -> dict[str, Any]:
-    """All matrices of a base as plain numbers, for JSON.
+    """Summarizes all matrices of a base as plain numbers for JSON.
 
     Returns:
-        "format", "calibration", "block_size"; "weights" and "sampled", their numbers; and for
-        "plain" and "calibrated" (left out where nothing was calibrated) "entropy" and "error", by
-        projection a list over the layers (null where a layer is not quantized), "mean_entropy" of
-        all blocks in bits, "codes", counted, and "shifts", the counts of the bins of `bin_edges`
-        (left out without shifts). With rules also "formats", the number of matrices in each format;
-        "format" is then the most frequent one, and only its matrices count in "codes" and "shifts".
+        "format", "calibration", "block_size", the numbers of "weights" and "sampled" weights, and
+        one dict each for "plain" and "calibrated" (absent if nothing was calibrated): "entropy" and
+        "error" (by projection, lists over the layers with null for a layer that is not quantized),
+        "mean_entropy" of all blocks in bits, the counts "codes", and "shifts" (counts of the bins
+        of `bin_edges`; absent without shifts). With rules, "formats" has the number of matrices in
+        each format, "format" is the most frequent one, and "codes" and "shifts" count only it.
     """
     formats = collections.Counter(one.format for one in found)
     format, _ = formats.most_common(1)[0]
@@ -177,7 +177,7 @@ def summarize(found: Sequence[Surveyed], config: QuantConfig) -> dict[str, Any]:
             measure: _by_projection([(one, getattr(m, measure)) for one, m in parts])
             for measure in ("entropy", "error")
         }
-        # Histograms of one format only: codes of others mean other levels.
+        # Histograms of one format only: in other formats a code stands for another level.
         same = [m for one, m in parts if one.format == format]
         summary[kind]["codes"] = _sum([m.codes for m in same])
         shifts = [m.shifts for m in same if m.shifts is not None]
@@ -189,7 +189,7 @@ def summarize(found: Sequence[Surveyed], config: QuantConfig) -> dict[str, Any]:
 def _by_projection(
     values: Sequence[tuple[Surveyed, float]],
 ) -> dict[str, list[float | None]]:
-    """By projection a list over the layers; None for a layer that is not quantized."""
+    """Lists values over the layers by projection; None for a layer that is not quantized."""
     places = {(one.name, one.layer): round(value, 6) for one, value in values}
     names = dict.fromkeys(one.name for one, _ in values)
     layers = range(max(one.layer for one, _ in values) + 1)

@@ -1,1 +1,1 @@
-"""Runs as folders that transformers and PEFT load."""
+"""Exports runs as folders that transformers and PEFT load."""

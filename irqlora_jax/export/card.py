@@ -1,4 +1,4 @@
-"""The model card: what an exported folder is, how to load it, how it was made, what it scored."""
+"""The model card of an exported folder: description, usage, recipe and scores."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -31,20 +31,20 @@ adapters = irq.hf.load_adapter("{adapter}", model)  # model: irq.Llama with the 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a model card tells of an exported folder.
+    """Content of the model card of an exported folder.
 
     Attributes:
         name: of the folder.
         kind: what it holds: "adapter", "merged" or "dequantized".
         dtype: of its weights.
-        model: the original model, folder or hub id; None if it is not known.
+        model: folder or hub id of the original model; None if unknown.
         quant: how the base was quantized; None if it was not.
         config: of the run; None for a base alone.
         step: of the checkpoint; None for a base alone.
-        newest: whether that is the newest of the run, which was measured at its end.
-        base: adapters: the folder or hub id of the weights that they belong to, if known.
-        folded: adapters: whether IEC is folded into the plain pair.
-        scores: of `runs.scores`.
+        newest: whether the checkpoint is the run's newest, which `scores` describe.
+        base: for adapters, folder or hub id of the weights they were trained on, if known.
+        folded: for adapters, whether IEC is folded into the plain LoRA pair.
+        scores: from `runs.load.scores`.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Card:
     scores: Mapping[str, Any]
 
     def text(self) -> str:
-        """README.md, with the front matter of the hub. Folders appear by name, without a path."""
+        """Text of README.md, with the hub's front matter. Folders appear by name, without path."""
         parts = [
             self._front(),
             f"# {self.name}",
@@ -75,7 +75,7 @@ class Card:
             parts += ["## Scores", *tables]
             if not self.newest:
                 parts.append(
-                    f"The weights are those of step {self.step}; the run was measured at its end."
+                    f"The weights are those of step {self.step}; the scores are of the last step."
                 )
         return "\n\n".join(parts) + "\n"
 
@@ -104,16 +104,16 @@ class Card:
             if self.config is None:
                 return f"{origin}, {quantized} and dequantized to {self.dtype} by irqlora_jax."
             return (
-                f"{finetuned}. The adapter is merged into the dequantized weights; the sums were "
-                f"made in float32 and rounded once, to {self.dtype}."
+                f"{finetuned}. The adapter is merged into the dequantized weights. The sums were "
+                f"computed in float32 and rounded once, to {self.dtype}."
             )
         if self.kind == "dequantized":
             text = f"{origin}, {quantized} and dequantized to {self.dtype} by irqlora_jax."
-            return text if self.config is None else f"{text} `adapter/` holds its finetune."
+            return text if self.config is None else f"{text} `adapter/` has the finetuned adapter."
         own = [f"`{name}`" for name in method.files.values() if name not in LORA.files.values()]
-        form = f"{method.title} keeps its own tensors ({', '.join(own)})."
+        form = f"The tensors of {method.title} are kept ({', '.join(own)})."
         if self.folded:
-            form = f"{method.title} is folded into the plain pair, which computes the same."
+            form = f"{method.title} is folded into a plain LoRA pair that computes the same update."
         about = f"The adapter of {finetuned}."
         return f"{about} {form}" if own else about
 
@@ -121,7 +121,7 @@ class Card:
         if self.kind == "merged" or self.config is None:
             return _python(_LOAD.format(name=self.name))
         if not self.folded:
-            note = "PEFT ignores tensors that it does not know, so it would compute something else."
+            note = "PEFT ignores tensors that it does not know, so its outputs would be wrong."
             return f"{_python(_LOAD_SCALARS.format(adapter=self.name))}\n\n{note} {self._warning()}"
         base, adapter = self.name, f"{self.name}/adapter"
         if self.kind == "adapter":
@@ -132,12 +132,12 @@ class Card:
 
     def _warning(self) -> str:
         if self.quant is None:
-            return "The adapter belongs to the weights named above, and to no others."
+            return "The adapter works only with the weights named above."
         return (
-            "The adapter belongs to the dequantized weights, on which it was trained, and which "
-            "`irqlora export --kind dequantized` writes. On the original weights, or on another "
-            "quantization of them (bitsandbytes' NF4 has no shifts), it corrects errors that are "
-            "not there and leaves those that are."
+            "The adapter works only with the dequantized weights, on which it was trained. "
+            "`irqlora export --kind dequantized` writes them. The original weights, or another "
+            "quantization of them (bitsandbytes' NF4 has no shifts), do not have the errors that "
+            "it corrects."
         )
 
     def _recipe(self) -> str:
@@ -153,7 +153,7 @@ class Card:
 
 
 def public_name(source: str) -> str:
-    """A hub id as it is, a folder or file by its name alone."""
+    """Returns a hub id unchanged, and a folder or file by its name without the path."""
     return source if is_hub_id(source) else Path(source).expanduser().absolute().name
 
 
@@ -188,7 +188,7 @@ def _word(value: Any) -> str:
 
 
 def _score_tables(scores: Mapping[str, Any]) -> list[str]:
-    """The rows of results.json, and every number that an evaluation has written."""
+    """Tables of results.json and of all numbers in the files of evaluations."""
     tables = []
     results = scores.get("results") or []
     if results:

@@ -1,4 +1,4 @@
-"""Runs as folders that transformers and PEFT load: adapter, merged model, dequantized base."""
+"""Exports runs for transformers and PEFT: adapter, merged model or dequantized base."""
 
 import contextlib
 import dataclasses
@@ -35,19 +35,19 @@ class ExportConfig:
     output_dir: str
     """New folder."""
     kind: Literal["adapter", "merged", "dequantized"] = "merged"
-    """"merged": a model with the adapter inside. "dequantized": the dequantized base as a model,
-    and in its folder adapter/ the adapter for PEFT. "adapter": that adapter alone."""
+    """"merged": a model that includes the adapter. "dequantized": the dequantized base as a model,
+    with the adapter for PEFT in its folder adapter/. "adapter": only this adapter."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of all weights. Null: models as the original's file, adapters float32."""
+    """Type of all weights. Null: the original file's type for models, float32 for adapters."""
     checkpoint: Literal["last", "best"] | int = "last"
-    """Which adapter of the run: the newest, that of the best evaluation loss, or of a step."""
+    """Checkpoint of the run: the newest, the one with the best evaluation loss, or a step."""
     fold: bool = True
-    """kind adapter: fold IEC into a plain LoRA pair, exactly. False keeps its scalars, as the
-    released IR-QLoRA code does; PEFT ignores them."""
+    """With kind adapter: fold IEC exactly into a plain LoRA pair. False keeps IEC's scalars, as the
+    released IR-QLoRA code does, but PEFT ignores them."""
     base_model: str | None = None
-    """Adapters: folder or hub id that base_model_name_or_path names, where PEFT's auto classes look
-    for the base. Null: with kind dequantized the absolute path of output_dir; with kind adapter the
-    original model if it was not quantized, else nothing."""
+    """base_model_name_or_path of adapters: folder or hub id of the base for PEFT's auto classes.
+    Null: with kind dequantized, the absolute path of output_dir; with kind adapter, the original
+    model if it was not quantized, else nothing."""
     shard_size: float = 5.0
     """Largest file of a model, in GB."""
     progress: bool = True
@@ -66,19 +66,19 @@ class ExportConfig:
 
 @shows_messages
 def export(config: ExportConfig) -> Path:
-    """Writes what `config` asks for; the folder is there when it is complete, and not before.
+    """Exports a run. The output folder appears only when it is complete.
 
-    Everything is written into a folder OUTPUT_DIR.part and moved at the end. Only a process that is
-    killed leaves that one behind.
+    Everything is written to a folder OUTPUT_DIR.part, which is renamed at the end. It remains only
+    if the process is killed.
 
     Args:
-        config: what, and where to.
+        config: what to export, and where to.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError, OSError: bad input or a full disk, in one sentence; nothing is left then.
+        ValueError, OSError: bad input or a full disk; the message is one sentence. No files remain.
     """
     folder = _write(config)
     logger.info(f"{config.kind}: {folder} (how to load it: {folder / 'README.md'})")
@@ -126,16 +126,16 @@ def _quiet(run: str | Path, out: str | Path, kind: Any, options: dict[str, Any])
 
 @contextlib.contextmanager
 def _complete_or_absent(folder: Path) -> Iterator[Path]:
-    """A folder aside, which takes the place of `folder` at the end and is deleted on failure."""
-    # Beside the nearest folder that is there, so that a failure leaves no empty parents.
+    """Yields a temporary folder that is renamed to `folder` at the end or deleted on failure."""
+    # Put it in the nearest parent that exists, so that a failure leaves no empty parents.
     parent = next(path for path in folder.parents if path.exists())
     aside = parent / f"{folder.name}.part"
     try:
         aside.mkdir()
     except FileExistsError:
         raise FileExistsError(
-            f"output_dir = '{folder}': {aside} is there, so another export is writing it or was "
-            "killed; accepted after that one is to delete it"
+            f"output_dir = '{folder}': {aside} exists: another export is writing it or was "
+            "killed; delete it if no export is running"
         ) from None
     except OSError as error:
         raise OSError(f"output_dir = '{folder}': cannot be written ({error.strerror})") from error
@@ -145,14 +145,14 @@ def _complete_or_absent(folder: Path) -> Iterator[Path]:
         os.replace(aside, folder)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:  # of a write
+        if isinstance(error, OSError) and error.errno and not error.filename:  # from a write
             reason = f"cannot be written ({error.strerror})"
             raise OSError(f"output_dir = '{folder}': {reason}") from error
         raise
 
 
 def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:
-    """Refuses what cannot be done before it is begun."""
+    """Checks that the export is possible before it starts."""
     if config.kind == "adapter" and run.step is None:
         raise ValueError(
             f"run = '{config.run}': has no adapter; accepted is the folder of a run, or kind merged"
@@ -217,7 +217,7 @@ def _companions(
     dtype: str,
     base: str | None = None,
 ) -> None:
-    """The tokenizer with its chat template, the settings of generation and the model card."""
+    """Writes the tokenizer with its chat template, generation settings and the model card."""
 
     run.tokenizer.save_pretrained(aside)
     if kind != "adapter":
@@ -253,7 +253,7 @@ def _write_generation(aside: Path, run: Run) -> None:
 
 
 def _original(run: Run) -> str | None:
-    """What the adapter of a run without quantization belongs to."""
+    """The original model of a run without quantization, if the adapter can be used with it."""
 
     source = run.source
     if source is None or run.config is None or run.config.quant.quantizes:

@@ -1,7 +1,7 @@
-"""A base, with or without its adapter, as a model folder of Hugging Face.
+"""Writes a base, with or without its adapter, as a Hugging Face model folder.
 
-One matrix at a time is dequantized, merged and written, so that a model needs little more host
-memory than its packed form.
+One matrix at a time is dequantized, merged and written. So the host needs little more memory than
+the packed model.
 """
 
 import functools
@@ -45,20 +45,20 @@ def save_model(
     shard_size: float = 5.0,
     progress: bool = False,
 ) -> None:
-    """Writes config.json and the weights: dequantized, plus the scaled update where adapted.
+    """Writes config.json and the dequantized weights, plus the scaled update of adapted layers.
 
-    Sums are made in float32 and rounded once, to `dtype`.
+    Sums are computed in float32 and rounded once, to `dtype`.
 
     Args:
-        folder: where to; it must be there.
-        model: the architecture; without `model.adapter` the base is written alone.
+        folder: existing folder to write to.
+        model: the architecture. Without `model.adapter`, only the base is written.
         variables: {"params": adapters, "base": base}.
         dtype: float32, bfloat16 or float16.
-        shard_size: largest file of weights, in GB; a tensor that is larger has its own.
+        shard_size: largest file of weights, in GB. A larger tensor gets its own file.
         progress: show a bar.
 
     Raises:
-        ValueError: a number that `dtype` cannot hold.
+        ValueError: a value is out of the range of `dtype`.
     """
     from tqdm import tqdm
 
@@ -85,12 +85,12 @@ def save_model(
     if len(shards) > 1:
         sizes = {"total_parameters": total, "total_size": total * np.dtype(dtype).itemsize}
         _write_json(folder / INDEX, {"metadata": sizes, "weight_map": weight_map})
-    # transformers 5 calls it dtype, older ones torch_dtype.
+    # transformers 5 calls it dtype, older versions torch_dtype.
     _write_json(folder / "config.json", config.to_dict() | {"dtype": dtype, "torch_dtype": dtype})
 
 
 def parameters(config: LlamaConfig) -> int:
-    """Weights of a whole model."""
+    """Number of weights of a model."""
     return sum(math.prod(shape) for shape, _, _ in _places(config).values())
 
 
@@ -124,7 +124,7 @@ def _split(shapes: Shapes, itemsize: int, limit: float) -> list[Shapes]:
 def _weight(
     model: Llama, variables: Mapping[str, Tree], path: Keys, layer: int | None
 ) -> np.ndarray:
-    """One tensor of the model: that of a layer in float32, others in the type that they have."""
+    """One tensor of the model: float32 if it belongs to a layer, else its stored type."""
     base, adapters = variables["base"], variables["params"]
     if layer is None:
         return np.asarray(base[path[0]]["weight"])

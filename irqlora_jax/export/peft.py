@@ -1,4 +1,4 @@
-"""Adapters of PEFT and of the released IR-QLoRA code: read into our trees, and written."""
+"""Reads and writes adapters of PEFT and of the released IR-QLoRA code."""
 
 import functools
 import json
@@ -34,12 +34,12 @@ from irqlora_jax.text import first_few
 def load_adapter(source: str | Path, model: Llama) -> Tree:
     """Reads a LoRA adapter of PEFT or an adapter of the released IR-QLoRA code.
 
-    A plain LoRA pair serves any method that is LoRA while its other leaves are as `init` makes them
-    (IEC with both scalars 0).
+    A plain LoRA pair can be loaded for any method that equals LoRA when its other leaves have their
+    initial values (IEC with both scalars 0).
 
     Args:
         source: a .safetensors file, or a folder with adapter_model.safetensors.
-        model: the model that it is for.
+        model: the model that it belongs to.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -47,13 +47,13 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
     """
     adapter = model.adapter
     if adapter is None:
-        raise ValueError("model.adapter = None: accepted is the AdapterConfig of what is loaded")
+        raise ValueError("model.adapter = None: accepted is the AdapterConfig of the adapter")
     file = _adapter_file(Path(source).expanduser())
     if file.name == ADAPTER and file.with_name(ADAPTER_CONFIG).is_file():
         _check_adapter_config(file.with_name(ADAPTER_CONFIG), adapter)
     headers = read_headers(file)
-    # PEFT's layers carry the name of the adapter, its files leave it out; the released IR-QLoRA
-    # code has it in the scalars (lora_default_A_scale).
+    # PEFT has the name of the adapter in its layers, but not in its files. The released IR-QLoRA
+    # code has it in the names of the scalars (lora_default_A_scale).
     names = {
         name.replace(".default", "").replace("lora_default_", "lora_"): name for name in headers
     }
@@ -66,7 +66,7 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
     def keys(part: str) -> set[str]:
         return {adapter_name(path, layer, part) for path, layer in places}
 
-    # What the file has besides a pair: leaves of this method, or of another one.
+    # Besides a pair, the file may have leaves of this method or of other ones.
     pair = {leaf: part for leaf, part in method.files.items() if leaf in LORA.files}
     own = {leaf: part for leaf, part in method.files.items() if not pair or keys(part) & set(names)}
     others = {
@@ -115,7 +115,7 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
 
 
 def _fresh(method: str, shape: tuple[int, int], adapter: AdapterConfig) -> dict[str, np.ndarray]:
-    """The leaves of one layer as a method makes them, in float32."""
+    """The initial leaves of one layer for a method, in float32."""
     chosen = METHODS[method]
     options = getattr(adapter, method, chosen.options)
     made = chosen.init(jax.random.key(0), shape, adapter.rank, options, jnp.float32)
@@ -123,12 +123,12 @@ def _fresh(method: str, shape: tuple[int, int], adapter: AdapterConfig) -> dict[
 
 
 def _check_neutral(file: Path, method: Method, params: dict[str, np.ndarray]) -> None:
-    """Refuses a pair without the other leaves, if those would change its update."""
+    """Checks that leaves missing in a file, at their initial values, do not change the update."""
     pair = {leaf: params[leaf] for leaf in LORA.files}
     folded = method.fold and method.fold({k: jnp.asarray(v) for k, v in params.items()})
     if folded is None or any((folded[leaf] != value).any() for leaf, value in pair.items()):
         raise ValueError(
-            f"{file}: holds a LoRA pair alone, from which adapter.method {method.name} cannot start"
+            f"{file}: holds only a LoRA pair; adapter.method {method.name} cannot start from it"
         )
 
 
@@ -141,20 +141,20 @@ def save_adapter(
     fold: bool = True,
     dtype: str = "float32",
 ) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json, as PEFT reads them.
+    """Writes adapter_model.safetensors and adapter_config.json for PEFT.
 
     Args:
-        folder: where to; it must be there.
+        folder: existing folder to write to.
         model: the model of the adapter.
-        adapters: as `Llama.init_adapters` and `load_adapter` give them.
-        base_model: what base_model_name_or_path says: folder or hub id of the weights that the
-            adapter was trained on.
-        fold: write the plain pair that computes the same update. False keeps the leaves of the
-            method, such as IEC's scalars in the released code; PEFT ignores what it does not know.
-        dtype: of the tensors; the folding is done in float32.
+        adapters: from `Llama.init_adapters` or `load_adapter`.
+        base_model: base_model_name_or_path, i.e. folder or hub id of the weights that the adapter
+            was trained on.
+        fold: write the plain LoRA pair that computes the same update. False keeps the leaves of the
+            method, such as IEC's scalars in the released code. PEFT ignores unknown leaves.
+        dtype: type of the tensors. Folding is done in float32.
 
     Raises:
-        ValueError: no adapter; no pair computes its update; a number that `dtype` cannot hold.
+        ValueError: no adapter, no LoRA pair with its update, or a value out of range of `dtype`.
     """
     adapter = model.adapter
     if adapter is None:
@@ -174,7 +174,7 @@ def save_adapter(
         if fold:
             params = folded(params, layer, method.name)
         else:
-            # A file keeps a scalar as [1].
+            # Files store a scalar with shape [1].
             params = {leaf: jnp.atleast_1d(stack[layer]) for leaf, stack in params.items()}
         return {files[leaf]: value for leaf, value in params.items()}
 
@@ -199,7 +199,7 @@ def save_adapter(
         "r": adapter.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": adapter.dropout,
-        # Without them PEFT takes its own choice of layers and drops the other tensors in silence.
+        # Without this list PEFT chooses the layers itself and silently drops the other tensors.
         "target_modules": list(adapter.targets),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -210,7 +210,7 @@ def save_adapter(
 
 @functools.partial(jax.jit, static_argnames="method")
 def folded(params: Params, layer: Int[ArrayLike, ""], method: str) -> Params:
-    """The plain pair of one layer of a stacked adapter, in float32."""
+    """Folds one layer of a stacked adapter into a plain LoRA pair, in float32."""
     fold = METHODS[method].fold
     assert fold is not None
     return fold({leaf: stack[layer].astype(jnp.float32) for leaf, stack in params.items()})
@@ -233,8 +233,8 @@ def _adapter_file(source: Path) -> Path:
     raise FileNotFoundError(f"{source}: no {ADAPTER}")
 
 
-# Fields of adapter_config.json that change the function, with the values that do not (default
-# first). The initializations left out here (PiSSA and the like) also change the base.
+# Fields of adapter_config.json that can change what an adapter computes, with the values that do
+# not (default first). Initializations that are not listed, e.g. PiSSA, also change the base.
 _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -259,7 +259,7 @@ def _check_adapter_config(file: Path, adapter: AdapterConfig) -> None:
     targets = values.get("target_modules")
     if targets == "all-linear":
         targets = list(LINEAR_NAMES)
-    if isinstance(targets, list):  # a regular expression is left to the names of the tensors
+    if isinstance(targets, list):  # with a regular expression, only tensor names are checked
         names = {str(name).rpartition(".")[2] for name in targets}
         if names != set(adapter.targets):
             raise ValueError(
@@ -271,7 +271,7 @@ def _check_adapter_config(file: Path, adapter: AdapterConfig) -> None:
 def _read_adapter(
     header: Header, key: str, shape: tuple[int, ...], adapter: AdapterConfig
 ) -> np.ndarray:
-    """One tensor as float32. Files keep a scalar as [1]."""
+    """Reads one tensor as float32. Files store a scalar with shape [1]."""
     check_float(header, key)
     if header.shape != (shape or (1,)):
         raise ValueError(

@@ -101,7 +101,7 @@ def read_config(source: str | Path) -> LlamaConfig:
     """
     values = read_values(source)
     if values.get("quantization_config"):
-        raise ValueError(f"{source}: quantized already; accepted are float weights")
+        raise ValueError(f"{source}: already quantized; accepted is a model with float weights")
     try:
         return LlamaConfig.from_dict(values)
     except (TypeError, ValueError) as error:

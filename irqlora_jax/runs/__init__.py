@@ -1,1 +1,1 @@
-"""The folder of a run: configuration, base, checkpoints, and how they are read again."""
+"""The folder of a run: writes and reads its configuration, base and checkpoints."""

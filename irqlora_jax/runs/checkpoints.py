@@ -14,8 +14,8 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """Which checkpoints orbax leaves: the newest, the best, and what LoftQ started from (step 0):
-    the finetune is measured against it."""
+    """Tells orbax to keep the newest checkpoints, the best one, and step 0 (LoftQ's initial
+    adapter, a baseline for the finetuned one)."""
 
     newest: int
     losses: Mapping[int, float]
@@ -27,7 +27,7 @@ class _Kept:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    # Each of orbax's threads logs the whole traceback of an error that is raised in the end.
+    # Every orbax thread logs the full traceback of an error, which is raised later anyway.
     return not (record.exc_info and "orbax" in record.pathname)
 
 
@@ -38,16 +38,16 @@ def _best(losses: Mapping[int, float]) -> int | None:
 class Checkpoints:
     """The training states of a run by step, each with its evaluation loss if it was evaluated.
 
-    Use as a context: leaving it waits for the writes.
+    Use it as a context manager. Its exit waits for pending writes.
     """
 
     def __init__(self, run: Path, keep: int | None = None) -> None:
-        """Finds what is there.
+        """Finds the existing checkpoints.
 
         Args:
             run: folder of the run.
-            keep: newest checkpoints to keep beside the best one; what a broken save left is
-                cleared away then. None keeps all, for reading.
+            keep: number of newest checkpoints to keep besides the best one. Leftovers of an
+                interrupted save are then deleted. None keeps everything, for reading.
         """
         import orbax.checkpoint as ocp
 
@@ -77,7 +77,7 @@ class Checkpoints:
             with self._explained(self._writing):
                 self._manager.close()
         except OSError:
-            if kind is None or not issubclass(kind, OSError):  # else that one says it
+            if kind is None or not issubclass(kind, OSError):  # else the first error is raised
                 raise
         finally:
             logging.getLogger("absl").removeFilter(_is_news)
@@ -121,15 +121,15 @@ class Checkpoints:
         return which
 
     def save(self, step: int, state: Any, loss: float | None = None) -> None:
-        """Writes a pytree of arrays, in the background, and then deletes those not kept.
+        """Writes a pytree of arrays in the background, then deletes old checkpoints.
 
         Args:
             step: of the state.
             state: the arrays.
-            loss: its evaluation loss.
+            loss: evaluation loss of the state.
 
         Raises:
-            OSError: this or the one before could not be written.
+            OSError: this checkpoint or the previous one could not be written.
         """
         self.wait()
         if loss is not None:
@@ -142,10 +142,10 @@ class Checkpoints:
         self._writing = step
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more.
+        """Waits until all writes are complete.
 
         Raises:
-            OSError: the last checkpoint could not be written; those before are as they were.
+            OSError: the last checkpoint could not be written; earlier ones are unchanged.
         """
         with self._explained(self._writing):
             self._manager.wait_until_finished()
@@ -154,22 +154,22 @@ class Checkpoints:
     def _explained(self, step: int | None) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of many types
+        except Exception as error:  # orbax raises many types
             code = re.search(r"os_error_code='(\d+)'", str(error))
             known = os.strerror(int(code[1])) if code else getattr(error, "strerror", None)
             reason = known or " ".join(str(error).split())
             if step is not None:
                 self._losses.pop(step, None)
-            self._manager.reload()  # it takes the new one for saved, and the old ones for deleted
+            self._manager.reload()  # it lists the new one as saved and the old ones as deleted
             last = self.latest()
-            kept = "there is none before it" if last is None else f"that of step {last} is whole"
+            kept = "there is no earlier one" if last is None else f"that of step {last} is intact"
             raise OSError(
                 f"{self._folder}: the checkpoint of step {step} could not be written ({reason}); "
                 f"{kept}"
             ) from error
 
     def restore_adapters(self, step: int, like: Any) -> Any:
-        """Reads the adapters of a state alone, into the structure of `like`.
+        """Reads only the adapters of a state, into the structure of `like`.
 
         Raises:
             ValueError: the stored adapters have another structure or other shapes.

@@ -1,18 +1,17 @@
-"""The folder of a run: what lies in it, and whether a run may begin or go on there.
-
+"""The folder of a run: its files, and the checks before a run starts or resumes there.
 
     RUN/config.json        the configuration
     RUN/data.json          number and hash of the examples
     RUN/base.safetensors   the quantized base, stored once; its metadata says how to read it
-    RUN/quantization.json  what that did to the weights, beside the plain quantizer
-    RUN/tokenizer/         as Hugging Face writes it
+    RUN/quantization.json  entropy, error, codes and shifts, compared with the plain quantizer
+    RUN/tokenizer/         in the format of Hugging Face
     RUN/checkpoints/STEP/  orbax: adapters, optimizer state, step, random key, evaluation loss
-    RUN/metrics.jsonl      a line every few steps (tensorboard/ and wandb/: the same, when asked)
-    RUN/environment.json   device and versions, of the newest part of the training
+    RUN/metrics.jsonl      a line every few steps (if requested, also in tensorboard/ and wandb/)
+    RUN/environment.json   device and versions of the most recent start or resume
     RUN/results.json       the scores
-    RUN/report.html        all of it to look at
+    RUN/report.html        a page that shows all of this
 
-Nothing is ever written in place: a file is written aside and moved when it is complete.
+Files are written under a temporary name and renamed when complete; metrics.jsonl is appended to.
 """
 
 import dataclasses
@@ -34,7 +33,7 @@ from irqlora_jax.files.small import write_text
 BASE_FILE, TOKENIZER, GENERATION = "base.safetensors", "tokenizer", "generation_config.json"
 SURVEY_FILE = "quantization.json"
 _DATA = "data.json"
-# What may differ between the run that started a folder and the one that goes on with it.
+# Fields that may change when a run is resumed.
 _MAY_CHANGE = (
     "output_dir",
     "log",
@@ -51,12 +50,12 @@ _MAY_CHANGE = (
 
 
 def check_folder(folder: Path, config: Config) -> bool:
-    """Whether `folder` holds an earlier part of this very run.
+    """Whether `folder` holds an earlier part of this run.
 
     Raises:
-        ValueError: it holds something else; says what differs.
+        ValueError: it holds something else; the message says what differs.
         NotADirectoryError: it is a file.
-        OSError: nothing can be written there.
+        OSError: the folder is not writable.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output_dir = '{folder}': a file; accepted is a folder")
@@ -66,7 +65,7 @@ def check_folder(folder: Path, config: Config) -> bool:
 
 
 def _resumes(folder: Path, config: Config) -> bool:
-    # A run writes its configuration last, so these alone are what a broken start left.
+    # A run writes config.json last, so a folder with only these is from an interrupted start.
     leftover = {"tokenizer", "base.safetensors", "base.safetensors.part", "config.json.part"}
     leftover |= {_DATA, f"{_DATA}.part", "quantization.json", "quantization.json.part"}
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -77,7 +76,7 @@ def _resumes(folder: Path, config: Config) -> bool:
     stored_file = folder / "config.json"
     if not stored_file.is_file():
         raise ValueError(f"output_dir = '{folder}': holds other files; accepted is a new folder")
-    # Fields that an earlier version did not have are at their defaults.
+    # Fields that an earlier version did not have get their defaults.
     stored, asked = _settings(Config.load(stored_file)), _settings(config)
     may_change = _MAY_CHANGE
     if config.train.schedule == "constant":
@@ -92,13 +91,13 @@ def _resumes(folder: Path, config: Config) -> bool:
 
 
 def _holds_start(checkpoints: Path) -> bool:
-    """Whether there is nothing but the checkpoint of step 0 (of LoftQ), or what became of it."""
+    """Whether there is at most the checkpoint of step 0 (of LoftQ), complete or not."""
     names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
     return all(name.partition(".")[0] == "0" for name in names)
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """The fields by their dotted names, as they come back from a file."""
+    """Returns the fields by dotted name, with values as they are read from a file."""
     return _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
@@ -114,17 +113,17 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+    """Returns the folder, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def check_writable(folder: Path) -> None:
-    """Refuses a folder that cannot be written to, before any work.
+    """Checks, before any work, that a folder is writable.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: the folder is not writable.
     """
-    # Permissions do not tell: the file system may be mounted for reading only, or be full.
+    # Permissions are not enough: the file system may be read-only or full.
     try:
         with tempfile.TemporaryFile(dir=_existing(folder)) as file:
             file.write(bytes(4096))
@@ -132,35 +131,35 @@ def check_writable(folder: Path) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise type(error)(
-            f"output_dir = '{folder}': nothing can be written there ({error.strerror}); accepted "
-            "is a folder that you may write to, on a disk with room"
+            f"output_dir = '{folder}': not writable ({error.strerror}); accepted is a writable "
+            "folder on a disk with free space"
         ) from error
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Refuses a disk without room.
+    """Checks that the disk has enough free space.
 
     Args:
         folder: of the run.
-        needed: bytes that the run writes at least.
+        needed: minimum number of bytes that the run writes.
 
     Raises:
-        OSError: there are fewer.
+        OSError: less space is free.
     """
     free = shutil.disk_usage(_existing(folder)).free
     if free < needed:
         raise OSError(
-            f"output_dir = '{folder}': {free / 2**30:.2f} GiB are free there, the run writes at "
-            f"least {needed / 2**30:.2f} GiB; accepted is a disk with room"
+            f"output_dir = '{folder}': needs at least {needed / 2**30:.2f} GiB, "
+            f"{free / 2**30:.2f} GiB are free; accepted is a disk with enough space"
         )
 
 
 Fingerprint = dict[str, dict[str, Any]]
-"""Of the data: for "train" and "eval", what tells one set of examples from another."""
+"""Of the data: for "train" and "eval", sizes and a hash that identify the examples."""
 
 
 def fingerprint(train: Sequence[Example], evaluation: Sequence[Example]) -> Fingerprint:
-    """Numbers of examples and tokens, and a hash of tokens and targets."""
+    """Counts the examples and tokens, and hashes tokens and targets."""
     return {"train": _digest(train), "eval": _digest(evaluation)}
 
 
@@ -180,26 +179,24 @@ def save_data(folder: Path, found: Fingerprint) -> None:
 
 
 def check_data(folder: Path, config: Config, found: Fingerprint) -> None:
-    """Refuses to go on with other data than the run began with.
+    """Checks that a resumed run uses the data that it started with.
 
     Raises:
-        ValueError: it differs; says which and how.
-        FileNotFoundError: the folder does not say what the data was.
+        ValueError: the data differs; the message says how.
+        FileNotFoundError: the folder has no data.json.
     """
     file = folder / _DATA
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{file}: no such file; the run cannot tell if its data is the same"
-        )
+        raise FileNotFoundError(f"{file}: no such file; cannot check that the data is the same")
     stored = json.loads(file.read_text(encoding="utf-8"))
     for part, source in (("train", config.data.train), ("eval", config.data.eval)):
         if stored[part] != found[part]:
             raise ValueError(
-                f"data.{part} = {source!r}: gives {_say(found[part])} now, it gave "
-                f"{_say(stored[part])} to the run that output_dir = '{folder}' holds; accepted is "
-                "the same data, or a new folder"
+                f"data.{part} = {source!r}: now {_say(found[part])}, but the run in "
+                f"output_dir = '{folder}' started with {_say(stored[part])}; accepted is the same "
+                "data, or a new folder"
             )
 
 
 def _say(part: dict[str, Any]) -> str:
-    return f"{part['examples']} examples of {part['tokens']} tokens (sha256 {part['sha256'][:12]})"
+    return f"{part['examples']} examples, {part['tokens']} tokens (sha256 {part['sha256'][:12]})"

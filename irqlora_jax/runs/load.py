@@ -1,4 +1,4 @@
-"""Folders on disk as models that can be used: runs, quantized bases and Hugging Face folders."""
+"""Loads models from folders: runs, quantized bases and Hugging Face models."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.folder import BASE_FILE, TOKENIZER
 
 Which = Literal["last", "best"] | int
-"""A checkpoint: the newest, that of the best evaluation loss, or that of a step."""
+"""A checkpoint: the newest, the one with the best evaluation loss, or a step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Run:
     """A model that is ready to use.
 
     Attributes:
-        folder: where it was read from.
+        folder: the folder it was read from.
         config: of the run; None for a base or a Hugging Face folder.
         model: the architecture.
         variables: {"params": adapters, "base": base}.
-        tokenizer: of transformers.
+        tokenizer: tokenizer from transformers.
         step: of the checkpoint; None without one.
-        source: the model that its base was made from; None where that is not known.
+        source: folder or hub id of the original model; None if unknown.
     """
 
     folder: Path
@@ -56,18 +56,18 @@ def load_run(
     checkpoint: Which = "last",
     compute_dtype: str | None = None,
 ) -> Run:
-    """Reads the folder of a run or of `irqlora quantize`, or a Hugging Face LLaMA as it is.
+    """Reads a run, a folder of `irqlora quantize`, or a Hugging Face LLaMA without quantizing it.
 
     Args:
-        folder: which.
+        folder: the folder.
         adapter: False leaves the finetuned adapter out. With LoftQ the initial adapter (step 0) is
             used instead, since the base belongs to it.
-        checkpoint: which adapter of a run.
-        compute_dtype: type of the activations (default: that of the run, else float32).
+        checkpoint: the checkpoint of a run.
+        compute_dtype: type of the activations (default: the run's type, else float32).
 
     Raises:
         FileNotFoundError: no such folder, or no such checkpoint in it.
-        ValueError: damaged files, a folder of another kind, or no name of a checkpoint.
+        ValueError: damaged files, another kind of folder, or an invalid `checkpoint`.
     """
     folder, checkpoint = Path(folder), read_checkpoint(checkpoint)
     if not (folder / BASE_FILE).is_file():
@@ -101,7 +101,7 @@ def load_run(
 
 
 def read_checkpoint(value: str | int) -> Which:
-    """A checkpoint as people write it: "last", "best" or a step, as a number or as text.
+    """Parses a checkpoint: "last", "best" or a step, as a number or as text.
 
     Raises:
         ValueError: anything else.
@@ -116,21 +116,22 @@ def read_checkpoint(value: str | int) -> Which:
 
 
 def is_base(source: str | Path) -> bool:
-    """Whether `source` is a folder with a quantized base: of `irqlora quantize`, or of a run."""
+    """Whether `source` is a folder of `irqlora quantize` or of a run, with a quantized base."""
     return (Path(source) / BASE_FILE).is_file()
 
 
 def check_model(config: Config) -> None:
-    """Refuses a quantized base that a new run cannot start from.
+    """If `config.model` is a quantized base, checks that a new run can start from it.
 
     Raises:
-        ValueError: the initialization needs float weights, or the base was fitted to another run.
+        ValueError: the initialization needs float weights, or the base was fitted to the
+            adapter of another run.
     """
     if not is_base(config.model):
         return
     file = Path(config.model) / BASE_FILE
     source = read_source(file)
-    origin = "the model that it was made from" + (f" ('{source}')" if source else "")
+    origin = "the original model" + (f" ('{source}')" if source else "")
     start = config.adapter.start
     if start.fit is not None:
         raise ValueError(
@@ -140,17 +141,17 @@ def check_model(config: Config) -> None:
         )
     if is_fitted(file):
         raise ValueError(
-            f"model = '{config.model}': its base was fitted to the adapter of that run (LoftQ), "
+            f"model = '{config.model}': this base was fitted to the adapter of its run (LoftQ) "
             f"and is incomplete without it; accepted is {origin}, or a folder of irqlora quantize"
         )
 
 
 def read_architecture(source: str | Path, quant: QuantConfig) -> LlamaConfig:
-    """The architecture of a quantized base, of a Hugging Face folder or of a model on the hub.
+    """Reads the architecture of a quantized base, a Hugging Face folder or a model on the hub.
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: no float LLaMA, or a base that was quantized in another way than `quant`.
+        ValueError: not a LLaMA with float weights, or a base with other settings than `quant`.
     """
     if not is_base(source):
         return read_config(source)
@@ -165,11 +166,11 @@ def read_architecture(source: str | Path, quant: QuantConfig) -> LlamaConfig:
 
 
 def read_tokenizer(source: str | Path) -> Any:
-    """The tokenizer that belongs to a model, as `hf.load_tokenizer`."""
+    """Reads the tokenizer of a model, as `hf.load_tokenizer`."""
     return load_tokenizer(Path(source) / TOKENIZER if is_base(source) else source)
 
 
 def scores(folder: str | Path) -> dict[str, Any]:
-    """What was measured of a run so far: results.json and every eval-*.json, by file name."""
+    """Reads the scores of a run so far: results.json and every eval-*.json, by file name."""
     files = sorted(Path(folder).glob("eval-*.json")) + sorted(Path(folder).glob("results.json"))
     return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}

@@ -1,4 +1,4 @@
-"""`irqlora quantize`: a base that many runs share."""
+"""`irqlora quantize`: makes a base that many runs share."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def link_base(source: str | Path, folder: Path) -> None:
-    """Gives a run its base without a second copy, where the file system can, and its survey."""
+    """Hard-links a base into the folder of a run, or else copies it. Also copies its survey."""
     if (Path(source) / SURVEY_FILE).is_file():
         shutil.copyfile(Path(source) / SURVEY_FILE, folder / SURVEY_FILE)
     aside = folder / f"{BASE_FILE}.part"
@@ -50,8 +50,8 @@ def link_base(source: str | Path, folder: Path) -> None:
 def quantize_base(
     source: str | Path, quant: QuantConfig, *, mesh: Mesh | None = None, progress: bool = False
 ) -> tuple[Base, LlamaConfig, dict[str, Any] | None]:
-    """`hf.load_base`, and what the quantization did to the weights: `quant.survey.summarize`, or
-    None where nothing is quantized."""
+    """Like `hf.load_base`, but also returns the survey of the weights (`base.survey.summarize`), or
+    None if nothing is quantized."""
     found: list[Surveyed] = []
 
     def watch(layer: int, name: str, weight: jax.Array, packed: QTensor, own: QuantConfig) -> None:
@@ -62,18 +62,18 @@ def quantize_base(
 
 
 def save_survey(folder: Path, summary: dict[str, Any] | None) -> None:
-    """Writes quantization.json, if there is anything to say."""
+    """Writes quantization.json, unless the summary is None."""
     if summary is not None:
         write_text(folder / SURVEY_FILE, json.dumps(summary) + "\n")
 
 
 @shows_messages
 def quantize_model(config: QuantizeConfig) -> None:
-    """Writes base.safetensors, quantization.json and tokenizer/ into a new folder, for many runs to
+    """Writes base.safetensors, quantization.json and tokenizer/ to a new folder that many runs can
     share.
 
     Raises:
-        ValueError, OSError: bad input, in one sentence; nothing is overwritten then.
+        ValueError, OSError: bad input; the message is one sentence, and nothing is overwritten.
     """
     folder = Path(config.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -86,7 +86,7 @@ def quantize_model(config: QuantizeConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, config.model, folder)
     save_survey(folder, summary)
-    # The base comes last: it marks a whole folder.
+    # Write the base last: it marks a complete folder.
     save_base(folder / BASE_FILE, base, llama, config.quant, config.model)
     size = readable_size((folder / BASE_FILE).stat().st_size)
     logger.info(
@@ -96,7 +96,7 @@ def quantize_model(config: QuantizeConfig) -> None:
 
 
 def save_tokenizer(tokenizer: Any, source: str | Path, folder: Path) -> None:
-    """Writes FOLDER/tokenizer/, with the generation_config.json of `source` where it has one."""
+    """Writes FOLDER/tokenizer/, with the generation_config.json of `source` if it has one."""
     tokenizer.save_pretrained(folder / TOKENIZER)
     for origin in (snapshot(source), snapshot(source) / TOKENIZER):
         if (origin / GENERATION).is_file():

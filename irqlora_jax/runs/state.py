@@ -1,4 +1,4 @@
-"""The training state: everything that changes while training, so all that a checkpoint holds."""
+"""The training state: everything that changes during the training and is in a checkpoint."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ from irqlora_jax.config import TrainConfig
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 
-_FIRST_LOSS_SCALE = 2.0**15  # float16: halved at every overflow, doubled after so many good steps
+_FIRST_LOSS_SCALE = 2.0**15  # float16: halved after an overflow, doubled after many good steps
 
 
-@no_type_check  # JAX rebuilds pytrees with leaves of any kind, which runtime checks would refuse
+@no_type_check  # JAX rebuilds pytrees with leaves of any type, which runtime checks would reject
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that changes while training, and so all that a checkpoint holds.
+    """Everything that changes during the training and is in a checkpoint.
 
-    The position in the data is `step`: batches are a function of it. Dropout draws from `key` and
-    `step`.
+    `step` is also the position in the data, because batches are a function of it. Dropout depends
+    on `key` and `step`.
     """
 
     adapters: dict[str, Any]
@@ -36,7 +36,7 @@ class TrainState:
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Warmup from 0, then constant or down to 0 at the last step."""
+    """Schedule with warmup from 0, then constant or decaying to 0 at the last step."""
     peak, warmup = config.learning_rate, config.warmup_steps
     rest = max(config.steps - warmup, 1)
     after = {
@@ -50,7 +50,7 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW, number by number; clipping, which needs all of them, is part of `train_step`."""
+    """AdamW without clipping. It is elementwise; `train_step` clips, which needs all gradients."""
     return optax.adamw(
         learning_rate(config),
         b1=config.beta1,
@@ -61,7 +61,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def make_model(llama: LlamaConfig, adapter: AdapterConfig, train: TrainConfig) -> Llama:
-    """The model that a run trains; its type of activations is settled (`devices.resolve`)."""
+    """The model of a run. `train.compute_dtype` must not be null (`machine.fastest_dtype`)."""
     assert train.compute_dtype is not None
     return Llama(
         llama,
@@ -79,7 +79,7 @@ def init_state(
     seed: int,
     pairs: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """New adapters, from `pairs` where they are given (`hf.load_loftq`), and an empty optimizer."""
+    """A new optimizer state and new adapters, from `pairs` if they are given (`hf.load_loftq`)."""
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
     adapters = model.init_adapters(init_key, pairs)
     return make_state(adapters, optimizer, dropout_key)
@@ -88,7 +88,7 @@ def init_state(
 def make_state(
     adapters: dict[str, Any], optimizer: optax.GradientTransformation, key: Array
 ) -> TrainState:
-    """A state at step 0 that starts from given adapters."""
+    """A state at step 0 with the given adapters."""
     return TrainState(
         adapters=adapters,
         opt_state=optimizer.init(adapters),

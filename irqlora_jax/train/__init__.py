@@ -1,4 +1,4 @@
-"""Finetuning: a whole run, and the pure step inside of it."""
+"""Finetuning: the whole run, and its pure training step."""
 
 from irqlora_jax.runs.state import TrainState as TrainState
 from irqlora_jax.runs.state import init_state as init_state

@@ -60,13 +60,13 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What `run` measured.
+    """Result of `run`.
 
     Attributes:
         folder: of the run.
-        steps: optimizer steps done in all.
+        steps: total number of optimizer steps done.
         best: step of the checkpoint with the best evaluation loss; None without evaluations.
-        rows: one row a model (full precision, quantized, finetuned), as in results.json.
+        rows: one row per model (full precision, quantized, finetuned), as in results.json.
     """
 
     folder: Path
@@ -77,19 +77,19 @@ class RunResult:
 
 @shows_messages
 def run(config: Config) -> RunResult:
-    """Quantizes, finetunes, evaluates and saves; goes on where an earlier run stopped.
+    """Quantizes, finetunes, evaluates and saves. Resumes an earlier run in the same folder.
 
-    SIGINT or SIGTERM end the training after the step it is at, with a checkpoint; the second one at
-    once.
+    The first SIGINT or SIGTERM ends the training after the current step, with a checkpoint. The
+    second one ends it at once.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
 
     Raises:
-        ValueError, OSError: bad input, in one sentence; nothing is overwritten then. A disk that
-            becomes full while training is an OSError too.
+        ValueError, OSError: bad input; the message is one sentence, and nothing is overwritten. A
+            full disk during the training is also an OSError.
         FloatingPointError: the training diverged.
-        SystemExit: a signal came; 128 + its number (130 for SIGINT, 143 for SIGTERM).
+        SystemExit: a signal ended the training; 128 + its number (SIGINT: 130, SIGTERM: 143).
     """
     check_packages(config.log)
     dtype = config.train.compute_dtype or fastest_dtype(jax.devices()[0])
@@ -113,12 +113,12 @@ def run(config: Config) -> RunResult:
             try:
                 _begin_folder(folder, job, base, pairs, survey, data)
             except OSError as error:
-                if error.strerror is None:  # a sentence already
+                if error.strerror is None:  # its message is already a sentence
                     raise
                 reason = f"cannot be written ({error.strerror})"
                 raise OSError(f"output_dir = '{folder}': {reason}") from error
         del pairs
-        # The file keeps its own layout.
+        # The layout changes only in memory, not in the file.
         base = with_preferred_layout(base, config.train.matmul)
         logger.info(describe(config, job.model.config, base, len(job.examples), job.mesh))
         return _finetune(job, base, folder, seconds)
@@ -134,8 +134,8 @@ def _finetune(job: Job, base: Base, folder: Path, quantize_seconds: float | None
         latest = checkpoints.latest()
         if latest is not None:
             state = checkpoints.restore(latest, state)
-            if latest > 0:  # else it is what LoftQ began with
-                logger.info(f"going on from step {latest} of {folder}")
+            if latest > 0:  # step 0 is LoftQ's initial adapter
+                logger.info(f"resuming from step {latest} of {folder}")
         started = time.perf_counter()
         with MetricsLog(folder, latest or 0, config) as log:
             ended = train(job, base, state, checkpoints, log)
@@ -145,7 +145,7 @@ def _finetune(job: Job, base: Base, folder: Path, quantize_seconds: float | None
         if ended.signal is not None:
             logger.info(
                 f"{ended.signal.name}: ended after step {step} of {config.train.steps}, saved in "
-                f"{folder}; the same command goes on from there"
+                f"{folder}; the same command resumes the run"
             )
             raise SystemExit(128 + ended.signal)
         if ended.early is not None:
@@ -175,7 +175,7 @@ def _finetune(job: Job, base: Base, folder: Path, quantize_seconds: float | None
 
 
 def _check_matmul(config: Config, llama: LlamaConfig) -> None:
-    """That `train.matmul` can serve all linear layers."""
+    """Checks that `train.matmul` supports all linear layers."""
     train = config.train
     if train.matmul is None:
         return
@@ -192,11 +192,11 @@ def _check_matmul(config: Config, llama: LlamaConfig) -> None:
 
 
 def _read_job(config: Config, source: str | Path) -> Job:
-    """Everything but the weights, and so every mistake that can be found before they are read."""
+    """Reads everything except the weights, and checks all that can be checked without them."""
     asked = config.evaluate
     if asked.baselines:
         _check_baselines(config)
-    # What is no LLaMA, or fits no mesh, is refused before anything else is read.
+    # Check the architecture and the mesh before anything else is read.
     llama = read_architecture(source, config.quant)
     mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulation)
     check_mesh(mesh, llama, config.quant)
@@ -215,9 +215,9 @@ def _read_job(config: Config, source: str | Path) -> Job:
     samples = read_samples(config, tokenizer, llama)
     sequences = [*(e.tokens for e in (*examples, *eval_examples)), *samples.prompts]
     highest = max(int(max(tokens)) for tokens in sequences)
-    if highest >= llama.vocab_size:  # indexing would clamp it in silence
+    if highest >= llama.vocab_size:  # indexing would silently clamp it
         raise ValueError(
-            f"model = '{config.model}': its tokenizer gives token {highest}, its embedding has "
+            f"model = '{config.model}': the tokenizer yields token {highest}, the embedding has "
             f"{llama.vocab_size} rows; accepted is a tokenizer that belongs to the model"
         )
     model = make_model(llama, config.adapter, config.train)
@@ -248,8 +248,8 @@ def _load_data(
 
 
 def _read_base(job: Job, source: str | Path) -> tuple[Base, Base | None, dict[str, Any] | None]:
-    """The base; for a new run with LoftQ the pairs that belong to it; of a base that is quantized
-    here in one step, what that did to the weights."""
+    """Returns the base, LoftQ's pairs (only for a new run), and the survey of the quantization
+    (only if `quantize_base` makes the base)."""
     config, pairs, survey = job.config, None, None
     progress = config.log.progress
     if is_base(source):
@@ -274,7 +274,7 @@ def _begin_folder(
 ) -> None:
     config = job.config
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a start that broke off
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # from an interrupted start
     save_tokenizer(job.samples.tokenizer, config.model, folder)
     if is_base(config.model):
         link_base(config.model, folder)
@@ -285,12 +285,12 @@ def _begin_folder(
     if pairs is not None:
         _save_start(folder, job, pairs)
     save_data(folder, data)
-    # The configuration comes last: it marks a folder that can be resumed.
+    # Write the configuration last: it marks a folder that can be resumed.
     write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
 
 
 def _save_start(folder: Path, job: Job, pairs: Base) -> None:
-    """The checkpoint of step 0: pairs are not made again, so a run has them before it begins."""
+    """Saves the pairs as the checkpoint of step 0: a resumed run does not make them again."""
     config = job.config
     init = functools.partial(init_state, job.model, job.optimizer, config.seed)
     splits = config.adapter.chosen.splits
@@ -300,7 +300,7 @@ def _save_start(folder: Path, job: Job, pairs: Base) -> None:
 
 
 def describe(config: Config, llama: LlamaConfig, base: Base, examples: int, mesh: Mesh) -> str:
-    """What is about to happen, in two lines, and with several devices a third one."""
+    """Describes the run in two lines, and with several devices in a third one."""
     adapter, train = config.adapter, config.train
     stored = measure_base(base)
     devices = ""
@@ -322,7 +322,7 @@ def describe(config: Config, llama: LlamaConfig, base: Base, examples: int, mesh
 
 
 def next_commands(config: Config) -> str:
-    """What to try with a finished run."""
+    """Lists commands to try with a finished run."""
     run = f"--run {config.output_dir}"
     commands = [
         f"eval {run} --task perplexity --text FILE",

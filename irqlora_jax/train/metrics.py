@@ -148,7 +148,7 @@ class MetricsLog:
 
         Args:
             folder: of the run.
-            step: that the run goes on from.
+            step: step that the run resumes from.
             config: of the run, for `log` (default: the file alone).
         """
         self._path = folder / _FILE
@@ -202,7 +202,7 @@ class MetricsLog:
         except Exception as error:
             # Leave out the text of the error: it may contain request headers with a key.
             failure = type(error).__name__
-            text = f"{name} failed ({failure}); the run goes on, {self._path} has everything"
+            text = f"{name} failed ({failure}); the run continues, and {self._path} has everything"
             logger.warning(text, extra=ON_STDOUT)
             return False
         return True

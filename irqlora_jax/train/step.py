@@ -28,7 +28,7 @@ _GOOD_STEPS = 1000
 def state_shardings(
     mesh: Mesh | AbstractMesh, state: TrainState, offload: bool, splits: Splits = PAIR
 ) -> TrainState:
-    """Where each array of a state lies.
+    """The sharding of each array of a state.
 
     Args:
         mesh: from `make_mesh`.
@@ -54,7 +54,7 @@ def sharded_state(
     *arrays: Any,
     splits: Splits = PAIR,
 ) -> TrainState:
-    """A new state `init(*arrays)`, each part made where it belongs (`state_shardings`)."""
+    """Makes a new state `init(*arrays)`, already sharded (`state_shardings`)."""
     shardings = state_shardings(mesh, jax.eval_shape(init, *arrays), offload, splits)
     return jax.jit(init, out_shardings=shardings)(*arrays)
 

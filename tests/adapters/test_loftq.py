@@ -375,7 +375,7 @@ def test_the_table_has_the_quantizer_with_and_without_its_pair(tmp_path: Path) -
 
 
 def test_bases_that_do_not_go_with_loftq_are_refused(finished: Path, tmp_path: Path) -> None:
-    origin = f"accepted is the model that it was made from ('{WORLD / 'base-small'}'), "
+    origin = f"accepted is the original model ('{WORLD / 'base-small'}'), "
     plain = tmp_path / "plain"
     run(config(plain, adapter__init="default", train__steps=1))
     for action in (run, plan):
@@ -388,7 +388,7 @@ def test_bases_that_do_not_go_with_loftq_are_refused(finished: Path, tmp_path: P
         with pytest.raises(ValueError) as refused:
             action(config(tmp_path / "new", finished, adapter__init="default"))
         assert str(refused.value) == (
-            f"model = '{finished}': its base was fitted to the adapter of that run (LoftQ), "
+            f"model = '{finished}': this base was fitted to the adapter of its run (LoftQ) "
             f"and is incomplete without it; {origin}or a folder of irqlora quantize"
         )
     assert not (tmp_path / "new").exists()

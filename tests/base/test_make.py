@@ -213,7 +213,7 @@ FOLDER_FAULTS: dict[str, tuple[Callable[[Path], Any], type[Exception], list[str]
     "quantized already": (
         edit_config(quantization_config={"bits": 4}),
         ValueError,
-        ["quantized already"],
+        ["already quantized"],
     ),
     "pickles": (
         instead_of_weights(pytorch_model_dot_bin="x"),

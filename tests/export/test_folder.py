@@ -253,7 +253,7 @@ hf.export_merged({str(base_folder)!r}, {str(tmp_path / "out")!r})
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["out.part"]
-    with pytest.raises(FileExistsError, match=r"out\.part is there.*delete it"):
+    with pytest.raises(FileExistsError, match=r"out\.part exists.*delete it"):
         hf.export_merged(base_folder, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out.part"]
 

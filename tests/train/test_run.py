@@ -73,7 +73,7 @@ def test_a_crashed_run_goes_on_bit_by_bit(base, whole, tmp_path, monkeypatch, sa
         with pytest.raises(StoppedError):
             run(config_for(base, folder))
     result = run(config_for(base, folder))
-    assert any("going on from step 4" in line for line in said)
+    assert any("resuming from step 4" in line for line in said)
     assert result.steps == 6 and [step for step, _ in losses_of(folder)] == [1, 2, 3, 4, 5, 6]
     assert_same_run(whole, folder)
     results = [json.loads((f / "results.json").read_text()) for f in (whole, folder)]
@@ -270,7 +270,7 @@ def test_other_contents_of_the_data_file_are_refused(base: Path, tmp_path: Path)
     changes = {"data__train": str(data), "train__steps": 1}
     run(config_for(base, folder, **changes))
     data.write_text("".join(lines[:15] + lines[16:17]))
-    with pytest.raises(ValueError, match=r"data.train = .*data.jsonl': gives 16 examples") as error:
+    with pytest.raises(ValueError, match=r"data.train = .*data.jsonl': now 16 examples") as error:
         run(config_for(base, folder, **changes))
     assert str(error.value).count("sha256") == 2 and "output_dir" in str(error.value)
     # The same rows in another form are the same data.
