@@ -114,7 +114,7 @@ def affine(weight: QTensor, dtype: DTypeLike) -> UInt32[Array, "blocks padded"]:
 
 @functools.cache
 def _missing() -> str | None:
-    """Names that the kernels need and the installed jax lacks, in a sentence."""
+    """A sentence that names what the kernels need and the installed jax lacks, or None."""
     try:
         from jax.experimental.mosaic import gpu as mgpu
         from jax.experimental.pallas import mosaic_gpu as plgpu

@@ -14,8 +14,8 @@ candidates.
 
 Cost, from the instructions compiled for an H200 (tests/cuda/test_search_cuda.py): for 32 blocks of
 32 in int4, 101 candidates take 111 instructions each, and 142 for every 8 weights. That is 67
-instructions of a warp for each weight, or 0.49 s for LLaMA-7B at the rate of issue; int3 takes 0.39
-s, int2 0.38 s. An H100 took 0.60, 0.49 and 0.46 s (kernels/README.md).
+warp instructions for each weight, or 0.49 s for LLaMA-7B at the issue rate; int3 takes 0.39 s, int2
+0.38 s. An H100 took 0.60, 0.49 and 0.46 s (kernels/README.md).
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ magnitudes are near the ends of float32. Then the kernel counts the weights for 
 
 Cost, from the instructions compiled for an H200 (tests/cuda/test_search_cuda.py): for 32 blocks of
 64, 201 candidates take 84 instructions and 2.3 passes of 157 each, and sorting takes 6,700. That is
-47 instructions of a warp for each weight, or 0.34 s for LLaMA-7B at the rate of issue. An H100 took
+47 warp instructions for each weight, or 0.34 s for LLaMA-7B at the issue rate. An H100 took
 0.62 s (kernels/README.md).
 """
 

@@ -88,7 +88,7 @@ def sort_columns(
 def odd_even_pairs(n: int) -> Pairs:
     """Batcher's network, which sorts n = 2**k numbers.
 
-    For one pair of places after the other, the smaller number goes to the first place.
+    Process the pairs in order: the smaller number of a pair goes to its first place.
     """
     if n == 1:
         return []

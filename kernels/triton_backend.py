@@ -25,8 +25,8 @@ def backend() -> Any:
 def announce() -> None:
     """Warns once of the deprecation, not once for each kernel. Call it when a kernel is traced.
 
-    jax gives its own warning when it lowers a kernel, which happens after tracing. So a context
-    that ignores warnings would end too early: this adds a filter for that text and leaves it there.
+    jax itself warns when it lowers a kernel, which happens after tracing. A context that ignores
+    warnings would end before that. So this adds a filter for that text and leaves it there.
     """
     if jax.__version_info__ >= (0, 11):
         warnings.filterwarnings("ignore", DEPRECATED, DeprecationWarning)

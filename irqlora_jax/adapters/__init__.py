@@ -1,4 +1,4 @@
-"""Adapters: one file a method (`method.py` is the contract), and where their training starts."""
+"""Adapters: one file per method (`method.py` is the contract), and their initializations."""
 
 from irqlora_jax.adapters.iec import IEC
 from irqlora_jax.adapters.loftq import LOFTQ

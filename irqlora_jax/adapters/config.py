@@ -11,7 +11,7 @@ from irqlora_jax.sharding import LINEAR_NAMES
 from irqlora_jax.text import require
 
 RENAMED = {"connections": ("iec", "connections"), "loftq_iterations": ("loftq", "iterations")}
-"""Fields of version 0.1.0, and the options that they are now."""
+"""Fields of version 0.1.0, and the options that replace them."""
 if TYPE_CHECKING:
     MethodName = str
     InitializationName = str
@@ -25,21 +25,21 @@ class AdapterConfig:
     """The trained update of the frozen layers."""
 
     method: MethodName = "iec"
-    """"lora": QLoRA's pair of matrices. "iec": with the parameter-free connections of IR-QLoRA."""
+    """"lora": low-rank pair (QLoRA). "iec": LoRA with IR-QLoRA's parameter-free connections."""
     rank: int = 64
-    """Inner dimension r."""
+    """Rank r of the update."""
     alpha: float = 16.0
     """The update is multiplied by alpha / rank."""
     dropout: float = 0.0
-    """Probability of dropping an input feature in front of the matrix A."""
+    """Dropout probability of the input features of the matrix A."""
     targets: tuple[str, ...] = LINEAR_NAMES
     """Names of the adapted linear layers."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type in which adapters and optimizer state are kept."""
+    """Type of the adapters and the optimizer state."""
     init: InitializationName = "default"
-    """Where the training starts. "default": the update is 0. "loftq": the quantized weights and the
-    pair are fitted to the weights together (LoftQ), so that the update corrects most of the
-    quantization error; the base then belongs to this run alone. In Python: `hf.load_loftq`."""
+    """Initial adapter. "default": the update is 0. "loftq": fit the quantized weights and the pair
+    to the weights together (LoftQ), so that the update corrects most of the quantization error.
+    The base then belongs to this run alone. In Python: `hf.load_loftq`."""
     iec: IecOptions = IecOptions()
     loftq: LoftqOptions = LoftqOptions()
 

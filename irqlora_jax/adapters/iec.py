@@ -1,4 +1,4 @@
-"""IEC, information elastic connection: LoRA whose two factors also pass their input on
+"""IEC (information elastic connection): LoRA where both factors also pass on their input
 (IR-QLoRA, section 3.3).
 
     U1(x) = A x + beta1 * spread(x, rank)            eq. 12
@@ -6,8 +6,8 @@
     update = U2(U1(x))
 
 `spread` has no parameters: it averages n features over g = gcd(n, m) contiguous windows and repeats
-every mean m/g times side by side. The paper writes the repetition as a concatenation of copies; its
-merging rule (eq. 16) and the released code repeat in place, and only that folds into a LoRA pair.
+every mean m/g times in place. The paper writes the repetition as a concatenation of copies, but its
+merging rule (eq. 16) and the released code repeat in place. Only that folds into a LoRA pair.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ def init(
     rank: int,
     dtype: DTypeLike = jnp.float32,
 ) -> Params:
-    """LoRA's pair, and the two scalars beta1 and beta2, both 0 (as released).
+    """LoRA's pair, and the scalars beta1 and beta2, which start at 0 (as released).
 
     Examples:
         >>> import jax
@@ -61,10 +61,10 @@ def apply(
     dropped: Float[Array, "*batch in"],
     scale: float = 1.0,
 ) -> Float[Array, "*batch out"]:
-    """scale * U2(U1(x)). The connection sees x itself, not what dropout left of it (as released).
+    """scale * U2(U1(x)). The connection takes x itself, before dropout (as released).
 
-    The connections are computed as part of A and B (`fold`), which are smaller than what they pass
-    on: alone, their gradients would read all outputs once more.
+    The connections are computed as part of A and B (`fold`), which are smaller than activations.
+    Computed separately, their gradients would read all outputs once more.
 
     Examples:
         >>> pair = {"lora_A": jnp.zeros((1, 2)), "lora_B": jnp.zeros((2, 1))}
@@ -81,7 +81,7 @@ def apply(
 
 
 def fold(params: Params) -> Params:
-    """The LoRA pair with the same update, exactly (eq. 16, for shapes that do not divide too).
+    """The LoRA pair with exactly the same update (eq. 16, also for shapes that do not divide).
 
     Examples:
         >>> pair = {"lora_A": jnp.zeros((2, 4)), "lora_B": jnp.zeros((4, 2))}
@@ -108,11 +108,11 @@ def _connection(n: int, size: int, dtype: DTypeLike) -> Float[Array, "size n"]:
 
 @dataclasses.dataclass(frozen=True)
 class IecOptions:
-    """Connections of IEC."""
+    """Options of IEC."""
 
     connections: Literal["both", "u1", "u2"] = "both"
-    """Which of the two connections is learned: the one around A ("u1"), the one around B ("u2") or
-    both (IR-QLoRA, table 4). The scalar of the other one stays 0."""
+    """Connections to train: around A ("u1"), around B ("u2"), or "both" (IR-QLoRA, table 4). The
+    scalar of a connection that is not trained stays 0."""
 
     def __post_init__(self) -> None:
         known = ("both", "u1", "u2")

@@ -1,11 +1,11 @@
-"""LoftQ: the training starts where the quantized layer plus its pair is close to the weights, while
-LoRA's own start leaves the whole quantization error (Li et al., ICLR 2024, algorithm 1).
+"""LoftQ: initializes the pair so that the quantized layer plus its update is close to the weights.
+LoRA's initialization keeps the whole quantization error (Li et al., ICLR 2024, algorithm 1).
 
 It alternates: Q = quantize(W - s B A), then s B A = the best rank-r approximation of W - Q, with
 s = alpha / rank and Q as stored (codes, scales and shifts). The first Q is quantize(W).
 
 W - Q and W - s B A are computed slab by slab and never materialized, except for small layers (exact
-SVD). So little memory is needed beside W and two packed matrices: Q and the best one.
+SVD). So little memory is needed besides W and two packed matrices: Q and the best one.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from irqlora_jax.quant.slabs import map_slabs, rows_of, slab_rows, sum_slabs
 from irqlora_jax.text import require
 
 EXACT_UP_TO = 512
-"""Layers whose smaller side is no longer, or no longer than 8 times the rank, have all their
-singular values computed; beyond it that takes too long."""
+"""Layers whose smaller side is at most this, or at most 8 times the rank, use an exact SVD. For
+larger layers it would take too long."""
 OVERSAMPLING, POWER_ITERATIONS = 10, 4
 _wide = functools.partial(jnp.matmul, precision="highest")  # GPUs would round float32 to TF32
 Some = Callable[[Array | int], Float32[Array, "count in"]]
-"""Rows of a matrix from one on, as many as a slab has."""
+"""Maps a first row to the rows of a slab of a matrix."""
 
 
 def loftq(
@@ -42,24 +42,24 @@ def loftq(
     key: PRNGKeyArray,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[QTensor, Float[Array, "rank in"], Float[Array, "out rank"]]:
-    """Q, lora_A and lora_B with W ~ Q + scaling * lora_B lora_A.
+    """Computes Q, lora_A and lora_B with W ~ Q + scaling * lora_B lora_A.
 
-    The turn with the smallest Frobenius error is kept, since the error need not fall from turn to
-    turn. It is never above the error of the quantizer alone, which gives the first Q. Singular
-    values of 0 give rows of A and columns of B that are 0 and get no gradient: the values beyond
-    the smaller side of the layer, and every value where there is no error to correct.
+    The error need not fall in every iteration, so the iteration with the smallest Frobenius error
+    is kept. Its error never exceeds that of the quantizer alone, which gives the first Q. Singular
+    values of 0 give rows of A and columns of B that are 0 and get no gradient. Singular values are
+    0 beyond the smaller side of the layer, and where there is no error to correct.
 
     Args:
         weight: W (float32, bfloat16 or float16).
-        config: how it is quantized, in any way that `quantize` knows.
+        config: configuration of the quantizer, as for `quantize`.
         rank: r.
-        scaling: s, what the update is multiplied by: alpha / rank.
-        iterations: turns.
-        key: of the directions that `randomized_svd` begins with; without effect on small layers.
-        dtype: of the pair. What is lost to its rounding the next turn quantizes.
+        scaling: s, the factor of the update: alpha / rank.
+        iterations: number of iterations.
+        key: random key of `randomized_svd`; without effect on small layers.
+        dtype: type of the pair. The next iteration also quantizes its rounding error.
 
     Raises:
-        ValueError: no turn, no rank; what `quantize` refuses.
+        ValueError: fewer than 1 iteration, a rank below 1, or an error of `quantize`.
 
     Examples:
         >>> weight = jax.random.normal(jax.random.key(0), (24, 64))
@@ -76,7 +76,7 @@ def loftq(
             raise ValueError(f"{name} = {value}: accepted is a whole number of at least 1")
     scale = jnp.float32(scaling)
     out_features, in_features = weight.shape
-    # No update, as two factors: the same program quantizes in every turn.
+    # The first update is 0, so that every iteration runs the same program.
     a, b = (jnp.zeros(shape, dtype) for shape in ((rank, in_features), (out_features, rank)))
     best, least = None, jnp.inf
     for turn in range(iterations):
@@ -85,7 +85,7 @@ def loftq(
         a, b, norm = _fit(weight, quantized, scale, own, rank, jnp.dtype(dtype))
         if best is None or norm < least:
             best, least = (quantized, a, b), float(norm)
-        del quantized  # there are two at a time: the best and the next
+        del quantized  # keeps only two in memory: the best and the next
     assert best is not None
     return best
 
@@ -94,8 +94,8 @@ def loftq(
 def _fit(
     weight: Array, quantized: QTensor, scale: Array, key: Array, rank: int, dtype: DTypeLike
 ) -> tuple[Array, Array, Float32[Array, ""]]:
-    """The pair of least error for a given W - Q, the roots of its singular values on both sides,
-    and the Frobenius norm of W - Q - s B A."""
+    """The best pair for W - Q, each factor with the square roots of the singular values, and the
+    Frobenius norm of W - Q - s B A."""
     rows, columns = weight.shape
     count, dequantized = slab_rows((rows, columns)), quantized.dequantize_rows()
 
@@ -137,14 +137,14 @@ def randomized_svd(
     Power iterations turn a basis of slightly more than `rank` random directions towards the largest
     singular values; x is then decomposed in that basis. The 1 % refers to Frobenius norms and was
     measured for ranks up to an eighth of the smaller side (tests/adapters/test_loftq.py).
-    Quantization errors come closest to it, because their singular values fall slowly.
+    Quantization errors come closest to it, because their singular values decay slowly.
 
     Args:
-        some: `count` rows of x from one on; asked for POWER_ITERATIONS + 1 times.
-        shape: of x.
-        count: rows of a slab.
-        rank: singular values that are wanted.
-        key: of the directions.
+        some: maps a first row to `count` rows of x; reads x POWER_ITERATIONS + 1 times in all.
+        shape: shape of x.
+        count: rows in a slab.
+        rank: number of singular values.
+        key: random key of the directions.
     """
     rows, columns = shape
     basis = jax.random.normal(key, (columns, min(rank + OVERSAMPLING, *shape)))
@@ -155,7 +155,7 @@ def randomized_svd(
             return _wide(x.T, jnp.where(new, _wide(x, basis), 0))
 
         basis, _ = jnp.linalg.qr(sum_slabs(turned, rows, count))
-    # x in the basis of its inputs: [m, size]. The second QR leaves a square to decompose.
+    # x in the basis of its inputs: [m, size]. A second QR leaves a square matrix to decompose.
     inside = map_slabs(lambda start: _wide(some(start), basis), rows, count)
     left, square = jnp.linalg.qr(inside)
     u, s, v = jnp.linalg.svd(square)
@@ -164,10 +164,10 @@ def randomized_svd(
 
 @dataclasses.dataclass(frozen=True)
 class LoftqOptions:
-    """Turns of LoftQ."""
+    """Options of LoftQ."""
 
     iterations: int = 3
-    """Turns, of which the best is kept."""
+    """Number of iterations. The best one is kept."""
 
     def __post_init__(self) -> None:
         field, turns = "adapter.loftq.iterations", self.iterations

@@ -38,7 +38,7 @@ def apply(
     dropped: Float[Array, "*batch in"],
     scale: float = 1.0,
 ) -> Float[Array, "*batch out"]:
-    """scale * B A x. `dropped` is x after dropout, which stands in front of A alone.
+    """scale * B A x. `dropped` is x after dropout, which is applied only in front of A.
 
     Examples:
         >>> params = {"lora_A": jnp.array([[1.0, 2.0]]), "lora_B": jnp.array([[1.0], [0.0]])}
@@ -55,8 +55,8 @@ def apply(
 def expand(u: Float[Array, "*batch rank"], b: Float[Array, "out rank"]) -> Array:
     """u @ b^T, with a cheaper gradient of b.
 
-    The gradient transposes the few features of u. jax itself would transpose the gradient of all
-    outputs, which CPUs do in memory.
+    This gradient transposes the few features of u. The gradient of jax would transpose the gradient
+    of all outputs, which CPUs do in memory.
     """
     return u @ b.T
 
@@ -75,7 +75,7 @@ expand.defvjp(_expand_forward, _expand_backward)
 
 
 def fold(params: Params) -> Params:
-    """A plain pair already.
+    """Returns the parameters, which already are a plain pair.
 
     Examples:
         >>> params = init(jax.random.key(0), 16, 8, rank=2)

@@ -1,6 +1,6 @@
 """The contract of an adapter: how a linear layer is updated, trained, stored and merged.
 
-An adapter is one file that defines one `Method`, and one line of `METHODS`.
+An adapter is one file that defines a `Method`, plus one entry in `METHODS`.
 """
 
 import dataclasses
@@ -21,28 +21,28 @@ Shape = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """All that the rest of the package knows of an adapter.
+    """Everything that the rest of the package knows about an adapter.
 
     Attributes:
         name: value of `adapter.method`.
         title: short name for tables, such as "LoRA".
-        description: the name as a sentence of a model card uses it, with an article.
+        description: the name for use in a sentence of a model card, with an article.
         init: (key, (out, in), rank, options, dtype) -> parameters whose update is 0.
         apply: (parameters, x [*batch, in], dropped, scale, weight) -> the update of the output
-            [*batch, out]. `dropped` is x after dropout, and x itself where nothing is dropped.
+            [*batch, out]. `dropped` is x after dropout, or x itself without dropout.
             `weight` is the frozen weight, a QTensor or a float array [out, in].
-        files: name of every leaf in a PEFT file, behind the name of the layer. Where a file holds
-            lora_A and lora_B alone, the other leaves are as `init` makes them.
-        fold: parameters -> the pair {"lora_A": [rank, in], "lora_B": [out, rank]} that computes the
-            same update, exactly; None: no pair does.
+        files: name of every leaf in a PEFT file, after the name of the layer. If a file has only
+            lora_A and lora_B, the other leaves keep their values from `init`.
+        fold: parameters -> the pair {"lora_A": [rank, in], "lora_B": [out, rank]} with exactly the
+            same update; None if there is no such pair.
         delta: (parameters, (out, in)) -> the update of the weight [out, in] at scale 1; None:
-            lora_B lora_A of `fold`. A method without `fold` must have it.
+            lora_B lora_A of `fold`. Required for a method without `fold`.
         frozen: options -> the leaves that get no gradient.
-        splits: how a mesh splits a leaf: "out" or "in" for a dimension that follows the outputs or
-            inputs of the layer, None for one that stays whole (default: LoRA's pair). Leaves that
-            are not named are copied to every device.
+        splits: how a mesh splits each leaf (default: LoRA's pair). "out" or "in" for a dimension
+            that follows the outputs or inputs of the layer, None for one that is not split. Leaves
+            without an entry are copied to every device.
         options: default options, a frozen dataclass; None for a method without options. A method
-            with options has a field of its name in `AdapterConfig`.
+            with options needs a field with its name in `AdapterConfig`.
     """
 
     name: str
@@ -68,21 +68,21 @@ class Method:
             return self.delta(wide, shape)
         assert self.fold is not None
         pair = self.fold(wide)
-        # Accelerators would otherwise multiply float32 in fewer bits.
+        # Accelerators would otherwise multiply float32 with reduced precision.
         return jnp.matmul(pair["lora_B"], pair["lora_A"], precision="highest")
 
 
 @dataclasses.dataclass(frozen=True)
 class Initialization:
-    """Where the training starts.
+    """How the parameters are initialized.
 
     Attributes:
         name: value of `adapter.init`.
-        title: short name for tables; "" for the method's own start.
+        title: short name for tables; "" for the method's own `init`.
         fit: (weight [out, in], QuantConfig, rank, scale, options, key, dtype) -> the quantized
-            weight, lora_A and lora_B, fitted to the weight together; None: the method's own `init`
-            and the quantizer alone. A base that was fitted belongs to one run.
-        options: default options; None without.
+            weight, lora_A and lora_B, fitted to the weight together. A fitted base belongs to one
+            run. None: uses the method's own `init`, and the quantizer alone.
+        options: default options; None for an initialization without options.
     """
 
     name: str

@@ -82,7 +82,7 @@ def encode_conversations(
     A turn of the assistant starts after the prompt that the template writes for the previous
     messages, and ends where the template ends the turn. White space after an end-of-turn token is
     not part of the turn. A token on the border counts as part of the turn if it holds any of its
-    characters. There is a bos only where the template writes one, as in a chat with the model.
+    characters. There is a bos only if the template writes one, as in a chat with the model.
 
     Args:
         tokenizer: a transformers tokenizer, with its template.

@@ -23,7 +23,7 @@ class Row(NamedTuple):
     columns: dict[str, Any]
 
     def text(self, name: str, default: str | None = None) -> str:
-        """The text of a column, or the default (if given) where the column is absent or null.
+        """The text of a column, or the default (if given) if the column is absent or null.
 
         Raises:
             ValueError: not text.

@@ -286,7 +286,7 @@ def _score(
     choices: Int[Array, "batch length choices"],
     given: Bool[Array, "batch length choices"],
 ) -> tuple[Float32[Array, "batch choices"], Bool[Array, "batch choices"]]:
-    """Sums the log-probabilities of the tokens of each choice; also: are all of them the likeliest?
+    """Sums the log-probabilities of each choice's tokens, and checks if all are the likeliest.
 
     Args:
         model: the architecture.

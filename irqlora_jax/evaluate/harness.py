@@ -87,7 +87,7 @@ def harness(
         cache=AnswerCache(resume_file, identity),
         progress=progress,
     )
-    # Else the bootstrap of some metrics forks this process, which is unsafe with threads of jax.
+    # Otherwise the bootstrap of some metrics forks this process, which is unsafe with jax threads.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     evaluate: Any = lm_eval.simple_evaluate  # its type annotations are wrong
     found = evaluate(

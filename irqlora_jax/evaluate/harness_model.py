@@ -28,13 +28,13 @@ logger = logging.getLogger(__name__)
 
 
 class HarnessLM(TemplateLM):
-    """The interface of lm-eval to a model. Answers equal the answers of `HFLM` of lm-eval.
+    """The interface of lm-eval to a model. Its answers equal those of lm-eval's `HFLM`.
 
     The tokenizer adds its usual special tokens, e.g. bos for LLaMA. If the text already starts
-    with bos, no second one is added. The text of `loglikelihood_rolling` has two as with `HFLM`:
-    one from the window and its own. An empty context is bos, or eos if there is no bos. Longer
-    inputs than the context of the model are truncated on the left, including bos, as `HFLM` does
-    (our own tasks keep bos). `TemplateLM._encode_pair` splits context and continuation.
+    with bos, no second one is added. In `loglikelihood_rolling` a text has two, as with `HFLM`:
+    one from the window and one of its own. An empty context is bos, or eos if there is no bos.
+    Inputs longer than the context of the model are truncated on the left, including bos, as in
+    `HFLM` (our own tasks keep bos). `TemplateLM._encode_pair` splits context and continuation.
     """
 
     def __init__(

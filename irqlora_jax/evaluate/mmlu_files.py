@@ -128,7 +128,7 @@ def _read_rows(path: Path, data: bytes) -> list[list[str]]:
 
 def prompt_text(subject: str, examples: Sequence[Sequence[str]], row: Sequence[str]) -> str:
     """Writes the prompt of a question, with its examples in front."""
-    # The published prompts have two spaces in front of the subject.
+    # The published prompts have two spaces before the subject.
     head = "The following are multiple choice questions (with answers) about  "
     shown = "".join(f"{_question(example)} {example[-1]}\n\n" for example in examples)
     return f"{head}{subject.replace('_', ' ')}.\n\n{shown}{_question(row)}"

@@ -140,7 +140,7 @@ def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
     except KeyboardInterrupt:
         for part in (_resume_file(path), _resume_file(_answers_file(asked, path))):
             if part.is_file():
-                logger.info(f"what is done is kept in {part}; the same command goes on from there")
+                logger.info(f"finished work is kept in {part}; the same command resumes from there")
         raise
     seconds = time.perf_counter() - started
     result = results.describe(run, asked) | {"seconds": round(seconds, 3)} | scores
@@ -226,7 +226,7 @@ def _mmlu(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
             f"{scores.truncated} were cut, to fit into the context of {context} tokens"
         )
     if scores.ties:
-        logger.info(f"{scores.ties} questions had several best letters, of which the first counts")
+        logger.info(f"{scores.ties} questions had a tie for the best letter; the first one counts")
     return dataclasses.asdict(scores)
 
 

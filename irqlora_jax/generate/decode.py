@@ -41,7 +41,7 @@ def generate(
         variables: its collections, {"params": adapters, "base": base}.
         prompts: token ids, at least one for each prompt.
         max_new_tokens: maximum number of new tokens.
-        temperature: 0: greedy decoding; else tokens are sampled from softmax(logits / temperature).
+        temperature: 0: greedy decoding. Else: sample tokens from softmax(logits / temperature).
         top_k: sample only from the k most likely tokens.
         top_p: sample only from the smallest set of tokens with a total probability of at least p.
         key: random key of the sampling; the same key gives the same text.

@@ -45,7 +45,7 @@ def rotate(
 def einsum_f32(subscripts: str, a: Array, b: Array) -> Array:
     """An einsum that sums in float32 and returns float32.
 
-    Its gradients are products in the type of `a`. jax's own gradient would multiply the
+    Its gradients are products in the type of `a`. The gradient of jax would multiply the
     half-precision arrays in float32, because the cotangent is float32.
     """
     return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
@@ -78,16 +78,17 @@ def attend(
         q: queries.
         k: keys.
         v: values.
-        slots: slot of each query in the cache of keys; a query sees the slots up to its own. None:
-            query i is in slot i.
-        segment_ids: packed documents; a query sees only keys of its own segment. Not with a cache.
-        implementation: "cudnn", the flash attention of NVIDIA's library; "xla", chunk after chunk
-            of queries; None, the first of these that can serve.
-        chunk: queries whose scores "xla" holds at one time. With more than two chunks of queries,
-            the backward pass computes the scores again, so memory grows linearly with `seq`.
+        slots: slot of each query in the key-value cache; a query attends to slots up to its own.
+            None: query i is in slot i.
+        segment_ids: segments of packed documents; a query attends only to its own segment. Not
+            with a cache.
+        implementation: "cudnn": flash attention of NVIDIA's library. "xla": one chunk of queries
+            at a time. None: the first of these that can serve.
+        chunk: queries whose scores "xla" holds at the same time. With more than two chunks, the
+            backward pass recomputes the scores, so memory grows linearly with `seq`.
 
     Raises:
-        ValueError: the implementation cannot serve; the message says why, and which one can.
+        ValueError: the implementation cannot serve; the message says why, and which ones can.
     """
     operands = q, k, v, slots, segment_ids
     chosen = choose(implementation, _IMPLEMENTATIONS, *operands, setting="attention")
@@ -101,7 +102,7 @@ def _in_chunks(
     batch, seq, *features = q.shape
     if slots is None:
         slots = jnp.broadcast_to(jnp.arange(seq)[None, :], (batch, seq))
-    # Heads in front: then each head's matrices for the product are contiguous.
+    # Heads come first, so that the matrices of each head are contiguous.
     keys, values = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
 
     def attend_to_all(queries: tuple[Array, Array, Array | None]) -> Array:
@@ -135,8 +136,8 @@ def _plain(
     grouped = q.reshape(batch, seq, k.shape[1], -1, head_dim).transpose(0, 2, 3, 1, 4)
     scores: Array = einsum_f32("bkgtd,bksd->bkgts", grouped, k)  # type: ignore[assignment]
     scores = jnp.where(mask[:, None, None], scores * (1 / math.sqrt(head_dim)), -jnp.inf)
-    # A query always sees its own slot, so no row of the softmax is empty. The division by the row's
-    # sum comes after the product: then the gradient sums over features, not over slots.
+    # A query always attends to its own slot, so no row of the softmax is empty. Dividing by the
+    # sum of the row after the product lets the gradient sum over features, not over slots.
     chances = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     y: Array = einsum_f32("bkgts,bksd->bkgtd", chances.astype(v.dtype), v)  # type: ignore[assignment]
     y = (y / chances.sum(axis=-1, keepdims=True)).astype(q.dtype)
@@ -144,7 +145,7 @@ def _plain(
 
 
 def _cudnn(q: Array, k: Array, v: Array, *_: Any) -> Array:
-    with jax.numpy_dtype_promotion("standard"):  # jax scales by a float64 there
+    with jax.numpy_dtype_promotion("standard"):  # jax scales by a float64 inside
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
 
 
@@ -159,13 +160,13 @@ def _cudnn_refusal(
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] % 8 or q.shape[-1] > 128:
-        return f"it takes heads of a multiple of 8 up to 128 features, not {q.shape[-1]}"
+        return f"it takes a head_dim that is a multiple of 8 up to 128, not {q.shape[-1]}"
     if slots is not None:
-        return "it serves no cache of keys and values"
+        return "it does not support a key-value cache"
     if segment_ids is not None:
         # jax passes segments only as a mask over all pairs of tokens, and computes the gradient of
         # that mask too.
-        return "it serves no packed rows"
+        return "it does not support packed rows"
     try:
         jax.eval_shape(lambda *x: jax.vjp(_cudnn, *x)[0], q, k, v)
     except (RuntimeError, ValueError, NotImplementedError) as error:

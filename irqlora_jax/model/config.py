@@ -12,17 +12,17 @@ def require(ok: bool, field: str, value: Any, accepted: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Stretching of the rotary frequencies, for contexts longer than those of the pretraining."""
+    """Scaling of the rotary frequencies, for longer contexts than in the pretraining."""
 
     rope_type: Literal["linear", "llama3"]
     factor: float
     low_freq_factor: float = 1.0
-    """llama3 alone, as the two that follow."""
+    """For llama3 only, like the next two fields."""
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
 
     def to_dict(self) -> dict[str, Any]:
-        """As in config.json."""
+        """The values as in config.json."""
         values = dataclasses.asdict(self)
         return (
             values if self.rope_type == "llama3" else {"rope_type": "linear", "factor": self.factor}
@@ -31,7 +31,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The architecture; the names are those of Hugging Face's config.json."""
+    """The architecture. Fields have the names of Hugging Face's config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -69,10 +69,10 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
-        """Reads a config.json, with the rotary settings in their old or their new place.
+        """Reads a config.json. The rotary settings may be in their old or new place.
 
         Raises:
-            ValueError: not a LLaMA, or a variant of it that is not supported.
+            ValueError: not a LLaMA, or an unsupported variant.
         """
         require(
             values.get("model_type") == "llama", "model_type", values.get("model_type"), "'llama'"
@@ -97,7 +97,7 @@ class LlamaConfig:
         head_dim = values.get("head_dim")
         if head_dim is None:
             hidden = values["hidden_size"]
-            accepted = f"a multiple of num_attention_heads = {heads}, or a head_dim beside it"
+            accepted = f"a multiple of num_attention_heads = {heads}, or any if head_dim is given"
             require(heads > 0 and hidden % heads == 0, "hidden_size", hidden, accepted)
             head_dim = hidden // heads
         theta, scaling = _read_rope(values)

@@ -1,9 +1,9 @@
 """LLaMA 1, 2 and 3 as a functional Flax (linen) module: frozen base, trained adapters.
 
-Two collections: `base` holds the frozen weights (QTensors or float arrays), `params` the adapters.
-Both are stacked over the layers, on a leading axis that `nn.scan` walks along, and have Hugging
-Face's names. Layers that are stored in different formats lie in several stacks (`tree.py`), which
-are scanned one after the other. A model is a value without arrays: everything is passed to `apply`.
+There are two collections: `base` holds the frozen weights (QTensors or float arrays), `params` the
+adapters. Both use Hugging Face's names, and stack the layers on a leading axis for `nn.scan`.
+Layers in different formats are in separate stacks (`tree.py`), which are scanned one after the
+other. The module itself holds no arrays; all are passed to `apply`.
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ AttentionName = Literal["xla", "cudnn"]
 Initializer = Callable[..., Array]
 Cache = dict[str, Array]
 """Keys and values of the tokens seen: "k", "v" [layer, batch, slot, kv_head, head_dim], and
-"length" [batch], the number of tokens in each row. The token at position p lies in slot p."""
+"length" [batch], the number of tokens in each row. The token at position p is in slot p."""
 
 
 _normal = nn.initializers.normal(0.02)
 
 
 def head_weight(base: Mapping[str, Any]) -> Float[Array, "vocab hidden"]:
-    """The output matrix: that of `lm_head`, or the embeddings where the two are tied."""
+    """The output matrix: `lm_head`, or the embeddings if the two are tied."""
     name = "lm_head" if "lm_head" in base else "embed_tokens"
     return gather(base[name]["weight"], name)
 
@@ -64,11 +64,11 @@ def rms_norm(
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all parts of a model share.
+    """Settings that all parts of a model share.
 
     Attributes:
         config: the architecture.
-        adapter: the adapters; None without.
+        adapter: configuration of the adapters; None: no adapters.
         attention: implementation of `attend`.
         matmul: implementation of `dequant_matmul`.
         deterministic: no dropout.
@@ -82,12 +82,12 @@ class Settings:
 
 
 class Context(NamedTuple):
-    """What all layers are given besides the hidden states.
+    """Inputs of all layers, besides the hidden states.
 
     Attributes:
         rope: cosines and sines of the positions.
-        slots: of a cache, where each token is put; None without a cache.
-        segment_ids: packed documents; None if rows are not packed.
+        slots: slot in the cache for each token; None without a cache.
+        segment_ids: segments of packed documents; None if rows are not packed.
     """
 
     rope: tuple[Float32[Array, "batch seq half"], Float32[Array, "batch seq half"]]
@@ -96,7 +96,7 @@ class Context(NamedTuple):
 
 
 def _frozen(module: nn.Module, shape: tuple[int, ...], init: Initializer = _normal) -> Any:
-    """The weight of a module in the base. `Llama.init`, which has no base, makes a random one."""
+    """Returns a weight of the base. `Llama.init` has no base, so it makes a random weight."""
 
     def fresh() -> Array:
         return init(module.make_rng("params"), shape, jnp.float32)
@@ -120,10 +120,10 @@ class Weight(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """W x, plus the scaled update of the adapter where the layer is a target. W is frozen.
+    """W x with a frozen W, plus the scaled update of the adapter if the layer is a target.
 
-    With `mutable=["stats"]` it also gives the second moments of its inputs, "gram" [in, in] in
-    float32: the sum of x x^T over all tokens. Calibrations from data need them.
+    With `mutable=["stats"]` it also returns the second moments of its inputs, "gram" [in, in] in
+    float32: the sum of x x^T over all tokens. Data-driven calibrations need them.
     """
 
     shape: tuple[int, int]
@@ -133,7 +133,7 @@ class AdaptedLinear(nn.Module):
     def __call__(
         self, x: Float[Array, "batch seq in"], params: Mapping[str, Array] | None = None
     ) -> Float[Array, "batch seq out"]:
-        """`params` are of the adapter; None: the layer is no target."""
+        """`params` are the parameters of the adapter; None: the layer is not a target."""
         assert self.name is not None
         split_inputs = self.name in SPLIT_INPUTS
         x = split_activation(x, split_inputs)
@@ -157,7 +157,7 @@ class AdaptedLinear(nn.Module):
 
 
 class _Block(nn.Module):
-    """A part of a layer: its linear layers, and their adapters by name."""
+    """A part of a decoder layer: linear layers, and their adapters by name."""
 
     settings: Settings
     adapters: Mapping[str, Mapping[str, Array]]
@@ -219,7 +219,7 @@ class Layer(nn.Module):
             weight = Weight((config.hidden_size,), nn.initializers.ones, name=name)()
             return rms_norm(x, weight, config.rms_norm_eps)
 
-        # The cache of all layers is carried and written to in place: stacking new ones would copy.
+        # The cache of all layers is carried and updated in place; stacking new ones would copy it.
         x, cache = carry
         x = split_activation(x)
         attention = Attention(self.settings, adapters.get("self_attn", {}), name="self_attn")
@@ -238,13 +238,13 @@ class Llama(nn.Module):
 
     Attributes:
         config: the architecture.
-        adapter: the adapters; None is the base alone, and "params" is then empty.
+        adapter: configuration of the adapters; None: the base alone, with empty "params".
         compute_dtype: type of the activations. Norms, rotations, softmax and logits are float32.
         remat: recompute each layer in the backward pass instead of keeping its activations.
-        unroll: layers that one turn of the compiled loop computes. More than 1 compiles longer and
-            is faster where layers are tiny.
-        attention: implementation of `attend`; None is the fastest that the device has.
-        matmul: implementation of `dequant_matmul`; None is the fastest that was measured.
+        unroll: layers per iteration of the compiled loop. Values above 1 take longer to compile,
+            and are faster if layers are tiny.
+        attention: implementation of `attend`; None: the fastest for the device.
+        matmul: implementation of `dequant_matmul`; None: the fastest one by measurement.
     """
 
     config: LlamaConfig
@@ -266,10 +266,10 @@ class Llama(nn.Module):
         """Logits of the token after each token.
 
         Args:
-            tokens: rows padded on the right, if at all: no token sees a later one.
-            positions: for the rotations; by default counted from the start of the row or segment.
-            segment_ids: packed documents; a token sees only those of its own segment.
-            deterministic: no dropout. Where False, pass `rngs={"dropout": key}`.
+            tokens: rows, padded on the right if at all: attention is causal and ignores padding.
+            positions: for the rotations (default: counted from the start of the row or segment).
+            segment_ids: segments of packed documents; a token attends only to its own segment.
+            deterministic: no dropout. If False, pass `rngs={"dropout": key}`.
         """
         hidden, head, _ = self._trunk(tokens, positions, segment_ids, deterministic)
         return head_logits(hidden, head)
@@ -283,10 +283,10 @@ class Llama(nn.Module):
         deterministic: bool = True,
         cache: Cache | None = None,
     ) -> Float[Array, "batch seq hidden"]:
-        """What `head_logits` takes: hidden states after the last norm.
+        """Returns the hidden states after the last norm, the input of `head_logits`.
 
-        Arguments as above, and `cache`: of what stands in front of the rows; then they have no
-        positions or segments of their own.
+        The arguments are those of `__call__`, and `cache`, with the tokens before the rows. With a
+        cache, pass no positions or segments.
         """
         return self._trunk(tokens, positions, segment_ids, deterministic, cache)[0]
 
@@ -296,23 +296,23 @@ class Llama(nn.Module):
         cache: Cache,
         lengths: Int[Array, " batch"] | None = None,
     ) -> tuple[Float32[Array, "batch vocab"], Cache]:
-        """Appends tokens to the cache; prefill (many tokens) and decoding (one) alike.
+        """Appends tokens to the cache, for prefill (many tokens) and decoding (one token).
 
         Args:
             tokens: the next tokens of each row, padded on the right.
-            cache: of `init_cache`, or of the call before. The caller sees to it that it is large
-                enough: what lies beyond its slots is lost.
-            lengths: how many of the tokens of each row count (default: all).
+            cache: from `init_cache` or the previous call. The caller must make it large enough:
+                tokens beyond its slots are lost.
+            lengths: number of tokens in each row without padding (default: all).
 
         Returns:
-            Logits of the token after each row's last, and the cache.
+            Logits of the token after the last token of each row, and the new cache.
         """
         hidden, head, slots = self._trunk(tokens, None, None, True, cache)
         assert slots is not None
         if lengths is None:
             lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
         last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        # Padding has written into slots >= length. No query sees them before they are overwritten.
+        # Padding went to slots >= length. No query attends to them before they are overwritten.
         return head_logits(last, head), slots | {"length": cache["length"] + lengths}
 
     @nn.nowrap
@@ -321,7 +321,7 @@ class Llama(nn.Module):
         config = self.config
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         shape = (layers, batch, slots, heads, config.head_dim)
-        # Two arrays, not one twice: a caller may donate the cache.
+        # Two separate arrays, because a caller may donate the cache.
         k, v = (jnp.zeros(shape, self.compute_dtype) for _ in range(2))
         return {"k": k, "v": v, "length": jnp.zeros((batch,), jnp.int32)}
 
@@ -329,11 +329,11 @@ class Llama(nn.Module):
     def init_adapters(
         self, key: PRNGKeyArray, pairs: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Fresh adapters, of zero effect. A layer's values depend on the key and its place only.
+        """Makes adapters without effect. Values depend only on the key and the place of the layer.
 
         Args:
-            key: of the random values.
-            pairs: those of `hf.load_loftq`, to start from instead.
+            key: random key.
+            pairs: pairs from `hf.load_loftq` to start from instead.
         """
         adapter = self.adapter
         if adapter is None:

@@ -1,4 +1,4 @@
-"""Cross-entropy of the next token, without ever holding the logits of a whole batch."""
+"""Cross-entropy of the next token, computed without holding the logits of a whole batch."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def cross_entropy(
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Sum of the negative log-likelihoods (nats) of the targets, and their number.
 
-    See `row_cross_entropy`, of which this is the sum over the rows.
+    This is the sum of `row_cross_entropy` over the rows.
     """
     nll, count = row_cross_entropy(features, head, tokens, targets, chunk)
     return nll.sum(), count.sum()
@@ -31,20 +31,20 @@ def row_cross_entropy(
 ) -> tuple[Float32[Array, " batch"], Float32[Array, " batch"]]:
     """Sum of the negative log-likelihoods (nats) of each row's targets, and their number.
 
-    The features at position t predict token t + 1, so nothing predicts the first token of a row:
-    it never counts. The logits are float32 whatever the type of the features, exist for about
-    `chunk` positions at a time, and are computed again in the backward pass.
+    The features at position t predict token t + 1, so the first token of a row never counts. The
+    logits are always float32. They are in memory for about `chunk` positions at a time, and the
+    backward pass recomputes them.
 
     Args:
         features: hidden states after the last norm.
         head: output matrix.
         tokens: the sequences.
         targets: which tokens count.
-        chunk: positions (of all rows together) whose logits exist at one time; at least one
-            position of every row.
+        chunk: positions (of all rows together) whose logits are in memory at the same time; at
+            least one position of every row.
     """
     batch, seq = tokens.shape
-    # All rows go through each chunk together: a batch spread over devices stays spread.
+    # Each chunk contains all rows, so a batch that is split over devices stays split.
     width = min(max(1, chunk // batch), seq)
     count = -(-seq // width)
     head = head.astype(features.dtype)
@@ -57,7 +57,7 @@ def row_cross_entropy(
     def add(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
         hidden, labels, counts = part
         logits = head_logits(hidden, head)
-        # Not taken by index: the gradient would scatter into an array of all logits once more.
+        # A mask: the gradient of indexing would scatter into another array of all logits.
         chosen = jnp.arange(head.shape[0])[None, None, :] == labels[:, :, None]
         label_logits = jnp.where(chosen, logits, 0).sum(axis=-1)
         nll = jax.nn.logsumexp(logits, axis=-1) - label_logits

@@ -6,7 +6,7 @@ are called "layers_FIRST", FIRST being the first layer of the stack:
 
     {"layers_0": ..., "layers_1": ..., "layers_29": ..., "embed_tokens": ..., "norm": ...}
 
-Adapters of all layers lie in one stack "layers", whatever the stacks of the base.
+Adapters of all layers always form one stack "layers".
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ LAYERS = "layers"
 
 
 def linear_path(name: str) -> Keys:
-    """Where a linear layer is in a decoder layer.
+    """Path of a linear layer in a decoder layer.
 
     Examples:
         >>> linear_path("q_proj"), linear_path("up_proj")
@@ -80,7 +80,7 @@ def stack_names(kinds: Sequence[Any]) -> dict[str, range]:
     """The stacks of layers, by name: runs of consecutive layers of the same kind.
 
     Args:
-        kinds: one value a layer; layers with equal values are stored alike.
+        kinds: one value per layer; layers with equal values are stored alike.
 
     Examples:
         >>> stack_names(["nf3", "nf3"])
@@ -100,7 +100,7 @@ def stacks(base: Mapping[str, Any], depth: int) -> dict[str, range]:
     """The stacks of a base by name, and the layers of each.
 
     Args:
-        base: the tree; one without layers yet is given a single stack.
+        base: the tree; if it has no layers yet, the result is a single stack.
         depth: number of layers.
     """
     prefix = f"{LAYERS}_"
@@ -112,7 +112,7 @@ def stacks(base: Mapping[str, Any], depth: int) -> dict[str, range]:
 
 
 def linear_stacks(base: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Projection and weight, stacked, of every linear layer of a base."""
+    """Name of the projection, and stacked weight, of every linear layer of a base."""
     for name, stack in base.items():
         if name.partition("_")[0] == LAYERS:
             for group in ("self_attn", "mlp"):
@@ -121,7 +121,7 @@ def linear_stacks(base: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def find_stack(base: Mapping[str, Any], layer: int, depth: int) -> tuple[Any, int]:
-    """The stack that holds a layer, and the place of the layer in it."""
+    """The stack that holds a layer, and the index of the layer in it."""
     for name, layers in stacks(base, depth).items():
         if layer in layers:
             return base[name], layer - layers.start
@@ -129,7 +129,7 @@ def find_stack(base: Mapping[str, Any], layer: int, depth: int) -> tuple[Any, in
 
 
 def insert(tree: Tree, path: Keys, value: Any) -> None:
-    """Puts a value into nested dictionaries, which are made on the way."""
+    """Puts a value into nested dictionaries, and creates those that are missing."""
     for name in path[:-1]:
         tree = tree.setdefault(name, {})
     tree[path[-1]] = value

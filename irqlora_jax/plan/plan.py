@@ -181,9 +181,9 @@ def _advise(
             if fits_too(fewer):
                 taken = fewer
                 break
-    logger.info(f"so it fits: {words}{_flags(taken)}".rstrip())
+    logger.info(f"fits with: {words}{_flags(taken)}".rstrip())
     if words:
-        logger.info("(XLA_CLIENT_MEM_FRACTION is a variable of the environment)")
+        logger.info("(XLA_CLIENT_MEM_FRACTION is an environment variable)")
 
 
 def _flags(changes: dict[str, Any]) -> str:

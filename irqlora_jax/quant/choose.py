@@ -1,4 +1,4 @@
-"""Chooses who computes a product, a search of ICQ or attention: XLA, or a kernel."""
+"""Chooses the implementation of a matrix product, an ICQ search or attention: XLA or a kernel."""
 
 import dataclasses
 import importlib
@@ -13,13 +13,13 @@ class Implementation:
     """One way to compute an operation.
 
     Attributes:
-        name: the name that users ask for.
+        name: the name by which users request it.
         refusal: takes the operands. Returns one sentence that says why this implementation cannot
             serve them (device, shape, format or version of jax), or None if it can.
         forward: computes the operation.
-        backward: computes the gradient, if the operation does not leave that to jax.
-        is_faster: takes the operation and the operands. Says whether this implementation was
-            measured to be faster than XLA's; otherwise users have to ask for it.
+        backward: computes the gradient; None if jax derives it.
+        is_faster: takes the operation and the operands. Returns whether this implementation was
+            measured to be faster than XLA's. If not, it is used only on request.
     """
 
     name: str
@@ -37,11 +37,11 @@ def kernel(name: str, module: str, *functions: str, place: Callable[..., tuple])
     """An implementation in `kernels/`. Its module is imported only when a function is called.
 
     Args:
-        name: the name that users ask for.
+        name: the name by which users request it.
         module: name of the file; it has a function `refusal`.
         *functions: names of its functions for `forward` and, if there is one, `backward`.
-        place: takes the operands; returns format, shape and rows as `kernels/measured.json` has
-            them. The kernel is faster where that file says so.
+        place: takes the operands; returns format, shape and rows, by which `is_faster` looks the
+            kernel up in `kernels/measured.json`.
     """
 
     def function(attribute: str) -> Callable[..., Any]:
@@ -68,10 +68,10 @@ def choose(
     setting: str = "implementation",
     served: str = "here",
 ) -> Implementation:
-    """The implementation with that name, or else the first that is faster and can serve.
+    """Returns the implementation of this name, or else the first that is faster and can serve.
 
     Args:
-        name: the name that was asked for, or None.
+        name: the requested name, or None.
         implementations: the preferred ones first. The last one serves all operands.
         *operands: arguments of `refusal` and `is_faster`.
         operation: first argument of `is_faster`, as in `kernels/measured.json`.

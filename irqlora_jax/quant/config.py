@@ -18,7 +18,7 @@ RENAMED = {
     "error_weight": ("joint", "error_weight"),
     "refine_steps": ("joint", "refine_steps"),
 }
-"""Fields of version 0.1.0, and the options that they are now."""
+"""Fields of version 0.1.0, and the options that replace them."""
 KEPT = "none"
 """The value of `quant.format` that keeps the weights as they are."""
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ else:
 
 @dataclasses.dataclass(frozen=True)
 class QuantRule:
-    """What is different for some matrices. A field that is null is as in the rest of `quant`."""
+    """Overrides `quant` for some matrices. Null fields keep the value of `quant`."""
 
     match: str
-    """Names of the matrices, as a shell pattern (*, ?, [0-3]). A name is
-    layers.LAYER.self_attn.PROJECTION or layers.LAYER.mlp.PROJECTION, with layers counted from 0:
+    """Shell pattern for the names of the matrices (*, ?, [0-3]). A name is
+    layers.LAYER.self_attn.PROJECTION or layers.LAYER.mlp.PROJECTION, with layers counted from 0.
     "layers.0.*" is the first layer, "*.down_proj" one projection of all layers."""
     format: FormatName | None = None
     """Code book. "none" keeps these matrices as they are."""
@@ -44,7 +44,7 @@ class QuantRule:
     calibration: CalibrationName | None = None
     """How scales and shifts are chosen."""
     symmetric: bool | None = None
-    """Integers only: zero point fixed in the middle of the codes."""
+    """Integers only: fix the zero point in the middle of the codes."""
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -63,20 +63,20 @@ class QuantConfig:
     block_size: int = 64
     """Weights that share a scale and a shift; a multiple of 8."""
     calibration: CalibrationName = "icq"
-    """"none": the largest weight decides the scale. "icq": also the shift (NormalFloat, FP4) or the
-    range (integers) that maximizes the entropy of each block's codes (IR-QLoRA, section 3.2).
-    "joint": the scale and the shift that maximize entropy - error_weight * error / variance."""
+    """"none": the largest weight determines the scale. "icq": choose the shift (NormalFloat, FP4)
+    or range (integers) that maximizes the entropy of each block's codes (IR-QLoRA, section 3.2).
+    "joint": choose the scale and shift that maximize entropy - error_weight * error / variance."""
     symmetric: bool = False
-    """Integers only: zero point fixed in the middle of the codes."""
+    """Integers only: fix the zero point in the middle of the codes."""
     codes_from: Literal["stored", "exact"] = "stored"
-    """Statistics that the codes are computed with: the "stored" (rounded) scale and shift, which
-    the dequantizer uses, or the "exact" ones, as in the released code (for parity only)."""
+    """Scale and shift for computing the codes. "stored": rounded, as the dequantizer uses them.
+    "exact": before rounding, as in the released code (for parity only)."""
     icq: IcqOptions = IcqOptions()
     joint: JointOptions = JointOptions()
     rules: tuple[QuantRule, ...] = ()
-    """Matrices that are stored in another way. Of the rules that match a matrix the first one
-    holds. Layers that are stored alike run in one compiled loop; every change of format from a
-    layer to the next costs compile time."""
+    """Overrides for some matrices. The first rule that matches a matrix applies. Consecutive layers
+    with equal formats run in one compiled loop; each change of format between layers costs compile
+    time."""
 
     def __post_init__(self) -> None:
         formats, calibrations = (*FORMATS, KEPT), tuple(CALIBRATIONS)
@@ -105,7 +105,7 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantConfig":
-        """Reads what `dataclasses.asdict` gave, in this or an earlier version."""
+        """Reads the output of `dataclasses.asdict` of this or an earlier version."""
         values = with_current_names(values, RENAMED)
         nested = {
             one.name: type(one.options)(**values[one.name])
@@ -124,7 +124,7 @@ class QuantConfig:
     @property
     def plain(self) -> "QuantConfig":
         """The same storage without a calibration."""
-        # A rule stays even if it chose a calibration alone: it shadows the rules behind it.
+        # Keep a rule even if it only chose a calibration, because it shadows later rules.
         rules = tuple(
             dataclasses.replace(rule, calibration=rule.calibration and PLAIN.name)
             for rule in self.rules
@@ -138,16 +138,16 @@ class QuantConfig:
 
     @property
     def label(self) -> str:
-        """Format and calibration as a table names them."""
+        """Format and calibration, as named in tables."""
         title = CALIBRATIONS[self.calibration].title
         label = f"{self.format} + {title}" if title else f"plain {self.format}"
         return f"{label}, with rules" if self.rules else label
 
     def for_matrix(self, name: str) -> "QuantConfig":
-        """How one matrix is stored: without rules, and with the first rule that matches applied.
+        """The configuration of one matrix: applies the first matching rule and has no rules itself.
 
         Args:
-            name: of the matrix, such as layers.3.self_attn.q_proj.
+            name: name of the matrix, such as layers.3.self_attn.q_proj.
 
         Examples:
             >>> rules = (QuantRule("layers.0.*", format="nf4"),)

@@ -27,9 +27,9 @@ def quantize(
 ) -> QTensor:
     """Quantizes a matrix (float32, bfloat16 or float16), or a matrix minus a low-rank product.
 
-    Three stages: the calibration chooses scales and shifts, these are second-level quantized, and
-    the codes are computed with the stored values. So the weights are read twice: a search cannot
-    write codes, since stored values depend on 256 blocks and on the mean of the matrix.
+    There are three stages. The calibration chooses scales and shifts, these are second-level
+    quantized, and the codes are computed with the stored values. So the weights are read twice: a
+    search cannot write codes, because stored values depend on 256 blocks and on the matrix mean.
 
     Args:
         weight: the matrix.
@@ -60,19 +60,19 @@ def quantize(
 
 
 def quantized_shape(shape: tuple[int, int], config: QuantConfig) -> QTensor:
-    """What `quantize` makes of a matrix of this shape, with jax.ShapeDtypeStruct for its arrays."""
+    """The result of `quantize` for a shape, with jax.ShapeDtypeStruct in place of arrays."""
     weight = jax.ShapeDtypeStruct(shape, jnp.float32)
     return jax.eval_shape(functools.partial(_quantize, config=config), weight, None)
 
 
 class _Statistics(NamedTuple):
-    """What is stored of all blocks, and the values that the codes are computed with.
+    """The stored scales and shifts of all blocks, and the values used to compute the codes.
 
     Attributes:
-        stored: the leaves of a QTensor besides `packed`, over the blocks of the matrix row by row.
+        stored: the leaves of a QTensor except `packed`, with the blocks in row order.
         scale: [n].
         zero: [n], integer formats.
-        shift: [n], None is 0.
+        shift: [n]; None means 0.
     """
 
     stored: dict[str, Array | None]
@@ -94,11 +94,11 @@ def _quantize(
     count = slab_rows((rows, columns))
 
     def blocks_from(start: Array | int) -> Array:
-        """The blocks of a slab, in the type of the weight: no float32 copy of it is made."""
+        """The blocks of a slab in the type of the weight, to avoid a float32 copy."""
         part = rows_of(weight, start, count)
         if minus is not None:
             left, right = minus
-            # Accelerators would otherwise multiply float32 in fewer bits.
+            # Accelerators would otherwise multiply float32 with reduced precision.
             update = jnp.matmul(rows_of(left, start, count), right, precision="highest")
             part = part.astype(jnp.float32) - update
         return jnp.pad(part, ((0, 0), (0, per_row * size - columns))).reshape(-1, size)
@@ -149,12 +149,12 @@ def _calibrate(
 
 
 def _encode_statistics(found: Calibrated, fmt: Format, exact: bool) -> _Statistics:
-    """Stage 2: scales and shifts as they are stored.
+    """Stage 2: encodes scales and shifts for storage.
 
     Args:
         found: what the calibration chose.
         fmt: the format.
-        exact: compute the codes with the values of `found`, not with the stored ones.
+        exact: compute the codes with the values in `found`, not with the stored ones.
     """
     shift, scale = found.shift, found.scale
     shift_codes = shift_max = None
@@ -187,16 +187,16 @@ def _encode_codes(
     zero: Float32[Array, " n"] | None,
     shift: Float32[Array, " n"] | None,
 ) -> UInt8[Array, "n size"]:
-    """Stage 3: the code of the nearest level."""
+    """Stage 3: finds the code of the level nearest to each weight."""
     centered = blocks if shift is None else blocks - shift[:, None]
     safe = jnp.where(scale == 0, 1, scale)[:, None]
     if fmt.integer:
         assert zero is not None
-        # A whole zero point is added after rounding, as in the released code (ties!).
+        # Adds a whole zero point after rounding, as in the released code, which affects ties.
         whole = jnp.floor(zero)[:, None]
         codes = jnp.round(quotient(centered, safe) + (zero[:, None] - whole)) + whole
         return jnp.clip(codes, 0, 2**fmt.bits - 1).astype(jnp.uint8)
-    # bitsandbytes multiplies by the reciprocal, where the integer code divides: ties depend on it.
+    # Multiplies by the reciprocal like bitsandbytes; integers divide. This affects ties.
     scaled = centered * (1 / safe)
     rank = jnp.zeros(scaled.shape, jnp.uint8)
     for midpoint in fmt.midpoints:
@@ -207,7 +207,7 @@ def _encode_codes(
 
 
 def _largest(low: Array, high: Array, shift: Array | None) -> Array:
-    """max|w - shift| of every block. Rounding is monotonic, so the ends of a block decide it."""
+    """max|w - shift| of every block. Rounding is monotonic, so the ends of a block determine it."""
     if shift is not None:
         low, high = low - shift, high - shift
     return jnp.maximum(-low, high)

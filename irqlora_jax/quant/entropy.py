@@ -1,19 +1,19 @@
 """Exact entropies of codes, and the search for the candidate of highest entropy.
 
-What `icq.py` and `icq_integer.py` share. Three rules hold for every search. Entropies are compared
-as sums of integers, so that equal histograms tie exactly (sums of floats, as in the released code,
-let rounding noise decide). The first of the best candidates wins. And a candidate is judged by the
-very float operations with which the quantizer computes codes: XLA may fuse a product and a sum into
-one rounding, or turn a division into a product with the reciprocal, which moves weights across a
-decision point; `product` and `quotient` forbid that.
+`icq.py` and `icq_integer.py` use this code. Every search follows three rules. First, entropies are
+compared as sums of integers, so equal histograms tie exactly. (The released code sums floats, so
+rounding noise decides.) Second, the first of the best candidates wins. Third, a candidate is judged
+by the same float operations with which the quantizer computes codes. XLA may fuse a product and a
+sum into one rounding, or turn a division into a product with the reciprocal. Both can move weights
+across a decision point, so `product` and `quotient` prevent them.
 
-Every search has two forms, which choose the same candidates. On a CPU a chunk of some blocks stays
-in the cache, and `sweep` visits only the events at which a code changes. Elsewhere `try_all` counts
-every code of every candidate, in one reduction over all blocks that keeps a parallel device busy
-and scatters nothing. The axis of the blocks comes last: it is the axis of the vector instructions.
+Every search has two forms that choose the same candidates. On a CPU, a chunk of blocks stays in the
+cache, and `sweep` visits only the events at which a code changes. Elsewhere, `try_all` counts all
+codes of every candidate. Its single reduction over all blocks keeps a parallel device busy and
+needs no scatter. The axis of the blocks comes last, because vector instructions run along it.
 
-Partial blocks are padded at their end: `valid` counts the elements of each block that are real, the
-others have no influence.
+Partial blocks are padded at the end. `valid` is the number of real elements of each block; padding
+has no influence.
 """
 
 import functools
@@ -27,8 +27,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int, Int32, Integer, Shaped
 
-_CACHED = 2**15  # weights that a CPU works on at a time: about 4 MB of working memory
-_WIDE = 2**26  # and any other device: 256 MB, so that few tensors need more than one turn
+_CACHED = 2**15  # weights in a chunk on a CPU: about 4 MB of working memory
+_WIDE = 2**26  # weights in a chunk elsewhere: 256 MB, so that most tensors need a single chunk
 Results = TypeVar("Results", bound=tuple[Array, ...])
 Work = Callable[[Array, Any], Results]
 FLOAT_MAX = float(np.finfo(np.float32).max)
@@ -67,12 +67,12 @@ def block_entropy(
 
 
 def quotient(x: Float32[Array, "..."], divisor: Float32[Array, "..."] | float) -> Array:
-    """x / divisor (> 0) as the device divides: correctly rounded on a CPU, within 2 units in the
-    last place on a GPU (`div.full.f32`).
+    """x / divisor (> 0) by a true division: correctly rounded on a CPU, within 2 units in the last
+    place on a GPU (`div.full.f32`).
 
     XLA turns a division by a constant or by a broadcast array into a product with its reciprocal,
-    and w / (a / b) into w * b / a. The bound, which never binds, keeps it from that. It matters:
-    the least weight of a symmetric range divided by its scale lies exactly between two codes.
+    and w / (a / b) into w * b / a. The bound here, which never takes effect, prevents that. It
+    matters: in a symmetric range, the smallest weight / scale is exactly between two codes.
     """
     return x / jnp.maximum(divisor, -jnp.abs(x))
 
@@ -83,7 +83,7 @@ def require_range(search_range: float) -> None:
 
 
 def spaced(start: float, stop: float, n: int) -> Float32[np.ndarray, " n"]:
-    """n numbers from start to stop, rounded as torch.linspace does, for the released candidates."""
+    """n numbers from start to stop, rounded like torch.linspace in the released code."""
     first, final = np.float32(start), np.float32(stop)
     step = (final - first) / np.float32(n - 1)
     i = np.arange(n, dtype=np.float32)
@@ -99,7 +99,7 @@ def in_chunks(
 ) -> Results:
     """Applies work([block, b], [b] | None) -> [b] arrays chunk by chunk, without copying `blocks`.
 
-    Which of the two works depends on the platform that the program is compiled for.
+    The platform that the program is compiled for decides between `on_cpu` and `elsewhere`.
     """
     args = (blocks,) if valid is None else (blocks, valid)
     return lax.platform_dependent(
@@ -116,9 +116,9 @@ def _in_chunks(
     blocks: Shaped[Array, "n block"],
     valid: Int[Array, " n"] | None = None,
 ) -> Results:
-    """Weights are widened to float32, codes stay as they are.
+    """Converts weights to float32; codes keep their type.
 
-    A ragged last chunk reaches back into the one before it and repeats some of its blocks.
+    If the last chunk would be short, it starts earlier and repeats blocks of the previous one.
     """
     n, block = blocks.shape
     size = min(n, max(64, n_weights // block))
@@ -144,14 +144,14 @@ def _in_chunks(
 def product(factor: Array, x: Array) -> Array:
     """factor * x for |factor| <= 2, rounded before anything is added to it.
 
-    No compiler can know that the bounds never bind, so it cannot fuse the product with a sum.
+    The compiler cannot know that the bounds never take effect, so it cannot fuse this with a sum.
     """
     bound = 2 * jnp.abs(x)
     return jnp.clip(factor * x, -bound, bound)
 
 
 def _table(block: int) -> tuple[Int32[np.ndarray, " counts"], int]:
-    """c * log2(c) for counts c = 0 .. block, as fixed point, and its fractional bits.
+    """c * log2(c) for counts c = 0 .. block in fixed point, and the number of fractional bits.
 
     The entropy of n codes with counts c_i is log2(n) - sum_i c_i log2(c_i) / n, so one table serves
     all n, and a smaller sum is a higher entropy. Sums stay below 2**30.
@@ -187,7 +187,7 @@ def masked(
 def lower_median(w: Float32[Array, "block b"], count: Int32[Array, " b"]) -> Float32[Array, " b"]:
     """Lower median of the first `count` elements (padding is +inf), by bisection on the bits."""
 
-    def order(bits: Array) -> Array:  # its own inverse; integers that compare as the floats do
+    def order(bits: Array) -> Array:  # to integers in the order of the floats; its own inverse
         return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
     keys = order(lax.bitcast_convert_type(w, jnp.int32))
@@ -205,7 +205,7 @@ def lower_median(w: Float32[Array, "block b"], count: Int32[Array, " b"]) -> Flo
 
 
 def _small(block: int) -> np.dtype:
-    """The narrowest type that counts to `block`; narrow vectors are fast."""
+    """The narrowest type that can hold `block`; narrow vectors are fast."""
     return np.dtype(np.int8 if block < 128 else np.int16 if block < 32768 else np.int32)
 
 
@@ -219,7 +219,7 @@ def above_levels(codes: Array, n_levels: int) -> Integer[Array, "points b"]:
 def histogram_weight(
     above: Integer[Array, "points b"], n: Int32[Array, " b"], block: int
 ) -> Int32[Array, " b"]:
-    """Sum of the table over the histogram of n codes, given what `above_levels` counts."""
+    """Sum of the table over the histogram of n codes, from the result of `above_levels`."""
     larger = jnp.concatenate([above, jnp.zeros_like(above[:1])])
     smaller = jnp.concatenate([n.astype(above.dtype)[None], above])
     return _look_up(smaller - larger, block).sum(0, dtype=jnp.int32)
@@ -233,7 +233,7 @@ def worst(n: Int32[Array, " b"]) -> Best:
 
 
 def better(best: Best, i: Array, weight: Int32[Array, " b"]) -> Best:
-    """The smaller sum, the smaller index where sums are equal."""
+    """The candidate with the smaller sum; if the sums are equal, with the smaller index."""
     wins = (weight < best[1]) | ((weight == best[1]) & (i < best[0]))
     return jnp.where(wins, i, best[0]), jnp.where(wins, weight, best[1])
 
@@ -244,12 +244,12 @@ def try_each(
     n_levels: int,
     n: Int32[Array, " b"],
 ) -> Best:
-    """The best candidate, each one evaluated on its own; codes_at gives its codes, 0 as padding."""
+    """Evaluates each candidate by itself. `codes_at` returns its codes; padding has code 0."""
 
     def step(i: Array, carry: tuple[Array, Best]) -> tuple[Array, Best]:
         codes, best = carry
         best = better(best, i, histogram_weight(above_levels(codes, n_levels), n, codes.shape[0]))
-        # Codes reach their use as a carry, so that XLA does not compute them anew for every level.
+        # With the codes as a carry, XLA does not compute them again for every level.
         return codes_at(jnp.minimum(i + 1, n_candidates - 1)), best
 
     return lax.fori_loop(0, n_candidates, step, (codes_at(jnp.int32(0)), worst(n)))[1]
@@ -261,11 +261,11 @@ def try_all(
     n_candidates: int,
     n: Int32[Array, " b"],
 ) -> Best:
-    """`try_each` for a parallel device: one reduction a candidate, which reads the weights once.
+    """`try_each` for parallel devices: one reduction per candidate, which reads the weights once.
 
-    A code is the number of points that value_at(candidate) exceeds (-inf as padding exceeds none).
-    What exceeds each point is counted in fields of 8 bits (16 from blocks of 256 on) of a few
-    integers, so that the reduction carries 4 of them instead of 15.
+    A code is the number of points that value_at(candidate) exceeds; padding is -inf. The counts
+    are packed into 8-bit fields of integers (16-bit for blocks of 256 or more). So for 15 points
+    the reduction carries only 4 integers.
     """
     block = jax.eval_shape(value_at, jnp.int32(0)).shape[0]
     width = 8 if block < 256 else 16
@@ -299,15 +299,15 @@ def sweep(
     weight_at: Callable[[Array, Array], tuple[Array, Int32[Array, " b"]]],
     n: Int32[Array, " b"],
 ) -> Best:
-    """What `try_each` computes, from the events at which a code passes a point.
+    """Computes the result of `try_each` from the events at which a weight passes a point.
 
     Args:
         above: how many weights exceed each point at candidate 0.
-        event: candidate, point and change of that number at event 0 .. n_events - 1 of each weight,
-            [block, b]; candidate n_candidates if it does not happen.
-        n_events: most events of one weight.
-        n_candidates: how many are swept.
-        weight_at: index, and sum of the table, of a candidate at which `above` holds.
+        event: maps an event number, 0 .. n_events - 1, to the candidate, the point and the change
+            of `above` for each weight [block, b]. If it does not happen: candidate n_candidates.
+        n_events: maximum number of events of one weight.
+        n_candidates: number of candidates.
+        weight_at: maps a candidate and its `above` to its index and its sum of the table.
         n: number of codes of each block.
     """
     n_points, b = above.shape

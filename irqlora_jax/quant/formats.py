@@ -1,6 +1,6 @@
-"""Code books: which numbers a code of 2, 3 or 4 bits can stand for.
+"""Code books: the numbers that codes of 2, 3 or 4 bits stand for.
 
-A format is logical: how its codes are stored is the business of `packing.py`.
+A format does not define how codes are stored; `packing.py` does.
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ class Format:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Codes by rising level (FP4 counts by sign and magnitude; its -0 comes before its 0)."""
+        """Codes in ascending order of levels. FP4 codes are sign and magnitude; -0 is before 0."""
         return tuple(int(i) for i in np.lexsort((~np.signbit(self.table), self.table)))
 
     @property
     def midpoints(self) -> Float32[np.ndarray, " gaps"]:
-        """Decision points between neighboring levels; a value on one takes the lower level.
+        """Decision points between neighboring levels. A value equal to one takes the lower level.
 
-        FP4's two zeros are told apart by the sign bit: every x < 0 takes the negative one, so the
+        The sign bit distinguishes the two zeros of FP4. Every x < 0 takes the negative one, so the
         point between them is the largest normal float32 below 0.
         """
         levels = np.sort(self.table)
@@ -78,10 +78,10 @@ FORMATS: dict[str, Format] = {
 
 
 def get_format(name: str) -> Format:
-    """The format of that name.
+    """Returns the format with this name.
 
     Raises:
-        ValueError: no such format; the message names those there are.
+        ValueError: no such format; the message lists the known ones.
 
     Examples:
         >>> nf2 = get_format("nf2")

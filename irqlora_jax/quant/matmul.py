@@ -1,7 +1,7 @@
 """x @ W^T with a frozen, packed W, by the fastest implementation that can serve.
 
-XLA's path unpacks the codes, looks the levels up, scales, shifts and casts them in one fusion in
-front of the matrix product. It serves all weights and devices, and is the reference for the other
+In XLA's path, one fusion in front of the matrix product unpacks the codes, looks up the levels,
+scales, shifts and casts. It serves all weights and devices, and is the reference for the other
 implementations.
 """
 
@@ -56,7 +56,7 @@ def preferred_layout(implementation: MatmulName | None) -> str:
 def with_preferred_layout(tree: Any, implementation: MatmulName | None) -> Any:
     """Moves the QTensors of a tree to the `preferred_layout`.
 
-    Only blocks of 64 have several layouts. Other QTensors, and arrays, stay as they are.
+    Only blocks of 64 have several layouts. Other QTensors and arrays are unchanged.
     """
     layout = preferred_layout(implementation)
 
@@ -72,7 +72,7 @@ def check_implementation(implementation: MatmulName | None, x: Any, weight: Any)
     """Checks that an implementation can serve. Needs only the shapes of x and the weight.
 
     Raises:
-        ValueError: as `dequant_matmul`.
+        ValueError: as for `dequant_matmul`.
     """
     if isinstance(weight, QTensor):
 
@@ -102,9 +102,9 @@ def dequant_matmul(
     Args:
         x: activations.
         weight: the matrix, [out, in].
-        implementation: "xla"; "triton" or "mosaic", kernels for GPUs (kernels/README.md); None: a
-            kernel if it can serve and was measured to be faster, else XLA's path.
-        implementations: the ones to choose from.
+        implementation: "xla"; "triton" or "mosaic": GPU kernels (kernels/README.md); None: a kernel
+            if it can serve and was measured to be faster, else XLA's path.
+        implementations: the implementations to choose from.
 
     Raises:
         ValueError: the implementation does not exist or cannot serve; the message says why, and
@@ -159,9 +159,9 @@ def _backward(forward: Product, backward: Product, weight: QTensor, g: Array) ->
 def _behind_barrier(x: Array, weight: QTensor) -> tuple[Array, QTensor]:
     """Puts x behind a barrier so XLA cannot merge this product with others that read x.
 
-    Those are the products of the adapter, and of q, k and v. On GPUs XLA would dequantize into one
-    merged matrix, once for each direction. The weight is not behind the barrier: both directions
-    share its dequantized form.
+    These others are the products of the adapter, and of q, k and v. On GPUs, XLA would dequantize
+    into one merged matrix, separately for forward and backward pass. The weight is not behind the
+    barrier, so both passes share its dequantized form.
     """
     x, _ = jax.lax.optimization_barrier((x, weight.scale_offset))
     return x, weight

@@ -16,35 +16,35 @@ unpacking is a shift and a mask over whole vectors:
 3 bits, B/4 + B/8 bytes: the plane of the two low bits as above, then the plane of the high bits,
                         byte j = high[j] | high[j + B/8] << 1 | ... | high[j + 7B/8] << 7
 
-"fragments", for blocks of 64 codes: what a thread of a GPU loads is what it has to hand to the
+"fragments", for blocks of 64 codes: each GPU thread loads exactly the codes that it passes to the
 tensor cores. In a row of their 16-bit operand, thread c of four has columns 2c, 2c + 1, 2c + 8 and
-2c + 9 of every 16. So the block is cut into 8 cells of 8 codes; cell 2c + h has in slots 0 to 7
+2c + 9 of every 16. So the block is cut into 8 cells of 8 codes. Slots 0 to 7 of cell 2c + h hold
 
     k = 32h + 2c + (0, 1, 8, 9, 16, 17, 24, 25)
 
-and lies before cell 2c + h + 1. The bits of a cell are placed for byte permutes (PRMT), whose
+The cells are stored in order. The bits of a cell are placed for byte permutes (PRMT), whose
 selectors are the three low bits of the nibbles of half a word:
 
-4 bits, 8 little-endian words of 32 bits. Nibble j has the three low bits of slot j; the high bits
-of slots 0 to 3 end a byte each, which a permute can spread over that byte, those of slots 4 to 7
-come four bits before them:
+4 bits: 8 little-endian words of 32 bits. Nibble j holds the three low bits of slot j. The high bits
+of slots 0 to 3 are the top bits of the four bytes, so a permute can spread each over its byte. The
+high bits of slots 4 to 7 are four bits lower:
 
     bit   31 30-28 27 26-24 23 22-20 19 18-16 15 14-12 11 10-8  7  6-4  3  2-0
           3h [7  ] 7h [6  ] 2h [5  ] 6h [4  ] 1h [3  ] 5h [2 ]  0h [1 ] 4h [0]
 
-2 bits, 8 half words: a nibble has a slot and that 4 further on.
+2 bits: 8 half words. Each nibble holds a slot and the slot 4 further on:
 
     bit   15 14  13 12  11 10  9 8  7 6  5 4  3 2  1 0
           [ 7 ]  [ 3 ]  [ 6 ]  [2]  [5]  [1]  [4]  [0]
 
 3 bits: the 8 half words of the two low bits as above, then 4 half words of the high bits. Half
-word c serves cells 2c and 2c + 1; its nibble i has, from bit 0, slots i and i + 4 of cell 2c + 1,
-then slots i and i + 4 of cell 2c.
+word c belongs to cells 2c and 2c + 1. From bit 0 on, its nibble i holds slots i and i + 4 of cell
+2c + 1, then slots i and i + 4 of cell 2c:
 
     bit   15 .. 12 .. 4     3       2       1       0
           i = 3 .. 1       [h0 4]  [h0 0]  [h1 4]  [h1 0]   (i = 0)
 
-Blocks stay apart in all of them, so a matrix can be cut between any two.
+In every layout, blocks share no bytes, so a matrix can be cut between any two blocks.
 """
 
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ from jax import lax
 from jaxtyping import Array, UInt8
 
 LAYOUT = "planes"
-"""What `quantize` makes."""
+"""The layout that `quantize` writes."""
 
 FRAGMENTS = "fragments"
 LAYOUTS = (LAYOUT, FRAGMENTS)
@@ -72,7 +72,7 @@ def pack(
     """Packs each block (last axis) of codes below 2**bits, bits 2, 3 or 4.
 
     Raises:
-        ValueError: no such layout, or none for blocks of this size.
+        ValueError: no such layout, or it does not support this block size.
 
     Examples:
         >>> codes = jnp.arange(8, dtype=jnp.uint8)
@@ -95,7 +95,7 @@ def unpack(
     """The inverse of `pack`.
 
     Raises:
-        ValueError: as `pack`.
+        ValueError: as for `pack`.
 
     Examples:
         >>> codes = jnp.arange(64, dtype=jnp.uint8) % 8
@@ -129,9 +129,9 @@ def _pack_plane(codes: Array, bits: int) -> Array:
 
 
 def _unpack_plane(packed: Array, bits: int) -> Array:
-    # Field i is shifted by i, `bits` times over: a product with i would be computed outside of the
-    # loop over the layers, once for each time that it is used in there, and CPUs would then take
-    # what is dequantized with the one and with the other for two different weights.
+    # Shifts field i by i, `bits` times, and not once by i * bits. XLA would compute that product
+    # outside the loop over the layers, once for each use inside. Then CPUs would not recognize the
+    # weights dequantized with the two results as equal.
     shape = (*packed.shape[:-1], 8 // bits, packed.shape[-1])
     parts = jnp.broadcast_to(packed[..., None, :], shape)
     field = lax.broadcasted_iota(jnp.uint8, shape, len(shape) - 2)

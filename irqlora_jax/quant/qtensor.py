@@ -1,4 +1,4 @@
-"""QTensor: a frozen weight matrix in 2, 3 or 4 bits, and how to make and unmake one."""
+"""QTensor: a frozen weight matrix in 2, 3 or 4 bits, and its dequantization."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from irqlora_jax.quant.formats import get_format
 from irqlora_jax.quant.slabs import rows_of
 
 
-@no_type_check  # JAX rebuilds pytrees with leaves of any kind, which runtime checks would refuse
+@no_type_check  # JAX rebuilds pytrees with leaves of any kind, which runtime checks would reject
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=(
@@ -29,14 +29,14 @@ from irqlora_jax.quant.slabs import rows_of
 class QTensor:
     """A quantized [out, in] matrix. Invariants:
 
-    - A row is cut into blocks of `block_size` consecutive inputs; the last block of a row that is
-      no multiple is padded, and padding counts in no scale, shift or entropy.
+    - A row is cut into blocks of `block_size` consecutive inputs. The last block of a row may be
+      padded. Padding does not affect scales, shifts or entropies.
     - Block by block, weight ~ levels[code] * scale + shift, with the levels of `format`. A missing
       shift is 0. For integer formats shift = -zero * scale.
     - Scales, and the shifts of NormalFloat and FP4, are second-level quantized over groups of 256
       blocks counted row by row (`stats.py`); zero points are 8-bit fixed point.
     - `layout` names the arrangement of the codes in `packed` (`packing.py`).
-    - All arrays may carry the same leading axes (layers under scan); `shape` never does.
+    - All arrays may have the same leading axes (layers under scan). `shape` never includes them.
 
     Attributes:
         packed: codes, [*lead, out, blocks, bytes of a block].
@@ -78,9 +78,9 @@ class QTensor:
         return self._weights(self.packed, self.scale(), self.shift(), dtype)
 
     def dequantize_rows(self) -> Callable[[Array | int, int], Float32[Array, "count in"]]:
-        """A function of the first row and a number of rows that gives those of `dequantize`.
+        """Returns a function (first row, number of rows) -> these rows of `dequantize()`.
 
-        Scales and shifts are decoded once, for all rows. Without leading axes only.
+        Scales and shifts are decoded once, for all rows. There must be no leading axes.
         """
         scale, shift = self.scale(), self.shift()
 
@@ -101,7 +101,7 @@ class QTensor:
         return self._decode_groups(self.scale_codes, self.scale_max, self.scale_offset)
 
     def shift(self) -> Float32[Array, "*lead out blocks"] | None:
-        """The stored shift of every block (the paper's tau), None without one."""
+        """The stored shift of every block (the paper's tau); None if there is none."""
         if self.shift_codes is None:
             return None
         fmt = get_format(self.format)
@@ -122,16 +122,16 @@ class QTensor:
         def row_entropy(packed: Array) -> Array:
             return block_entropy(packing.unpack(packed, bits, self.layout), 2**bits, valid)
 
-        # Some rows at a time, so that the unpacked codes never exist as a whole.
+        # A few rows at a time, so that the unpacked codes are never in memory all at once.
         return jax.lax.map(row_entropy, rows, batch_size=64).reshape(self.packed.shape[:-1])
 
     def with_layout(self, layout: str) -> "QTensor":
-        """The same weights with their codes arranged in another way, "planes" or "fragments".
+        """Converts the codes to another layout, "planes" or "fragments". The weights do not change.
 
-        On the way the unpacked codes may exist as a whole, a byte for each.
+        This may temporarily need one byte per code for the unpacked codes.
 
         Raises:
-            ValueError: no such layout, or none for blocks of this size.
+            ValueError: no such layout, or it does not support this block size.
         """
         bits = get_format(self.format).bits
         packed = _repack(self.packed, bits, self.layout, layout)

@@ -1,6 +1,6 @@
-"""Matrices, some rows at a time: what is computed of them on the way never exists as a whole.
+"""Processes a matrix in slabs of rows, so that intermediates are never materialized as a whole.
 
-The last slab begins early where it would be short, so that all have the same number of rows.
+If the last slab would be short, it starts earlier, so that all slabs have the same number of rows.
 """
 
 from collections.abc import Callable
@@ -11,29 +11,29 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool
 
-_CACHED = 2**18  # weights that a CPU works on at a time: 1 MB
-_WIDE = 2**26  # and any other device: 256 MB, so that few matrices need more than one slab
+_CACHED = 2**18  # weights in a slab on a CPU: 1 MB
+_WIDE = 2**26  # weights in a slab elsewhere: 256 MB, so that most matrices need a single slab
 Rows = TypeVar("Rows")
 
 
 def slab_rows(shape: tuple[int, int]) -> int:
-    """How many rows of a matrix are a slab on this machine's devices."""
+    """Number of rows in a slab of a matrix on jax's default backend."""
     weights = _CACHED if jax.default_backend() == "cpu" else _WIDE
     rows, columns = shape
     return min(rows, max(1, weights // columns))
 
 
 def rows_of(x: Array, start: Array | int, count: int) -> Array:
-    """Some rows of x, or x itself if they are all."""
+    """`count` rows of x from `start` on; x itself if it has no other rows."""
     if x.shape[0] == count:
         return x
-    # XLA would widen all of a bfloat16 matrix, which a CPU cannot slice, before the loop.
+    # Otherwise XLA converts a whole bfloat16 matrix, which CPUs cannot slice, before the loop.
     x, start = lax.optimization_barrier((x, start))
     return lax.dynamic_slice_in_dim(x, start, count)
 
 
 def map_slabs(work: Callable[[Array | int], Rows], rows: int, count: int) -> Rows:
-    """What work(start) computes of `count` rows from start on, arrays [count, ...], for all."""
+    """Concatenates the results of work(start), arrays [count, ...], over all slabs."""
     if count == rows:
         return work(0)
 
@@ -53,7 +53,7 @@ def map_slabs(work: Callable[[Array | int], Rows], rows: int, count: int) -> Row
 def sum_slabs(
     work: Callable[[Array | int, Bool[Array, "count 1"]], Array], rows: int, count: int
 ) -> Array:
-    """The sum of work(start, new) over all slabs; `new` are the rows that no slab before it had."""
+    """Sums work(start, new) over all slabs. `new` marks the rows that no earlier slab had."""
 
     def step(i: Array | int, total: Array | float) -> Array:
         start = jnp.minimum(i * count, rows - count)

@@ -1,9 +1,9 @@
-"""Second-level ("double") quantization of what a block stores besides its codes.
+"""Second-level ("double") quantization of the scales and shifts of blocks.
 
-Scales and shifts take 8 bits a block and a float32 every 256 blocks: a group of 256 is divided by
-its largest magnitude and rounded to a table of 256 numbers whose spacing grows with them
-(bitsandbytes' dynamic map, 7 decades). Scales, which are positive, are centered on the mean of the
-matrix first (QLoRA, section 3); shifts are not (IR-QLoRA's released code).
+Each takes 8 bits per block, and a float32 per 256 blocks. A group of 256 is divided by its largest
+magnitude and rounded to a table of 256 numbers whose spacing grows with their magnitude
+(bitsandbytes' dynamic map, 7 decades). Scales are positive, so their mean over the matrix is
+subtracted first (QLoRA, section 3). Shifts are not centered (IR-QLoRA's released code).
 
 The zero points of integer formats need no second level: 8 bits hold them exactly (`encode_zero`).
 """
@@ -51,7 +51,7 @@ def encode_groups(
 def decode_groups(
     codes: UInt8[Array, " n"], largest: Float32[Array, " groups"], offset: Float32[Array, ""]
 ) -> Float32[Array, " n"]:
-    """The numbers that `encode_groups` stored.
+    """Decodes the result of `encode_groups`.
 
     Examples:
         >>> scales = jnp.array([0.0, 1.0, 5.0])

@@ -20,7 +20,7 @@ from irqlora_jax.report.svg import (
 
 
 def calibration_name(name: str) -> str:
-    """A calibration as people write it; its name itself if this version does not know it."""
+    """Title of a calibration; the name itself if this version does not know it."""
     known = CALIBRATIONS.get(name)
     return name if known is None else known.title or known.description
 
@@ -79,7 +79,7 @@ def quantization(found: RunData) -> Markup:
 
 
 def most_bits(survey: Mapping[str, Any]) -> int:
-    """Bits of the largest format, so the limit of every entropy."""
+    """Bits of the largest format, which limit all entropies."""
     return max(FORMATS[name].bits for name in survey.get("formats") or [survey["format"]])
 
 

@@ -60,7 +60,7 @@ def try_to_write(folder: Path) -> None:
     except Exception as error:  # no error of the page may end a finished run
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         logger.warning(
-            f"{folder / REPORT_FILE} was not written ({reason}); the run itself is whole, and "
+            f"{folder / REPORT_FILE} was not written ({reason}); the run itself is complete, and "
             f"`irqlora report --run {folder}` tries again",
             extra=ON_STDOUT,
         )

@@ -125,7 +125,7 @@ def test_suggested_settings_fit(
     assert fits == (share > 1) == ("fits, with" in text)
     if fits:
         return
-    flags = text.split("so it fits:")[1].split()
+    flags = text.split("fits with:")[1].split()
     changes = {
         k[2:]: json.loads(v) if v != "bfloat16" else v
         for k, v in zip(flags[::2], flags[1::2], strict=True)

@@ -1,4 +1,4 @@
-"""Calibrations: how the scales and shifts of blocks are chosen. One file a method."""
+"""Calibrations: how the scales and shifts of blocks are chosen. One file per method."""
 
 from irqlora_jax.quant.calibrations.calibration import Calibrated as Calibrated
 from irqlora_jax.quant.calibrations.calibration import Calibration as Calibration

@@ -1,6 +1,6 @@
 """The contract of a calibration: how the scales and shifts of blocks are chosen.
 
-A calibration is one file that defines one `Calibration`, and one line of `CALIBRATIONS`.
+A calibration is one file that defines a `Calibration`, plus one entry in `CALIBRATIONS`.
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ from irqlora_jax.quant.formats import Format
 
 
 class Calibrated(NamedTuple):
-    """What a search found, one float32 for each of n blocks.
+    """Results of a search: arrays with one float32 for each of n blocks.
 
     Attributes:
-        scale: the scale. None: max|w - shift|, from `low` and `high`.
+        scale: the scale. None: max|w - shift|, computed from `low` and `high`.
         zero: integer formats: the zero point.
-        shift: NormalFloat and FP4: the shift; None is 0.
-        low: smallest weight of the block; needed where `scale` is None.
-        high: largest weight of the block; needed where `scale` is None.
+        shift: NormalFloat and FP4: the shift; None means 0.
+        low: smallest weight of the block; required if `scale` is None.
+        high: largest weight of the block; required if `scale` is None.
     """
 
     scale: Array | None = None
@@ -32,19 +32,19 @@ class Calibrated(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """All that the rest of the package knows of a calibration.
+    """Everything that the rest of the package knows about a calibration.
 
     Attributes:
         name: value of `quant.calibration`.
         title: short name for tables, such as "ICQ"; "" for the plain quantizer.
-        description: the name as a sentence of a model card uses it.
-        search: (blocks [n, block], format, symmetric, options, valid) -> what it found. `valid` is
-            the number of real weights of each block [n], or None where all are real; the padding of
-            a block must not count. The function is traced by jax.jit.
+        description: the name for use in a sentence of a model card.
+        search: (blocks [n, block], format, symmetric, options, valid) -> `Calibrated`. `valid` [n]
+            is the number of real weights in each block (None: all). Padding must not affect the
+            result. jax.jit traces the function.
         options: default options, a frozen dataclass; None for a calibration without options. A
-            calibration with options has a field of its name in `QuantConfig`.
-        refusal: (format, symmetric, options) -> a sentence that says which setting the calibration
-            cannot serve and what it accepts, or None.
+            calibration with options needs a field with its name in `QuantConfig`.
+        refusal: (format, symmetric, options) -> a sentence that names the unsupported setting and
+            the accepted ones; None if all settings are supported.
     """
 
     name: str

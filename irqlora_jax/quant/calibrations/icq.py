@@ -1,9 +1,9 @@
 """ICQ for NormalFloat and FP4: the shift of a block that maximizes the entropy of its codes.
 
 IR-QLoRA's information calibration quantization (section 3.2). The mutual information between a
-block and its codes is the entropy of the codes (eq. 5 to 7), so per block every candidate around
-the median is tried and the one of highest entropy wins (eq. 8, 9). `icq_integer.py` is the variant
-for integers, `entropy.py` what the two share.
+block and its codes is the entropy of the codes (eq. 5 to 7). So for each block, the search tries
+all candidates around the median and keeps the one of highest entropy (eq. 8, 9). `icq_integer.py`
+has the variant for integers, and `entropy.py` the code that both use.
 """
 
 import dataclasses
@@ -54,24 +54,24 @@ def search_shift(
     valid: Int[Array, " n"] | None = None,
     implementation: Literal["xla", "triton"] | None = None,
 ) -> tuple[Float32[Array, " n"], Float32[Array, " n"]]:
-    """Shift (the paper's tau) of every block, and the entropy of the codes that it gives.
+    """Searches the shift (the paper's tau) of every block; also returns the entropy of its codes.
 
-    The 2 * steps + 1 candidates are tau0 + f * max|w - tau0|, with tau0 the (lower) median and f
-    evenly spaced in +-search_range * sigma, where sigma is the standard deviation that NormalFloat
-    takes for granted. The scale of a candidate is its own max|w - tau|.
+    The 2 * steps + 1 candidates are tau0 + f * max|w - tau0|. Here tau0 is the lower median, f is
+    evenly spaced in +-search_range * sigma, and sigma is the standard deviation that NormalFloat
+    assumes. Each candidate has its own scale, max|w - tau|.
 
     Args:
         blocks: weights.
         format: code book, not an integer one.
-        search_range: lambda of the paper, below 1.
-        steps: n of the paper.
+        search_range: the paper's lambda, below 1.
+        steps: the paper's n.
         valid: number of real elements in each block (at least 1); None: all.
-        implementation: "triton", one kernel for GPUs (kernels/search_triton.py); "xla"; None: the
-            kernel where it was measured to be faster. Both find the same floats.
+        implementation: "triton": one GPU kernel (kernels/search_triton.py). "xla". None: the kernel
+            if it was measured to be faster, else XLA. Both find the same floats.
 
     Raises:
         ValueError: an integer format, a search range outside of (0, 1), or an implementation that
-            cannot serve; says why.
+            cannot serve; the message says why.
 
     Examples:
         >>> blocks = jnp.array([[0.0, 0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 1.0]])
@@ -91,8 +91,8 @@ def shift_and_ends(
     valid: Int[Array, " n"] | None = None,
     implementation: Literal["xla", "triton"] | None = None,
 ) -> tuple[Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"]]:
-    """`search_shift`, and the least and the largest weight of every block, which decide its scale:
-    the quantizer need not read the weights for them."""
+    """`search_shift`, plus the smallest and largest weight of every block. These determine the
+    scale, so the quantizer need not read the weights again for it."""
     format = get_format(format) if isinstance(format, str) else format
     if format.integer:
         raise ValueError(f"format = {format.name!r}: accepted is a NormalFloat or FP4 format")
@@ -121,10 +121,11 @@ _SEARCHES = (
 
 
 def _crossings(midpoints: Float32[np.ndarray, " points"], reach: float) -> int:
-    """How many decision points one weight can cross while f runs from -reach to reach.
+    """Maximum number of decision points that a weight crosses as f goes from -reach to reach.
 
-    x = (w - tau) / m, m = max|w - tau|, moves by at most (1 + |x|) / m a unit of tau, and
-    m >= (1 - |f|) * max|w - tau0|. So sign(x) * log(1 + |x|) moves by at most -2 log(1 - reach).
+    Let x = (w - tau) / m with m = max|w - tau|. Per unit of tau, x moves by at most (1 + |x|) / m,
+    and m >= (1 - |f|) * max|w - tau0|. So sign(x) * log(1 + |x|) moves by at most
+    -2 log(1 - reach).
     """
     place = np.sign(midpoints) * np.log1p(np.abs(midpoints.astype(np.float64)))
     width = -2 * math.log1p(-reach) * 1.001 + 1e-6
@@ -152,7 +153,7 @@ def _best_shift(
         return product(jnp.take(table, i, mode="clip"), spread) + median
 
     def unit_at(i: Array) -> Array:
-        """The weights as the quantizer compares them with the midpoints."""
+        """The normalized weights that the quantizer compares with the midpoints."""
         shift = shift_at(i)
         scale = jnp.maximum(jnp.abs(high - shift), jnp.abs(low - shift))
         return (w - shift) * (1 / jnp.where(scale == 0, 1, scale))
@@ -193,9 +194,9 @@ def _sweep(
 ) -> tuple[Int32[Array, " b"], Int32[Array, " b"]]:
     """`sweep` over the shifts.
 
-    As the shift grows, (w - shift) / scale never grows, and a weight crosses a decision point at
-    most once. Where it does follows from a linear equation; rounding cannot displace that by half a
-    candidate, so evaluating the nearest candidate decides between it and the next.
+    As the shift grows, (w - shift) / scale never grows, so a weight crosses a decision point at
+    most once. A linear equation gives the crossing. Rounding displaces it by less than half a
+    candidate, so evaluating the nearest candidate decides between that one and the next.
     """
     block = unit.shape[0]
     last = len(factors) - 1
@@ -209,7 +210,7 @@ def _sweep(
     def event(crossed: Array) -> tuple[Array, Array, int]:
         point_index = codes.astype(jnp.int32) - 1 - crossed
         point = jnp.take(points, point_index, mode="clip")
-        # x = point where the scale is top - shift, or else where it is shift - bottom.
+        # Solves x = point with the scale top - shift, or else with the scale shift - bottom.
         shift = (unit - point * top) / (1 - point)
         shift = jnp.where(shift <= center, shift, (unit + point * bottom) / (1 + point))
         nearest = jnp.round((shift - float(factors[0])) * (1 / step))
@@ -226,16 +227,16 @@ def _sweep(
 
 @dataclasses.dataclass(frozen=True)
 class IcqOptions:
-    """Search of ICQ."""
+    """Options of the ICQ search."""
 
     range: float = 0.1
-    """Half-width of the search, lambda of the paper. NormalFloat and FP4: in standard deviations of
+    """Half-width of the search (the paper's lambda). NormalFloat and FP4: in standard deviations of
     the block. Integers: as a fraction of the block's range."""
     steps: int | None = None
-    """n of the paper: the search tries 2n + 1 candidates. Null: 100, for integers 50."""
+    """The search tries 2 * steps + 1 candidates (the paper's n). Null: 100; for integers 50."""
     search: Literal["range", "zero_point"] = "range"
-    """Integers only: move the "range" as the released code does, or the "zero_point" at a fixed
-    scale as the paper's text says."""
+    """Integers only. "range": vary the range, as in the released code. "zero_point": vary the zero
+    point at a fixed scale, as in the paper's text."""
 
     def __post_init__(self) -> None:
         require(0 < self.range < 1, "quant.icq.range", self.range, "a number between 0 and 1")

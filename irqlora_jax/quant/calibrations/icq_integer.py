@@ -1,9 +1,9 @@
-"""ICQ for integers: the range or the zero point that maximizes the entropy of a group's codes.
+"""ICQ for integers: the range or the zero point that maximizes the entropy of a block's codes.
 
-- `search_range` shrinks and grows the range, as the released code does.
-- `search_zero_point` moves the zero point at a fixed scale, as the paper's text says.
+- `search_range` varies the range, as in the released code.
+- `search_zero_point` varies the zero point at a fixed scale, as in the paper's text.
 
-`entropy.py` says by which rules candidates are compared.
+`entropy.py` has the rules for comparing candidates.
 """
 
 import dataclasses
@@ -49,8 +49,8 @@ def plain_range(
 ) -> tuple[Float32[Array, " n"], Float32[Array, " n"]]:
     """Scale and zero point that spread the integer codes over the range of each block.
 
-    code = clip(round(w / scale) + zero, 0, 2**bits - 1). The range always includes 0; a block of
-    zeros gets [-1, 1]; a symmetric range is [-max|w|, max|w|] with the zero point in the middle.
+    code = clip(round(w / scale) + zero, 0, 2**bits - 1). The range always includes 0. A block of
+    zeros gets [-1, 1]. A symmetric range is [-max|w|, max|w|] with the zero point in the middle.
 
     Args:
         blocks: weights.
@@ -82,24 +82,25 @@ def search_range(
     valid: Int[Array, " n"] | None = None,
     implementation: SearchName = None,
 ) -> tuple[Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"]]:
-    """Scale, whole zero point and entropy of every block: the search of the released code.
+    """Searches the range of every block, as in the released code.
 
-    The candidates are the range of `plain_range` times 1, then times 1 + search_range * i / steps
-    for i = 1 .. steps, then times 1 - search_range * i / steps.
+    Returns scale, whole zero point and entropy. The candidates are the range of `plain_range`
+    times 1, then times 1 + search_range * i / steps for i = 1 .. steps, then times
+    1 - search_range * i / steps.
 
     Args:
         blocks: weights.
         bits: width of a code.
         symmetric: fixes the zero point.
         search_range: largest relative change of the range, below 1.
-        steps: number of candidates above, and below, the plain range.
+        steps: number of candidates above the plain range, and number below it.
         valid: number of real elements in each block (at least 1); None: all.
-        implementation: "triton", one kernel for GPUs (kernels/search_integer_triton.py); "xla";
-            None: the kernel where it was measured to be faster. Both find the same floats.
+        implementation: "triton": one GPU kernel (kernels/search_integer_triton.py). "xla". None:
+            the kernel if it was measured to be faster, else XLA. Both find the same floats.
 
     Raises:
-        ValueError: a search range outside of (0, 1), or an implementation that cannot serve; says
-            why.
+        ValueError: a search range outside of (0, 1), or an implementation that cannot serve; the
+            message says why.
 
     Examples:
         >>> blocks = jnp.array([[-1.0, -0.6, -0.4, -0.3, 0.5, 0.8, 1.4, 2.0]])
@@ -120,23 +121,23 @@ def search_zero_point(
     valid: Int[Array, " n"] | None = None,
     implementation: SearchName = None,
 ) -> tuple[Float32[Array, " n"], Float32[Array, " n"], Float32[Array, " n"]]:
-    """Scale, zero point and entropy of every block: the search of the paper's text (appendix A.2).
+    """Searches the zero point of every block, as in the paper's text (appendix A.2).
 
-    The scale is that of the plain asymmetric range, and a shift of up to search_range times the
-    range is absorbed by the zero point. Zero points are stored as 8-bit fixed point with 8 - bits
-    fractional bits; the candidates are numbers of that kind: the plain zero point, then those
-    above it, then those below it. code = clip(round(w / scale + zero), 0, 2**bits - 1).
+    Returns scale, zero point and entropy. The scale comes from the plain asymmetric range. The zero
+    point absorbs a shift of up to search_range times the range. Zero points are stored as 8-bit
+    fixed point with 8 - bits fractional bits, so only such numbers are candidates: the plain zero
+    point, then larger, then smaller ones. code = clip(round(w / scale + zero), 0, 2**bits - 1).
 
     Args:
         blocks: weights.
         bits: width of a code.
         search_range: largest change of the zero point, as a fraction of the range.
-        steps: candidates in each direction; representable numbers that fall together count once.
+        steps: candidates in each direction, before duplicates after rounding are removed.
         valid: number of real elements in each block (at least 1); None: all.
-        implementation: as of `search_range`.
+        implementation: as for `search_range`.
 
     Raises:
-        ValueError: as `search_range`.
+        ValueError: as for `search_range`.
 
     Examples:
         >>> blocks = jnp.array([[-1.0, -0.9, 0.3, 0.6, 0.8, 1.2, 1.8, 2.0]])
@@ -150,15 +151,15 @@ def search_zero_point(
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """What a search tries: `at(low, high, number)` is the scale and the zero point of a candidate.
+    """Candidates of a search. `at(low, high, number)` returns the scale and zero point of one.
 
     Attributes:
         bits: width of a code.
-        symmetric: whether `low` and `high`, the ends of the plain range, are.
-        numbers: one a candidate, a factor of the range or a move of the zero point.
-        at: the fourth argument rounds to whole numbers.
-        swept: whether XLA's search may `sweep` on a CPU: candidates are ranges that differ by far
-            more than a rounding error.
+        symmetric: whether the plain range, `low` to `high`, is symmetric.
+        numbers: one per candidate: a factor for the range, or an offset of the zero point.
+        at: see above; its optional fourth argument is a function that rounds to whole numbers.
+        swept: whether XLA's search may use `sweep` on a CPU. Requires that candidates are ranges
+            that differ by far more than a rounding error.
     """
 
     bits: int
@@ -169,7 +170,7 @@ class Candidates:
 
 
 def range_candidates(bits: int, symmetric: bool, search_range: float, steps: int) -> Candidates:
-    """Those of `search_range`."""
+    """The candidates of `search_range`."""
     require_range(search_range)
     up, down = (spaced(1.0, 1 + away, steps + 1) for away in (search_range, -search_range))
 
@@ -182,7 +183,7 @@ def range_candidates(bits: int, symmetric: bool, search_range: float, steps: int
 
 
 def zero_point_candidates(bits: int, search_range: float, steps: int) -> Candidates:
-    """Those of `search_zero_point`."""
+    """The candidates of `search_zero_point`."""
     require_range(search_range)
     unit = 2 ** (8 - bits)
     reach = search_range * (2**bits - 1) * unit
@@ -233,7 +234,7 @@ def _limits(w: Float32[Array, "block b"], symmetric: bool) -> tuple[Array, Array
 def limits(
     low: Float32[Array, " b"], high: Float32[Array, " b"], symmetric: bool
 ) -> tuple[Float32[Array, " b"], Float32[Array, " b"]]:
-    """The plain range of blocks, from their least weight or 0 and their largest or 0."""
+    """The plain range of blocks, from min(smallest weight, 0) and max(largest weight, 0)."""
     if symmetric:
         high = jnp.maximum(-low, high)
         low = jnp.where(low < 0, -high, low)
@@ -272,7 +273,7 @@ def _best_integer(
     def value_at(i: Array) -> Float32[Array, "block b"]:
         scale, zero = candidate(i)
         whole = jnp.floor(zero)
-        # A whole zero point is added after rounding, as in the released code (ties!).
+        # Adds a whole zero point after rounding, as in the released code, which affects ties.
         return jnp.round(quotient(w, scale[None]) + (zero - whole)[None]) + whole[None]
 
     def codes_at(i: Array) -> Integer[Array, "block b"]:
@@ -300,14 +301,14 @@ def _sweep_range(
     candidate: Callable[[Array], tuple[Array, Array]],
     scan: Callable[[], Best],
 ) -> Best:
-    """`sweep` over the ranges by rising factor, or `scan` where its conditions do not hold.
+    """`sweep` over the ranges in ascending order of factors, or `scan` if `sweep` does not apply.
 
-    As the range grows, |w / scale| never grows. Where it passes a decision point of the rounding
-    follows from a division, which rounding cannot displace by half a candidate, so evaluating the
-    nearest candidate decides between it and the next. The zero point, -low / scale, is the same at
-    every candidate but for its rounding: where it lies between two whole numbers it may be either.
-    So one more point than there are between the codes is followed, and every candidate reads those
-    of its own zero point.
+    As the range grows, |w / scale| never grows. A division gives the place where it passes a
+    decision point of the rounding. Rounding displaces that place by less than half a candidate, so
+    evaluating the nearest candidate decides between that one and the next. The zero point,
+    -low / scale, is the same for all candidates except for its rounding, which may give either of
+    two whole numbers. So the sweep tracks one more point than the codes need, and each candidate
+    reads the points that belong to its own zero point.
     """
     block, b = w.shape
     n = jnp.full(b, block, jnp.int32) if count is None else count
@@ -317,7 +318,7 @@ def _sweep_range(
     scales, zeros = jax.vmap(candidate)(jnp.asarray(order))
     flat_scales, unit = scales.reshape(-1), scales[last // 2]
     lowest = zeros.min(0)
-    upper = zeros > lowest[None]  # of its two values
+    upper = zeros > lowest[None]  # the zero point is the upper of its two values
     first = jnp.round(quotient(w, scales[:1])) + lowest[None] + 1
     codes = masked(jnp.clip(first, 0, 2**bits).astype(jnp.int8), count, 0)
     inside_ = True if count is None else inside(w, count)

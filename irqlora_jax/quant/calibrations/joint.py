@@ -1,17 +1,17 @@
-"""Joint calibration ("ICQ+"): the scale and the shift of a block that lose the least.
+"""Joint calibration ("ICQ+"): chooses the scale and the shift of a block together.
 
-ICQ (`icq.py`) moves the shift of a block and leaves its scale to the largest weight. Here both are
-chosen, for the same storage and the same dequantizer, by entropy - error_weight * error / variance:
-the entropy of the codes in bits, the mean square of what quantizing changes, the variance of the
-block. A weight of 0 is ICQ with a free scale, an infinite one looks at the error alone. On our
-testbed (examples/factworld/README.md) the knowledge that a model keeps follows the error.
+ICQ (`icq.py`) searches only the shift, and the largest weight determines the scale. Joint
+calibration maximizes entropy - error_weight * error / variance over both, with the same storage and
+dequantizer: the entropy of the codes in bits, the mean squared error of quantization, and the
+variance of the block. A weight of 0 is ICQ with a free scale. An infinite weight minimizes the
+error alone. On our testbed (examples/factworld/README.md), retained knowledge follows the error.
 
-A candidate is an interval for the levels to span. First there are 5 centers around the median, each
-with 7 half-widths, and the interval of the plain quantizer; then, twice, the 8 neighbors of the
-best. None is judged as it stands but by the least-squares scale and shift of the codes that it
-gives, which cost three sums over the block. So 54 candidates lose what a grid of 21 x 25 as they
-stand loses, to 2.3 % (benchmarks/results/2026-11-27-cpu.md). The best one is refined by
-Lloyd's steps: codes, then least squares.
+A candidate is an interval that the levels span. The first ones are the interval of the plain
+quantizer, and 5 centers around the median with 7 half-widths each. Then come the neighbors of the
+best one, twice. A candidate only supplies codes: their least-squares scale and shift, which cost
+three sums over the block, decide its score. So 54 candidates come within 2.3 % of the error of a
+grid of 21 x 25 unfitted ones (benchmarks/results/2026-11-27-cpu.md). Lloyd's steps refine the best
+one: new codes, then least squares.
 """
 
 import dataclasses
@@ -44,8 +44,8 @@ def _grid(moves: np.ndarray, widths: np.ndarray) -> Float32[np.ndarray, "candida
 
 
 _NEIGHBORS = np.array([-1.0, 0.0, 1.0])
-# Moves of the center in units of max|w - median|, of which 0.541 is a standard deviation, and
-# factors of the half-width: the plain quantizer, around the median, twice around the best.
+# Offsets of the center in units of max|w - median| (0.541 is a standard deviation), and factors for
+# the half-width. Stages: the plain quantizer, around the median, twice around the best candidate.
 _STAGES = (
     _grid(np.zeros(1), np.ones(1)),
     _grid(np.linspace(-0.162, 0.162, 5), np.linspace(1.0, 0.4, 7)),
@@ -55,9 +55,9 @@ _STAGES = (
 _CANDIDATES = np.concatenate(_STAGES)
 _AROUND_BEST = len(_STAGES[0]) + len(_STAGES[1]), len(_CANDIDATES) - len(_STAGES[3])
 Found = tuple[Array, Array, Array]  # the best score, its scale and its shift, [1, b]
-# [block, b]: the levels that the codes stand for, their rank; [1, b]: the scale and shift of both.
+# The level and its rank for each code, [block, b]; the scale and shift that gave them, [1, b].
 Codes = tuple[Array, Array, Array, Array]
-Start = tuple[Array, Array]  # the scale and the shift that candidates surround
+Start = tuple[Array, Array]  # the scale and shift around which candidates lie
 
 
 @functools.partial(jax.jit, static_argnames=("format", "symmetric", "error_weight", "refine_steps"))
@@ -69,18 +69,18 @@ def search(
     refine_steps: int = 4,
     valid: Int[Array, " n"] | None = None,
 ) -> tuple[Float32[Array, " n"], Float32[Array, " n"]]:
-    """Scale and shift of every block; for an integer format its scale and its zero point.
+    """Returns scale and shift of every block; for integer formats, scale and zero point.
 
-    Zero points are such as can be stored (`stats.encode_zero`), and the scale is the best one for
-    them. With an infinite `error_weight` the squared error of a block is never above that of the
-    plain quantizer, but for rounding.
+    Zero points are limited to values that can be stored (`stats.encode_zero`), and the scale is
+    optimal for them. With an infinite `error_weight`, the squared error of a block never exceeds
+    the plain quantizer's error, except for rounding.
 
     Args:
         blocks: weights.
         format: code book.
-        symmetric: integers only, fixes the zero point in the middle of the codes.
-        error_weight: bits of entropy that a relative error of 1 costs; 0 to infinity.
-        refine_steps: least-squares steps; a block keeps those by which its error falls.
+        symmetric: integers only: fixes the zero point in the middle of the codes.
+        error_weight: weight of the relative squared error, in bits of entropy; 0 to infinity.
+        refine_steps: least-squares steps at the end; a block keeps those that lower its error.
         valid: number of real elements in each block (at least 1); None: all.
 
     Raises:
@@ -116,12 +116,12 @@ def _search(
 ) -> tuple[Float32[Array, " b"], Float32[Array, " b"]]:
     block, b = w.shape
     n = jnp.full(b, block, jnp.int32) if count is None else count
-    size = n.astype(jnp.float32)[None]  # as all numbers of a block: [1, b]
+    size = n.astype(jnp.float32)[None]  # [1, b], as all numbers with one value per block
     levels = np.sort(format.table)
     middle, half = (levels[0] + levels[-1]) / 2, (levels[-1] - levels[0]) / 2
 
-    # All is done in units of max|w - median|, and halves keep even that from overflowing. Integers
-    # stay where they are, since their zero points are codes of 0, and their range includes 0.
+    # Computes in units of max|w - median|; the halves prevent overflow. Integer formats are not
+    # centered, because their zero point is the code of 0, and their range includes 0.
     center = lower_median(masked(w, count, np.inf), n)[None]
     low = masked(w, count, np.inf).min(0, keepdims=True)
     high = masked(w, count, -np.inf).max(0, keepdims=True)
@@ -155,7 +155,7 @@ def _search(
         return jnp.clip(jnp.round(exact * parts) / parts, 0, 255 / parts)
 
     def fit(level: Array, start: Array) -> Found:
-        """Error, negative, scale and shift of least squares; equal levels leave the scale alone."""
+        """Negative error, scale and shift of the least-squares fit. Equal levels keep the scale."""
         total, square, cross = _total(level), _total(level * level), _total(level * u)
         spread, covariance = square - total * total / size, cross - total * mean
         flat = spread <= 1e-6 * jnp.maximum(square, 1)
@@ -180,7 +180,7 @@ def _search(
     def judge(codes: Codes, best: Found) -> Found:
         level, rank, scale, shift = codes
         found = fit(level, scale)
-        if format.integer:  # rounding its zero point may make the fit worse than what it came from
+        if format.integer:  # rounding the zero point may make the fit worse than the candidate
             error = _total(masked(u - (level * scale + shift), count, 0) ** 2)
             found = _where_better(found, (-error, scale, shift))
         return _where_better((score(-found[0], rank), *found[1:]), best)
@@ -219,7 +219,7 @@ def _search(
         return codes_at(i, start), start, best
 
     best = jnp.full((1, b), -jnp.inf), *plain
-    if staged:  # codes reach their use as a carry, so that a CPU computes them once, not every sum
+    if staged:  # with the codes as a carry, a CPU computes them once, not once for every sum
         carry = codes_of(*plain), plain, best
         scale, shift = lax.fori_loop(0, len(_CANDIDATES), by_stages, carry)[2][1:]
     else:
@@ -254,10 +254,10 @@ def _where_better(new: Found, old: Found) -> Found:
 
 @dataclasses.dataclass(frozen=True)
 class JointOptions:
-    """Search of the joint calibration."""
+    """Options of the joint calibration."""
 
     error_weight: float = 100.0
-    """Bits of entropy that a relative squared error of 1 costs. 0: entropy alone; .inf: error
+    """Weight of the relative squared error, in bits of entropy. 0: entropy alone. .inf: error
     alone."""
     refine_steps: int = 4
     """Least-squares steps at the end. A block keeps the steps that lower its error."""

@@ -1,5 +1,5 @@
-"""The plain quantizer: the largest weight of a block decides its scale (QLoRA; for integers the
-range of the block decides scale and zero point)."""
+"""The plain quantizer: the largest weight of a block determines its scale (QLoRA). For integers,
+the range of the block determines scale and zero point."""
 
 from typing import Any
 
