@@ -4,10 +4,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from irqlora_jax.text import require
 
-def require(ok: bool, field: str, value: Any, accepted: str) -> None:
-    if not ok:
-        raise ValueError(f"config.json: {field} = {value!r}: accepted is {accepted}")
+
+def _require(ok: bool, field: str, value: Any, accepted: str) -> None:
+    require(ok, f"config.json: {field}", value, accepted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +61,12 @@ class LlamaConfig:
             "max_position_embeddings",
         ):
             value = getattr(self, name)
-            require(value >= 1, name, value, "a whole number of at least 1")
+            _require(value >= 1, name, value, "a whole number of at least 1")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         accepted = f"a divisor of num_attention_heads = {heads}"
-        require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, accepted)
+        _require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, accepted)
         ok = self.head_dim >= 2 and self.head_dim % 2 == 0
-        require(ok, "head_dim", self.head_dim, "a positive even number")
+        _require(ok, "head_dim", self.head_dim, "a positive even number")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
@@ -74,7 +75,7 @@ class LlamaConfig:
         Raises:
             ValueError: not a LLaMA, or an unsupported variant.
         """
-        require(
+        _require(
             values.get("model_type") == "llama", "model_type", values.get("model_type"), "'llama'"
         )
         for name, default in (
@@ -83,7 +84,7 @@ class LlamaConfig:
             ("hidden_act", "silu"),
         ):
             value = values.get(name, default)
-            require(value == default, name, value, repr(default))
+            _require(value == default, name, value, repr(default))
         needed = (
             "vocab_size",
             "hidden_size",
@@ -92,13 +93,13 @@ class LlamaConfig:
             "num_attention_heads",
         )
         for name in needed:
-            require(isinstance(values.get(name), int), name, values.get(name), "a whole number")
+            _require(isinstance(values.get(name), int), name, values.get(name), "a whole number")
         heads = values["num_attention_heads"]
         head_dim = values.get("head_dim")
         if head_dim is None:
             hidden = values["hidden_size"]
             accepted = f"a multiple of num_attention_heads = {heads}, or any if head_dim is given"
-            require(heads > 0 and hidden % heads == 0, "hidden_size", hidden, accepted)
+            _require(heads > 0 and hidden % heads == 0, "hidden_size", hidden, accepted)
             head_dim = hidden // heads
         theta, scaling = _read_rope(values)
         eos = values.get("eos_token_id", 2)
@@ -155,8 +156,10 @@ def _read_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     accepted = "'default', 'linear' or 'llama3'"
-    require(rope_type in ("default", "linear", "llama3"), f"{field}.rope_type", rope_type, accepted)
-    require(rope.get("partial_rotary_factor", 1) == 1, f"{field}.partial_rotary_factor", rope, "1")
+    _require(
+        rope_type in ("default", "linear", "llama3"), f"{field}.rope_type", rope_type, accepted
+    )
+    _require(rope.get("partial_rotary_factor", 1) == 1, f"{field}.partial_rotary_factor", rope, "1")
     if rope_type == "default":
         return float(theta), None
     names = ["factor"]
@@ -164,5 +167,5 @@ def _read_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     for name in names:
         ok = isinstance(rope.get(name), int | float) and rope[name] > 0
-        require(ok, f"{field}.{name}", rope.get(name), "a positive number")
+        _require(ok, f"{field}.{name}", rope.get(name), "a positive number")
     return float(theta), RopeScaling(rope_type, **{name: rope[name] for name in names})

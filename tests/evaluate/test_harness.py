@@ -286,7 +286,7 @@ def test_what_was_answered_is_not_asked_again(loaded, data, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(asked)
     part = tmp_path / "eval-lm-eval-local_boolq+local_piqa-model.json.part"
-    assert "the same command goes on" in said[-1] and str(part.name) in said[-1]
+    assert "the same command resumes" in said[-1] and str(part.name) in said[-1]
     with part.open("a") as file:
         file.write('["broken off')
     with pytest.raises(KeyboardInterrupt):

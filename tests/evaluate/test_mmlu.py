@@ -413,7 +413,7 @@ def test_the_task_goes_on_where_it_was_interrupted(loaded, folder, tmp_path, sai
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(asked)
     part = tmp_path / "eval-mmlu-model.json.part"
-    assert part.is_file() and "the same command goes on" in said[-1]
+    assert part.is_file() and "the same command resumes" in said[-1]
     loaded.tokenizer.stop_at, loaded.tokenizer.subjects = None, []
     result = evaluate_run(asked)
     assert loaded.tokenizer.subjects == ["sociology", "virology"]

@@ -385,7 +385,7 @@ def test_interrupted_answers_are_kept(answer, monkeypatch, said):
     monkeypatch.setattr(prompts_module, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         answer(LINES, output="out.jsonl", **drawing)
-    assert "out.jsonl.part; the same command goes on" in said[-1]
+    assert "out.jsonl.part; the same command resumes" in said[-1]
     assert len(written("out.jsonl.part")) == 3 and not Path("out.jsonl").exists()
     # A line that was broken off does not count.
     with Path("out.jsonl.part").open("a") as file:
