@@ -127,6 +127,9 @@ def _search(
     high = masked(w, count, -np.inf).max(0, keepdims=True)
     if format.integer:
         low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+    largest = jnp.maximum(high, -low) / half
+    if format.integer and not symmetric:
+        largest = (high / 2 - low / 2) / half
     origin = jnp.zeros_like(center) if format.integer else center
     reach = jnp.maximum(high / 2 - center / 2, center / 2 - low / 2)
     unit = jnp.where(reach > FLOAT_TINY, reach, 1)
@@ -238,8 +241,15 @@ def _search(
     level, error = errors(scale, shift)
     _, (_, scale, shift) = lax.fori_loop(0, refine_steps, refine, (level, (-error, scale, shift)))
     if format.integer:
-        return jnp.maximum(scale * unit * 2, FLOAT_TINY)[0], zero_point(scale, shift)[0]
-    return (scale * unit * 2)[0], (shift * unit * 2 + origin)[0]
+        found = jnp.maximum(scale * unit * 2, FLOAT_TINY), zero_point(scale, shift)
+        plain = largest, zero_point(*plain)
+    else:
+        found = scale * unit * 2, shift * unit * 2 + origin
+        plain = largest, jnp.zeros_like(origin)
+    # Weights near the largest float may get a scale or a shift beyond it: they stay plain.
+    fits = jnp.isfinite(found[0]) & jnp.isfinite(found[1])
+    scale, shift = (jnp.where(fits, new, old)[0] for new, old in zip(found, plain, strict=True))
+    return scale, shift
 
 
 def _total(x: Float32[Array, "block b"]) -> Float32[Array, "1 b"]:
