@@ -33,7 +33,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-LONGEST = ("run", "loftq", "notebooks", "sharding", "plan", "commands", "offload", "ablation")
+LONGEST = ("run", "mixed_base", "extending", "loftq", "notebooks", "sharding", "plan", "commands")
+LONGEST += ("offload", "ablation")
 LONGEST += ("exported", "icq", "qtensor", "kernels", "step", "llama", "harness", "paper", "mmlu")
 
 

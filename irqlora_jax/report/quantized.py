@@ -89,7 +89,7 @@ def _mean(column: Sequence[float | None]) -> float | None:
     return sum(found) / len(found) if found else None
 
 
-def _shared_axis(label: str, by_kind: Mapping[str, Mapping[str, Sequence[float]]]) -> Axis:
+def _shared_axis(label: str, by_kind: Mapping[str, Mapping[str, Sequence[float | None]]]) -> Axis:
     """One scale for many plots, so that they can be compared."""
     parts = [values for kind in by_kind.values() for values in kind.values()]
     found = [value for values in parts for value in values if value is not None]
@@ -111,7 +111,7 @@ def _sampled(survey: Mapping[str, Any]) -> str:
     return f"Computed from {share:.1%} of the weights: evenly spaced whole rows."
 
 
-def _by_layer(title: str, axis: Axis, values: Mapping[str, Sequence[float]]) -> Markup:
+def _by_layer(title: str, axis: Axis, values: Mapping[str, Sequence[float | None]]) -> Markup:
     depth = len(next(iter(values.values())))
     layers, marks = list(map(float, range(depth))), depth <= 40
     lines = [Line(one.name, one.y, one.kind, layers, marks) for one in _series(values)]
