@@ -69,7 +69,7 @@ kernels)
     part decode 60 benchmarks/decode.py --size 7b --small --size tiny --slots 16 --repeats 2
     ;;
 *)
-    echo "$0: '$1': accepted is steps or kernels" >&2
+    echo "$0: '$1': expected steps or kernels" >&2
     exit 2
     ;;
 esac

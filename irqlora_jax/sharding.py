@@ -80,7 +80,7 @@ def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = Non
     if rows % (data * config.fsdp):
         raise ValueError(
             f"mesh.data x mesh.fsdp = {data * config.fsdp} cannot split the {rows} rows of a batch "
-            "(train.batch_size / train.accumulation): accepted is a divisor"
+            "(train.batch_size / train.accumulation): expected a divisor"
         )
     shape = (data, config.fsdp, config.tensor)
     grid = np.asarray(devices[: math.prod(shape)]).reshape(shape)

@@ -8,15 +8,15 @@ def require(ok: bool, field: str, value: Any, accepted: str) -> None:
     """Raises an error about the value of a field unless `ok`.
 
     Raises:
-        ValueError: not `ok`. The message names the field, the value and what is accepted.
+        ValueError: not `ok`. The message names the field, the value and what is expected.
 
     Examples:
         >>> require(False, "train.steps", 0, "a whole number of at least 1")
         Traceback (most recent call last):
-        ValueError: train.steps = 0: accepted is a whole number of at least 1
+        ValueError: train.steps = 0: expected a whole number of at least 1
     """
     if not ok:
-        raise ValueError(f"{field} = {value!r}: accepted is {accepted}")
+        raise ValueError(f"{field} = {value!r}: expected {accepted}")
 
 
 def with_current_names(

@@ -52,7 +52,7 @@ def dequantize_row(levels: Sequence[float], bits: int, dtype: Half) -> str:
     """
     if bits not in (2, 3, 4) or len(levels) != 2**bits:
         raise ValueError(
-            f"bits = {bits} with {len(levels)} levels: accepted is 2, 3 or 4 with 2**bits"
+            f"bits = {bits} with {len(levels)} levels: expected 2, 3 or 4 with 2**bits"
         )
     lines = [".reg .b32 sel, top, up, a, b, low, high, pair, scale, shift;"]
     affine = f"${8 + operands(bits) - 1}"

@@ -82,7 +82,7 @@ def product(
     high, wide = of_weight(groups, tiles.blocks)  # blocks of 64 x 64 of W in a step
     if wide * line % 16:
         name = "warp_groups" if transposed else "blocks"
-        raise ValueError(f"{name} = {wide}: accepted with {bits} bits is a multiple of 2")
+        raise ValueError(f"{name} = {wide}: expected a multiple of 2 with {bits} bits")
 
     def body(codes, scales, x, out, codes_s, scales_s, x_s, out_s, full, empty, *places):
         group = lax.axis_index("group")

@@ -38,12 +38,12 @@ class Tiles:
 
     def __post_init__(self) -> None:
         if self.batch not in (8, 16, 32, 64, 128, 256):
-            raise ValueError(f"batch = {self.batch}: accepted is 8, 16, 32, 64, 128 or 256")
+            raise ValueError(f"batch = {self.batch}: expected 8, 16, 32, 64, 128 or 256")
         for name in ("warp_groups", "blocks", "together", "splits", "band", "grid"):
             if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} = {value}: accepted is 1 or more")
+                raise ValueError(f"{name} = {value}: expected 1 or more")
         if self.stages < 2:
-            raise ValueError(f"stages = {self.stages}: accepted is 2 or more")
+            raise ValueError(f"stages = {self.stages}: expected 2 or more")
 
     @property
     def width(self) -> int:

@@ -38,12 +38,12 @@ class Tiles:
         for name, least in (("block_m", 16), ("block_n", 16), ("block_k", 1), ("num_warps", 1)):
             value = getattr(self, name)
             if value < least or value & (value - 1):
-                raise ValueError(f"{name} = {value}: accepted is a power of two from {least} on")
+                raise ValueError(f"{name} = {value}: expected a power of two from {least} on")
         for name in ("splits", "num_stages"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: accepted is 1 or more")
+                raise ValueError(f"{name} = {getattr(self, name)}: expected 1 or more")
         if self.decode not in ("kernel", "xla"):
-            raise ValueError(f"decode = {self.decode!r}: accepted is 'kernel' or 'xla'")
+            raise ValueError(f"decode = {self.decode!r}: expected 'kernel' or 'xla'")
 
 
 def neighbors(tiles: Tiles) -> list[Tiles]:

@@ -79,7 +79,7 @@ def resume(file: Path, settings: Settings) -> Results:
         old, new = (getattr(each, field.name) for each in (found, settings))
         if old != new:
             raise ValueError(
-                f"{file} was begun with {field.name} = {old!r}, not {new!r}: accepted is the "
+                f"{file} was begun with {field.name} = {old!r}, not {new!r}: expected the "
                 "same, or another --output"
             )
     return results

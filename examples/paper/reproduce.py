@@ -81,7 +81,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     for flag in flags:
         name = flag.removeprefix("--").partition("=")[0]
         if flag.startswith("--") and any(name.startswith(fixed) for fixed in _FIXED):
-            raise ValueError(f"{flag}: the rows set it; accepted are other flags of train")
+            raise ValueError(f"{flag}: the rows set it; expected other flags of train")
     return options, flags
 
 
@@ -97,7 +97,7 @@ def read_asked(options: argparse.Namespace, flags: Sequence[str]) -> Asked:
         data |= {name: file} if given else {"alpaca": text}
     for name in data:
         if name not in ("alpaca", "flan_v2"):
-            raise ValueError(f"data = '{name}=...': accepted is alpaca=FILE and flan_v2=FILE")
+            raise ValueError(f"data = '{name}=...': expected alpaca=FILE and flan_v2=FILE")
     model = options.model or "MODEL"
     return Asked(
         model=model,
@@ -128,7 +128,7 @@ def choose(table: Table, size: str, names: Sequence[str] | None) -> list[Row]:
     for name in names:
         if name.lower() not in known:
             accepted = f"1 to {len(own)}, {', '.join(dict.fromkeys(row.method for row in own))}"
-            raise ValueError(f"rows = {name!r}: accepted is {accepted}")
+            raise ValueError(f"rows = {name!r}: expected {accepted}")
     wanted = {name.lower() for name in names}
     return [r for n, r in enumerate(own, 1) if str(n) in wanted or r.method.lower() in wanted]
 
@@ -150,7 +150,7 @@ def check_settings(asked: Asked) -> None:
         if name in kept and kept[name] != value:
             raise ValueError(
                 f"{asked.output} was begun with {name} = {kept[name]!r}, not {value!r}: "
-                "accepted is the same, or another --output"
+                "expected the same, or another --output"
             )
     asked.output.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(kept | found, indent=1) + "\n")
@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options, flags = parse(argv)
         asked = read_asked(options, flags)
         if options.model is None and not options.dry_run and set(options.table) - {6, 15}:
-            raise ValueError("model = None: accepted is a folder or an id on the hub, or --dry-run")
+            raise ValueError("model = None: expected a folder or an id on the hub, or --dry-run")
         for number in options.table:
             show(number, options, asked)
     except (ValueError, OSError) as error:

@@ -73,7 +73,7 @@ def loftq(
     """
     for name, value in (("iterations", iterations), ("rank", rank)):
         if value < 1:
-            raise ValueError(f"{name} = {value}: accepted is a whole number of at least 1")
+            raise ValueError(f"{name} = {value}: expected a whole number of at least 1")
     scale = jnp.float32(scaling)
     out_features, in_features = weight.shape
     # The first update is 0, so that every iteration runs the same program.

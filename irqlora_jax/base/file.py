@@ -160,7 +160,7 @@ def _read_metadata(path: Path) -> dict[str, str]:
         raise ValueError(f"{path}: damaged safetensors file ({error})") from error
     if metadata.get("irqlora_jax") != _VERSION:
         found = metadata.get("irqlora_jax")
-        raise ValueError(f"{path}: base file version {found!r}: accepted is {_VERSION!r}")
+        raise ValueError(f"{path}: base file version {found!r}: expected {_VERSION!r}")
     return metadata
 
 

@@ -125,7 +125,7 @@ def load_fitted(
     require(quant.quantizes, "quant.format", quant.format, ", ".join(FORMATS))
     start, fit = adapter.start, adapter.start.fit
     if fit is None:
-        raise ValueError(f"adapter.init = {start.name!r}: accepted is one fitted to the weights")
+        raise ValueError(f"adapter.init = {start.name!r}: expected one fitted to the weights")
     options = getattr(adapter, start.name, start.options)
 
     def make(path: Keys, layer: int, weight: jax.Array, config: QuantConfig) -> tuple[Any, Params]:
@@ -317,7 +317,7 @@ def _check_weights(folder: Path, found: Mapping[str, Header], config: LlamaConfi
         if header.dtype != found[first].dtype:
             raise ValueError(
                 f"{header.file}: {name} has type {FLOATS[header.dtype]}, but {first} has "
-                f"{FLOATS[found[first].dtype]}: accepted is one type for all layers"
+                f"{FLOATS[found[first].dtype]}: expected one type for all layers"
             )
     # Old files contain the rotary frequencies. With tied embeddings, a file may repeat them.
     spare = [name for name in found if name not in expected]

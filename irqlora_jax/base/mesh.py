@@ -25,7 +25,7 @@ def check_mesh(mesh: Mesh, llama: LlamaConfig, quant: QuantConfig) -> None:
         if count % parts:
             would = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0 and n <= 64)
             raise ValueError(
-                f"{axes} = {parts} cannot split the {count} {what}: accepted is one of {would}"
+                f"{axes} = {parts} cannot split the {count} {what}: expected one of {would}"
             )
 
     check("mesh.tensor", tensor, llama.num_attention_heads, "attention heads")
@@ -40,7 +40,7 @@ def check_mesh(mesh: Mesh, llama: LlamaConfig, quant: QuantConfig) -> None:
             if tensor > 1 and in_features % size:
                 raise ValueError(
                     f"mesh.tensor = {tensor} cannot split the {in_features} inputs of {name} into "
-                    f"whole blocks of {size}: accepted is 1, or a quant.block_size that divides "
+                    f"whole blocks of {size}: expected 1, or a quant.block_size that divides "
                     "them"
                 )
             blocks = -(-in_features // size)

@@ -62,7 +62,7 @@ class Batches:
         if packing_length is None:
             self._rows = [[index] for index in range(len(examples))]
         elif group_by_length:
-            raise ValueError("group_by_length = True: accepted is False with a packing_length")
+            raise ValueError("group_by_length = True: expected False with a packing_length")
         else:
             self._rows = pack(lengths, packing_length, seed)
         # A batch spans at most two epochs, unless it is larger than the training set.
@@ -78,7 +78,7 @@ class Batches:
 
     def _rows_of(self, step: int) -> list[list[int]]:
         if step < 0:
-            raise IndexError(f"step = {step}: accepted is 0 or more")
+            raise IndexError(f"step = {step}: expected 0 or more")
         count = len(self._rows)
         first = step * self._batch_size
         places = range(first, first + self._batch_size)
@@ -231,7 +231,7 @@ def hold_out(
     held = max(1, round(count * fraction)) if fraction > 0 else 0
     if held >= count:
         raise ValueError(
-            f"data.eval_fraction = {fraction} holds out {held} of {count} examples: accepted is a "
+            f"data.eval_fraction = {fraction} holds out {held} of {count} examples: expected a "
             "share that leaves at least one"
         )
     chosen = set(np.random.default_rng(seed).permutation(count)[:held].tolist())
@@ -244,4 +244,4 @@ def _check(examples: Sequence[Example], batch_size: int, multiple: int) -> None:
         raise ValueError("there are no examples")
     for name, value in (("batch_size", batch_size), ("multiple", multiple)):
         if value < 1:
-            raise ValueError(f"{name} = {value}: accepted is a whole number of at least 1")
+            raise ValueError(f"{name} = {value}: expected a whole number of at least 1")

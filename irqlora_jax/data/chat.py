@@ -55,7 +55,7 @@ def _conversation(row: Row) -> Conversation:
     messages = row.columns[name]
     if not isinstance(messages, list) or not messages:
         kind = type(messages).__name__ if messages else "empty"
-        raise ValueError(f"{row.place}: {name} is {kind}: accepted is a list of messages")
+        raise ValueError(f"{row.place}: {name} is {kind}: expected a list of messages")
     return Conversation(
         row.place,
         [_message(m, f"{row.place}, message {number}") for number, m in enumerate(messages, 1)],
@@ -64,7 +64,7 @@ def _conversation(row: Row) -> Conversation:
 
 def _message(message: Any, place: str) -> dict[str, Any]:
     if not isinstance(message, dict):
-        raise ValueError(f"{place} is of type {type(message).__name__}: accepted is an object")
+        raise ValueError(f"{place} is of type {type(message).__name__}: expected an object")
     role, content = ("from", "value") if "from" in message else ("role", "content")
     for name in (role, content):
         check_text(message.get(name), place, name)
@@ -104,7 +104,7 @@ def encode_conversations(
     if not tokenizer.is_fast:
         raise ValueError(
             f"data.format = 'chat': {type(tokenizer).__name__} does not give the positions of its "
-            "tokens; accepted is a tokenizer with a tokenizer.json"
+            "tokens; expected a tokenizer with a tokenizer.json"
         )
     written = [_write(tokenizer, conversation, template) for conversation in conversations]
     encoded = tokenizer(

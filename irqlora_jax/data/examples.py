@@ -60,7 +60,7 @@ def load_examples(
         ValueError: the data does not have this format; the message names the row and the reason.
     """
     if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length = {max_length}: accepted is a whole number of at least 2")
+        raise ValueError(f"max_length = {max_length}: expected a whole number of at least 2")
     if config.format == "text":
         return _windows(source, config, tokenizer, max_length)
     if config.format in PAIR_COLUMNS:

@@ -80,7 +80,7 @@ def _chip2(row: Row) -> Pair:
     if not (bot and prompt.startswith(_HUMAN)):
         start = text if len(text) < 40 else text[:40] + "..."
         raise ValueError(
-            f"{row.place}: text = {start!r}: accepted is {_HUMAN + '...' + _BOT + '...'!r}"
+            f"{row.place}: text = {start!r}: expected {_HUMAN + '...' + _BOT + '...'!r}"
         )
     return Pair(row.place, prompt.removeprefix(_HUMAN), answer.partition("\n" + _HUMAN)[0])
 
@@ -135,7 +135,7 @@ def _turn(row: Row) -> str:
     role = row.text("role")
     if role not in GUANACO:
         accepted = ", ".join(GUANACO)
-        raise ValueError(f"{row.place}: role = {role!r}: accepted is {accepted}")
+        raise ValueError(f"{row.place}: role = {role!r}: expected {accepted}")
     return GUANACO[role] + row.text("text")
 
 
@@ -145,5 +145,5 @@ def _rank(row: Row) -> float:
     try:
         rank = math.inf if value in (None, "") else float(value)
     except (TypeError, ValueError):
-        raise ValueError(f"{row.place}: rank = {value!r}: accepted is a number or null") from None
+        raise ValueError(f"{row.place}: rank = {value!r}: expected a number or null") from None
     return math.inf if math.isnan(rank) else rank

@@ -28,7 +28,7 @@ def pack(lengths: Int[np.ndarray, " examples"], room: int, seed: int) -> list[li
     if lengths.max(initial=0) > room:
         raise ValueError(
             f"data.packing_length = {room}: the longest example has {lengths.max()} tokens; "
-            "accepted is at least that (data.source_length and data.target_length bound it)"
+            "expected at least that (data.source_length and data.target_length bound it)"
         )
     order = np.random.default_rng(seed).permutation(len(lengths))
     rows: list[list[int]] = []

@@ -41,7 +41,7 @@ def check_text(value: Any, place: str, name: str) -> str:
         ValueError: not text; the message names the place.
     """
     if not isinstance(value, str):
-        raise ValueError(f"{place}: {name} = {value!r}: accepted is text")
+        raise ValueError(f"{place}: {name} = {value!r}: expected text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -84,7 +84,7 @@ def read_rows(source: str, columns: Sequence[str]) -> list[Row]:
     for row in rows:
         if not isinstance(row.columns, dict):
             kind = type(row.columns).__name__
-            raise ValueError(f"{row.place} is of type {kind}: accepted is an object")
+            raise ValueError(f"{row.place} is of type {kind}: expected an object")
         for name in columns:
             if name not in row.columns:
                 there = ", ".join(map(str, row.columns)) or "none"
@@ -117,14 +117,14 @@ def _local(source: str) -> Path | None:
     """Returns the file, or None if `source` can only be the id of a data set on the hub."""
     accepted = f"a file ({', '.join(SUFFIXES)}) or the id of a data set on the hub"
     if not source.strip():
-        raise ValueError(f"the data set {source!r} has no name: accepted is {accepted}")
+        raise ValueError(f"the data set {source!r} has no name: expected {accepted}")
     path = Path(source)
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise ValueError(f"{source}: accepted is {accepted}")
+            raise ValueError(f"{source}: expected {accepted}")
         return path
     if path.is_dir():
-        raise ValueError(f"{source} is a folder: accepted is {accepted}")
+        raise ValueError(f"{source} is a folder: expected {accepted}")
     if path.suffix in SUFFIXES or not _HUB.fullmatch(source):
         raise FileNotFoundError(f"{source}: there is no such file")
     return None
@@ -147,7 +147,7 @@ def _json_rows(path: Path) -> list[Row]:
     if isinstance(data, dict) and "data" in data:
         data = data["data"]
     if not isinstance(data, list):
-        raise ValueError(f'{path}: accepted is a list of objects, or an object with it as "data"')
+        raise ValueError(f'{path}: expected a list of objects, or an object with it as "data"')
     return [Row(f"{path}, row {number}", columns) for number, columns in enumerate(data, 1)]
 
 

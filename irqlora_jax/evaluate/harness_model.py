@@ -158,7 +158,7 @@ class HarnessLM(TemplateLM):
         count = len(continuation)
         if not 0 < count <= self.max_length:
             raise ValueError(
-                f"a continuation has {count} tokens: accepted are 1 to max_position_embeddings = "
+                f"a continuation has {count} tokens: expected 1 to max_position_embeddings = "
                 f"{self.max_length}"
             )
         over = max(0, len(context) + count - self.max_length - 1)
@@ -238,10 +238,10 @@ class HarnessLM(TemplateLM):
         new = next((length for length in lengths if length is not None), 256)
         if unknown := sorted(set(settings) - set(_SAMPLING)):
             accepted = ", ".join(("until", "max_gen_toks", *_SAMPLING))
-            raise ValueError(f"generation_kwargs has {', '.join(unknown)}: accepted are {accepted}")
+            raise ValueError(f"generation_kwargs has {', '.join(unknown)}: expected {accepted}")
         if new >= self.max_length:
             raise ValueError(
-                f"max_gen_toks = {new}: accepted are fewer than max_position_embeddings = "
+                f"max_gen_toks = {new}: expected fewer than max_position_embeddings = "
                 f"{self.max_length}"
             )
         sampling: dict[str, Any] = {}

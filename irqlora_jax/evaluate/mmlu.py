@@ -121,7 +121,7 @@ def mmlu(
         ("batch_size", batch_size, 1),
     ):
         if value is not None and value < least:
-            raise ValueError(f"{name} = {value}: accepted is a whole number of at least {least}")
+            raise ValueError(f"{name} = {value}: expected a whole number of at least {least}")
     read = [
         read_subject(Path(folder), name, split, shots, limit)
         for name in find_subjects(Path(folder), split, subjects)

@@ -67,7 +67,7 @@ def find_subjects(folder: Path, split: str, wanted: Collection[str]) -> list[str
     ending = f"_{split}.csv"
     if not (folder / split).is_dir():
         raise FileNotFoundError(
-            f"mmlu = '{folder}': no folder {split} there; accepted is a folder with "
+            f"mmlu = '{folder}': no folder {split} there; expected a folder with "
             f"dev/SUBJECT_dev.csv and {split}/SUBJECT{ending}"
         )
     found = sorted(f.name.removesuffix(ending) for f in (folder / split).glob(f"*{ending}"))
@@ -116,13 +116,9 @@ def _read_rows(path: Path, data: bytes) -> list[list[str]]:
     for number, row in enumerate(rows, 1):
         if len(row) != _COLUMNS:
             accepted = "question, A, B, C, D, answer"
-            raise ValueError(
-                f"{path}, row {number} has {len(row)} columns: accepted are {accepted}"
-            )
+            raise ValueError(f"{path}, row {number} has {len(row)} columns: expected {accepted}")
         if len(row[-1]) != 1 or row[-1] not in LETTERS:
-            raise ValueError(
-                f"{path}, row {number}: answer = {row[-1]!r}: accepted is A, B, C or D"
-            )
+            raise ValueError(f"{path}, row {number}: answer = {row[-1]!r}: expected A, B, C or D")
     return rows
 
 

@@ -146,9 +146,7 @@ def score_text(
     context = model.config.max_position_embeddings
     window = min(context, 2048) if window is None else window
     if window > context:
-        raise ValueError(
-            f"window = {window}: accepted is at most max_position_embeddings = {context}"
-        )
+        raise ValueError(f"window = {window}: expected at most max_position_embeddings = {context}")
     tokens = np.array(encode_source(tokenizer, [text])[0], np.int32)
     examples = text_windows(tokens, window, stride)
     size = len(text.encode())
@@ -197,12 +195,12 @@ def text_windows(
 ) -> list[Example]:
     """Cuts tokens into the windows of `perplexity`. Targets are the tokens that a window scores."""
     if window < 2:
-        raise ValueError(f"window = {window}: accepted is a whole number of at least 2")
+        raise ValueError(f"window = {window}: expected a whole number of at least 2")
     stride = window - 1 if stride is None else stride
     if not 1 <= stride < window:
-        raise ValueError(f"stride = {stride}: accepted is 1 to window - 1 = {window - 1}")
+        raise ValueError(f"stride = {stride}: expected 1 to window - 1 = {window - 1}")
     if len(tokens) < 2:
-        raise ValueError(f"the text has {len(tokens)} tokens: accepted are 2 or more")
+        raise ValueError(f"the text has {len(tokens)} tokens: expected 2 or more")
     examples, scored = [], 1
     for start in range(0, len(tokens), stride):
         part = tokens[start : start + window]

@@ -54,7 +54,7 @@ def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
     if not file.is_file():
         raise FileNotFoundError(f"prompts = '{path}': no such file")
     if file.suffix not in (".txt", ".jsonl", ".json"):
-        raise ValueError(f"prompts = '{path}': accepted is a .txt, .jsonl or .json file")
+        raise ValueError(f"prompts = '{path}': expected a .txt, .jsonl or .json file")
     if file.suffix == ".txt":
         try:
             lines = file.read_text(encoding="utf-8-sig").splitlines()

@@ -124,13 +124,13 @@ def _from_instruction(row: Row, subject: str) -> Row:
     found = _OPTIONS.search(instruction)
     if found is None:
         raise ValueError(
-            f"{row.place}: instruction = '... {instruction[-40:]!s}': accepted is one that ends "
+            f"{row.place}: instruction = '... {instruction[-40:]!s}': expected one that ends "
             "with 'Answer format: OPTION/OPTION'".replace("\n", " ")
         )
     options = found[1].split("/")
     if answer not in options or not output.endswith(answer):
         accepted = f"one of {', '.join(options)}, with which output ends"
-        raise ValueError(f"{row.place}: answer = {answer!r}: accepted is {accepted}")
+        raise ValueError(f"{row.place}: answer = {answer!r}: expected {accepted}")
     stem = output.removesuffix(answer)
     columns = {
         "subject": subject,
@@ -148,13 +148,13 @@ def _check(row: Row) -> None:
     if not (
         isinstance(choices, list) and len(choices) > 1 and all(type(c) is str for c in choices)
     ):
-        raise ValueError(f"{row.place}: choices = {choices!r}: accepted are at least two texts")
+        raise ValueError(f"{row.place}: choices = {choices!r}: expected at least two texts")
     if type(answer) is not int or not 0 <= answer < len(choices):
         accepted = f"the index of a choice, 0 to {len(choices) - 1}"
-        raise ValueError(f"{row.place}: answer = {answer!r}: accepted is {accepted}")
+        raise ValueError(f"{row.place}: answer = {answer!r}: expected {accepted}")
     if pool is not None and (type(pool) is not int or pool < 1):
         accepted = "a whole number of at least 1, or null"
-        raise ValueError(f"{row.place}: pool = {pool!r}: accepted is {accepted}")
+        raise ValueError(f"{row.place}: pool = {pool!r}: expected {accepted}")
 
 
 def score_questions(
@@ -223,7 +223,7 @@ def _truncate(model: Llama, question: Question) -> Question:
     room = model.config.max_position_embeddings + 1 - longest
     if room < 1:
         raise ValueError(
-            f"a choice of {question.subject} has {longest} tokens: accepted are at most "
+            f"a choice of {question.subject} has {longest} tokens: expected at most "
             f"max_position_embeddings = {model.config.max_position_embeddings}"
         )
     prompt = truncate_prompt(question.prompt, room, model.config.bos_token_id)

@@ -98,13 +98,13 @@ class EvalConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 accepted = "a whole number of at least 1, or null"
-                raise ValueError(f"{name} = {value}: accepted is {accepted}")
+                raise ValueError(f"{name} = {value}: expected {accepted}")
         names = self.task.removeprefix(_LM_EVAL).split(",")
         if self.task not in _TASKS and not (self.task.startswith(_LM_EVAL) and all(names)):
             accepted = f"{', '.join(_TASKS)} or {_LM_EVAL}NAME,NAME"
-            raise ValueError(f"task = {self.task!r}: accepted is {accepted}")
+            raise ValueError(f"task = {self.task!r}: expected {accepted}")
         if self.shots is not None and self.shots < 0:
-            raise ValueError(f"shots = {self.shots}: accepted is 0 or more")
+            raise ValueError(f"shots = {self.shots}: expected 0 or more")
 
 
 @shows_messages
@@ -165,7 +165,7 @@ def _check_input(asked: EvalConfig) -> None:
         flags = " or ".join(f"--{name}" for name in names)
         raise ValueError(f"{names[0]} = None: the task {asked.task} needs {flags}")
     if len(given) > 1:
-        raise ValueError(f"prompt = {asked.prompt!r}: accepted is null with --prompts")
+        raise ValueError(f"prompt = {asked.prompt!r}: expected null with --prompts")
     for name in given:
         path = Path(getattr(asked, name))
         if name == "text" and not path.is_file():
@@ -287,7 +287,7 @@ def _questions(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
     if run.config is not None and file is None:
         file, limit = run.config.evaluate.questions, limit or run.config.evaluate.max_questions
     if file is None:
-        raise ValueError("questions = None: the run has none; accepted is a .jsonl or .json file")
+        raise ValueError("questions = None: the run has none; expected a .jsonl or .json file")
     questions = load_questions(file, run.tokenizer, limit)
     with tqdm(total=len(questions), desc="Questions", unit="q", disable=not asked.progress) as bar:
         scores = score_questions(
@@ -366,7 +366,7 @@ def _answer_one(prompt: str, run: Run, style: Style, sampling: Sampling) -> dict
     context = run.model.config.max_position_embeddings
     if len(tokens) >= context:
         raise ValueError(
-            f"prompt: has {len(tokens)} tokens: accepted are fewer than "
+            f"prompt: has {len(tokens)} tokens: expected fewer than "
             f"max_position_embeddings = {context}"
         )
     new = generate(

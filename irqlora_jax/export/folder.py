@@ -56,7 +56,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         def require(ok: bool, field: str, accepted: str) -> None:
             if not ok:
-                raise ValueError(f"{field} = {getattr(self, field)!r}: accepted is {accepted}")
+                raise ValueError(f"{field} = {getattr(self, field)!r}: expected {accepted}")
 
         require(0 < self.shard_size < math.inf, "shard_size", "a positive number")
         require(self.fold or self.kind == "adapter", "fold", f"true with kind {self.kind}")
@@ -88,7 +88,7 @@ def export(config: ExportConfig) -> Path:
 def _write(config: ExportConfig) -> Path:
     folder = Path(config.output_dir).expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"output_dir = '{folder}': exists; accepted is a new folder")
+        raise FileExistsError(f"output_dir = '{folder}': exists; expected a new folder")
     with _complete_or_absent(folder) as aside:
         run = load_run(config.run, checkpoint=config.checkpoint)
         _check(config, run, aside, folder)
@@ -155,13 +155,13 @@ def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:
     """Checks that the export is possible before it starts."""
     if config.kind == "adapter" and run.step is None:
         raise ValueError(
-            f"run = '{config.run}': has no adapter; accepted is the folder of a run, or kind merged"
+            f"run = '{config.run}': has no adapter; expected the folder of a run, or kind merged"
         )
     adapter = run.model.adapter
     if config.kind != "merged" and config.fold and adapter and adapter.chosen.fold is None:
         raise ValueError(
             f"kind = {config.kind!r}: no LoRA pair computes the update of {adapter.chosen.title}; "
-            "accepted is merged"
+            "expected merged"
         )
     size = sum(leaf.nbytes for leaf in _leaves(run.variables["params"]))
     if config.kind != "adapter":

@@ -47,7 +47,7 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
     """
     adapter = model.adapter
     if adapter is None:
-        raise ValueError("model.adapter = None: accepted is the AdapterConfig of the adapter")
+        raise ValueError("model.adapter = None: expected the AdapterConfig of the adapter")
     file = _adapter_file(Path(source).expanduser())
     if file.name == ADAPTER and file.with_name(ADAPTER_CONFIG).is_file():
         _check_adapter_config(file.with_name(ADAPTER_CONFIG), adapter)
@@ -58,7 +58,7 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
         name.replace(".default", "").replace("lora_default_", "lora_"): name for name in headers
     }
     if len(names) < len(headers):
-        raise ValueError(f"{file}: tensors of several adapters; accepted is one")
+        raise ValueError(f"{file}: tensors of several adapters; expected one")
     method, depth = adapter.chosen, model.config.num_hidden_layers
     paths = [linear_path(name) for name in LINEAR_NAMES if name in adapter.targets]
     places = [(path, layer) for path in paths for layer in range(depth)]
@@ -158,7 +158,7 @@ def save_adapter(
     """
     adapter = model.adapter
     if adapter is None:
-        raise ValueError("model.adapter = None: accepted is a model with an adapter")
+        raise ValueError("model.adapter = None: expected a model with an adapter")
     places = [
         (linear_path(name), layer)
         for layer in range(model.config.num_hidden_layers)
@@ -219,7 +219,7 @@ def folded(params: Params, layer: Int[ArrayLike, ""], method: str) -> Params:
 def _adapter_file(source: Path) -> Path:
     if source.is_file():
         if source.suffix != ".safetensors":
-            raise ValueError(f"{source}: accepted is a .safetensors file, or a folder with one")
+            raise ValueError(f"{source}: expected a .safetensors file, or a folder with one")
         return source
     if not source.is_dir():
         raise FileNotFoundError(f"{source}: no such adapter file or folder")
@@ -251,7 +251,7 @@ def _check_adapter_config(file: Path, adapter: AdapterConfig) -> None:
     for name, accepted in _PLAIN_LORA.items():
         value = values.get(name, accepted[0])
         if value not in accepted:
-            raise ValueError(f"{file}: {name} = {value!r}: accepted is {accepted[0]!r}")
+            raise ValueError(f"{file}: {name} = {value!r}: expected {accepted[0]!r}")
     for theirs, ours in (("r", "rank"), ("lora_alpha", "alpha")):
         value, wanted = values.get(theirs, 8), getattr(adapter, ours)  # 8: the default of PEFT
         if value != wanted:
@@ -275,7 +275,7 @@ def _read_adapter(
     check_float(header, key)
     if header.shape != (shape or (1,)):
         raise ValueError(
-            f"{header.file}: {key} has shape {header.shape}: accepted is {shape or (1,)} "
+            f"{header.file}: {key} has shape {header.shape}: expected {shape or (1,)} "
             f"(adapter.rank = {adapter.rank})"
         )
     value = np.empty(header.shape, np.float32)

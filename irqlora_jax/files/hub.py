@@ -35,7 +35,7 @@ def snapshot(source: str | Path) -> Path:
         return folder
     if folder.exists():
         raise NotADirectoryError(
-            f"model = '{source}': a file; accepted is the folder that contains it"
+            f"model = '{source}': a file; expected the folder that contains it"
         )
     if not is_hub_id(source):
         raise FileNotFoundError(f"model = '{source}': no such folder")
@@ -101,7 +101,7 @@ def read_config(source: str | Path) -> LlamaConfig:
     """
     values = read_values(source)
     if values.get("quantization_config"):
-        raise ValueError(f"{source}: already quantized; accepted is a model with float weights")
+        raise ValueError(f"{source}: already quantized; expected a model with float weights")
     try:
         return LlamaConfig.from_dict(values)
     except (TypeError, ValueError) as error:

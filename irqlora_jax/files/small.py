@@ -28,5 +28,5 @@ def read_json(file: Path) -> Mapping[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{file}: a JSON {type(values).__name__}; accepted is an object")
+        raise ValueError(f"{file}: a JSON {type(values).__name__}; expected an object")
     return values

@@ -45,7 +45,7 @@ def check_float(header: Header, name: str) -> None:
     """
     if header.dtype not in FLOATS:
         accepted = ", ".join(FLOATS.values())
-        raise ValueError(f"{header.file}: {name} has type {header.dtype}: accepted is {accepted}")
+        raise ValueError(f"{header.file}: {name} has type {header.dtype}: expected {accepted}")
 
 
 def read_into(out: np.ndarray, header: Header, name: str, first: int = 0) -> None:

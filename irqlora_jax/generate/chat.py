@@ -41,7 +41,7 @@ class ChatConfig:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             accepted = "a whole number of at least 1"
-            raise ValueError(f"max_new_tokens = {self.max_new_tokens}: accepted is {accepted}")
+            raise ValueError(f"max_new_tokens = {self.max_new_tokens}: expected {accepted}")
 
 
 def chat(

@@ -263,6 +263,6 @@ def _check(
         if len(prompt) + max_new_tokens > limit:
             raise ValueError(
                 f"prompts[{i}] has {len(prompt)} tokens, and {len(prompt) + max_new_tokens} with "
-                f"max_new_tokens = {max_new_tokens}: accepted is at most "
+                f"max_new_tokens = {max_new_tokens}: expected at most "
                 f"max_position_embeddings = {limit}"
             )

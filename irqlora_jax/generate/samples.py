@@ -42,7 +42,7 @@ def read_samples(config: Config, tokenizer: Any, llama: LlamaConfig) -> Samples:
     for text, prompt in zip(texts, prompts, strict=True):
         if not 0 < len(prompt) <= room:
             raise ValueError(
-                f"evaluate.samples: {text!r} has {len(prompt)} tokens; accepted are 1 to {room} "
+                f"evaluate.samples: {text!r} has {len(prompt)} tokens; expected 1 to {room} "
                 f"(the model's context of {llama.max_position_embeddings} less "
                 f"evaluate.sample_tokens = {config.evaluate.sample_tokens})"
             )

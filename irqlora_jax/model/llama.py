@@ -104,7 +104,7 @@ def _frozen(module: nn.Module, shape: tuple[int, ...], init: Initializer = _norm
     weight = module.variable("base", "weight", fresh).value
     if tuple(weight.shape) != shape:
         name = ".".join((*module.path, "weight"))
-        raise ValueError(f"base: {name} has shape {tuple(weight.shape)}: accepted is {shape}")
+        raise ValueError(f"base: {name} has shape {tuple(weight.shape)}: expected {shape}")
     return weight
 
 
@@ -368,7 +368,7 @@ class Llama(nn.Module):
         config, depth = self.config, self.config.num_hidden_layers
         if self.compute_dtype not in COMPUTE_DTYPES:
             accepted = ", ".join(COMPUTE_DTYPES)
-            raise ValueError(f"compute_dtype = {self.compute_dtype!r}: accepted is {accepted}")
+            raise ValueError(f"compute_dtype = {self.compute_dtype!r}: expected {accepted}")
         index = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None, :], tokens.shape)
         if cache is not None:
             positions = index + cache["length"][:, None]
@@ -421,5 +421,5 @@ class Llama(nn.Module):
         for name in sorted(given_shapes.keys() | wanted_shapes.keys()):
             found, wanted = (of.get(name, "nothing") for of in (given_shapes, wanted_shapes))
             if found != wanted:
-                raise ValueError(f"params: {name}: shape {found}, accepted is {wanted}")
+                raise ValueError(f"params: {name}: shape {found}, expected {wanted}")
         return given

@@ -72,7 +72,7 @@ def find_device(name: str) -> Device:
     plain = re.sub(r"^(nvidia|geforce|rtx|[\s_-])+", "", name.lower())
     plain = re.sub(r"[\s_]+", "-", plain.removesuffix("gb").strip())
     if plain not in DEVICES:
-        raise ValueError(f"plan = {name!r}: accepted is one of {', '.join(DEVICES)}")
+        raise ValueError(f"plan = {name!r}: expected one of {', '.join(DEVICES)}")
     return DEVICES[plain]
 
 

@@ -160,8 +160,7 @@ def read_base_shapes(config: Config) -> tuple[Base, LlamaConfig]:
     dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(
-            f"{config.model}: config.json: dtype = {dtype!r}: accepted is float32, bfloat16 or "
-            "float16"
+            f"{config.model}: config.json: dtype = {dtype!r}: expected float32, bfloat16 or float16"
         )
     return abstract_base(llama, config.quant, jnp.dtype(dtype)), llama
 

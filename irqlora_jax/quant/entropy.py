@@ -79,7 +79,7 @@ def quotient(x: Float32[Array, "..."], divisor: Float32[Array, "..."] | float) -
 
 def require_range(search_range: float) -> None:
     if not 0 < search_range < 1:
-        raise ValueError(f"search_range = {search_range!r}: accepted is a number between 0 and 1")
+        raise ValueError(f"search_range = {search_range!r}: expected a number between 0 and 1")
 
 
 def spaced(start: float, stop: float, n: int) -> Float32[np.ndarray, " n"]:

@@ -91,5 +91,5 @@ def get_format(name: str) -> Format:
         (11, 10, 13, 12, 15, 14, 9, 8, 0)
     """
     if name not in FORMATS:
-        raise ValueError(f"quant.format = {name!r}: accepted is {', '.join(FORMATS)}")
+        raise ValueError(f"quant.format = {name!r}: expected {', '.join(FORMATS)}")
     return FORMATS[name]

@@ -84,7 +84,7 @@ def check_implementation(implementation: MatmulName | None, x: Any, weight: Any)
     elif implementation not in (None, "xla"):
         raise ValueError(
             f"implementation = {implementation!r}: it takes packed weights, this one is "
-            f"{weight.dtype}; accepted here is 'xla' or None"
+            f"{weight.dtype}; expected 'xla' or None"
         )
 
 

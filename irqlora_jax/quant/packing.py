@@ -115,10 +115,10 @@ def unpack(
 
 def _check(layout: str, block_size: int) -> None:
     if layout not in LAYOUTS:
-        raise ValueError(f"layout = {layout!r}: accepted is {' or '.join(map(repr, LAYOUTS))}")
+        raise ValueError(f"layout = {layout!r}: expected {' or '.join(map(repr, LAYOUTS))}")
     if layout == FRAGMENTS and block_size != FRAGMENT_BLOCK:
         raise ValueError(
-            f"layout = {layout!r}: accepted are blocks of {FRAGMENT_BLOCK}, these have {block_size}"
+            f"layout = {layout!r}: expected blocks of {FRAGMENT_BLOCK}, these have {block_size}"
         )
 
 

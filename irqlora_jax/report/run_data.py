@@ -81,7 +81,7 @@ def read_run_data(folder: Path) -> RunData:
     base, problems = folder / BASE_FILE, []
     if not base.is_file() and not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"run = '{folder}': has neither config.json nor {BASE_FILE}; accepted is the "
+            f"run = '{folder}': has neither config.json nor {BASE_FILE}; expected the "
             "folder of a run, or of irqlora quantize"
         )
 

@@ -111,7 +111,7 @@ class Checkpoints:
             if best is None:
                 raise FileNotFoundError(
                     f"checkpoint = best: none in {self._folder} has an evaluation loss (data.eval "
-                    f"or data.eval_fraction); accepted is last or one of {there}"
+                    f"or data.eval_fraction); expected last or one of {there}"
                 )
             return best
         if which not in steps:

@@ -58,7 +58,7 @@ def check_folder(folder: Path, config: Config) -> bool:
         OSError: the folder is not writable.
     """
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"output_dir = '{folder}': a file; accepted is a folder")
+        raise NotADirectoryError(f"output_dir = '{folder}': a file; expected a folder")
     resumed = _resumes(folder, config)
     check_writable(folder)
     return resumed
@@ -75,7 +75,7 @@ def _resumes(folder: Path, config: Config) -> bool:
         return False
     stored_file = folder / "config.json"
     if not stored_file.is_file():
-        raise ValueError(f"output_dir = '{folder}': holds other files; accepted is a new folder")
+        raise ValueError(f"output_dir = '{folder}': holds other files; expected a new folder")
     # Fields that an earlier version did not have get their defaults.
     stored, asked = _settings(Config.load(stored_file)), _settings(config)
     may_change = _MAY_CHANGE
@@ -85,7 +85,7 @@ def _resumes(folder: Path, config: Config) -> bool:
         if stored.get(name) != asked.get(name) and not name.startswith(may_change):
             raise ValueError(
                 f"output_dir = '{folder}': holds another run ({name} = {stored.get(name)!r} there, "
-                f"{asked.get(name)!r} here); accepted is a new folder, or the same configuration"
+                f"{asked.get(name)!r} here); expected a new folder, or the same configuration"
             )
     return True
 
@@ -131,7 +131,7 @@ def check_writable(folder: Path) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise type(error)(
-            f"output_dir = '{folder}': not writable ({error.strerror}); accepted is a writable "
+            f"output_dir = '{folder}': not writable ({error.strerror}); expected a writable "
             "folder on a disk with free space"
         ) from error
 
@@ -150,7 +150,7 @@ def check_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise OSError(
             f"output_dir = '{folder}': needs at least {needed / 2**30:.2f} GiB, "
-            f"{free / 2**30:.2f} GiB are free; accepted is a disk with enough space"
+            f"{free / 2**30:.2f} GiB are free; expected a disk with enough space"
         )
 
 
@@ -193,7 +193,7 @@ def check_data(folder: Path, config: Config, found: Fingerprint) -> None:
         if stored[part] != found[part]:
             raise ValueError(
                 f"data.{part} = {source!r}: now {_say(found[part])}, but the run in "
-                f"output_dir = '{folder}' started with {_say(stored[part])}; accepted is the same "
+                f"output_dir = '{folder}' started with {_say(stored[part])}; expected the same "
                 "data, or a new folder"
             )
 

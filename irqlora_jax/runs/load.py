@@ -73,7 +73,7 @@ def load_run(
     if not (folder / BASE_FILE).is_file():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"run = '{folder}': no base.safetensors and no config.json there; accepted is the "
+                f"run = '{folder}': no base.safetensors and no config.json there; expected the "
                 "folder of a run, of irqlora quantize, or of a Hugging Face model"
             )
         base, llama = load_base(folder, None)
@@ -112,7 +112,7 @@ def read_checkpoint(value: str | int) -> Which:
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    raise ValueError(f"checkpoint = {value!r}: accepted is last, best or the number of a step")
+    raise ValueError(f"checkpoint = {value!r}: expected last, best or the number of a step")
 
 
 def is_base(source: str | Path) -> bool:
@@ -136,13 +136,13 @@ def check_model(config: Config) -> None:
     if start.fit is not None:
         raise ValueError(
             f"adapter.init = {start.name!r}: needs the full-precision weights; model = "
-            f"'{config.model}' holds a quantized base only; accepted is {origin}, which "
+            f"'{config.model}' holds a quantized base only; expected {origin}, which "
             f"{start.title} quantizes itself"
         )
     if is_fitted(file):
         raise ValueError(
             f"model = '{config.model}': this base was fitted to the adapter of its run (LoftQ) "
-            f"and is incomplete without it; accepted is {origin}, or a folder of irqlora quantize"
+            f"and is incomplete without it; expected {origin}, or a folder of irqlora quantize"
         )
 
 

@@ -77,7 +77,7 @@ def quantize_model(config: QuantizeConfig) -> None:
     """
     folder = Path(config.output_dir)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"output_dir = '{folder}': exists; accepted is a new folder")
+        raise FileExistsError(f"output_dir = '{folder}': exists; expected a new folder")
     check_writable(folder)
     needed = measure_base(abstract_base(read_config(config.model), config.quant)).total
     check_space(folder, needed)

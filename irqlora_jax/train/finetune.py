@@ -207,7 +207,7 @@ def _read_job(config: Config, source: str | Path) -> Job:
     if config.train.early_stopping and not eval_examples:
         raise ValueError(
             f"train.early_stopping = {config.train.early_stopping}: needs an evaluation loss; "
-            "accepted is 0, or set data.eval or data.eval_fraction"
+            "expected 0, or set data.eval or data.eval_fraction"
         )
     questions = []
     if asked.questions is not None:
@@ -218,7 +218,7 @@ def _read_job(config: Config, source: str | Path) -> Job:
     if highest >= llama.vocab_size:  # indexing would silently clamp it
         raise ValueError(
             f"model = '{config.model}': the tokenizer yields token {highest}, the embedding has "
-            f"{llama.vocab_size} rows; accepted is a tokenizer that belongs to the model"
+            f"{llama.vocab_size} rows; expected a tokenizer that belongs to the model"
         )
     model = make_model(llama, config.adapter, config.train)
     optimizer = make_optimizer(config.train)
@@ -240,7 +240,7 @@ def _load_data(
 ) -> tuple[list[Example], list[Example]]:
     data = config.data
     if not data.train:
-        raise ValueError("data.train = '': accepted is a file or the id of a data set")
+        raise ValueError("data.train = '': expected a file or the id of a data set")
     examples = load_examples(data.train, data, tokenizer, max_length)
     if data.eval is not None:
         return examples, load_examples(data.eval, data, tokenizer, max_length)

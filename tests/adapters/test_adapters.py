@@ -120,10 +120,10 @@ for make, value in (
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [
-        "adapter.method = 'dora': accepted is lora, iec",
-        "adapter.init = 'pissa': accepted is default, loftq",
-        "quant.calibration = 'iqc': accepted is none, icq, joint",
-        "quant.format = 'nf5': accepted is nf4, nf3, nf2, fp4, int4, int3, int2, none",
+        "adapter.method = 'dora': expected lora, iec",
+        "adapter.init = 'pissa': expected default, loftq",
+        "quant.calibration = 'iqc': expected none, icq, joint",
+        "quant.format = 'nf5': expected nf4, nf3, nf2, fp4, int4, int3, int2, none",
     ]
 
 

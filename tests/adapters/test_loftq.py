@@ -198,7 +198,7 @@ def test_the_error_is_never_materialized() -> None:
 @pytest.mark.parametrize(("name", "value"), [("iterations", 0), ("rank", 0)])
 def test_zero_iterations_and_zero_rank_are_refused(name: str, value: int) -> None:
     settings: dict[str, Any] = {"rank": 4, "iterations": 1} | {name: value}
-    with pytest.raises(ValueError, match=f"{name} = 0: accepted is a whole number of at least 1"):
+    with pytest.raises(ValueError, match=f"{name} = 0: expected a whole number of at least 1"):
         loftq(weights((8, 64)), NF3, scaling=1.0, key=KEY, **settings)
 
 
@@ -241,7 +241,7 @@ def test_targets_are_fitted_one_by_one_and_others_quantized_plainly(tmp_path: Pa
     ):
         assert leaf.dtype == like.dtype == jnp.bfloat16 and leaf.shape == like.shape
         assert bool(leaf.any()) == ("lora" in path[-1].key)
-    with pytest.raises(ValueError, match=r"quant.format = 'none': accepted is nf4"):
+    with pytest.raises(ValueError, match=r"quant.format = 'none': expected nf4"):
         hf.load_loftq(folder, QuantConfig(format="none"), SOME, KEY)
 
 
@@ -333,7 +333,7 @@ def test_a_folder_with_checkpoints_of_no_run_is_refused(finished: Path, tmp_path
             shutil.rmtree(folder / "checkpoints" / "6")
         for file in also:
             shutil.copy(finished / file, folder)
-        with pytest.raises(ValueError, match="holds other files; accepted is a new folder"):
+        with pytest.raises(ValueError, match="holds other files; expected a new folder"):
             run(config(folder))
         assert steps_of(folder)
 
@@ -375,7 +375,7 @@ def test_the_table_has_the_quantizer_with_and_without_its_pair(tmp_path: Path) -
 
 
 def test_bases_that_do_not_go_with_loftq_are_refused(finished: Path, tmp_path: Path) -> None:
-    origin = f"accepted is the original model ('{WORLD / 'base-small'}'), "
+    origin = f"expected the original model ('{WORLD / 'base-small'}'), "
     plain = tmp_path / "plain"
     run(config(plain, adapter__init="default", train__steps=1))
     for action in (run, plan):
@@ -409,9 +409,9 @@ def test_a_run_from_before_loftq_resumes(finished: Path, tmp_path: Path) -> None
 
 
 def test_bad_settings_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"adapter.init = 'loftq': accepted is default with quant"):
+    with pytest.raises(ValueError, match=r"adapter.init = 'loftq': expected default with quant"):
         config(tmp_path, quant__format="none")
-    with pytest.raises(ValueError, match=r"adapter.loftq.iterations = 0: accepted is a whole"):
+    with pytest.raises(ValueError, match=r"adapter.loftq.iterations = 0: expected a whole"):
         LoftqOptions(iterations=0)
 
 

@@ -236,7 +236,7 @@ def test_examples_longer_than_a_packed_row_are_refused():
     settings = DataConfig(packing=True, packing_length=20)
     with pytest.raises(ValueError, match=r"data.packing_length = 20: the longest example has 21"):
         make_batches(some_examples([20, 21]), settings, 2, seed=0)
-    with pytest.raises(ValueError, match="group_by_length = True: accepted is False with"):
+    with pytest.raises(ValueError, match="group_by_length = True: expected False with"):
         Batches(some_examples([2]), 1, 0, group_by_length=True, packing_length=20)
     with pytest.raises(ValueError, match="there are no examples"):
         make_batches([], settings, 2, seed=0)

@@ -71,7 +71,7 @@ def test_chip2_is_the_first_question_and_its_answer(write):
     assert learned(example, tokenizer) == " on the\nmat</s>"
     for bad in ("the cat", "<human>: the cat", "<bot>: a\n<human>: b"):
         path = write("b.jsonl", [{"text": text}, {"text": bad}])
-        with pytest.raises(ValueError, match=r"b.jsonl, line 2: text = '.*accepted is '<human>:"):
+        with pytest.raises(ValueError, match=r"b.jsonl, line 2: text = '.*expected '<human>:"):
             load_examples(path, config("chip2"), tokenizer)
 
 
@@ -128,11 +128,11 @@ def test_message_trees_become_their_best_conversations(write, caplog):
     [
         ([TREES[1], TREES[1]], "line 2: message_id = 'a' is also in .*a.jsonl, line 1"),
         ([TREES[0]], "no message begins a conversation"),
-        ([TREES[1], TREES[2] | {"rank": "best"}], "line 2: rank = 'best': accepted is a number"),
-        ([TREES[1] | {"role": "bot"}], "line 1: role = 'bot': accepted is prompter, assistant"),
-        ([TREES[1] | {"role": ["bot"]}], r"line 1: role = \['bot'\]: accepted is text"),
-        ([{"text": "a"}, TREES[1]], "line 1: message_id = None: accepted is text"),
-        ([TREES[1] | {"message_id": 7}], "line 1: message_id = 7: accepted is text"),
+        ([TREES[1], TREES[2] | {"rank": "best"}], "line 2: rank = 'best': expected a number"),
+        ([TREES[1] | {"role": "bot"}], "line 1: role = 'bot': expected prompter, assistant"),
+        ([TREES[1] | {"role": ["bot"]}], r"line 1: role = \['bot'\]: expected text"),
+        ([{"text": "a"}, TREES[1]], "line 1: message_id = None: expected text"),
+        ([TREES[1] | {"message_id": 7}], "line 1: message_id = 7: expected text"),
     ],
 )
 def test_bad_trees_are_refused(write, rows, message):

@@ -238,7 +238,7 @@ def test_cuts_to_the_context_are_counted(write, caplog, format):
     else:
         assert "1 of 2 rows were cut to the model's context of 5 tokens" in caplog.text
     assert caplog.text.count("\n") == 1
-    with pytest.raises(ValueError, match="max_length = 1: accepted is a whole number of at least"):
+    with pytest.raises(ValueError, match="max_length = 1: expected a whole number of at least"):
         load_examples(path, config(format), tokenizer, 1)
 
 

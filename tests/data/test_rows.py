@@ -103,20 +103,20 @@ def test_folders_named_like_partitions_add_no_columns(tmp_path):
         ("a.json", "[" * 100_000, "not JSON of rows: nested too deep"),
         ("a.json", "[]", "has no rows"),
         ("a.jsonl", "\n\n", "has no rows"),
-        ("a.json", '{"rows": []}', "accepted is a list of objects"),
+        ("a.json", '{"rows": []}', "expected a list of objects"),
         (
             "a.json",
             '[{"input": "a", "output": "b"}, 3]',
-            "row 2 is of type int: accepted is an obj",
+            "row 2 is of type int: expected an obj",
         ),
         (
             "a.jsonl",
             '{"input": "a", "output": "b"}\n\n{"question": "a", "output": "b"}',
             "line 3 has no column 'input': its columns are question, output; expected are input, o",
         ),
-        ("a.json", [{"input": "a", "output": 3}], "row 1: output = 3: accepted is text"),
-        ("a.json", [{"input": None, "output": "a"}], "row 1: input = None: accepted is text"),
-        ("a.xlsx", "input,output", "accepted is a file"),
+        ("a.json", [{"input": "a", "output": 3}], "row 1: output = 3: expected text"),
+        ("a.json", [{"input": None, "output": "a"}], "row 1: input = None: expected text"),
+        ("a.xlsx", "input,output", "expected a file"),
         ("a.txt", "red", "a file of rows is .json, .jsonl, .csv, .tsv or .parquet"),
         ("a.csv", "", "has no rows"),
         ("a.csv", "input,output\n", "has no rows"),
@@ -149,7 +149,7 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(monkeypatch, tmp_path, name
 
 
 def test_a_folder_and_an_empty_name_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="is a folder: accepted is a file"):
+    with pytest.raises(ValueError, match="is a folder: expected a file"):
         load_examples(str(tmp_path), config(), make_tokenizer())
     with pytest.raises(ValueError, match="has no name"):
         load_examples("", config(), make_tokenizer())

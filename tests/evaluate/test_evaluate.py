@@ -88,10 +88,10 @@ def test_windows_score_each_token_once_with_the_promised_context(count, window, 
 
 def test_bad_windows_are_refused():
     tokens = np.arange(9, dtype=np.int32)
-    with pytest.raises(ValueError, match="window = 1: accepted"):
+    with pytest.raises(ValueError, match="window = 1: expected"):
         text_windows(tokens, 1)
     for stride in (0, 8):
-        with pytest.raises(ValueError, match=f"stride = {stride}: accepted is 1 to window - 1 = 7"):
+        with pytest.raises(ValueError, match=f"stride = {stride}: expected 1 to window - 1 = 7"):
             text_windows(tokens, 8, stride)
     with pytest.raises(ValueError, match="the text has 1 tokens"):
         text_windows(tokens[:1], 8)
@@ -126,7 +126,7 @@ def test_the_scores_of_a_text_are_consistent(variables):
     assert (scores.window, scores.stride) == (9, 2)
     whole = score_text(MODEL, variables, text, TOKENIZER)
     assert (whole.window, whole.stride) == (2048, 2047)
-    with pytest.raises(ValueError, match="window = 2049: accepted is at most max_position_emb"):
+    with pytest.raises(ValueError, match="window = 2049: expected at most max_position_emb"):
         score_text(MODEL, variables, text, TOKENIZER, window=2049)
 
 
@@ -273,7 +273,7 @@ def test_a_prompt_longer_than_the_context_is_cut_and_counted(variables, log_prob
         assert result.truncated == 1
         alone = score_questions(short, variables, asked[:1], 2)
         assert alone.accuracy == float(want[answer] > want[1 - answer])
-    with pytest.raises(ValueError, match="a choice of s has 13 tokens: accepted are at most max_"):
+    with pytest.raises(ValueError, match="a choice of s has 13 tokens: expected at most max_"):
         score_questions(short, variables, [Question("s", (1,), ((5,) * 13, (6,)), 0)])
 
 
@@ -370,19 +370,19 @@ def test_questions_are_read(tmp_path):
     ("row", "message"),
     [
         ("{", r"not JSON: .* at line 2, column 2"),
-        ([1], "line 2 is of type list: accepted is an object"),
+        ([1], "line 2 is of type list: expected an object"),
         ({"prompt": "w3"}, "line 2 has no column 'subject': its columns are prompt; expected are"),
-        (ROW | {"subject": 3}, "line 2: subject = 3: accepted is text"),
-        (ROW | {"prompt": None}, "line 2: prompt = None: accepted is text"),
-        (ROW | {"choices": ["w5"]}, r"line 2: choices = \['w5'\]: accepted are at least two"),
-        (ROW | {"choices": "w5 w6"}, "line 2: choices = 'w5 w6': accepted are at least two"),
-        (ROW | {"choices": ["w5", 6]}, r"line 2: choices = \['w5', 6\]: accepted are at least"),
+        (ROW | {"subject": 3}, "line 2: subject = 3: expected text"),
+        (ROW | {"prompt": None}, "line 2: prompt = None: expected text"),
+        (ROW | {"choices": ["w5"]}, r"line 2: choices = \['w5'\]: expected at least two"),
+        (ROW | {"choices": "w5 w6"}, "line 2: choices = 'w5 w6': expected at least two"),
+        (ROW | {"choices": ["w5", 6]}, r"line 2: choices = \['w5', 6\]: expected at least"),
         (ROW | {"choices": ["w5", ""]}, "line 2: the choice '' has no tokens"),
-        (ROW | {"answer": 2}, "line 2: answer = 2: accepted is the index of a choice, 0 to 1"),
-        (ROW | {"answer": -1}, "line 2: answer = -1: accepted is the index"),
-        (ROW | {"answer": "w5"}, "line 2: answer = 'w5': accepted is the index"),
-        (ROW | {"answer": True}, "line 2: answer = True: accepted is the index"),
-        (ROW | {"pool": 0}, "line 2: pool = 0: accepted is a whole number of at least 1, or null"),
+        (ROW | {"answer": 2}, "line 2: answer = 2: expected the index of a choice, 0 to 1"),
+        (ROW | {"answer": -1}, "line 2: answer = -1: expected the index"),
+        (ROW | {"answer": "w5"}, "line 2: answer = 'w5': expected the index"),
+        (ROW | {"answer": True}, "line 2: answer = True: expected the index"),
+        (ROW | {"pool": 0}, "line 2: pool = 0: expected a whole number of at least 1, or null"),
     ],
 )
 def test_bad_questions_are_refused(tmp_path, row, message):
@@ -421,11 +421,11 @@ def test_instructions_with_options_are_read(tmp_path):
     [
         (
             {"instruction": "w3"},
-            "row 2: instruction = .*accepted is one that ends with 'Answer for",
+            "row 2: instruction = .*expected one that ends with 'Answer for",
         ),
-        ({"answer": "w9"}, "row 2: answer = 'w9': accepted is one of w5, w6, w7, with which outp"),
-        ({"output": "w7"}, "row 2: answer = 'w6': accepted is one of w5, w6, w7, with which outp"),
-        ({"output": None}, "row 2: output = None: accepted is text"),
+        ({"answer": "w9"}, "row 2: answer = 'w9': expected one of w5, w6, w7, with which outp"),
+        ({"output": "w7"}, "row 2: answer = 'w6': expected one of w5, w6, w7, with which outp"),
+        ({"output": None}, "row 2: output = None: expected text"),
     ],
 )
 def test_bad_options_are_refused(tmp_path, row, message):

@@ -110,7 +110,7 @@ def test_loglikelihoods_are_those_of_a_loop(variables, log_probs, kind):
 def test_a_continuation_without_room_is_refused(variables):
     lm = HarnessLM(MODEL, variables, TOKENIZERS["byte"], 4)
     for count in (0, CONTEXT + 1):
-        with pytest.raises(ValueError, match=f"continuation has {count} tokens: accepted are 1 to"):
+        with pytest.raises(ValueError, match=f"continuation has {count} tokens: expected 1 to"):
             lm._loglikelihood_tokens([(("", ""), [1, 2], [5] * count)])
 
 
@@ -182,8 +182,8 @@ def test_texts_may_be_drawn(variables):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 2}, "generation_kwargs has num_beams: accepted are until, max_gen_toks"),
-        ({"max_gen_toks": CONTEXT}, "max_gen_toks = 256: accepted are fewer than max_position"),
+        ({"num_beams": 2}, "generation_kwargs has num_beams: expected until, max_gen_toks"),
+        ({"max_gen_toks": CONTEXT}, "max_gen_toks = 256: expected fewer than max_position"),
     ],
 )
 def test_other_generations_are_refused(variables, settings, message):

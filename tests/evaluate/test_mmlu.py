@@ -299,9 +299,9 @@ def spoil(folder, what):
     [
         (
             "columns",
-            r"anatomy_test.csv, row 1 has 5 columns: accepted are question, A, B, C, D, an",
+            r"anatomy_test.csv, row 1 has 5 columns: expected question, A, B, C, D, an",
         ),
-        ("answer", r"anatomy_test.csv, row 2: answer = 'E': accepted is A, B, C or D"),
+        ("answer", r"anatomy_test.csv, row 2: answer = 'E': expected A, B, C or D"),
         ("empty", "anatomy_test.csv has no rows"),
         ("bytes", r"anatomy_test.csv is not UTF-8 text \(byte 4\)"),
         ("quotes", "anatomy_test.csv is not CSV"),
@@ -325,9 +325,9 @@ def test_bad_arguments_are_refused(variables, folder):
     ):
         mmlu(*arguments, subjects=["anatomy", "alchemy"])
     for name in ("limit", "batch_size"):
-        with pytest.raises(ValueError, match=f"{name} = 0: accepted is a whole number of at least"):
+        with pytest.raises(ValueError, match=f"{name} = 0: expected a whole number of at least"):
             mmlu(*arguments, **{name: 0})
-    with pytest.raises(ValueError, match="shots = -1: accepted is a whole number of at least 0"):
+    with pytest.raises(ValueError, match="shots = -1: expected a whole number of at least 0"):
         mmlu(*arguments, shots=-1)
 
 

@@ -113,7 +113,7 @@ def test_file_survives_a_kill_in_the_middle_of_a_line(comparison, tmp_path):
 def test_file_of_other_settings_is_refused(comparison, tmp_path):
     file = tmp_path / "results.jsonl"
     comparison.resume(file, settings(comparison))
-    with pytest.raises(ValueError, match=r"steps = 8, not 9: accepted is the same"):
+    with pytest.raises(ValueError, match=r"steps = 8, not 9: expected the same"):
         comparison.resume(file, settings(comparison, steps=9))
     with file.open("a") as out:
         out.write("{}\n")

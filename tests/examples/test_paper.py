@@ -162,7 +162,7 @@ def test_one_connection_is_learned_and_the_other_is_not() -> None:
         assert own_value == value and own[frozen] == 0
         for name in params.keys() - {frozen}:
             np.testing.assert_allclose(own[name], full[name], rtol=1e-6)
-    with pytest.raises(ValueError, match=r"adapter\.iec = .*u1.*accepted is the default"):
+    with pytest.raises(ValueError, match=r"adapter\.iec = .*u1.*expected the default"):
         AdapterConfig(method="lora", iec=IecOptions("u1"))
 
 
@@ -252,7 +252,7 @@ def test_a_table_runs_once_and_shows_both(reproduce, asked, commands, capsys) ->
 
     changed = ["--steps=2" if flag == "--steps=1" else flag for flag in both]
     assert reproduce.main(changed) == 2
-    assert "was begun with steps = 1, not 2: accepted is" in capsys.readouterr().err
+    assert "was begun with steps = 1, not 2: expected" in capsys.readouterr().err
 
 
 def test_an_interrupted_command_starts_again(
@@ -315,11 +315,11 @@ def test_costs_are_proportional_and_shared_once(modules) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--table", "4", "--dry-run", "--rows", "LoRA"], "rows = 'LoRA': accepted is 1 to 6"),
+        (["--table", "4", "--dry-run", "--rows", "LoRA"], "rows = 'LoRA': expected 1 to 6"),
         (["--table", "4", "--dry-run", "--size", "13b"], "size = '13b': table 4 has 7b"),
-        (["--table", "4"], "model = None: accepted is"),
+        (["--table", "4"], "model = None: expected"),
         (["--table", "4", "--dry-run", "--quant.format=nf3"], "the rows set it"),
-        (["--table", "4", "--dry-run", "--data", "oasst=x"], "data = 'oasst=...': accepted is"),
+        (["--table", "4", "--dry-run", "--data", "oasst=x"], "data = 'oasst=...': expected"),
     ],
 )
 def test_bad_input_is_one_sentence(reproduce, capsys, flags, message) -> None:

@@ -55,7 +55,7 @@ def test_a_base_alone_has_no_adapter(tmp_path: Path, base_folder: Path) -> None:
     assert files == {path.name for path in dequantized.iterdir()} and "adapter" not in files
     weights = "model.safetensors"
     assert (merged / weights).read_bytes() == (dequantized / weights).read_bytes()
-    with pytest.raises(ValueError, match="base': has no adapter; accepted is"):
+    with pytest.raises(ValueError, match="base': has no adapter; expected"):
         hf.export_adapter(base_folder, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists() and not list(tmp_path.glob("*.part"))
 
@@ -216,7 +216,7 @@ def test_what_is_there_already_is_refused_before_anything_is_read(tmp_path: Path
     full.mkdir()
     (full / "thesis.tex").write_text("x")
     for out in (full, full / "thesis.tex"):
-        with pytest.raises(FileExistsError, match=f"output_dir = '{out}': exists; accepted is"):
+        with pytest.raises(FileExistsError, match=f"output_dir = '{out}': exists; expected"):
             hf.export_merged(nowhere, out)
     with pytest.raises(OSError, match=r"thesis\.tex/out': cannot be written"):
         hf.export_merged(nowhere, full / "thesis.tex" / "out")
@@ -277,9 +277,9 @@ def test_numbers_that_a_type_cannot_hold_are_refused(
     [
         ({"shard_size": 0.0}, "shard_size = 0.0"),
         ({"shard_size": math.nan}, "shard_size = nan"),
-        ({"fold": False}, "fold = False: accepted is true with kind merged"),
+        ({"fold": False}, "fold = False: expected true with kind merged"),
         ({"kind": "dequantized", "fold": False}, "fold = False: .* kind dequantized"),
-        ({"base_model": "me/base"}, "base_model = 'me/base': accepted is null with kind merged"),
+        ({"base_model": "me/base"}, "base_model = 'me/base': expected null with kind merged"),
     ],
 )
 def test_options_that_do_not_fit(options: dict[str, Any], words: str) -> None:

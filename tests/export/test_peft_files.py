@@ -252,7 +252,7 @@ def test_adapters_that_are_not_there_or_not_safe_are_refused(tmp_path: Path) -> 
     (tmp_path / "adapter_model.bin").write_text("x")
     with pytest.raises(ValueError, match=r"pickle.*safe_serialization=True"):
         hf.load_adapter(tmp_path, LORA)
-    with pytest.raises(ValueError, match=r"adapter_model\.bin: accepted is a \.safetensors file"):
+    with pytest.raises(ValueError, match=r"adapter_model\.bin: expected a \.safetensors file"):
         hf.load_adapter(tmp_path / "adapter_model.bin", LORA)
     (tmp_path / "adapter_model.safetensors").write_text("x")
     with pytest.raises(ValueError, match="not a whole safetensors file"):

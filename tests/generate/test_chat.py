@@ -306,7 +306,7 @@ def test_bad_settings_are_refused_before_the_first_message(talk, settings, messa
 def test_checkpoints_as_people_write_them():
     assert [read_checkpoint(v) for v in ("last", "best", "100", 100)] == ["last", "best", 100, 100]
     for value in ("", "-1", -1, True, "1.5"):
-        with pytest.raises(ValueError, match="accepted is last, best or the number of a step"):
+        with pytest.raises(ValueError, match="expected last, best or the number of a step"):
             read_checkpoint(value)
     flags = ["--run=r", "--task=mmlu", "--checkpoint=100", "--baseline"]
     asked = parse_flags(EvalConfig, flags, "irqlora eval")
@@ -328,7 +328,7 @@ def test_prompts_are_read(tmp_path):
         read_prompts(str(text))
     with pytest.raises(FileNotFoundError, match=r"prompts = 'nowhere\.txt': no such file"):
         read_prompts("nowhere.txt")
-    with pytest.raises(ValueError, match=r"accepted is a .txt, .jsonl or .json file"):
+    with pytest.raises(ValueError, match=r"expected a .txt, .jsonl or .json file"):
         read_prompts(__file__)
 
 
@@ -427,9 +427,9 @@ def test_one_prompt(answer, variables, said):
     assert (
         result["text"] == said[0] == "abc" + "".join(decode_stream(TOKENIZER, new, prompt=prompt))
     )
-    with pytest.raises(ValueError, match="prompt: has 129 tokens: accepted are fewer than"):
+    with pytest.raises(ValueError, match="prompt: has 129 tokens: expected fewer than"):
         answer([], prompts=None, prompt="a" * 128)
-    with pytest.raises(ValueError, match="accepted is null with --prompts"):
+    with pytest.raises(ValueError, match="expected null with --prompts"):
         answer(["a"], prompt="abc")
 
 

@@ -156,17 +156,17 @@ def test_sample_distribution(top_k, top_p, kept):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_new_tokens": 58}, "has 7 tokens, and 65 with max_new_tokens = 58: accepted is"
+        ({"max_new_tokens": 58}, "has 7 tokens, and 65 with max_new_tokens = 58: expected"
                                  " at most max_position_embeddings = 64"),
         ({"max_new_tokens": 0}, "max_new_tokens = 0"),
         ({"temperature": -0.1}, "temperature = -0.1"),
         ({"temperature": float("nan")}, "temperature = nan"),
         ({"temperature": 1.0}, "key = None"),
-        ({"top_p": 0.0}, "top_p = 0.0: accepted is 0 < top_p <= 1"),
+        ({"top_p": 0.0}, "top_p = 0.0: expected 0 < top_p <= 1"),
         ({"top_p": 1.5}, "top_p = 1.5"),
         ({"top_k": 0}, "top_k = 0"),
         ({"prompts": [[1], []]}, "prompts[1] = []"),
-        ({"prompts": [[1, 31]]}, "token of prompts[0] = 31: accepted is 0 <= token < 31"),
+        ({"prompts": [[1, 31]]}, "token of prompts[0] = 31: expected 0 <= token < 31"),
         ({"prompts": [[-1]]}, "token of prompts[0] = -1"),
     ],
 )  # fmt: skip
@@ -209,7 +209,7 @@ def test_a_stream_reaches_the_last_position(tiny):
 
 
 def test_a_stream_says_what_is_wrong_at_once(tiny):
-    with pytest.raises(ValueError, match="accepted is at most max_position_embeddings = 64"):
+    with pytest.raises(ValueError, match="expected at most max_position_embeddings = 64"):
         stream(*tiny, PROMPTS[0], 58)
     with pytest.raises(ValueError, match="key = None"):
         stream(*tiny, PROMPTS[0], 5, temperature=1.0)

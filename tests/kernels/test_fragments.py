@@ -101,9 +101,9 @@ def test_leading_axes_and_scan() -> None:
 
 
 def test_other_blocks_and_layouts_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'fragments': accepted are blocks of 64, these have 32"):
+    with pytest.raises(ValueError, match=r"'fragments': expected blocks of 64, these have 32"):
         make(size=32).with_layout("fragments")
-    with pytest.raises(ValueError, match=r"'rows': accepted is 'planes' or 'fragments'"):
+    with pytest.raises(ValueError, match=r"'rows': expected 'planes' or 'fragments'"):
         make().with_layout("rows")
     with pytest.raises(ValueError, match=r"these have 128"):
         packing.unpack(jnp.zeros((1, 64), jnp.uint8), 4, "fragments")

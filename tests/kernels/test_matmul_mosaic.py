@@ -296,16 +296,16 @@ def test_default_tiles_fit_and_keep_the_multiprocessors_busy(bits: int, transpos
 
 
 def test_tiles_are_checked() -> None:
-    with pytest.raises(ValueError, match="batch = 24: accepted is 8, 16"):
+    with pytest.raises(ValueError, match="batch = 24: expected 8, 16"):
         Tiles(24)
-    with pytest.raises(ValueError, match="stages = 1: accepted is 2"):
+    with pytest.raises(ValueError, match="stages = 1: expected 2"):
         Tiles(8, stages=1)
-    with pytest.raises(ValueError, match="splits = 0: accepted is 1"):
+    with pytest.raises(ValueError, match="splits = 0: expected 1"):
         Tiles(8, splits=0)
     weight, x = make("nf3", 128, 128), jnp.zeros((8, 128), jnp.bfloat16)
-    with pytest.raises(ValueError, match="blocks = 1: accepted with 3 bits is a multiple of 2"):
+    with pytest.raises(ValueError, match="blocks = 1: expected a multiple of 2 with 3 bits"):
         matmul_mosaic.matmul(x, weight, Tiles(8))
-    with pytest.raises(ValueError, match="warp_groups = 1: accepted with 3 bits is a multiple"):
+    with pytest.raises(ValueError, match="warp_groups = 1: expected a multiple"):
         matmul_mosaic.matmul_transposed(x, weight, Tiles(8, warp_groups=1))
 
 

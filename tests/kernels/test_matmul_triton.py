@@ -231,7 +231,7 @@ def test_refuses_a_jax_without_the_backend(monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_tiles_name_the_field_they_refuse(field: str, value: int | str) -> None:
-    with pytest.raises(ValueError, match=f"{field} = {value!r}: accepted is "):
+    with pytest.raises(ValueError, match=f"{field} = {value!r}: expected "):
         Tiles(**{field: value})
 
 

@@ -295,15 +295,15 @@ def test_weights_of_another_model_are_refused():
         wider.apply({"base": base}, TOKENS)
     model = Llama(CONFIG, IEC)
     others = {
-        r"down_proj\.lora_A: shape \(3, 8, 40\), accepted is \(3, 4, 40\)": {"rank": 8},
-        r"beta1: shape nothing, accepted is \(3,\)": {"method": "lora"},
-        r"down_proj\.\w+: shape nothing, accepted is \(3": {"targets": ("q_proj", "v_proj")},
+        r"down_proj\.lora_A: shape \(3, 8, 40\), expected \(3, 4, 40\)": {"rank": 8},
+        r"beta1: shape nothing, expected \(3,\)": {"method": "lora"},
+        r"down_proj\.\w+: shape nothing, expected \(3": {"targets": ("q_proj", "v_proj")},
     }
     for message, changes in others.items():
         params = random_adapters(Llama(CONFIG, dataclasses.replace(IEC, **changes)))
         with pytest.raises(ValueError, match=message):
             model.apply({"params": params, "base": base}, TOKENS)
-    with pytest.raises(ValueError, match=r"beta1: shape \(3,\), accepted is nothing"):
+    with pytest.raises(ValueError, match=r"beta1: shape \(3,\), expected nothing"):
         plain = Llama(CONFIG, dataclasses.replace(IEC, method="lora"))
         plain.apply({"params": random_adapters(model), "base": base}, TOKENS)
     with pytest.raises(ValueError, match="compute_dtype = 'float64'"):
@@ -369,22 +369,22 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "model_type = 'mistral': accepted is 'llama'"),
+        ({"model_type": "mistral"}, "model_type = 'mistral': expected 'llama'"),
         ({"model_type": None}, "model_type = None"),
-        ({"attention_bias": True}, "attention_bias = True: accepted is False"),
+        ({"attention_bias": True}, "attention_bias = True: expected False"),
         ({"mlp_bias": True}, "mlp_bias = True"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu': accepted is 'silu'"),
-        ({"vocab_size": None}, "vocab_size = None: accepted is a whole number"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu': expected 'silu'"),
+        ({"vocab_size": None}, "vocab_size = None: expected a whole number"),
         (
             {"hidden_size": 26},
-            "hidden_size = 26: accepted is a multiple of num_attention_heads = 4",
+            "hidden_size = 26: expected a multiple of num_attention_heads = 4",
         ),
-        ({"head_dim": 7}, "head_dim = 7: accepted is a positive even number"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads = 3: accepted is a divisor"),
+        ({"head_dim": 7}, "head_dim = 7: expected a positive even number"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads = 3: expected a divisor"),
         ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
         (
             {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "rope_scaling.rope_type = 'dynamic': accepted is 'default', 'linear' or 'llama3'",
+            "rope_scaling.rope_type = 'dynamic': expected 'default', 'linear' or 'llama3'",
         ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type = 'yarn'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor = None"),

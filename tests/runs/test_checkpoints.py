@@ -58,7 +58,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"base.safetensors: damaged"):
         read_base(path)
     save_file({"a": np.zeros(3)}, path)
-    with pytest.raises(ValueError, match="base file version None: accepted is '2'"):
+    with pytest.raises(ValueError, match="base file version None: expected '2'"):
         read_base(path)
 
 

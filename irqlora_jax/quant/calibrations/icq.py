@@ -95,7 +95,7 @@ def shift_and_ends(
     scale, so the quantizer need not read the weights again for it."""
     format = get_format(format) if isinstance(format, str) else format
     if format.integer:
-        raise ValueError(f"format = {format.name!r}: accepted is a NormalFloat or FP4 format")
+        raise ValueError(f"format = {format.name!r}: expected a NormalFloat or FP4 format")
     require_range(search_range)
     chosen = choose(implementation, _SEARCHES, blocks, format, operation="search")
     return chosen.forward(blocks, format, search_range, steps, valid)
@@ -250,7 +250,7 @@ def _refusal(format: Format, symmetric: bool, options: IcqOptions) -> str | None
     if options.search == "range" or (format.integer and not symmetric):
         return None
     why = "quant.symmetric true" if format.integer else f"quant.format {format.name}"
-    return f"quant.icq.search = {options.search!r}: accepted is range with {why}"
+    return f"quant.icq.search = {options.search!r}: expected range with {why}"
 
 
 def _calibrate(

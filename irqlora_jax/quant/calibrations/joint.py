@@ -94,9 +94,9 @@ def search(
     """
     format = get_format(format) if isinstance(format, str) else format
     if not error_weight >= 0:
-        raise ValueError(f"error_weight = {error_weight!r}: accepted is a number from 0 to .inf")
+        raise ValueError(f"error_weight = {error_weight!r}: expected a number from 0 to .inf")
     if refine_steps < 0:
-        raise ValueError(f"refine_steps = {refine_steps!r}: accepted is 0 or more")
+        raise ValueError(f"refine_steps = {refine_steps!r}: expected 0 or more")
 
     def work(w: Array, count: Array | None, staged: bool) -> tuple[Array, Array]:
         return _search(w, count, format, symmetric, error_weight, refine_steps, staged)
