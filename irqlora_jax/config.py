@@ -99,6 +99,11 @@ class TrainConfig:
         accepted = f"a divisor of train.batch_size = {self.batch_size}"
         require(ok, "train.accumulation", self.accumulation, accepted)
 
+    @property
+    def rows(self) -> int:
+        """Rows of a forward pass."""
+        return self.batch_size // self.accumulation
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:

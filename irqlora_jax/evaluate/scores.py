@@ -58,13 +58,16 @@ class Scorer:
     Attributes:
         examples: for the evaluation loss; may be empty.
         questions: for the accuracy; may be empty.
-        batch_size: rows of a forward pass.
+        rows: rows of a forward pass of the training.
+        length: longest row of the training, in tokens. No forward pass sees more than rows * length
+            tokens, unless one question does.
         chunk: positions whose logits are in memory at the same time.
     """
 
     examples: list[Example]
     questions: list[Question]
-    batch_size: int
+    rows: int
+    length: int
     chunk: int
 
     def row(
@@ -77,10 +80,11 @@ class Scorer:
     ) -> Row:
         """Scores a model. `loss` is its evaluation loss if it is already known."""
         if loss is None and self.examples:
-            loss = evaluation_loss(model, variables, self.examples, self.batch_size, self.chunk)
+            loss = evaluation_loss(model, variables, self.examples, self.rows, self.chunk)
         accuracy = None
         if self.questions:
-            size = max(self.batch_size, 64)
+            longest = max(len(q.prompt) + max(map(len, q.choices)) for q in self.questions)
+            size = min(max(self.rows, 64), max(1, self.rows * self.length // longest))
             accuracy = score_questions(model, variables, self.questions, size).accuracy
         base = variables["base"]
         return Row(name, mean_entropy(base), loss, accuracy, measure_base(base).bits, seconds)

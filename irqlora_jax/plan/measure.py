@@ -182,7 +182,7 @@ def measure(
         ValueError: the mesh does not fit the model, the batch or the devices.
     """
     train, divisor = config.train, 1
-    rows = train.batch_size // train.accumulation
+    rows = train.rows
     mesh = make_mesh(config.mesh, rows, target.devices)
     check_mesh(mesh, llama, config.quant)
     if target.compiler == "estimate" and train.compute_dtype != "float32":

@@ -216,7 +216,7 @@ def _savings(config: Config, target: PlanDevice) -> Iterator[dict[str, Any]]:
 def _is_valid(config: Config, changes: dict[str, Any], target: PlanDevice) -> bool:
     """Whether the mesh can split the rows of a batch and has enough devices."""
     new = _replace_fields(config, changes)
-    rows = new.train.batch_size // new.train.accumulation
+    rows = new.train.rows
     split = rows % ((new.mesh.data or 1) * new.mesh.fsdp) == 0
     return split and device_count(new) <= len(target.devices)
 

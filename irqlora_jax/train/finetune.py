@@ -17,7 +17,7 @@ from irqlora_jax.base.make import load_fitted
 from irqlora_jax.base.mesh import check_mesh
 from irqlora_jax.base.storage import abstract_base, measure_base
 from irqlora_jax.config import Config
-from irqlora_jax.data import Example, hold_out, load_examples
+from irqlora_jax.data import Example, hold_out, load_examples, longest_row
 from irqlora_jax.evaluate import load_questions
 from irqlora_jax.evaluate.scores import Row, Scorer, baselines, table
 from irqlora_jax.files.hub import read_config
@@ -152,7 +152,11 @@ def _finetune(job: Job, base: Base, folder: Path, quantize_seconds: float | None
             logger.info(f"ended early, after step {step} of {config.train.steps}: {ended.early}")
         best, loss = checkpoints.best(), checkpoints.loss(step)
         scorer = Scorer(
-            job.eval_examples, job.questions, config.train.batch_size, config.train.loss_chunk
+            job.eval_examples,
+            job.questions,
+            config.train.rows,
+            longest_row(config.data, model.config.max_position_embeddings),
+            config.train.loss_chunk,
         )
         rows = []
         if config.evaluate.baselines:
@@ -183,8 +187,7 @@ def _check_matmul(config: Config, llama: LlamaConfig) -> None:
         weight = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack)
         if isinstance(weight, QTensor):
             weight = dataclasses.replace(weight, layout=preferred_layout(train.matmul))
-        rows = train.batch_size // train.accumulation
-        x = jax.ShapeDtypeStruct((rows, weight.shape[1]), train.compute_dtype)
+        x = jax.ShapeDtypeStruct((train.rows, weight.shape[1]), train.compute_dtype)
         try:
             check_implementation(train.matmul, x, weight)
         except ValueError as error:
@@ -198,7 +201,7 @@ def _read_job(config: Config, source: str | Path) -> Job:
         _check_baselines(config)
     # Check the architecture and the mesh before anything else is read.
     llama = read_architecture(source, config.quant)
-    mesh = make_mesh(config.mesh, config.train.batch_size // config.train.accumulation)
+    mesh = make_mesh(config.mesh, config.train.rows)
     check_mesh(mesh, llama, config.quant)
     with jax.set_mesh(mesh):
         _check_matmul(config, llama)

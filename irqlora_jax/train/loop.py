@@ -160,7 +160,7 @@ def _evaluate(job: Job, variables: dict[str, Any]) -> dict[str, Any]:
     if job.eval_examples:
         settings, started = job.config.train, time.perf_counter()
         loss = evaluation_loss(
-            job.model, variables, job.eval_examples, settings.batch_size, settings.loss_chunk
+            job.model, variables, job.eval_examples, settings.rows, settings.loss_chunk
         )
         seconds = time.perf_counter() - started
         tokens = sum(len(example.tokens) for example in job.eval_examples)

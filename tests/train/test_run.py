@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ import pytest
 
 from irqlora_jax.config import QuantizeConfig
 from irqlora_jax.data import load_examples, make_batches
-from irqlora_jax.evaluate import scores
+from irqlora_jax.evaluate import score_questions, scores
+from irqlora_jax.evaluate.perplexity import row_nll
 from irqlora_jax.evaluate.scores import Row, Scorer
 from irqlora_jax.files.hub import read_config
 from irqlora_jax.generate.decode import generate
@@ -376,3 +378,28 @@ def test_questions_and_baselines_make_the_table(tmp_path: Path) -> None:
     assert exact["entropy"] is None and exact["bits"] == 32
     assert plain["entropy"] == tuned["entropy"] and 2 < plain["entropy"] < 3 < plain["bits"] < 4
     assert exact["loss"] < plain["loss"] and exact["accuracy"] > plain["accuracy"] > 0.3
+
+
+def test_evaluations_take_as_many_rows_as_a_forward_pass_of_the_training(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise they would need the memory that accumulation saves."""
+    seen: list[tuple[int, int]] = []
+
+    def record(model: Any, variables: Any, batch: Any, chunk: int) -> Any:
+        seen.append(batch["tokens"].shape)
+        return row_nll(model, variables, batch, chunk)
+
+    def record_scores(model: Any, variables: Any, questions: Any, size: int) -> Any:
+        seen.append((size, max(len(q.prompt) for q in questions)))
+        return score_questions(model, variables, questions, size)
+
+    monkeypatch.setattr("irqlora_jax.evaluate.perplexity.row_nll", record)
+    monkeypatch.setattr("irqlora_jax.evaluate.scores.score_questions", record_scores)
+    changes = {"train__batch_size": 8, "train__accumulation": 4, "train__steps": 1}
+    questions = {"evaluate__questions": str(WORLD / "data" / "questions.jsonl")}
+    config = config_for(base, tmp_path / "run", **changes, **questions, evaluate__max_questions=8)
+    run(config)
+    longest = config.data.source_length + config.data.target_length
+    assert len(seen) > 1 and seen[0][0] == 2
+    assert all(rows * length <= 2 * longest for rows, length in seen)

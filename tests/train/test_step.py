@@ -10,6 +10,7 @@ import pytest
 
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.config import TrainConfig
+from irqlora_jax.evaluate.perplexity import row_nll
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.state import init_state, learning_rate, make_optimizer
@@ -153,3 +154,17 @@ def test_a_large_vocabulary_costs_no_full_logits() -> None:
     sizes = {n for one in hlo.stored(program) for _, n in one.types}
     assert max(sizes) == chunk * vocab
     assert hidden * vocab not in sizes
+
+
+def test_an_evaluation_needs_less_memory_than_a_step_with_as_many_rows() -> None:
+    """So `--plan`, which compiles the step, covers the evaluations of a run."""
+    step, state, base, batch = step_and_shapes("float32", rows=4, length=128, chunk=64)
+    evaluate = functools.partial(row_nll, step.keywords["model"], chunk=64)  # type: ignore[attr-defined]
+    memory = [
+        jax.jit(one).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+        for one, shapes in (
+            (step, (state, base, batch)),
+            (evaluate, ({"params": state.adapters, "base": base}, batch)),
+        )
+    ]
+    assert memory[1] < memory[0]
