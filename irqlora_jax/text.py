@@ -20,9 +20,9 @@ def require(ok: bool, field: str, value: Any, accepted: str) -> None:
 
 
 def with_current_names(
-    fields: Mapping[str, Any], renamed: Mapping[str, tuple[str, str]]
+    fields: Mapping[str, Any], renamed: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Any]:
-    """Replaces names of earlier versions in a section of the configuration.
+    """Replaces other names of fields, such as those of earlier versions, in a section.
 
     Examples:
         >>> renamed = {"search_steps": ("icq", "steps")}
@@ -30,9 +30,10 @@ def with_current_names(
         {'format': 'nf3', 'icq': {'steps': 50}}
     """
     current = {name: value for name, value in fields.items() if name not in renamed}
-    for old, (section, option) in renamed.items():
+    for old, (name, *option) in renamed.items():
         if old in fields:
-            current[section] = {**current.get(section, {}), option: fields[old]}
+            value = fields[old]
+            current[name] = {**current.get(name, {}), option[0]: value} if option else value
     return current
 
 

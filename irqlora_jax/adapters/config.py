@@ -10,8 +10,14 @@ from irqlora_jax.adapters.method import Initialization, Method
 from irqlora_jax.sharding import LINEAR_NAMES
 from irqlora_jax.text import require
 
-RENAMED = {"connections": ("iec", "connections"), "loftq_iterations": ("loftq", "iterations")}
-"""Fields of version 0.1.0, and the options that replace them."""
+RENAMED: dict[str, tuple[str, ...]] = {
+    "connections": ("iec", "connections"),
+    "loftq_iterations": ("loftq", "iterations"),
+    "from": ("init_from",),
+}
+"""Other names of fields: those of version 0.1.0, and "from", which Python reserves."""
+NEW = "new"
+"""The value of `adapter.init_from` that starts a new adapter on the base of a run."""
 if TYPE_CHECKING:
     MethodName = str
     InitializationName = str
@@ -40,6 +46,10 @@ class AdapterConfig:
     """Initial adapter. "default": the update is 0. "loftq": fit the quantized weights and the pair
     to the weights together (LoftQ), so that the update corrects most of the quantization error.
     The base then belongs to this run alone. In Python: `hf.load_loftq`."""
+    init_from: str | None = None
+    """Start from a trained adapter: the folder of a run (its newest checkpoint) or of a PEFT
+    adapter, with the same base, method, rank, alpha and targets. The optimizer starts anew.
+    "new": `model` is a run, of which only the base is used. Also written adapter.from."""
     iec: IecOptions = IecOptions()
     loftq: LoftqOptions = LoftqOptions()
 
@@ -53,6 +63,9 @@ class AdapterConfig:
         require(self.dtype in known, "adapter.dtype", self.dtype, " or ".join(known))
         starts = ", ".join(INITIALIZATIONS)
         require(self.init in INITIALIZATIONS, "adapter.init", self.init, starts)
+        ok = self.init_from is None or self.init == "default"
+        accepted = "default with adapter.init_from, which gives the adapter"
+        require(ok, "adapter.init", self.init, accepted)
         for name in self.targets:
             require(name in LINEAR_NAMES, "adapter.targets", name, ", ".join(LINEAR_NAMES))
         for other in METHODS.values():
@@ -70,6 +83,16 @@ class AdapterConfig:
     def start(self) -> Initialization:
         """The initialization."""
         return INITIALIZATIONS[self.init]
+
+    @property
+    def source(self) -> str | None:
+        """Folder of the trained adapter that the training starts from; None for a new adapter."""
+        return None if self.init_from == NEW else self.init_from
+
+    @property
+    def start_title(self) -> str:
+        """The adapter that the training starts from, for tables; "" if its update is 0."""
+        return self.start.title if self.source is None else "earlier adapter"
 
     @property
     def options(self) -> Any:

@@ -112,7 +112,7 @@ def baselines(
         mesh: the mesh of the base.
         scorer: data and settings of the scores.
         quantize_seconds: time for reading and quantizing, if that was done.
-        start: with LoftQ: the initial adapters of the training.
+        start: the initial adapters of the training if they are not new (LoftQ, `init_from`).
     """
     quant, bare = config.quant, model.clone(adapter=None)
     quantized = quant.quantizes
@@ -136,7 +136,7 @@ def baselines(
         variables = {"params": start, "base": base}
         rows.append(
             scorer.row(
-                f"{quant.label} + {config.adapter.start.title}", model, variables, quantize_seconds
+                f"{quant.label} + {config.adapter.start_title}", model, variables, quantize_seconds
             )
         )
     elif quantized:

@@ -60,8 +60,8 @@ def load_run(
 
     Args:
         folder: the folder.
-        adapter: False leaves the finetuned adapter out. With LoftQ the initial adapter (step 0) is
-            used instead, since the base belongs to it.
+        adapter: False leaves the finetuned adapter out. A run that did not start with a new
+            adapter (LoftQ, `adapter.init_from`) uses its initial adapter (step 0) instead.
         checkpoint: the checkpoint of a run.
         compute_dtype: type of the activations (default: the run's type, else float32).
 
@@ -87,7 +87,7 @@ def load_run(
     base, llama = read_base(folder / BASE_FILE)
     source = read_source(folder / BASE_FILE)
     dtype = compute_dtype or (config and config.train.compute_dtype) or "float32"
-    if config is not None and config.adapter.start.fit is not None and not adapter:
+    if config is not None and config.adapter.start_title and not adapter:
         adapter, checkpoint = True, 0
     if config is None or not adapter:
         model = Llama(llama, compute_dtype=dtype)
@@ -124,12 +124,19 @@ def check_model(config: Config) -> None:
     """If `config.model` is a quantized base, checks that a new run can start from it.
 
     Raises:
-        ValueError: the initialization needs float weights, or the base was fitted to the
-            adapter of another run.
+        ValueError: the initialization needs float weights, the base was fitted to the adapter of
+            another run, or the adapter of a run would be lost.
     """
     if not is_base(config.model):
         return
     file = Path(config.model) / BASE_FILE
+    is_run = (Path(config.model) / "config.json").is_file()
+    if is_run and config.adapter.init_from is None:
+        raise ValueError(
+            f"model = '{config.model}': a run, whose adapter would be lost; expected "
+            f"adapter.init_from = '{config.model}' to continue from its adapter, or 'new' to use "
+            "its base alone"
+        )
     source = read_source(file)
     origin = "the original model" + (f" ('{source}')" if source else "")
     start = config.adapter.start
@@ -139,7 +146,7 @@ def check_model(config: Config) -> None:
             f"'{config.model}' holds a quantized base only; expected {origin}, which "
             f"{start.title} quantizes itself"
         )
-    if is_fitted(file):
+    if is_fitted(file) and config.adapter.source is None:
         raise ValueError(
             f"model = '{config.model}': this base was fitted to the adapter of its run (LoftQ) "
             f"and is incomplete without it; expected {origin}, or a folder of irqlora quantize"

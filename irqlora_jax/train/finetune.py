@@ -50,6 +50,7 @@ from irqlora_jax.runs.state import make_optimizer as make_optimizer
 from irqlora_jax.runs.state import make_state as make_state
 from irqlora_jax.sharding import bytes_by_device, make_mesh
 from irqlora_jax.text import readable_size
+from irqlora_jax.train.initial import check_start, read_start
 from irqlora_jax.train.loop import Job, train
 from irqlora_jax.train.metrics import MetricsLog, check_packages
 from irqlora_jax.train.step import sharded_state as sharded_state
@@ -99,6 +100,7 @@ def run(config: Config) -> RunResult:
     resumed = check_folder(folder, config)
     if not resumed:
         check_model(config)
+        check_start(config)
     job = _read_job(config, folder if resumed else config.model)
     data = fingerprint(job.examples, job.eval_examples)
     if resumed:
@@ -161,7 +163,7 @@ def _finetune(job: Job, base: Base, folder: Path, quantize_seconds: float | None
         rows = []
         if config.evaluate.baselines:
             start = None
-            if config.adapter.start.fit is not None:
+            if config.adapter.start_title:
                 start = checkpoints.restore(0, state).adapters
             rows = baselines(config, model, base, job.mesh, scorer, quantize_seconds, start)
         name = f"{rows[-1].model}, finetuned" if rows else "finetuned"
@@ -251,8 +253,8 @@ def _load_data(
 
 
 def _read_base(job: Job, source: str | Path) -> tuple[Base, Base | None, dict[str, Any] | None]:
-    """Returns the base, LoftQ's pairs (only for a new run), and the survey of the quantization
-    (only if `quantize_base` makes the base)."""
+    """Returns the base, the adapters that a new run starts from (None: new ones), and the survey
+    of the quantization (only if `quantize_base` makes the base)."""
     config, pairs, survey = job.config, None, None
     progress = config.log.progress
     if is_base(source):
@@ -264,6 +266,8 @@ def _read_base(job: Job, source: str | Path) -> tuple[Base, Base | None, dict[st
         )
     else:
         base, _, survey = quantize_base(source, config.quant, mesh=job.mesh, progress=progress)
+    if config.adapter.source is not None and source == config.model:
+        pairs = read_start(config, job.model)
     return *jax.block_until_ready((base, pairs)), survey
 
 
@@ -282,7 +286,7 @@ def _begin_folder(
     if is_base(config.model):
         link_base(config.model, folder)
     else:
-        file, fitted = folder / BASE_FILE, pairs is not None
+        file, fitted = folder / BASE_FILE, config.adapter.start.fit is not None
         save_base(file, base, job.model.config, config.quant, config.model, fitted=fitted)
         save_survey(folder, survey)
     if pairs is not None:
@@ -293,7 +297,8 @@ def _begin_folder(
 
 
 def _save_start(folder: Path, job: Job, pairs: Base) -> None:
-    """Saves the pairs as the checkpoint of step 0: a resumed run does not make them again."""
+    """Saves the initial adapters as the checkpoint of step 0: a resumed run does not make them
+    again."""
     config = job.config
     init = functools.partial(init_state, job.model, job.optimizer, config.seed)
     splits = config.adapter.chosen.splits
@@ -315,7 +320,7 @@ def describe(config: Config, llama: LlamaConfig, base: Base, examples: int, mesh
             f"{readable_size(largest)} of the base on each"
         )
     quantized = config.quant.label if config.quant.quantizes else "unquantized"
-    start = f" from {adapter.start.title}" if adapter.start.title else ""
+    start = f" from {adapter.source or adapter.start.title}" if adapter.start_title else ""
     return (
         f"{config.model}: {llama.num_hidden_layers} layers of {llama.hidden_size}, {quantized}, "
         f"{stored.bits:.2f} bits a weight, {readable_size(stored.total)} with embeddings\n"
