@@ -1,6 +1,7 @@
 """Finds models and tokenizers in a local folder or on the Hugging Face hub."""
 
 import functools
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -80,16 +81,29 @@ def load_tokenizer(source: str | Path) -> Any:
     folder = snapshot(source)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise FileNotFoundError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model)")
-    from transformers import AutoTokenizer
-
+    auto = _auto_tokenizer()
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return auto.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions
         hint = ""
         if not (folder / "tokenizer.json").is_file():
             hint = " (a tokenizer.model needs the package sentencepiece)"
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder}: the tokenizer cannot be read{hint}: {reason}") from error
+
+
+def _auto_tokenizer() -> Any:
+    """Imports AutoTokenizer without the remark that PyTorch is missing: no model is needed."""
+    name = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        from transformers import AutoTokenizer
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+    return AutoTokenizer
 
 
 def read_config(source: str | Path) -> LlamaConfig:
