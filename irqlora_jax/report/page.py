@@ -70,10 +70,10 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 _SECTIONS: tuple[tuple[str, Callable[[RunData], Markup]], ...] = (
     ("Results", sections.results),
-    ("Entropy of the codes", quantized.entropy),
-    ("Codes, shifts and errors", quantized.quantization),
     ("Training", sections.training),
     ("Evaluation", scored.evaluation),
+    ("Entropy of the codes", quantized.entropy),
+    ("Codes, shifts and errors", quantized.quantization),
     ("Memory", sections.memory),
     ("Repeat it", sections.repeat),
 )

@@ -158,22 +158,28 @@ def training(found: RunData) -> Markup:
         ("Peak memory", "peak_memory", "memory (GiB)", 2.0**30),
         ("Loss scale of float16", "loss_scale", "scale", 1.0),
     )
+    # On a CPU, the program that feeds the device runs on the same cores.
+    on_cpu = (found.environment or {}).get("platform") == "cpu"
     for title, name, label, unit in courses:
+        if name == "device_share" and on_cpu:
+            continue
         x, values = metric_curve(metrics, name)
         y = [None if value is None else value / unit for value in values]
-        plots.append(line_plot(title, steps, Axis(label, 0.0), [Line(label, y, 0, x, False)]))
+        plots.append(line_plot(title, steps, Axis(label, 0.0), [_course(label, x, y, 0)]))
     plots = [plot for plot in plots if plot]
     return tag("div", *plots, class_="grid2") if plots else Markup()
 
 
 def _loss_plot(metrics: Sequence[Mapping[str, Any]], steps: Axis) -> Markup:
-    lines = [Line("training", y, 0, x, False) for x, y in [metric_curve(metrics, "loss")] if x]
-    lines += [
-        Line("evaluation", y, 1, x, len(x) <= 40)
-        for x, y in [metric_curve(metrics, "eval_loss")]
-        if x
-    ]
+    names = (("training", "loss"), ("evaluation", "eval_loss"))
+    curves = [(name, *metric_curve(metrics, metric)) for name, metric in names]
+    lines = [_course(name, x, y, kind) for kind, (name, x, y) in enumerate(curves) if x]
     return line_plot("Loss", steps, Axis("nats a token"), lines)
+
+
+def _course(name: str, x: Sequence[float], y: Sequence[float | None], kind: int) -> Line:
+    """A line over the steps, with markers if its points are few."""
+    return Line(name, y, kind, x, len(x) <= 40)
 
 
 def memory(found: RunData) -> Markup:

@@ -263,7 +263,8 @@ class _Meter:
             values["tokens_per_second"] = round(self._tokens / seconds, 1)
             values["device_share"] = round(max(0.0, 1 - self._idle / seconds), 4)
             speed = f", {values['tokens_per_second']:,.0f} tokens/s"
-            speed += f", device {values['device_share']:.0%} busy"
+            if self._job.mesh.devices.flat[0].platform != "cpu":
+                speed += f", device {values['device_share']:.0%} busy"
         self._since, self._tokens, self._idle = now, 0, 0.0
         memory = peak_memory()
         values["peak_memory"] = memory

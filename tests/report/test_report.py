@@ -193,10 +193,10 @@ def sections(root: ElementTree.Element) -> list[str]:
 
 ALL = [
     "Results",
-    "Entropy of the codes",
-    "Codes, shifts and errors",
     "Training",
     "Evaluation",
+    "Entropy of the codes",
+    "Codes, shifts and errors",
     "Memory",
     "Repeat it",
 ]
@@ -252,6 +252,14 @@ def test_the_page_shows_what_was_measured(run: Path) -> None:
         "irqlora eval --run NEW_FOLDER --task mmlu --baseline --mmlu 'mmlu data'",
     ):
         assert sentence in words, sentence
+
+
+def test_a_cpu_is_never_called_busy(run: Path) -> None:
+    """The program that feeds it runs on the same cores."""
+    assert "Share of time with a busy device" in figures(parse(page(read_run_data(run))))
+    environment = run / "environment.json"
+    environment.write_text(json.dumps({"platform": "cpu"}))
+    assert "Share of time with a busy device" not in figures(parse(page(read_run_data(run))))
 
 
 def test_lines_and_bars_lie_where_their_figures_say(run: Path) -> None:
