@@ -122,6 +122,27 @@ def encode_conversations(
     ]
 
 
+def end_tokens(tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: eos, and the special token behind a turn of the assistant.
+
+    A chat template that fails on a short conversation names no token.
+    """
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if getattr(tokenizer, "chat_template", None) is None:
+        return ends
+    answer = "An answer."
+    turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # templates raise whatever they like
+        return ends
+    behind = text.rpartition(answer)[2].lstrip()
+    tokens = tokenizer(behind, add_special_tokens=False)["input_ids"][:1] if behind else []
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    special -= {tokenizer.unk_token_id}
+    return [*ends, *(token for token in tokens if token in special and token not in ends)]
+
+
 def render_chat(
     tokenizer: Any,
     conversations: Sequence[Sequence[Mapping[str, Any]]],

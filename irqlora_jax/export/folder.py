@@ -18,6 +18,7 @@ from irqlora_jax.export.card import Card
 from irqlora_jax.export.model import parameters, save_model
 from irqlora_jax.export.peft import save_adapter
 from irqlora_jax.files.hub import is_hub_id
+from irqlora_jax.files.small import read_json
 from irqlora_jax.messages import shows_messages
 from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import Run, is_base, load_run, scores
@@ -242,13 +243,13 @@ def _companions(
 
 
 def _write_generation(aside: Path, run: Run) -> None:
-    for origin in (run.folder / "tokenizer" / _GENERATION, run.folder / _GENERATION):
-        if origin.is_file():
-            shutil.copyfile(origin, aside / _GENERATION)
-            return
     described = run.model.config.to_dict()
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     values = {name: described[name] for name in names if described[name] is not None}
+    for origin in (run.folder / "tokenizer" / _GENERATION, run.folder / _GENERATION):
+        if origin.is_file():
+            values = {**read_json(origin), "eos_token_id": described["eos_token_id"]}
+            break
     (aside / _GENERATION).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 

@@ -15,12 +15,14 @@ from irqlora_jax.base.file import (
 )
 from irqlora_jax.base.make import load_base
 from irqlora_jax.config import Config
-from irqlora_jax.files.hub import load_tokenizer, read_config
+from irqlora_jax.data.chat import end_tokens
+from irqlora_jax.files.hub import load_tokenizer, read_config, snapshot
+from irqlora_jax.files.small import read_json
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.checkpoints import Checkpoints
-from irqlora_jax.runs.folder import BASE_FILE, TOKENIZER
+from irqlora_jax.runs.folder import BASE_FILE, GENERATION, TOKENIZER
 
 Which = Literal["last", "best"] | int
 """A checkpoint: the newest, the one with the best evaluation loss, or a step."""
@@ -77,14 +79,17 @@ def load_run(
                 "folder of a run, of irqlora quantize, or of a Hugging Face model"
             )
         base, llama = load_base(folder, None)
+        tokenizer = load_tokenizer(folder)
+        llama = with_end_tokens(llama, tokenizer, folder)
         model = Llama(llama, compute_dtype=compute_dtype or "float32")
         variables = {"params": {}, "base": base}
-        return Run(folder, None, model, variables, load_tokenizer(folder), None, str(folder))
+        return Run(folder, None, model, variables, tokenizer, None, str(folder))
     tokenizer = load_tokenizer(folder / TOKENIZER)
     config = None
     if (folder / "config.json").is_file():
         config = Config.load(folder / "config.json")
     base, llama = read_base(folder / BASE_FILE)
+    llama = with_end_tokens(llama, tokenizer, folder)
     source = read_source(folder / BASE_FILE)
     dtype = compute_dtype or (config and config.train.compute_dtype) or "float32"
     if config is not None and config.adapter.start_title and not adapter:
@@ -175,6 +180,30 @@ def read_architecture(source: str | Path, quant: QuantConfig) -> LlamaConfig:
 def read_tokenizer(source: str | Path) -> Any:
     """Reads the tokenizer of a model, as `hf.load_tokenizer`."""
     return load_tokenizer(Path(source) / TOKENIZER if is_base(source) else source)
+
+
+def with_end_tokens(llama: LlamaConfig, tokenizer: Any, source: str | Path) -> LlamaConfig:
+    """Adds every end of text that belongs to a model to `eos_token_ids`.
+
+    config.json names some of them; generation_config.json, the tokenizer and its chat template may
+    name others. Examples for training end with the tokenizer's eos.
+
+    Args:
+        llama: the architecture.
+        tokenizer: of the model.
+        source: run, base, folder or hub id of the model.
+
+    Raises:
+        ValueError: generation_config.json is damaged.
+    """
+    folder = Path(source) / TOKENIZER if is_base(source) else snapshot(source)
+    named: Any = None
+    if (folder / GENERATION).is_file():
+        named = read_json(folder / GENERATION).get("eos_token_id")
+    named = named if isinstance(named, list) else [named]
+    ends = dict.fromkeys((*llama.eos_token_ids, *named, *end_tokens(tokenizer)))
+    known = [end for end in ends if isinstance(end, int) and 0 <= end < llama.vocab_size]
+    return dataclasses.replace(llama, eos_token_ids=tuple(known))
 
 
 def scores(folder: str | Path) -> dict[str, Any]:

@@ -40,7 +40,13 @@ from irqlora_jax.runs.folder import (
     fingerprint,
     save_data,
 )
-from irqlora_jax.runs.load import check_model, is_base, read_architecture, read_tokenizer
+from irqlora_jax.runs.load import (
+    check_model,
+    is_base,
+    read_architecture,
+    read_tokenizer,
+    with_end_tokens,
+)
 from irqlora_jax.runs.quantize import link_base, quantize_base, save_survey, save_tokenizer
 from irqlora_jax.runs.state import TrainState as TrainState
 from irqlora_jax.runs.state import init_state as init_state
@@ -208,6 +214,7 @@ def _read_job(config: Config, source: str | Path) -> Job:
     with jax.set_mesh(mesh):
         _check_matmul(config, llama)
     tokenizer = read_tokenizer(source)
+    llama = with_end_tokens(llama, tokenizer, source)
     examples, eval_examples = _load_data(config, tokenizer, llama.max_position_embeddings)
     if config.train.early_stopping and not eval_examples:
         raise ValueError(

@@ -23,7 +23,7 @@ from irqlora_jax.config import parse_flags
 from irqlora_jax.files import tensors
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.load import load_run
-from tests.models import NARROW, PLAIN, ROOT, TEMPLATE, random_base, write_run
+from tests.models import NARROW, PLAIN, ROOT, TEMPLATE, random_base, word_tokenizer, write_run
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +80,31 @@ def test_generation_settings_of_the_original_stay(
 ) -> None:
     folder = write_run(tmp_path / "base", NARROW, adapter=None, base=plain_base)
     stored = folder / "tokenizer" / "generation_config.json"
-    stored.write_text('{"eos_token_id": [2, 5], "temperature": 0.6, "do_sample": true}')
+    settings = {"eos_token_id": [2, 5], "temperature": 0.6, "do_sample": True}
+    stored.write_text(json.dumps(settings))
     out = hf.export_merged(folder, tmp_path / "out")
-    assert (out / "generation_config.json").read_bytes() == stored.read_bytes()
+    assert json.loads((out / "generation_config.json").read_text()) == settings
+
+
+def test_a_model_ends_with_every_token_that_one_of_its_files_names(tmp_path: Path) -> None:
+    """config.json, generation_config.json, the tokenizer, and the template's end of a turn."""
+    template = (
+        "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' <turn> ' }}{% endfor %}"
+    )
+    tokenizer = word_tokenizer(
+        NARROW.vocab_size - 1,
+        eos_token="w9",
+        chat_template=template,
+        extra_special_tokens=["<turn>"],
+    )
+    folder = write_run(tmp_path / "base", NARROW, adapter=None, tokenizer=tokenizer)
+    (folder / "tokenizer" / "generation_config.json").write_text('{"eos_token_id": [5, null, 99]}')
+    turn = NARROW.vocab_size - 1
+    assert load_run(folder).model.config.eos_token_ids == (2, 5, 9, turn)
+    out = hf.export_merged(folder, tmp_path / "out")
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((out / file).read_text())["eos_token_id"] == [2, 5, 9, turn]
+    assert load_run(out).model.config.eos_token_ids == (2, 5, 9, turn)
 
 
 def front_matter(folder: Path) -> tuple[dict[str, Any], str]:
