@@ -30,6 +30,7 @@ def run(home: Path, **variables: str) -> tuple[list[str], str]:
     kept = ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE")
     environment = {k: v for k, v in os.environ.items() if k not in kept}
     environment |= {"HOME": str(home), "JAX_PLATFORMS": "cpu"} | variables
+    environment["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # tests.models imports transformers
     done = subprocess.run(
         [sys.executable, "-c", RUN],
         env=environment,

@@ -146,8 +146,8 @@ IDS = jax.ShapeDtypeStruct((2, 64), jnp.int32)
         ("8.0", jnp.float32, 64, {}, "bfloat16 and float16, not float32"),
         ("8.0", jnp.bfloat16, 20, {}, "not 20"),
         ("8.0", jnp.bfloat16, 256, {}, "not 256"),
-        ("8.0", jnp.bfloat16, 64, {"slots": IDS}, "no cache"),
-        ("8.0", jnp.bfloat16, 64, {"segment_ids": IDS}, "no packed rows"),
+        ("8.0", jnp.bfloat16, 64, {"slots": IDS}, "key-value cache"),
+        ("8.0", jnp.bfloat16, 64, {"segment_ids": IDS}, "packed rows"),
     ],
 )
 def test_what_cudnn_cannot_serve(monkeypatch, capability, dtype, features, extra, reason) -> None:
