@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from irqlora_jax.data.rows import Row, check_text, read_rows, read_text
+from irqlora_jax.data.rows import Row, check_text, read_rows
+from irqlora_jax.text import read_text
 
 _COLUMNS = ("messages", "conversations")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from irqlora_jax.text import read_text
+
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 DOCUMENT_END = "<|endoftext|>"
 # ID, ID:CONFIGURATION, ID:CONFIGURATION:SPLIT or ID::SPLIT.
@@ -130,18 +132,6 @@ def _local(source: str) -> Path | None:
     return None
 
 
-def read_text(path: Path) -> str:
-    """Reads the text of a file.
-
-    Raises:
-        ValueError: not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
-
-
 def _json_rows(path: Path) -> list[Row]:
     data = _parse(read_text(path), path)
     if isinstance(data, dict) and "data" in data:
@@ -152,7 +142,6 @@ def _json_rows(path: Path) -> list[Row]:
 
 
 def _jsonl_rows(path: Path) -> list[Row]:
-    # Not splitlines(): JSON strings may contain other line separators, such as U+2028.
     lines = enumerate(read_text(path).split("\n"), 1)
     return [
         Row(f"{path}, line {number}", _parse(line, path, number))
