@@ -76,6 +76,22 @@ def test_places_in_a_csv_are_lines(write):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", '[{"text": "red"}]'),
+        ("a.jsonl", '{"text": "red"}\n'),
+        ("a.csv", "text\nred\n"),
+        ("a.tsv", "text\tinput\nred\tblue\n"),
+        ("a.txt", "red\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(write, name, content):
+    assert read_documents(write(name, "\ufeff" + content)) == ["red"]
+    (inside,) = read_documents(write(name, content.replace("red", "r\ufeffd")))
+    assert inside == "r\ufeffd"  # elsewhere it is a character
+
+
 def test_long_documents_fit_into_a_csv(write):
     path = write("a.csv", f"text\n{'red ' * 100_000}\n")
     assert len(read_documents(path)[0]) == 400_000
@@ -136,7 +152,7 @@ def test_bad_rows_are_refused(write, name, content, message):
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"red \xff\xfe")
-    with pytest.raises(ValueError, match=r"a.txt is not UTF-8 text \(byte 4\)"):
+    with pytest.raises(ValueError, match=r"a.txt, line 1 is not UTF-8 text \(byte 4\)"):
         load_examples(str(tmp_path / "a.txt"), config("text"), make_tokenizer())
 
 
