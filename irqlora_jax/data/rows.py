@@ -65,7 +65,8 @@ def read_rows(source: str, columns: Sequence[str]) -> list[Row]:
 
     Raises:
         FileNotFoundError: no such file, and no such data set on the hub.
-        ValueError: not readable, no rows, or a row without one of the columns.
+        ValueError: not readable, no rows, a name that stands twice in a row, or a row without one
+            of the columns.
     """
     path = _local(source)
     if path is None:
@@ -134,30 +135,70 @@ def _local(source: str) -> Path | None:
 
 def _json_rows(path: Path) -> list[Row]:
     data = _parse(read_text(path), path)
+    if isinstance(data, _Refused):
+        raise ValueError(f"{path} {data.reason}")
     if isinstance(data, dict) and "data" in data:
         data = data["data"]
     if not isinstance(data, list):
         raise ValueError(f'{path}: expected a list of objects, or an object with it as "data"')
-    return [Row(f"{path}, row {number}", columns) for number, columns in enumerate(data, 1)]
+    return [_json_row(f"{path}, row {number}", columns) for number, columns in enumerate(data, 1)]
 
 
 def _jsonl_rows(path: Path) -> list[Row]:
     lines = enumerate(read_text(path).split("\n"), 1)
     return [
-        Row(f"{path}, line {number}", _parse(line, path, number))
+        _json_row(f"{path}, line {number}", _parse(line, path, number))
         for number, line in lines
         if line.strip()
     ]
 
 
+class _Refused(NamedTuple):
+    """Stands in parsed JSON for a value that is refused."""
+
+    reason: str
+
+
 def _parse(text: str, path: Path, first_line: int = 1) -> Any:
+    """Parses JSON. `_json_row` raises an error for what is `_Refused` in a row."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         where = f"line {first_line + error.lineno - 1}, column {error.colno}"
         raise ValueError(f"{path} is not JSON: {error.msg} at {where}") from None
     except RecursionError:
         raise ValueError(f"{path} is not JSON of rows: nested too deep") from None
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any] | _Refused:
+    twice = _find_twice([name for name, _ in pairs])
+    return dict(pairs) if twice is None else _Refused(f"names the key {twice!r} twice")
+
+
+def _find_twice(names: Sequence[str]) -> str | None:
+    """Returns the first name that stands twice, or None."""
+    if len(set(names)) == len(names):
+        return None
+    return next(name for name in names if names.count(name) > 1)
+
+
+def _json_row(place: str, columns: Any) -> Row:
+    try:
+        _check_parsed(columns, place)
+    except RecursionError:
+        raise ValueError(f"{place} is nested too deep") from None
+    return Row(place, columns)
+
+
+def _check_parsed(value: Any, place: str, field: str = "") -> None:
+    if isinstance(value, _Refused):
+        raise ValueError(f"{place}{field} {value.reason}")
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _check_parsed(part, place, f": {name}")
+    elif isinstance(value, list):
+        for part in value:
+            _check_parsed(part, place, field)
 
 
 def _csv_rows(path: Path) -> list[Row]:
@@ -176,9 +217,9 @@ def _csv_rows(path: Path) -> list[Row]:
                 continue
             if header is None:
                 header = fields
-                twice = [name for name in header if header.count(name) > 1]
-                if twice:
-                    raise ValueError(f"{place} names the column {twice[0]!r} twice")
+                twice = _find_twice(header)
+                if twice is not None:
+                    raise ValueError(f"{place} names the column {twice!r} twice")
             elif len(fields) != len(header):
                 raise ValueError(
                     f"{place} has {len(fields)} fields: the first line names {len(header)} columns"
@@ -199,11 +240,15 @@ def _parquet_rows(path: Path) -> list[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            data = file.read().to_pylist()
+            table = file.read()
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a whole parquet file: {reason}") from None
-    return [Row(f"{path}, row {number}", columns) for number, columns in enumerate(data, 1)]
+    twice = _find_twice(table.column_names)
+    if twice is not None:
+        raise ValueError(f"{path} names the column {twice!r} twice")
+    rows = enumerate(table.to_pylist(), 1)
+    return [Row(f"{path}, row {number}", columns) for number, columns in rows]
 
 
 def _hub_rows(source: str) -> list[Row]:

@@ -140,6 +140,17 @@ def test_folders_named_like_partitions_add_no_columns(tmp_path):
         ("a.tsv", "input\toutput\na\n", "line 2 has 1 fields: the first line names 2 columns"),
         ("a.csv", 'input,output\na,b\nc,"d\n\n', "a.csv is not csv: .*, from line 3 to line"),
         ("a.csv", "input,output,input\na,b,c\n", "line 1 names the column 'input' twice"),
+        (
+            "a.jsonl",
+            '{"input": "a", "output": "b"}\n\n{"input": "a", "output": "b", "output": "c"}',
+            "a.jsonl, line 3 names the key 'output' twice",
+        ),
+        (
+            "a.json",
+            '[{"input": "a", "output": "b"},\n\n{"input": "a", "x": [{"y": 1, "y": 1}]}]',
+            "a.json, row 2: x names the key 'y' twice",
+        ),
+        ("a.json", '{"data": [], "data": []}', "a.json names the key 'data' twice"),
         ("a.parquet", "PAR1 red PAR1", "a.parquet is not a whole parquet file: "),
         ("a.parquet", "", "a.parquet is not a whole parquet file: "),
     ],
@@ -148,6 +159,13 @@ def test_bad_rows_are_refused(write, name, content, message):
     with pytest.raises(ValueError, match=message) as error:
         load_examples(write(name, content), config(), make_tokenizer())
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_two_columns_of_one_name_are_refused_in_parquet(tmp_path):
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["input", "output", "output"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet names the column 'output' twice"):
+        load_examples(str(tmp_path / "a.parquet"), config(), make_tokenizer())
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
