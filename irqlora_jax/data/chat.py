@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from irqlora_jax.data.rows import Row, check_text, read_rows
+from irqlora_jax.data.rows import CONVERSATIONS, Row, check_text, read_rows
 from irqlora_jax.text import read_text, require
 
-_COLUMNS = ("messages", "conversations")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _OTHER_TEMPLATE = "give another one as data.chat_template"
 
@@ -54,7 +53,7 @@ def read_conversations(source: str, limit: int | None = None) -> list[Conversati
 
 
 def _conversation(row: Row) -> Conversation:
-    name = next((name for name in _COLUMNS if row.columns.get(name) is not None), None)
+    name = next((name for name in CONVERSATIONS if row.columns.get(name) is not None), None)
     if name is None:
         there = ", ".join(row.columns) or "none"
         raise ValueError(

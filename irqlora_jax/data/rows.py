@@ -4,7 +4,8 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from irqlora_jax.text import read_text
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 DOCUMENT_END = "<|endoftext|>"
+CONVERSATIONS = ("messages", "conversations")
+"""Columns with a list of messages. The second one is ShareGPT's."""
 # ID, ID:CONFIGURATION, ID:CONFIGURATION:SPLIT or ID::SPLIT.
 _HUB = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[\w.-]*)(:(?P<split>[\w.-]+))?)?")
 # Errors of `datasets` that list the valid names and contain nothing secret.
@@ -92,9 +95,11 @@ def read_rows(source: str, columns: Sequence[str]) -> list[Row]:
             if name not in row.columns:
                 there = ", ".join(map(str, row.columns)) or "none"
                 wanted = ", ".join(columns)
+                is_chat = any(isinstance(row.columns.get(each), list) for each in CONVERSATIONS)
+                hint = "; it looks like data.format = 'chat'" if is_chat else ""
                 raise ValueError(
                     f"{row.place} has no column {name!r}: its columns are {there}; "
-                    f"expected are {wanted}"
+                    f"expected are {wanted}{hint}"
                 )
     return rows
 
@@ -162,7 +167,7 @@ class _Refused(NamedTuple):
 def _parse(text: str, path: Path, first_line: int = 1) -> Any:
     """Parses JSON. `_json_row` raises an error for what is `_Refused` in a row."""
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except json.JSONDecodeError as error:
         where = f"line {first_line + error.lineno - 1}, column {error.colno}"
         raise ValueError(f"{path} is not JSON: {error.msg} at {where}") from None
@@ -173,6 +178,14 @@ def _parse(text: str, path: Path, first_line: int = 1) -> Any:
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any] | _Refused:
     twice = _find_twice([name for name, _ in pairs])
     return dict(pairs) if twice is None else _Refused(f"names the key {twice!r} twice")
+
+
+def _integer(digits: str) -> int | _Refused:
+    try:
+        return int(digits)
+    except ValueError:
+        most = sys.get_int_max_str_digits()
+        return _Refused(f"= {digits[:20]}...: expected a number of at most {most} digits")
 
 
 def _find_twice(names: Sequence[str]) -> str | None:
@@ -239,16 +252,37 @@ def _parquet_rows(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # e.g. no permission: not the fault of the content
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a whole parquet file: {reason}") from None
     twice = _find_twice(table.column_names)
     if twice is not None:
         raise ValueError(f"{path} names the column {twice!r} twice")
-    rows = enumerate(table.to_pylist(), 1)
-    return [Row(f"{path}, row {number}", columns) for number, columns in rows]
+    names = table.column_names
+    columns = [_column(path, *pair) for pair in zip(names, table.columns, strict=True)]
+    return [
+        Row(f"{path}, row {number}", dict(zip(names, cells, strict=True)))
+        for number, cells in enumerate(zip(*columns, strict=True), 1)
+    ]
+
+
+def _column(path: Path, name: str, cells: Iterable[Any]) -> list[Any]:
+    """Converts a column of a pyarrow table to values of Python."""
+    values = []
+    for number, cell in enumerate(cells, 1):
+        try:
+            values.append(cell.as_py())
+        except UnicodeDecodeError as error:
+            reason = f"is not UTF-8 text (byte {error.start})"
+            raise ValueError(f"{path}, row {number}: {name} {reason}") from None
+        except (ValueError, OverflowError) as error:  # e.g. a date in the year 10000
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}, row {number}: {name} cannot be read: {reason}") from None
+    return values
 
 
 def _hub_rows(source: str) -> list[Row]:
