@@ -18,7 +18,7 @@ from irqlora_jax.data.config import DataConfig
 from irqlora_jax.quant import config as quant
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.sharding import MeshConfig
-from irqlora_jax.text import require, with_current_names
+from irqlora_jax.text import read_text, require, with_current_names
 
 Parsed = TypeVar("Parsed")
 _RENAMED = {"quant": quant.RENAMED, "adapter": adapter.RENAMED}
@@ -292,7 +292,7 @@ def _read_config(path: str) -> str:
     from jsonargparse import get_loader
 
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_text(Path(path))
         # JSON and YAML write non-finite numbers differently.
         values = json.loads(text) if path.endswith(".json") else get_loader("yaml")(text)
     except (OSError, ValueError, yaml.YAMLError):

@@ -1,6 +1,7 @@
-"""Text for users: tables, sizes and error messages about values."""
+"""Text of files; text for users: tables, sizes and error messages about values."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -17,6 +18,44 @@ def require(ok: bool, field: str, value: Any, accepted: str) -> None:
     """
     if not ok:
         raise ValueError(f"{field} = {value!r}: expected {accepted}")
+
+
+def read_text(path: Path) -> str:
+    r"""Reads the text of a file, with "\r\n" as "\n". `text.split("\n")` gives its lines.
+
+    Use no `str.splitlines()` on text of a user or a model: it also splits at "\u2028", "\x0c" and
+    other characters that may stand inside of a record.
+
+    Raises:
+        ValueError: as `decode_text`.
+        OSError: the file cannot be read.
+    """
+    return decode_text(path.read_bytes(), path).replace("\r\n", "\n")
+
+
+def decode_text(data: bytes, source: object) -> str:
+    r"""Decodes UTF-8. A byte order mark at the start is not part of the text.
+
+    Args:
+        data: the bytes.
+        source: their file, for the error message.
+
+    Raises:
+        ValueError: not UTF-8; the message names the line and the byte.
+
+    Examples:
+        >>> decode_text(b"\xef\xbb\xbfred", "a.txt")
+        'red'
+        >>> decode_text(b"red\n\xff", "a.txt")
+        Traceback (most recent call last):
+        ValueError: a.txt, line 2 is not UTF-8 text (byte 4)
+    """
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{source}, line {line} is not UTF-8 text (byte {error.start})") from None
+    return text.removeprefix("\N{BYTE ORDER MARK}")
 
 
 def with_current_names(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,20 @@ def test_a_stored_configuration_is_the_configuration(file: Path, tmp_path: Path)
     stored = tmp_path / "config.json"
     stored.write_text(json.dumps(dataclasses.asdict(config)))
     assert Config.load(stored) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", "model: m\noutput_dir: o\ntrain: {clip_norm: .inf}\n"),
+        ("a.yaml", "model: m\noutput_dir: o\ntrain: {clip_norm: .inf}\nquant: {search_steps: 3}\n"),
+        ("a.json", '{"model": "m", "output_dir": "o", "train": {"clip_norm": Infinity}}'),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    config = Config.load(tmp_path / name)
+    assert (config.model, config.train.clip_norm) == ("m", math.inf)
 
 
 @pytest.mark.parametrize(

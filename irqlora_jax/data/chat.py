@@ -1,5 +1,7 @@
 """Writes conversations with a chat template and masks the assistant's turns for the loss."""
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from irqlora_jax.data.rows import Row, check_text, read_rows, read_text
+from irqlora_jax.data.rows import CONVERSATIONS, Row, check_text, read_rows
+from irqlora_jax.text import read_text, require
 
-_COLUMNS = ("messages", "conversations")
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
 _OTHER_TEMPLATE = "give another one as data.chat_template"
 
@@ -19,6 +21,8 @@ class Conversation(NamedTuple):
 
     place: str
     messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+    """Schemas of the functions that the assistant may call, for the chat template."""
 
 
 def read_chat_template(file: str | None) -> str | None:
@@ -38,14 +42,18 @@ def read_chat_template(file: str | None) -> str | None:
 def read_conversations(source: str, limit: int | None = None) -> list[Conversation]:
     """Reads rows of "messages" (role, content) or "conversations" (from, value; ShareGPT).
 
+    A row may also have "tools", a list of objects or such a list as JSON text. A message with
+    "tool_calls" needs no content. A message may have a "weight", 1 or 0; see
+    `encode_conversations`.
+
     Raises:
-        FileNotFoundError, ValueError: as `read_rows`; a malformed message.
+        FileNotFoundError, ValueError: as `read_rows`; a malformed message or malformed tools.
     """
     return [_conversation(row) for row in read_rows(source, ())[:limit]]
 
 
 def _conversation(row: Row) -> Conversation:
-    name = next((name for name in _COLUMNS if row.columns.get(name) is not None), None)
+    name = next((name for name in CONVERSATIONS if row.columns.get(name) is not None), None)
     if name is None:
         there = ", ".join(row.columns) or "none"
         raise ValueError(
@@ -59,25 +67,48 @@ def _conversation(row: Row) -> Conversation:
     return Conversation(
         row.place,
         [_message(m, f"{row.place}, message {number}") for number, m in enumerate(messages, 1)],
+        _tools(row),
     )
+
+
+def _tools(row: Row) -> list[dict[str, Any]] | None:
+    tools = given = row.columns.get("tools")
+    if isinstance(given, str) and given.strip():
+        # Tables keep schemas with different fields as text.
+        with contextlib.suppress(ValueError, RecursionError):
+            tools = json.loads(given)
+    if tools in (None, "", []):
+        return None
+    ok = isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+    require(ok, f"{row.place}: tools", given, "a list of objects, or its JSON text")
+    return tools
 
 
 def _message(message: Any, place: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError(f"{place} is of type {type(message).__name__}: expected an object")
     role, content = ("from", "value") if "from" in message else ("role", "content")
-    for name in (role, content):
-        check_text(message.get(name), place, name)
+    check_text(message.get(role), place, role)
+    if not message.get("tool_calls") or message.get(content) is not None:
+        check_text(message.get(content), place, content)
+    weight = message.get("weight")
+    require(weight in (None, 0, 1), f"{place}: weight", weight, "0 or 1")
     # Table formats fill missing fields with null. Keep other fields: the template may read them.
     rest = {k: v for k, v in message.items() if v is not None and k not in (role, content)}
     who = message[role]
-    return {"role": _SHAREGPT.get(who, who), "content": message[content]} | rest
+    return {"role": _SHAREGPT.get(who, who), "content": message.get(content)} | rest
 
 
 def encode_conversations(
-    tokenizer: Any, conversations: Sequence[Conversation], template: str | None = None
+    tokenizer: Any,
+    conversations: Sequence[Conversation],
+    template: str | None = None,
+    *,
+    whole: bool = False,
 ) -> list[tuple[Int[np.ndarray, " seq"], Bool[np.ndarray, " seq"]]]:
-    """Tokenizes conversations as the template writes them, and marks the assistant's tokens.
+    """Tokenizes conversations as the template writes them, and marks the tokens to learn.
+
+    These are the assistant's tokens, without its messages of weight 0.
 
     A turn of the assistant starts after the prompt that the template writes for the previous
     messages, and ends where the template ends the turn. White space after an end-of-turn token is
@@ -88,9 +119,10 @@ def encode_conversations(
         tokenizer: a transformers tokenizer, with its template.
         conversations: from `read_conversations`.
         template: used instead of the tokenizer's template.
+        whole: learn everything, except for the assistant's messages of weight 0.
 
     Returns:
-        The tokens of each conversation, and a mask that is true for the assistant's tokens.
+        The tokens of each conversation, and a mask that is true for the tokens to learn.
 
     Raises:
         ValueError: there is no template; or the template's text for the first messages is not a
@@ -106,7 +138,7 @@ def encode_conversations(
             f"data.format = 'chat': {type(tokenizer).__name__} does not give the positions of its "
             "tokens; expected a tokenizer with a tokenizer.json"
         )
-    written = [_write(tokenizer, conversation, template) for conversation in conversations]
+    written = [_write(tokenizer, each, template, 0 if whole else 1) for each in conversations]
     encoded = tokenizer(
         [text for text, _ in written],
         add_special_tokens=False,
@@ -117,7 +149,7 @@ def encode_conversations(
     special = np.array(sorted(special - {tokenizer.unk_token_id}), int)  # unk ends no turn
     pairs = zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     return [
-        (np.array(tokens, int), _mask(text, turns, np.array(tokens, int), offsets, special))
+        (np.array(tokens, int), _mask(text, turns, np.array(tokens, int), offsets, special) ^ whole)
         for (text, turns), tokens, offsets in pairs
     ]
 
@@ -149,6 +181,7 @@ def render_chat(
     template: str | None,
     *,
     prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[str]:
     """Renders each conversation as text.
 
@@ -157,6 +190,7 @@ def render_chat(
         conversations: messages with role and content.
         template: used instead of the tokenizer's own template (None: the tokenizer's).
         prompt: end with the text that starts an answer of the assistant.
+        tools: schemas of functions, for the template.
 
     Raises:
         ValueError: the template is not valid Jinja, or fails for a conversation.
@@ -165,7 +199,11 @@ def render_chat(
 
     try:
         return tokenizer.apply_chat_template(
-            conversations, chat_template=template, add_generation_prompt=prompt, tokenize=False
+            conversations,
+            tools=tools,
+            chat_template=template,
+            add_generation_prompt=prompt,
+            tokenize=False,
         )
     except jinja2.TemplateSyntaxError as error:
         reason = f"{error.message} in line {error.lineno}"
@@ -198,16 +236,24 @@ def _mask(
 
 
 def _write(
-    tokenizer: Any, conversation: Conversation, template: str | None
+    tokenizer: Any, conversation: Conversation, template: str | None, weight: int
 ) -> tuple[str, list[tuple[int, int]]]:
-    """Renders a conversation; also returns the start and end of the assistant's turns in it."""
-    place, messages = conversation
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    """Renders a conversation, and finds the assistant's turns of a weight.
+
+    Returns:
+        The text, and the start and end of each of these turns in it.
+    """
+    place, messages, tools = conversation
+    answers = [
+        i
+        for i, message in enumerate(messages)
+        if message["role"] == "assistant" and message.get("weight", 1) == weight
+    ]
 
     def render(counts: list[int], prompt: bool) -> list[str]:
         try:
             parts = [messages[:count] for count in counts]
-            return render_chat(tokenizer, parts, template, prompt=prompt)
+            return render_chat(tokenizer, parts, template, prompt=prompt, tools=tools)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
 

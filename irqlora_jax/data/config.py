@@ -34,8 +34,8 @@ class DataConfig:
     (also longform): input, output. "self_instruct": prompt, completion. "flan_v2": inputs, targets.
     "chip2": text with <human>: and <bot>:. "hh_rlhf": chosen; the loss covers every turn. "oasst1":
     text with all turns, or the messages of the original trees; the loss covers every turn. "chat":
-    messages with role and content, written with the chat template; the loss covers the
-    assistant's turns. "text": plain text."""
+    messages with role and content, and optionally tools, written with the chat template; the loss
+    covers the assistant's turns, except for messages with weight 0. "text": plain text."""
     source_length: int = 384
     """Longest prompt in tokens. Longer prompts are truncated on the left."""
     target_length: int = 128

@@ -134,10 +134,8 @@ def _texts(source: str, config: DataConfig, tokenizer: Any, max_length: int | No
 def _chats(source: str, config: DataConfig, tokenizer: Any, max_length: int | None) -> list[_Draft]:
     conversations = read_conversations(source, config.max_examples)
     template = read_chat_template(config.chat_template)
-    drafts: list[_Draft] = [
-        (tokens.tolist(), [True] * len(tokens) if config.train_on_source else mask.tolist())
-        for tokens, mask in encode_conversations(tokenizer, conversations, template)
-    ]
+    encoded = encode_conversations(tokenizer, conversations, template, whole=config.train_on_source)
+    drafts: list[_Draft] = [(tokens.tolist(), mask.tolist()) for tokens, mask in encoded]
     return _cut_right(source, drafts, config, max_length)
 
 

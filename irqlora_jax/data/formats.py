@@ -144,6 +144,6 @@ def _rank(row: Row) -> float:
     value: Any = row.columns.get("rank")
     try:
         rank = math.inf if value in (None, "") else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{row.place}: rank = {value!r}: expected a number or null") from None
     return math.inf if math.isnan(rank) else rank

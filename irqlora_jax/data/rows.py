@@ -4,12 +4,17 @@ import csv
 import io
 import json
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from irqlora_jax.text import read_text
+
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 DOCUMENT_END = "<|endoftext|>"
+CONVERSATIONS = ("messages", "conversations")
+"""Columns with a list of messages. The second one is ShareGPT's."""
 # ID, ID:CONFIGURATION, ID:CONFIGURATION:SPLIT or ID::SPLIT.
 _HUB = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[\w.-]*)(:(?P<split>[\w.-]+))?)?")
 # Errors of `datasets` that list the valid names and contain nothing secret.
@@ -63,7 +68,8 @@ def read_rows(source: str, columns: Sequence[str]) -> list[Row]:
 
     Raises:
         FileNotFoundError: no such file, and no such data set on the hub.
-        ValueError: not readable, no rows, or a row without one of the columns.
+        ValueError: not readable, no rows, a name that stands twice in a row, or a row without one
+            of the columns.
     """
     path = _local(source)
     if path is None:
@@ -89,9 +95,11 @@ def read_rows(source: str, columns: Sequence[str]) -> list[Row]:
             if name not in row.columns:
                 there = ", ".join(map(str, row.columns)) or "none"
                 wanted = ", ".join(columns)
+                is_chat = any(isinstance(row.columns.get(each), list) for each in CONVERSATIONS)
+                hint = "; it looks like data.format = 'chat'" if is_chat else ""
                 raise ValueError(
                     f"{row.place} has no column {name!r}: its columns are {there}; "
-                    f"expected are {wanted}"
+                    f"expected are {wanted}{hint}"
                 )
     return rows
 
@@ -130,45 +138,80 @@ def _local(source: str) -> Path | None:
     return None
 
 
-def read_text(path: Path) -> str:
-    """Reads the text of a file.
-
-    Raises:
-        ValueError: not UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
-
-
 def _json_rows(path: Path) -> list[Row]:
     data = _parse(read_text(path), path)
+    if isinstance(data, _Refused):
+        raise ValueError(f"{path} {data.reason}")
     if isinstance(data, dict) and "data" in data:
         data = data["data"]
     if not isinstance(data, list):
         raise ValueError(f'{path}: expected a list of objects, or an object with it as "data"')
-    return [Row(f"{path}, row {number}", columns) for number, columns in enumerate(data, 1)]
+    return [_json_row(f"{path}, row {number}", columns) for number, columns in enumerate(data, 1)]
 
 
 def _jsonl_rows(path: Path) -> list[Row]:
-    # Not splitlines(): JSON strings may contain other line separators, such as U+2028.
     lines = enumerate(read_text(path).split("\n"), 1)
     return [
-        Row(f"{path}, line {number}", _parse(line, path, number))
+        _json_row(f"{path}, line {number}", _parse(line, path, number))
         for number, line in lines
         if line.strip()
     ]
 
 
+class _Refused(NamedTuple):
+    """Stands in parsed JSON for a value that is refused."""
+
+    reason: str
+
+
 def _parse(text: str, path: Path, first_line: int = 1) -> Any:
+    """Parses JSON. `_json_row` raises an error for what is `_Refused` in a row."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except json.JSONDecodeError as error:
         where = f"line {first_line + error.lineno - 1}, column {error.colno}"
         raise ValueError(f"{path} is not JSON: {error.msg} at {where}") from None
     except RecursionError:
         raise ValueError(f"{path} is not JSON of rows: nested too deep") from None
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any] | _Refused:
+    twice = _find_twice([name for name, _ in pairs])
+    return dict(pairs) if twice is None else _Refused(f"names the key {twice!r} twice")
+
+
+def _integer(digits: str) -> int | _Refused:
+    try:
+        return int(digits)
+    except ValueError:
+        most = sys.get_int_max_str_digits()
+        return _Refused(f"= {digits[:20]}...: expected a number of at most {most} digits")
+
+
+def _find_twice(names: Sequence[str]) -> str | None:
+    """Returns the first name that stands twice, or None."""
+    if len(set(names)) == len(names):
+        return None
+    return next(name for name in names if names.count(name) > 1)
+
+
+def _json_row(place: str, columns: Any) -> Row:
+    try:
+        _check_parsed(columns, place)
+    except RecursionError:
+        raise ValueError(f"{place} is nested too deep") from None
+    return Row(place, columns)
+
+
+def _check_parsed(value: Any, place: str, field: str = "") -> None:
+    if isinstance(value, _Refused):
+        raise ValueError(f"{place}{field} {value.reason}")
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _check_parsed(part, place, f": {name}")
+    elif isinstance(value, list):
+        for part in value:
+            _check_parsed(part, place, field)
 
 
 def _csv_rows(path: Path) -> list[Row]:
@@ -187,9 +230,9 @@ def _csv_rows(path: Path) -> list[Row]:
                 continue
             if header is None:
                 header = fields
-                twice = [name for name in header if header.count(name) > 1]
-                if twice:
-                    raise ValueError(f"{place} names the column {twice[0]!r} twice")
+                twice = _find_twice(header)
+                if twice is not None:
+                    raise ValueError(f"{place} names the column {twice!r} twice")
             elif len(fields) != len(header):
                 raise ValueError(
                     f"{place} has {len(fields)} fields: the first line names {len(header)} columns"
@@ -209,12 +252,37 @@ def _parquet_rows(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            data = file.read().to_pylist()
-    except pyarrow.ArrowException as error:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read()
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # e.g. no permission: not the fault of the content
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a whole parquet file: {reason}") from None
-    return [Row(f"{path}, row {number}", columns) for number, columns in enumerate(data, 1)]
+    twice = _find_twice(table.column_names)
+    if twice is not None:
+        raise ValueError(f"{path} names the column {twice!r} twice")
+    names = table.column_names
+    columns = [_column(path, *pair) for pair in zip(names, table.columns, strict=True)]
+    return [
+        Row(f"{path}, row {number}", dict(zip(names, cells, strict=True)))
+        for number, cells in enumerate(zip(*columns, strict=True), 1)
+    ]
+
+
+def _column(path: Path, name: str, cells: Iterable[Any]) -> list[Any]:
+    """Converts a column of a pyarrow table to values of Python."""
+    values = []
+    for number, cell in enumerate(cells, 1):
+        try:
+            values.append(cell.as_py())
+        except UnicodeDecodeError as error:
+            reason = f"is not UTF-8 text (byte {error.start})"
+            raise ValueError(f"{path}, row {number}: {name} {reason}") from None
+        except (ValueError, OverflowError) as error:  # e.g. a date in the year 10000
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}, row {number}: {name} cannot be read: {reason}") from None
+    return values
 
 
 def _hub_rows(source: str) -> list[Row]:

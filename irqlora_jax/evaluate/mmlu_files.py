@@ -7,6 +7,8 @@ import io
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from irqlora_jax.text import decode_text
+
 LETTERS = "ABCD"
 CATEGORIES = {
     "STEM": ("physics", "chemistry", "biology", "computer science", "math", "engineering"),
@@ -104,10 +106,9 @@ def read_subject(folder: Path, name: str, split: str, shots: int, limit: int | N
 
 
 def _read_rows(path: Path, data: bytes) -> list[list[str]]:
+    text = io.StringIO(decode_text(data, path), newline="")
     try:
-        rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
+        rows = list(csv.reader(text, strict=True))
     except csv.Error as error:
         raise ValueError(f"{path} is not CSV: {error}") from None
     rows = [row for row in rows if row]

@@ -17,6 +17,7 @@ from irqlora_jax.evaluate.results import write_error
 from irqlora_jax.generate.conversation import Style, decode_stream, encode_turns
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.runs.load import Run
+from irqlora_jax.text import read_text
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file has no prompts, or a row has no prompt.
+        ValueError: the file has no prompts or is not UTF-8, or a row has no prompt.
     """
     file = Path(path)
     if not file.is_file():
@@ -56,11 +57,7 @@ def read_prompts(path: str, limit: int | None = None) -> list[Prompt]:
     if file.suffix not in (".txt", ".jsonl", ".json"):
         raise ValueError(f"prompts = '{path}': expected a .txt, .jsonl or .json file")
     if file.suffix == ".txt":
-        try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text (byte {error.start})") from None
-        prompts = [Prompt(line) for line in lines if line.strip()]
+        prompts = [Prompt(line) for line in read_text(file).split("\n") if line.strip()]
     else:
         prompts = []
         for row in read_rows(path, ()):

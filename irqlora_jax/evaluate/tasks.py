@@ -21,7 +21,7 @@ from irqlora_jax.generate.conversation import Style, decode_stream, encode_turns
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.messages import shows_messages
 from irqlora_jax.runs.load import Run, load_run, read_checkpoint
-from irqlora_jax.text import aligned
+from irqlora_jax.text import aligned, read_text
 
 logger = logging.getLogger(__name__)
 _TASKS = ("mmlu", "factworld", "questions", "perplexity", "generate")
@@ -310,14 +310,10 @@ def _questions(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
 
 def _perplexity(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
     assert asked.text is not None
-    try:
-        text = Path(asked.text).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{asked.text} is not UTF-8 text (byte {error.start})") from None
     scores = score_text(
         run.model,
         run.variables,
-        text,
+        read_text(Path(asked.text)),
         run.tokenizer,
         window=asked.window or None,
         stride=asked.stride or None,

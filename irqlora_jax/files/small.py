@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from irqlora_jax.text import read_text
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes a small file atomically: completely or not at all."""
@@ -19,12 +21,14 @@ def read_json(file: Path) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not valid JSON, or not an object.
+        ValueError: not UTF-8, not valid JSON, or not an object.
     """
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        text = read_text(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"{file.parent}: no {file.name}") from None
+    try:
+        values = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from error
     if not isinstance(values, dict):

@@ -141,7 +141,7 @@ def _read_rows(file: Path) -> list[dict[str, Any]]:
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Reads the complete lines that have a step, sorted by step."""
-    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     rows = []
     for line in lines:
         try:

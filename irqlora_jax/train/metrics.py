@@ -155,11 +155,11 @@ class MetricsLog:
         self.evaluations: list[tuple[int, float]] = []
         self._sinks: list[Sink] = []
         if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            # The last line may be incomplete.
-            rows = [(line, json.loads(line)) for line in lines if line.endswith("\n")]
+            # The last line is empty or incomplete; it may even end inside of a character.
+            *lines, _ = self._path.read_bytes().split(b"\n")
+            rows = [(line, json.loads(line)) for line in lines]
             kept = [(line, row) for line, row in rows if row["step"] <= step]
-            write_text(self._path, "".join(line for line, _ in kept))
+            write_text(self._path, "".join(f"{line.decode()}\n" for line, _ in kept))
             self.evaluations = [(r["step"], r["eval_loss"]) for _, r in kept if "eval_loss" in r]
         if config is not None and config.log.tensorboard:
             self._add("TensorBoard", lambda: TensorBoard(folder, step))

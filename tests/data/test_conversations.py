@@ -163,6 +163,59 @@ def test_extra_fields_of_a_message_reach_the_template(tmp_path):
     assert tokenizer.decode(example.tokens) == "blue cat<|im_end|>"
 
 
+TOOLS = [{"type": "function", "function": {"name": "color", "parameters": {"of": None}}}]
+CALLS = (  # tools in front, and calls of them
+    "{% if tools %}{{ tools | tojson + '\n' }}{% endif %}{% for m in messages %}"
+    "{{ m.role + ':' }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% else %}"
+    "{{ m.content }}{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), None, [], ""])
+def test_the_tools_of_a_row_reach_the_template(tmp_path, tools):
+    tokenizer = chat_tokenizer(chat=CALLS)
+    rows = [{"messages": TALK, "tools": tools}, {"messages": TALK}]
+    one, other = load_examples(write_file(tmp_path, "a.json", rows), config("chat"), tokenizer)
+    wanted = tokenizer.apply_chat_template(TALK, tools=TOOLS if tools else None)["input_ids"]
+    assert one.tokens.tolist() == wanted
+    assert other.tokens.tolist() == tokenizer.apply_chat_template(TALK)["input_ids"]
+    assert learned(one, tokenizer) == learned(other, tokenizer) == "sat on<|im_end|>mat<|im_end|>"
+
+
+@pytest.mark.parametrize("tools", ["color", "{}", {"name": "color"}, ["color"], 3])
+def test_tools_that_are_no_list_of_objects_are_refused(tmp_path, tools):
+    path = write_file(tmp_path, "a.jsonl", [{"messages": TALK}, {"messages": TALK, "tools": tools}])
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: tools = .*: expected a list of obj"):
+        load_examples(path, config("chat"), chat_tokenizer(chat=CALLS))
+
+
+def test_a_call_of_a_tool_needs_no_content_and_is_learned(tmp_path):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "color"}}]}
+    tokenizer = chat_tokenizer(chat=CALLS)
+    for message in (call, call | {"content": None}):
+        talk = [{"role": "user", "content": "the cat"}, message]
+        (example,) = load(tmp_path, [talk], tokenizer)
+        assert learned(example, tokenizer) == "color<|im_end|>"
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_messages_of_weight_0_are_not_learned(tmp_path, name):
+    tokenizer = chat_tokenizer(chat=unmarked(TEMPLATES[name]))
+
+    def find(one, two, **settings):
+        talk = [TALK[0], TALK[1] | one, TALK[2], TALK[3] | two]
+        return load(tmp_path, [talk], tokenizer, **settings)[0]
+
+    both, former, latter = find({}, {"weight": 1}), find({}, {"weight": 0}), find({"weight": 0}, {})
+    assert former.tokens.tolist() == latter.tokens.tolist() == both.tokens.tolist()
+    assert "sat" in learned(former, tokenizer) and "mat" in learned(latter, tokenizer)
+    assert not (former.targets & latter.targets).any()
+    assert (former.targets | latter.targets).tolist() == both.targets.tolist()
+    rest = find({}, {"weight": 0.0}, train_on_source=True)
+    assert rest.targets[1:].tolist() == (~latter.targets[1:]).tolist()
+
+
 def test_a_template_in_a_file_replaces_the_tokenizers(tmp_path):
     (tmp_path / "chat.jinja").write_text(LLAMA3)
     own = chat_tokenizer(chat=CHATML)
@@ -220,6 +273,11 @@ def test_templates_that_change_earlier_turns_are_refused(tmp_path, what):
         (CHATML, [{"role": "user"}], "row 1, message 1: content = None: expected text"),
         (CHATML, [*TALK, {"content": "x"}], "row 1, message 5: role = None: expected text"),
         (CHATML, [{"from": "gpt", "value": 3}], "row 1, message 1: value = 3: expected text"),
+        (CHATML, [TALK[0], TALK[1] | {"weight": 2}], "row 1, message 2: weight = 2: expected 0 or"),
+        (CHATML, [TALK[0], TALK[1] | {"weight": "0"}], "message 2: weight = '0': expected 0 or 1"),
+        (CHATML, [{"role": "assistant", "content": 3, "tool_calls": [{}]}], "content = 3: expect"),
+        (CHATML, [{"role": "assistant", "tool_calls": []}], "1: content = None: expected text"),
+        (CHATML, [TALK[0], TALK[1] | {"weight": 0}], "none of its 1 rows has a token to learn"),
         (CHATML, messages("hi"), "none of its 1 rows has a token to learn"),
     ],
 )

@@ -6,6 +6,7 @@ import sys
 import traceback
 
 import datasets
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -76,6 +77,22 @@ def test_places_in_a_csv_are_lines(write):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", '[{"text": "red"}]'),
+        ("a.jsonl", '{"text": "red"}\n'),
+        ("a.csv", "text\nred\n"),
+        ("a.tsv", "text\tinput\nred\tblue\n"),
+        ("a.txt", "red\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_text(write, name, content):
+    assert read_documents(write(name, "\ufeff" + content)) == ["red"]
+    (inside,) = read_documents(write(name, content.replace("red", "r\ufeffd")))
+    assert inside == "r\ufeffd"  # elsewhere it is a character
+
+
 def test_long_documents_fit_into_a_csv(write):
     path = write("a.csv", f"text\n{'red ' * 100_000}\n")
     assert len(read_documents(path)[0]) == 400_000
@@ -124,6 +141,27 @@ def test_folders_named_like_partitions_add_no_columns(tmp_path):
         ("a.tsv", "input\toutput\na\n", "line 2 has 1 fields: the first line names 2 columns"),
         ("a.csv", 'input,output\na,b\nc,"d\n\n', "a.csv is not csv: .*, from line 3 to line"),
         ("a.csv", "input,output,input\na,b,c\n", "line 1 names the column 'input' twice"),
+        (
+            "a.jsonl",
+            '{"input": "a", "output": "b"}\n\n{"input": "a", "output": "b", "output": "c"}',
+            "a.jsonl, line 3 names the key 'output' twice",
+        ),
+        (
+            "a.json",
+            '[{"input": "a", "output": "b"},\n\n{"input": "a", "x": [{"y": 1, "y": 1}]}]',
+            "a.json, row 2: x names the key 'y' twice",
+        ),
+        ("a.json", '{"data": [], "data": []}', "a.json names the key 'data' twice"),
+        (
+            "a.jsonl",
+            '{"input": "a", "output": "b", "id": 1}\n{"input": "a", "x": [0, 1' + "0" * 9999 + "]}",
+            r"a.jsonl, line 2: x = 10+\.\.\.: expected a number of at most 4300 digits",
+        ),
+        (
+            "a.json",
+            '[{"input": "a", "output": "b"}, {"id": {"x": -1' + "0" * 9999 + "}}]",
+            r"a.json, row 2: x = -10+\.\.\.: expected a number of at most 4300 digits",
+        ),
         ("a.parquet", "PAR1 red PAR1", "a.parquet is not a whole parquet file: "),
         ("a.parquet", "", "a.parquet is not a whole parquet file: "),
     ],
@@ -134,10 +172,66 @@ def test_bad_rows_are_refused(write, name, content, message):
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"red \xff\xfe")
-    with pytest.raises(ValueError, match=r"a.txt is not UTF-8 text \(byte 4\)"):
-        load_examples(str(tmp_path / "a.txt"), config("text"), make_tokenizer())
+def test_two_columns_of_one_name_are_refused_in_parquet(tmp_path):
+    table = pyarrow.table([["a"], ["b"], ["c"]], names=["input", "output", "output"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet names the column 'output' twice"):
+        load_examples(str(tmp_path / "a.parquet"), config(), make_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.tsv"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_bytes_that_are_no_text_are_refused(tmp_path, name, mark):
+    (tmp_path / name).write_bytes(mark + b"text\nred \xff\xfe")
+    message = rf"{name}, line 2 is not UTF-8 text \(byte {len(mark) + 9}\)"
+    with pytest.raises(ValueError, match=message):
+        load_examples(str(tmp_path / name), config("text"), make_tokenizer())
+
+
+def damaged_text(offsets, data):
+    buffers = [None, pyarrow.py_buffer(np.array(offsets, np.int32)), pyarrow.py_buffer(data)]
+    return pyarrow.Array.from_buffers(pyarrow.string(), len(offsets) - 1, buffers)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (damaged_text([0, 1, 3], b"ab\xff"), r"row 2: x is not UTF-8 text \(byte 1\)"),
+        (pyarrow.array([0, 2**60], pyarrow.timestamp("ms")), "row 2: x cannot be read: "),
+        (
+            pyarrow.StructArray.from_arrays([pyarrow.array([1, 2])] * 2, names=["y", "y"]),
+            "row 1: x cannot be read: .* duplicate field names",
+        ),
+    ],
+)
+def test_values_of_parquet_that_python_cannot_hold_are_refused(tmp_path, column, message):
+    table = pyarrow.table({"text": ["red", "blue"], "x": column})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=rf"a.parquet, {message}") as error:
+        read_documents(str(tmp_path / "a.parquet"))
+    assert "\n" not in str(error.value)
+
+
+def test_damaged_parquet_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["red"] * 9}), path)
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        try:
+            read_documents(str(path))
+        except ValueError as error:
+            refused += 1
+            assert "a.parquet" in str(error) and "\n" not in str(error)
+    assert refused > 9
+
+
+@pytest.mark.parametrize("format", ["alpaca", "flan_v2", "chip2", "hh_rlhf", "oasst1", "text"])
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_conversations_in_another_format_are_recognized(write, format, column):
+    path = write("a.jsonl", [{column: [{"role": "user", "content": "hi"}]}])
+    with pytest.raises(ValueError, match=r"line 1 has no column .*looks like data.format = 'chat'"):
+        load_examples(path, config(format), make_tokenizer())
 
 
 @pytest.mark.parametrize("name", ["nothing.json", "/no/such/file", "a/b/c", "./x", "a b"])

@@ -20,8 +20,11 @@ from irqlora_jax.evaluate import (
     score_text,
 )
 from irqlora_jax.evaluate import choices as choices_module
+from irqlora_jax.evaluate import tasks as tasks_module
 from irqlora_jax.evaluate.perplexity import nll, text_windows
+from irqlora_jax.evaluate.tasks import EvalConfig, evaluate_run
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.runs.load import Run
 from tests.models import TINY, tiny_llama, word_tokenizer
 
 MODEL = Llama(TINY)
@@ -112,6 +115,25 @@ def test_perplexity_is_that_of_a_loop_over_tokens(variables, log_probs, settings
     text = " ".join(f"w{i}" for i in ids)
     value = perplexity(MODEL, variables, text, TOKENIZER, **settings)
     assert value == pytest.approx(math.exp(-np.mean(logs)), rel=1e-5)
+
+
+def test_a_byte_order_mark_and_the_kind_of_line_end_do_not_change_the_perplexity(
+    variables, monkeypatch, tmp_path
+):
+    run = Run(tmp_path, None, MODEL, variables, TOKENIZER, None)
+    monkeypatch.setattr(tasks_module, "load_run", lambda *_, **__: run)
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for name, data in {
+        "plain": b"w3 w4\nw5 w6",
+        "marked": b"\xef\xbb\xbfw3 w4\nw5 w6",
+        "windows": b"w3 w4\r\nw5 w6",
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        text = str(tmp_path / name)
+        asked = EvalConfig("model", "perplexity", text=text, progress=False)
+        found.append(evaluate_run(asked)["perplexity"])
+    assert found[0] == found[1] == found[2]
 
 
 def test_the_scores_of_a_text_are_consistent(variables):

@@ -303,7 +303,7 @@ def spoil(folder, what):
         ),
         ("answer", r"anatomy_test.csv, row 2: answer = 'E': expected A, B, C or D"),
         ("empty", "anatomy_test.csv has no rows"),
-        ("bytes", r"anatomy_test.csv is not UTF-8 text \(byte 4\)"),
+        ("bytes", r"anatomy_test.csv, line 1 is not UTF-8 text \(byte 4\)"),
         ("quotes", "anatomy_test.csv is not CSV"),
         ("no dev", "anatomy_dev.csv: no such file"),
         ("short dev", "shots = 5: .*anatomy_dev.csv has 1 examples"),
@@ -316,6 +316,14 @@ def test_bad_files_are_refused(variables, folder, what, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         mmlu(MODEL, variables, TOKENIZERS["single"], folder)
     assert "\n" not in str(error.value)
+
+
+def test_questions_may_hold_line_separators_and_a_file_a_byte_order_mark(tmp_path):
+    row = ["What\u2028is\x85this?", "one\x0c", "two\x1c", "three\r\n", "four", "C"]
+    (tmp_path / "test").mkdir()
+    with (tmp_path / "test" / "anatomy_test.csv").open("w", encoding="utf-8-sig", newline="") as f:
+        csv.writer(f).writerow(row)
+    assert read_subject(tmp_path, "anatomy", "test", 0, None).rows == [row]
 
 
 def test_bad_arguments_are_refused(variables, folder):

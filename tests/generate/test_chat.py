@@ -313,6 +313,13 @@ def test_checkpoints_as_people_write_them():
     assert asked.checkpoint == 100 and asked.baseline
 
 
+def test_a_prompt_is_a_line_of_a_text_file_with_any_characters(tmp_path):
+    lines = [f"one{c}two" for c in "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"]
+    for end in ("\n", "\r\n"):
+        (tmp_path / "p.txt").write_bytes(end.join(lines).encode())
+        assert [prompt.text for prompt in read_prompts(str(tmp_path / "p.txt"))] == lines
+
+
 def test_prompts_are_read(tmp_path):
     text, rows = tmp_path / "p.txt", tmp_path / "p.jsonl"
     text.write_text("one\n\n two\n")

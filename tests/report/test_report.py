@@ -20,7 +20,7 @@ from irqlora_jax.evaluate.mmlu_files import SUBCATEGORIES
 from irqlora_jax.report import svg, write
 from irqlora_jax.report.markup import tag
 from irqlora_jax.report.page import page
-from irqlora_jax.report.run_data import metric_curve, read_run_data
+from irqlora_jax.report.run_data import metric_curve, read_metrics, read_run_data
 from irqlora_jax.report.scored import wilson
 from irqlora_jax.sharding import LINEAR_NAMES
 from tests.models import NARROW, PLAIN, random_base
@@ -387,6 +387,13 @@ def test_missing_numbers_are_gaps(run: Path) -> None:
     assert len(lines) == 2
     for word in ("nan", "inf", "None"):
         assert word not in " ".join(p.get("d", "") for p in root.iter(f"{SVG}path"))
+
+
+def test_a_sample_may_hold_line_separators(tmp_path: Path) -> None:
+    rows = [{"step": 1, "samples": [{"prompt": "a\u2028b", "answer": "c\x85d\x0ce"}]}]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(rows[0], ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_metrics(path) == rows
 
 
 def test_long_runs_are_averaged() -> None:

@@ -39,6 +39,23 @@ def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
     ]
 
 
+SEPARATORS = "\u2028 \u2029 \x85 \x0b \x0c \x1c \x1d \x1e \r \r\n \n"
+
+
+def test_any_sample_survives_a_resume(tmp_path: Path) -> None:
+    samples = [{"prompt": f"one{SEPARATORS}", "answer": f"{SEPARATORS}two"}]
+    with MetricsLog(tmp_path, 0) as log:
+        log.write(1, {"eval_loss": 2.0, "samples": samples})
+        log.write(2, {"loss": 1.0})
+    path = tmp_path / "metrics.jsonl"
+    with path.open("ab") as file:
+        file.write('{"step": 2, "answer": "Rö'.encode()[:-1])  # the crash came inside of a letter
+    with MetricsLog(tmp_path, 1) as log:
+        assert log.evaluations == [(1, 2.0)]
+    (line, _) = path.read_bytes().split(b"\n")
+    assert json.loads(line) == {"step": 1, "eval_loss": 2.0, "samples": samples}
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 0)
     (tmp_path / "metrics.jsonl").mkdir()
