@@ -174,7 +174,7 @@ def _finetune(
                 return dataclasses.replace(finished, best=checkpoints.best())
         if resume_from is not None:
             checkpoints.drop_after(first)
-        if stored != config:
+        if stored not in (None, config):
             save_config(folder, config)
         save_environment(folder, job.mesh)
         if first > 0:
