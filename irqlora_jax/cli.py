@@ -24,7 +24,7 @@ def _finetune_or_plan(options: Any) -> None:
     if options.plan is False:
         from irqlora_jax.train.finetune import run
 
-        run(config)
+        run(config, resume_from=options.resume_from)
         return
     from irqlora_jax.plan.measure import prepare
     from irqlora_jax.plan.plan import plan

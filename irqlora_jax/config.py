@@ -211,6 +211,9 @@ class TrainOptions(Config):
     """Only check whether the run fits into memory, and if not, what would fit: `--plan` for this
     device, `--plan NAME` for another (t4, 4090, l4, a6000, a100-40, a100-80, h100, h200, ...). The
     training step is compiled from shapes: no weights are read, and nothing is written."""
+    resume_from: int | None = None
+    """Go on from the checkpoint of this step, not from the newest one. Checkpoints and metrics of
+    later steps are deleted."""
 
     def config(self) -> Config:
         """The configuration of the run."""

@@ -89,6 +89,11 @@ def load_tokenizer(source: str | Path) -> Any:
         if not (folder / "tokenizer.json").is_file():
             hint = " (a tokenizer.model needs the package sentencepiece)"
         reason = " ".join(str(error).split())
+        for file in sorted(folder.glob("*token*.json")):
+            try:
+                read_json(file)
+            except ValueError as damage:  # it names the file, the reason does not
+                reason = str(damage)
         raise ValueError(f"{folder}: the tokenizer cannot be read{hint}: {reason}") from error
 
 

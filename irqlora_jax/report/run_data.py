@@ -15,8 +15,10 @@ from irqlora_jax.config import Config
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.folder import BASE_FILE, SURVEY_FILE
+from irqlora_jax.runs.load import read_results
 from irqlora_jax.runs.state import init_state, make_optimizer
 from irqlora_jax.sharding import device_bytes
+from irqlora_jax.text import first_few
 
 ENVIRONMENT_FILE = "environment.json"
 Piece = TypeVar("Piece")
@@ -104,6 +106,7 @@ def read_run_data(folder: Path) -> RunData:
     evaluations = {
         file.stem: attempt(file.name, _read_dict) for file in sorted(folder.glob("eval-*.json"))
     }
+    attempt("metrics.jsonl", _check_metrics)
     return RunData(
         name=folder.resolve().name,
         source=attempt(BASE_FILE, read_source) or (settings or {}).get("model"),
@@ -112,9 +115,9 @@ def read_run_data(folder: Path) -> RunData:
         llama=llama,
         storage=attempt(BASE_FILE, lambda file: measure_base(base_shapes(file)[0])),
         trained=trained,
-        survey=attempt(SURVEY_FILE, _read_dict),
+        survey=attempt(SURVEY_FILE, _read_survey),
         metrics=attempt("metrics.jsonl", read_metrics) or [],
-        results=attempt("results.json", _read_rows) or [],
+        results=attempt("results.json", read_results) or [],
         evaluations={name: one for name, one in evaluations.items() if one is not None},
         environment=attempt(ENVIRONMENT_FILE, _read_dict),
         problems=problems,
@@ -132,10 +135,13 @@ def _read_dict(file: Path) -> dict[str, Any]:
     return found
 
 
-def _read_rows(file: Path) -> list[dict[str, Any]]:
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
-        raise ValueError("not a list of JSON objects")
+def _read_survey(file: Path) -> dict[str, Any]:
+    found = _read_dict(file)
+    needed = {"mean_entropy", "entropy", "error", "codes"}
+    kinds = [found.get("plain"), found.get("calibrated", found.get("plain"))]
+    ok = all(isinstance(kind, dict) and needed <= kind.keys() for kind in kinds)
+    if not ok or not {"format", "weights", "sampled"} <= found.keys():
+        raise ValueError("not the statistics of a quantization")
     return found
 
 
@@ -144,13 +150,27 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     rows = []
     for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:  # an interrupted run may leave an incomplete last line
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        row = _metrics_row(line)
+        if row is not None:
             rows.append(row)
     return sorted(rows, key=lambda row: row["step"])
+
+
+def _metrics_row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _check_metrics(file: Path) -> None:
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    if lines[-1].startswith("{"):  # an interrupted run may leave an incomplete last line
+        lines.pop()
+    damaged = [str(i) for i, line in enumerate(lines, 1) if line and _metrics_row(line) is None]
+    if damaged:
+        raise ValueError(f"damaged lines {first_few(damaged)}, left out")
 
 
 def metric_curve(

@@ -41,7 +41,10 @@ def report(asked: ReportConfig) -> Path:
     """
     folder = Path(asked.run)
     path = folder / REPORT_FILE if asked.output is None else Path(asked.output)
-    text = page(read_run_data(folder))
+    found = read_run_data(folder)
+    for problem in dict.fromkeys(found.problems):
+        logger.warning(f"{folder}: {problem}", extra=ON_STDOUT)
+    text = page(found)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)

@@ -1,15 +1,30 @@
-"""The checkpoints of a run: its training states by step."""
+"""The checkpoints of a run: its training states by step.
+
+orbax writes them. What we know of a state stands in orbax's `_CHECKPOINT_METADATA`: the evaluation
+loss, and a checksum of every array. Checkpoints of earlier versions have no checksums.
+"""
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+
+from irqlora_jax.files.small import read_json
+from irqlora_jax.runs.checksums import check_seal, checksums, seal
+
+_METADATA = "_CHECKPOINT_METADATA"
+_PATTERNS = "[]*?\\"  # orbax takes paths with these for patterns
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +50,18 @@ def _best(losses: Mapping[int, float]) -> int | None:
     return min(sorted(losses), key=losses.__getitem__, default=None)
 
 
+def check_path(run: Path) -> None:
+    """Checks that the checkpoints of a run will be found again.
+
+    Raises:
+        ValueError: orbax would take the path of the folder for a pattern.
+    """
+    path = run.absolute().as_posix()
+    if set(path) & set(_PATTERNS):
+        wrong = " ".join(_PATTERNS)
+        raise ValueError(f"output_dir = '{path}': expected a path without the characters {wrong}")
+
+
 class Checkpoints:
     """The training states of a run by step, each with its evaluation loss if it was evaluated.
 
@@ -51,9 +78,12 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
+        check_path(run)
         self._ocp = ocp
         self._folder = (run / "checkpoints").absolute()
         self._losses: dict[int, float] = {}
+        self._checksums: dict[int, Mapping[str, str]] = {}
+        self._damaged: dict[int, str] = {}  # steps without readable metadata, and why
         self._writing: int | None = None
         self._manager = ocp.CheckpointManager(
             self._folder,
@@ -64,9 +94,13 @@ class Checkpoints:
             ),
         )
         for step in self._manager.all_steps():
-            stored = self._manager.metadata(step).custom_metadata or {}
-            if "eval_loss" in stored:
-                self._losses[step] = stored["eval_loss"]
+            try:
+                loss, self._checksums[step] = _read_metadata(self._folder / str(step))
+            except (OSError, ValueError) as error:
+                self._damaged[step] = str(error)
+                continue
+            if loss is not None:
+                self._losses[step] = loss
 
     def __enter__(self) -> "Checkpoints":
         logging.getLogger("absl").addFilter(_is_news)
@@ -76,9 +110,10 @@ class Checkpoints:
         try:
             with self._explained(self._writing):
                 self._manager.close()
-        except OSError:
-            if kind is None or not issubclass(kind, OSError):  # else the first error is raised
+        except OSError as error:
+            if kind is None:
                 raise
+            logger.warning(str(error))  # the first error is raised
         finally:
             logging.getLogger("absl").removeFilter(_is_news)
 
@@ -94,11 +129,16 @@ class Checkpoints:
         """The evaluation loss of a checkpoint; None if it was not evaluated."""
         return self._losses.get(step)
 
-    def find(self, which: Literal["last", "best"] | int) -> int:
-        """The step of a checkpoint.
+    def losses(self) -> dict[int, float]:
+        """The evaluation losses of the checkpoints that were evaluated, by step."""
+        return dict(self._losses)
+
+    def find(self, which: Literal["last", "best"] | int, field: str = "checkpoint") -> int:
+        """The step of a checkpoint. `field` is the setting that asks for it, for messages.
 
         Raises:
             FileNotFoundError: there is none, none of this step, or none with an evaluation loss.
+            ValueError: a damaged checkpoint may be the best one.
         """
         steps = sorted(self._manager.all_steps())
         if not steps:
@@ -107,6 +147,7 @@ class Checkpoints:
             return steps[-1]
         there = ", ".join(map(str, steps))
         if which == "best":
+            self.check_losses()
             best = self.best()
             if best is None:
                 raise FileNotFoundError(
@@ -115,10 +156,30 @@ class Checkpoints:
                 )
             return best
         if which not in steps:
-            raise FileNotFoundError(
-                f"checkpoint = {which}: not in {self._folder}; there are {there}"
-            )
+            raise FileNotFoundError(f"{field} = {which}: not in {self._folder}; there are {there}")
         return which
+
+    def check_losses(self, last: int | None = None) -> None:
+        """Checks that the evaluation losses are known, up to step `last`: one of them is the best.
+
+        Raises:
+            ValueError: a checkpoint is damaged.
+        """
+        for step, reason in sorted(self._damaged.items()):
+            if last is None or step <= last:
+                raise ValueError(
+                    f"{reason}; its evaluation loss, and so the best checkpoint, is unknown; "
+                    f"expected a whole checkpoint, or no folder {self._folder / str(step)}"
+                )
+
+    def drop_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps, the newest first."""
+        for later in sorted(self._manager.all_steps(), reverse=True):
+            if later > step:
+                shutil.rmtree(self._folder / str(later))
+                for known in (self._losses, self._checksums, self._damaged):
+                    known.pop(later, None)
+        self._manager.reload()
 
     def save(self, step: int, state: Any, loss: float | None = None) -> None:
         """Writes a pytree of arrays in the background, then deletes old checkpoints.
@@ -134,7 +195,9 @@ class Checkpoints:
         self.wait()
         if loss is not None:
             self._losses[step] = loss
-        metadata = None if loss is None else {"eval_loss": loss}
+        self._checksums[step] = checksums(state)
+        metadata = {} if loss is None else {"eval_loss": loss}
+        metadata = seal({**metadata, "arrays": self._checksums[step]})
         with self._explained(step):
             self._manager.save(
                 step, args=self._ocp.args.StandardSave(state), custom_metadata=metadata
@@ -163,35 +226,132 @@ class Checkpoints:
             self._manager.reload()  # it lists the new one as saved and the old ones as deleted
             last = self.latest()
             kept = "there is no earlier one" if last is None else f"that of step {last} is intact"
+            what = "the checkpoints" if step is None else f"the checkpoint of step {step}"
             raise OSError(
-                f"{self._folder}: the checkpoint of step {step} could not be written ({reason}); "
-                f"{kept}"
+                f"{self._folder}: {what} could not be written ({reason}); {kept}"
             ) from error
 
     def restore_adapters(self, step: int, like: Any) -> Any:
         """Reads only the adapters of a state, into the structure of `like`.
 
         Raises:
-            ValueError: the stored adapters have another structure or other shapes.
+            ValueError: as `restore`.
         """
         wanted = {"adapters": jax.tree.map(_abstract, like)}
         handler = self._ocp.PyTreeCheckpointHandler()
-        arguments = self._ocp.args.PyTreeRestore(
-            wanted,
-            restore_args=self._ocp.checkpoint_utils.construct_restore_args(wanted),
-            partial_restore=True,
-        )
-        folder: Any = self._folder / str(step) / "default"
-        return handler.restore(folder, args=arguments)["adapters"]
+
+        def read(step: int) -> Any:
+            arguments = self._ocp.args.PyTreeRestore(
+                wanted,
+                restore_args=self._ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=True,
+            )
+            folder: Any = self._folder / str(step) / "default"
+            return handler.restore(folder, args=arguments)
+
+        return self._restore(step, read)["adapters"]
 
     def restore(self, step: int, like: Any) -> Any:
         """Reads a state into the structure of `like` (arrays or their shapes).
 
         Raises:
-            ValueError: the stored state has another structure or other shapes.
+            ValueError: the checkpoint is damaged, or has another structure or other shapes; the
+                message names the newest whole one.
         """
         abstract = jax.tree.map(_abstract, like)
-        return self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
+
+        def read(step: int) -> Any:
+            return self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
+
+        return self._restore(step, read)
+
+    def _restore(self, step: int, read: Callable[[int], Any]) -> Any:
+        try:
+            return self._read(step, read)
+        except ValueError as error:
+            whole = next(
+                (other for other in self._others(step) if self._is_whole(other, read)), None
+            )
+            advice = "no other checkpoint can be read"
+            if whole is not None:
+                advice = (
+                    f"the newest whole checkpoint is of step {whole}: train --resume_from {whole} "
+                    f"goes on from it, --checkpoint {whole} uses it"
+                )
+            raise ValueError(f"{error}; {advice}") from error
+
+    def _others(self, step: int) -> Iterator[int]:
+        return (s for s in sorted(self._manager.all_steps(), reverse=True) if s != step)
+
+    def _is_whole(self, step: int, read: Callable[[int], Any]) -> bool:
+        try:
+            self._read(step, read)
+        except ValueError:
+            return False
+        return True
+
+    def _read(self, step: int, read: Callable[[int], Any]) -> Any:
+        """Reads a checkpoint and compares its checksums.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        if step in self._damaged:
+            raise ValueError(self._damaged[step])
+        folder = self._folder / str(step)
+        state, reason = _attempt(lambda: read(step))
+        if reason is not None:
+            raise ValueError(f"{folder}: cannot be read ({reason})")
+        stored = self._checksums[step]
+        for name, found in checksums(state).items():
+            if stored.get(name, found) != found:
+                raise ValueError(f"{folder}: {name} is damaged (its checksum does not match)")
+        return state
+
+
+def _read_metadata(folder: Path) -> tuple[float | None, Mapping[str, str]]:
+    """Reads the evaluation loss of a checkpoint, if any, and the checksums of its arrays.
+
+    Raises:
+        OSError, ValueError: there is no metadata, or it is damaged; the message names the file.
+    """
+    file = folder / _METADATA
+    stored = read_json(file).get("custom_metadata")
+    try:
+        if not isinstance(stored, dict):
+            raise ValueError("no custom_metadata")
+        values = check_seal(stored)
+        loss, arrays = values.get("eval_loss"), values.get("arrays", {})
+        if not isinstance(loss, float | None) or not isinstance(arrays, dict):
+            raise ValueError("values of other types")
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error})") from error
+    return loss, arrays
+
+
+def _attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:
+    """Returns what `read` returns, or else why it fails.
+
+    When reading fails, orbax leaves coroutines behind, and Python prints their tracebacks when it
+    discards them. So they are discarded here, without a word.
+    """
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        try:
+            return read(), None
+        except Exception as error:  # orbax and tensorstore raise many types
+            reason = _short_reason(error)
+        time.sleep(0.1)  # threads of orbax end
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
+    return None, reason
+
+
+def _short_reason(error: Exception) -> str:
+    """The reason if it is short: tensorstore writes many lines with its settings and sources."""
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    return text if len(text) <= 100 else "damaged, or of another structure"
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:

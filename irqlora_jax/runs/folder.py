@@ -10,6 +10,7 @@
     RUN/environment.json   device and versions of the most recent start or resume
     RUN/results.json       the scores
     RUN/report.html        a page that shows all of this
+    RUN/train.lock         only while a process trains there
 
 Files are written under a temporary name and renamed when complete; metrics.jsonl is appended to.
 """
@@ -28,13 +29,20 @@ import numpy as np
 
 from irqlora_jax.config import Config
 from irqlora_jax.data import Example
-from irqlora_jax.files.small import write_text
+from irqlora_jax.files.small import read_json, write_text
+from irqlora_jax.runs.checkpoints import check_path
+from irqlora_jax.runs.lock import LOCK_FILE
 
 BASE_FILE, TOKENIZER, GENERATION = "base.safetensors", "tokenizer", "generation_config.json"
 SURVEY_FILE = "quantization.json"
-_DATA = "data.json"
-# Fields that may change when a run is resumed.
+_CONFIG, _DATA = "config.json", "data.json"
+# Fields and sections that may change when a run is resumed. Its base and data.json tell whether
+# files under another path are the same.
 _MAY_CHANGE = (
+    "model",
+    "data.train",
+    "data.eval",
+    "data.chat_template",
     "output_dir",
     "log",
     "mesh",
@@ -49,45 +57,78 @@ _MAY_CHANGE = (
 )
 
 
-def check_folder(folder: Path, config: Config) -> bool:
-    """Whether `folder` holds an earlier part of this run.
+def check_folder(folder: Path, config: Config) -> Config | None:
+    """Returns the stored configuration if `folder` holds an earlier part of this run.
 
     Raises:
-        ValueError: it holds something else; the message says what differs.
+        ValueError: it holds something else, or has a name that cannot be used; the message says
+            what differs.
         NotADirectoryError: it is a file.
         OSError: the folder is not writable.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output_dir = '{folder}': a file; expected a folder")
-    resumed = _resumes(folder, config)
+    check_path(folder)
+    stored = _stored_config(folder, config)
     check_writable(folder)
-    return resumed
+    return stored
 
 
-def _resumes(folder: Path, config: Config) -> bool:
+def _stored_config(folder: Path, config: Config) -> Config | None:
     # A run writes config.json last, so a folder with only these is from an interrupted start.
-    leftover = {"tokenizer", "base.safetensors", "base.safetensors.part", "config.json.part"}
+    leftover = {
+        "tokenizer",
+        "base.safetensors",
+        "base.safetensors.part",
+        "config.json.part",
+        LOCK_FILE,
+    }
     leftover |= {_DATA, f"{_DATA}.part", "quantization.json", "quantization.json.part"}
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if "base.safetensors" in found and _holds_start(folder / "checkpoints"):
         leftover.add("checkpoints")
     if found <= leftover:
-        return False
-    stored_file = folder / "config.json"
-    if not stored_file.is_file():
-        raise ValueError(f"output_dir = '{folder}': holds other files; expected a new folder")
+        return None
+    if not (folder / _CONFIG).is_file():
+        raise ValueError(
+            f"output_dir = '{folder}': holds other files and no {_CONFIG}; expected a new folder"
+        )
     # Fields that an earlier version did not have get their defaults.
-    stored, asked = _settings(Config.load(stored_file)), _settings(config)
+    stored_config = read_config_file(folder)
+    stored, asked = _settings(stored_config), _settings(config)
     may_change = _MAY_CHANGE
     if config.train.schedule == "constant":
         may_change += ("train.steps",)
     for name in sorted(stored.keys() | asked.keys()):
-        if stored.get(name) != asked.get(name) and not name.startswith(may_change):
+        if stored.get(name) != asked.get(name) and not _is_in(name, may_change):
             raise ValueError(
                 f"output_dir = '{folder}': holds another run ({name} = {stored.get(name)!r} there, "
                 f"{asked.get(name)!r} here); expected a new folder, or the same configuration"
             )
-    return True
+    return stored_config
+
+
+def read_config_file(folder: Path) -> Config:
+    """Reads config.json of a run.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or it is damaged; the message names it.
+    """
+    read_json(folder / _CONFIG)
+    try:
+        return Config.load(folder / _CONFIG)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / _CONFIG}: not the configuration of a run: {error}") from error
+
+
+def save_config(folder: Path, config: Config) -> None:
+    """Writes config.json."""
+    write_text(folder / _CONFIG, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+
+
+def _is_in(name: str, fields: Sequence[str]) -> bool:
+    """Whether a dotted name is one of the fields, or in one of the sections."""
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
 
 
 def _holds_start(checkpoints: Path) -> bool:
@@ -182,13 +223,20 @@ def check_data(folder: Path, config: Config, found: Fingerprint) -> None:
     """Checks that a resumed run uses the data that it started with.
 
     Raises:
-        ValueError: the data differs; the message says how.
+        ValueError: the data differs, or data.json is damaged; the message says how.
         FileNotFoundError: the folder has no data.json.
     """
     file = folder / _DATA
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; cannot check that the data is the same")
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored = read_json(file)
+    for part in found:
+        known = stored.get(part)
+        types = {name: type(value) for name, value in found[part].items()}
+        if not isinstance(known, dict) or {n: type(v) for n, v in known.items()} != types:
+            raise ValueError(
+                f"{file}: no size and hash of the {part} data; expected the whole file"
+            )
     for part, source in (("train", config.data.train), ("eval", config.data.eval)):
         if stored[part] != found[part]:
             raise ValueError(

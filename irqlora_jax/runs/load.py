@@ -22,7 +22,7 @@ from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.checkpoints import Checkpoints
-from irqlora_jax.runs.folder import BASE_FILE, GENERATION, TOKENIZER
+from irqlora_jax.runs.folder import BASE_FILE, GENERATION, TOKENIZER, read_config_file
 
 Which = Literal["last", "best"] | int
 """A checkpoint: the newest, the one with the best evaluation loss, or a step."""
@@ -84,10 +84,12 @@ def load_run(
         model = Llama(llama, compute_dtype=compute_dtype or "float32")
         variables = {"params": {}, "base": base}
         return Run(folder, None, model, variables, tokenizer, None, str(folder))
-    tokenizer = load_tokenizer(folder / TOKENIZER)
+    tokenizer = read_tokenizer(folder)
     config = None
     if (folder / "config.json").is_file():
-        config = Config.load(folder / "config.json")
+        config = read_config_file(folder)
+    elif (folder / "checkpoints").is_dir():
+        raise FileNotFoundError(f"{folder / 'config.json'}: no such file; expected a whole run")
     base, llama = read_base(folder / BASE_FILE)
     llama = with_end_tokens(llama, tokenizer, folder)
     source = read_source(folder / BASE_FILE)
@@ -178,8 +180,17 @@ def read_architecture(source: str | Path, quant: QuantConfig) -> LlamaConfig:
 
 
 def read_tokenizer(source: str | Path) -> Any:
-    """Reads the tokenizer of a model, as `hf.load_tokenizer`."""
-    return load_tokenizer(Path(source) / TOKENIZER if is_base(source) else source)
+    """Reads the tokenizer of a model, as `hf.load_tokenizer`.
+
+    Raises:
+        FileNotFoundError, ValueError: no tokenizer, or its files cannot be read.
+    """
+    if not is_base(source):
+        return load_tokenizer(source)
+    settings = Path(source) / TOKENIZER / "tokenizer_config.json"
+    if not settings.is_file():  # without it, transformers guesses
+        raise FileNotFoundError(f"{settings}: no such file; expected the whole folder")
+    return load_tokenizer(Path(source) / TOKENIZER)
 
 
 def with_end_tokens(llama: LlamaConfig, tokenizer: Any, source: str | Path) -> LlamaConfig:
@@ -207,6 +218,27 @@ def with_end_tokens(llama: LlamaConfig, tokenizer: Any, source: str | Path) -> L
 
 
 def scores(folder: str | Path) -> dict[str, Any]:
-    """Reads the scores of a run so far: results.json and every eval-*.json, by file name."""
-    files = sorted(Path(folder).glob("eval-*.json")) + sorted(Path(folder).glob("results.json"))
-    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    """Reads the scores of a run so far: results.json and every eval-*.json, by file name.
+
+    Raises:
+        ValueError: a file is damaged; the message names it.
+    """
+    found: dict[str, Any] = {f.stem: read_json(f) for f in sorted(Path(folder).glob("eval-*.json"))}
+    results = Path(folder) / "results.json"
+    return found | ({"results": read_results(results)} if results.is_file() else {})
+
+
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """Reads the rows of results.json.
+
+    Raises:
+        ValueError: the file is damaged; the message names it.
+    """
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    ok = isinstance(rows, list) and all(isinstance(row, dict) and "model" in row for row in rows)
+    if not ok or any(row.keys() != rows[0].keys() for row in rows):
+        raise ValueError(f"{file}: damaged; expected a list of rows with a model and its scores")
+    return rows

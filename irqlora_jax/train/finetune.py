@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,18 @@ from irqlora_jax.runs.folder import (
     check_folder,
     check_space,
     fingerprint,
+    save_config,
     save_data,
 )
 from irqlora_jax.runs.load import (
     check_model,
     is_base,
     read_architecture,
+    read_results,
     read_tokenizer,
     with_end_tokens,
 )
+from irqlora_jax.runs.lock import locked
 from irqlora_jax.runs.quantize import link_base, quantize_base, save_survey, save_tokenizer
 from irqlora_jax.runs.state import TrainState as TrainState
 from irqlora_jax.runs.state import init_state as init_state
@@ -57,11 +61,12 @@ from irqlora_jax.runs.state import make_state as make_state
 from irqlora_jax.sharding import bytes_by_device, make_mesh
 from irqlora_jax.text import readable_size
 from irqlora_jax.train.initial import check_start, read_start
-from irqlora_jax.train.loop import Job, train
-from irqlora_jax.train.metrics import MetricsLog, check_packages
+from irqlora_jax.train.loop import Job, early_stop_reason, train
+from irqlora_jax.train.metrics import MetricsLog, check_log, check_packages
 from irqlora_jax.train.step import sharded_state as sharded_state
 from irqlora_jax.train.step import train_step as train_step
 
+RESULTS_FILE = "results.json"
 logger = logging.getLogger(__name__)
 
 
@@ -83,14 +88,16 @@ class RunResult:
 
 
 @shows_messages
-def run(config: Config) -> RunResult:
+def run(config: Config, *, resume_from: int | None = None) -> RunResult:
     """Quantizes, finetunes, evaluates and saves. Resumes an earlier run in the same folder.
 
     The first SIGINT or SIGTERM ends the training after the current step, with a checkpoint. The
-    second one ends it at once.
+    second one ends it at once. A finished run is left as it is.
 
     Args:
         config: configuration of the run.
+        resume_from: step of the checkpoint to go on from (default: the newest one). Checkpoints and
+            metrics of later steps are deleted.
 
     Raises:
         ValueError, OSError: bad input; the message is one sentence, and nothing is overwritten. A
@@ -103,10 +110,21 @@ def run(config: Config) -> RunResult:
     train = dataclasses.replace(config.train, compute_dtype=dtype)
     config = dataclasses.replace(config, train=train)
     folder = Path(config.output_dir)
-    resumed = check_folder(folder, config)
+    check_folder(folder, config)  # before anything is written there, the file of the lock included
+    with locked(folder):
+        return _run_locked(config, folder, resume_from)
+
+
+def _run_locked(config: Config, folder: Path, resume_from: int | None) -> RunResult:
+    stored = check_folder(folder, config)
+    resumed = stored is not None
     if not resumed:
+        if resume_from is not None:
+            raise ValueError(f"resume_from = {resume_from}: no run in '{folder}'; expected null")
         check_model(config)
         check_start(config)
+    elif stored.model != config.model:
+        logger.info(f"model = {config.model!r}: not read; the run has its base of {stored.model!r}")
     job = _read_job(config, folder if resumed else config.model)
     data = fingerprint(job.examples, job.eval_examples)
     if resumed:
@@ -129,23 +147,43 @@ def run(config: Config) -> RunResult:
         # The layout changes only in memory, not in the file.
         base = with_preferred_layout(base, config.train.matmul)
         logger.info(describe(config, job.model.config, base, len(job.examples), job.mesh))
-        return _finetune(job, base, folder, seconds)
+        return _finetune(job, base, folder, seconds, stored, resume_from)
 
 
-def _finetune(job: Job, base: Base, folder: Path, quantize_seconds: float | None) -> RunResult:
+def _finetune(
+    job: Job,
+    base: Base,
+    folder: Path,
+    quantize_seconds: float | None,
+    stored: Config | None,
+    resume_from: int | None,
+) -> RunResult:
     config, model = job.config, job.model
     offload = config.train.offload_optimizer
     init = functools.partial(init_state, model, job.optimizer, config.seed)
     state = sharded_state(job.mesh, init, offload, splits=config.adapter.chosen.splits)
-    save_environment(folder, job.mesh)
     with Checkpoints(folder, config.train.keep_checkpoints) as checkpoints:
         latest = checkpoints.latest()
+        if resume_from is not None:
+            latest = checkpoints.find(resume_from, "resume_from")
         if latest is not None:
             state = checkpoints.restore(latest, state)
-            if latest > 0:  # step 0 is LoftQ's initial adapter
-                logger.info(f"resuming from step {latest} of {folder}")
+            checkpoints.check_losses(latest)
+        first = latest or 0  # step 0 is LoftQ's initial adapter
+        evaluations = check_log(folder, first, checkpoints.losses())
+        if stored is not None and resume_from is None:
+            finished = _finished(job, stored, folder, first, evaluations)
+            if finished is not None:
+                return dataclasses.replace(finished, best=checkpoints.best())
+        if resume_from is not None:
+            checkpoints.drop_after(first)
+        if stored not in (None, config):
+            save_config(folder, config)
+        save_environment(folder, job.mesh)
+        if first > 0:
+            logger.info(f"resuming from step {first} of {folder}")
         started = time.perf_counter()
-        with MetricsLog(folder, latest or 0, config) as log:
+        with MetricsLog(folder, first, config) as log:
             ended = train(job, base, state, checkpoints, log)
         checkpoints.wait()
         seconds = time.perf_counter() - started
@@ -179,11 +217,40 @@ def _finetune(job: Job, base: Base, folder: Path, quantize_seconds: float | None
             variables["params"] = checkpoints.restore(best, state).adapters
             name = f"{name}, best (step {best})"
             rows.append(scorer.row(name, model, variables, None, checkpoints.loss(best)))
-    write_text(folder / "results.json", json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
+    write_text(folder / RESULTS_FILE, json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
     logger.info(table(rows))
     try_to_write(folder)
     logger.info(next_commands(config))
     return RunResult(folder, step, best, tuple(rows))
+
+
+def _finished(
+    job: Job, stored: Config, folder: Path, step: int, evaluations: Sequence[tuple[int, float]]
+) -> RunResult | None:
+    """Says why there is nothing to do and returns the result of the run, or None if there is.
+
+    Raises:
+        ValueError: results.json is damaged.
+    """
+    steps, file = job.config.train.steps, folder / RESULTS_FILE
+    early = early_stop_reason(job, evaluations)
+    if step > steps:
+        reason = f"train.steps = {steps}: the run is at step {step} already"
+    elif not file.is_file() or job.config.evaluate != stored.evaluate:
+        return None  # it still has to be scored
+    elif step == steps:
+        reason = f"finished, {step} of {steps} steps"
+    elif early is not None:
+        reason = f"ended early, after step {step} of {steps}: {early}"
+    else:
+        return None
+    rows = read_results(file) if file.is_file() else []
+    try:
+        result = RunResult(folder, step, None, tuple(Row(**row) for row in rows))
+    except TypeError as error:
+        raise ValueError(f"{file}: damaged; expected rows of scores") from error
+    logger.info(f"{folder}: {reason}; nothing is changed, and more train.steps would go on")
+    return result
 
 
 def _check_matmul(config: Config, llama: LlamaConfig) -> None:
@@ -300,7 +367,7 @@ def _begin_folder(
         _save_start(folder, job, pairs)
     save_data(folder, data)
     # Write the configuration last: it marks a folder that can be resumed.
-    write_text(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    save_config(folder, config)
 
 
 def _save_start(folder: Path, job: Job, pairs: Base) -> None:

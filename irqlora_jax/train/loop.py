@@ -7,7 +7,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -96,7 +96,7 @@ def train(
         return step + 1, batches.indices(step), put_batch(job.mesh, batches[step])
 
     meter = _Meter(job, log, checkpoints, bar)
-    early = _early_stop_reason(job, log)
+    early = early_stop_reason(job, log.evaluations)
     steps = range(first, first if early else settings.steps)
     with bar, Stop() as stop, contextlib.closing(prefetch(prepare, steps)) as prepared:
         for done, indices, batch in prepared:
@@ -127,7 +127,7 @@ def train(
                     if loss is not None:
                         logger.info(f"step {done}: evaluation loss {loss:.4f}")
                         saves = saves or loss < best
-                        early = _early_stop_reason(job, log)
+                        early = early_stop_reason(job, log.evaluations)
                 # Read the signal only once: a later signal ends the next step.
                 ends = early is not None or stop.signal is not None
                 if saves or ends:
@@ -141,16 +141,16 @@ def _is_due(every: int, done: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _early_stop_reason(job: Job, log: MetricsLog) -> str | None:
-    """Returns why the run should stop early, or None."""
-    patience, losses = job.config.train.early_stopping, [loss for _, loss in log.evaluations]
+def early_stop_reason(job: Job, evaluations: Sequence[tuple[int, float]]) -> str | None:
+    """Returns why the run should stop early, given steps and evaluation losses, or None."""
+    patience, losses = job.config.train.early_stopping, [loss for _, loss in evaluations]
     if not patience or not losses:
         return None
     best = int(np.argmin(losses))
     since = len(losses) - 1 - best
     if since < patience:
         return None
-    step, loss = log.evaluations[best]
+    step, loss = evaluations[best]
     return f"{since} evaluations without a loss below {loss:.4f} (step {step})"
 
 

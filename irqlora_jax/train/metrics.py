@@ -4,7 +4,7 @@ Every `log.every` steps:
     loss                nats per target of the batch
     grad_norm           norm of the gradient before clipping
     targets             number of tokens of the batch that count in the loss
-    learning_rate       of the step
+    learning_rate       of the step (with float16, a step that overflows counts too)
     loss_scale          only with float16
     tokens_per_second   since the previous line, without evaluations and checkpoints
     device_share        lower bound on the fraction of that time in which the device was busy: if a
@@ -133,6 +133,54 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+def read_log(folder: Path, step: int) -> tuple[str, list[tuple[int, float]]]:
+    """Reads the lines of metrics.jsonl up to a step, and from them steps and evaluation losses.
+
+    A crash may leave an incomplete last line, which is dropped.
+
+    Raises:
+        ValueError: another line is damaged; the message names it.
+    """
+    file = folder / _FILE
+    if not file.exists():
+        return "", []
+    kept, evaluations = [], []
+    lines = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if number == len(lines) and line[:1] in (b"", b"{"):
+            break
+        try:
+            text = line.decode()
+            row = json.loads(text)
+            done, loss = row["step"], row.get("eval_loss", 0.0)
+            if not isinstance(done, int) or not isinstance(loss, float):
+                raise ValueError("values of other types")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file}: line {number} is damaged; expected a JSON object with a step"
+            ) from error
+        if done <= step:
+            kept.append(f"{text}\n")
+            evaluations += [(done, loss)] if "eval_loss" in row else []
+    return "".join(kept), evaluations
+
+
+def check_log(folder: Path, step: int, losses: Mapping[int, float]) -> list[tuple[int, float]]:
+    """Returns the evaluations up to a step, and checks that they have these losses of checkpoints.
+
+    Raises:
+        ValueError: metrics.jsonl is damaged or incomplete.
+    """
+    _, evaluations = read_log(folder, step)
+    for done, loss in losses.items():
+        if done <= step and (done, loss) not in evaluations:
+            raise ValueError(
+                f"{folder / _FILE}: no evaluation loss {loss} of step {done}, which the checkpoint "
+                "of that step has; expected the whole file"
+            )
+    return evaluations
+
+
 def _is_non_finite(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
@@ -150,17 +198,15 @@ class MetricsLog:
             folder: of the run.
             step: step that the run resumes from.
             config: of the run, for `log` (default: the file alone).
+
+        Raises:
+            ValueError: a line of metrics.jsonl is damaged.
         """
         self._path = folder / _FILE
-        self.evaluations: list[tuple[int, float]] = []
         self._sinks: list[Sink] = []
+        text, self.evaluations = read_log(folder, step)
         if self._path.exists():
-            # The last line is empty or incomplete; it may even end inside of a character.
-            *lines, _ = self._path.read_bytes().split(b"\n")
-            rows = [(line, json.loads(line)) for line in lines]
-            kept = [(line, row) for line, row in rows if row["step"] <= step]
-            write_text(self._path, "".join(f"{line.decode()}\n" for line, _ in kept))
-            self.evaluations = [(r["step"], r["eval_loss"]) for _, r in kept if "eval_loss" in r]
+            write_text(self._path, text)
         if config is not None and config.log.tensorboard:
             self._add("TensorBoard", lambda: TensorBoard(folder, step))
         if config is not None and config.log.wandb:

@@ -92,7 +92,8 @@ def train_step(
     """Computes one optimizer step with gradients for the adapters only.
 
     The loss is the mean over all targets of the batch, for any `config.accumulation`. With float16
-    the loss is scaled. If a step overflows, only the loss scale changes.
+    the loss is scaled. If a step overflows, only the loss scale changes. It still counts as a step,
+    also for the learning rate, so that the schedule ends at the last step.
 
     Returns:
         The next state; and the loss (nats per target), the norm of the gradient before clipping,
@@ -138,7 +139,8 @@ def train_step(
 
     if config.offload_optimizer:
         update = functools.partial(_update_by_layer, update)
-    adapters, opt_state = update(grads, state.opt_state, state.adapters)
+    opt_state = _with_schedule_at(state.opt_state, state.step) if scaled else state.opt_state
+    adapters, opt_state = update(grads, opt_state, state.adapters)
     new = dataclasses.replace(state, adapters=adapters, opt_state=opt_state, step=state.step + 1)
     rate = jnp.asarray(learning_rate(config)(state.step), jnp.float32)
     metrics = {"loss": nll / total, "grad_norm": norm, "targets": count, "learning_rate": rate}
@@ -169,6 +171,14 @@ def make_step(
         functools.partial(train_step, model=model, optimizer=optimizer, config=config),
         donate_argnums=0,
         out_shardings=(shardings, None),
+    )
+
+
+def _with_schedule_at(opt_state: Any, step: Array) -> Any:
+    """Sets the step of the schedule: the optimizer does not count the steps that overflowed."""
+    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+    return jax.tree.map(
+        lambda x: x._replace(count=step) if is_schedule(x) else x, opt_state, is_leaf=is_schedule
     )
 
 

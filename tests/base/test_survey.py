@@ -130,7 +130,7 @@ def test_a_base_carries_its_survey_into_its_runs(model: Path, tmp_path: Path) ->
     link_base(folder, run)
     assert json.loads((run / SURVEY_FILE).read_text()) == stored
     # These two alone are what a start that broke off leaves: the folder is still free.
-    assert check_folder(run, Config(str(model), str(run))) is False
+    assert check_folder(run, Config(str(model), str(run))) is None
 
 
 def test_without_quantization_there_is_no_survey(model: Path, tmp_path: Path) -> None:

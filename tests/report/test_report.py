@@ -376,7 +376,10 @@ def test_missing_numbers_are_gaps(run: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('not a line\n{"loss": 3}\n{"step": 110, "lo')
     root = parse(page(read_run_data(run)))
-    assert sections(root) == ALL
+    assert sections(root) == [*ALL, "Left out"]
+    assert "metrics.jsonl cannot be used: ValueError: damaged lines 12, 13" in "".join(
+        root.itertext()
+    )
     shown = figures(root)
     assert shown["Loss"][3][:2] == ["30", "-"] and shown["Speed"][4] == ["40", "-"]
     assert not any("gradient" in title for title in shown)  # nothing of it can be drawn

@@ -1,21 +1,27 @@
 """Bases and states come back bit by bit, or not at all."""
 
+import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import save_file
 
 from irqlora_jax.base.file import read_base, read_base_config, read_source, save_base
+from irqlora_jax.config import Config
 from irqlora_jax.model.config import RopeScaling
 from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.runs.checkpoints import Checkpoints
+from irqlora_jax.runs.folder import check_folder
 from tests.models import assert_same, tiny_llama
 
 CONFIG = tiny_llama(rope_scaling=RopeScaling("llama3", 8.0), eos_token_ids=(2, 3))
@@ -129,3 +135,106 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path: Path) -> No
         np.testing.assert_array_equal(stored, jax.random.normal(jax.random.key(1), (200, 200)))
         again.save(2, {"a": stored}, 1.0)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """A folder with whole checkpoints of steps 1 and 2."""
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"adapters": state_of(step)}, 3.0 - step)
+    return tmp_path
+
+
+LIKE = {"adapters": {"a": jax.ShapeDtypeStruct((200, 200), jnp.float32)}}
+LIKE["adapters"]["step"] = jax.ShapeDtypeStruct((), jnp.int32)
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "zeroed": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "empty": lambda file: file.write_bytes(b""),
+    "deleted": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_in_a_sentence(
+    two: Path, tmp_path: Path, damage: str
+) -> None:
+    """Any of its files: the state is still right, or the newest whole checkpoint is named."""
+    newest, kept = two / "checkpoints" / "2", tmp_path / "kept"
+    shutil.copytree(newest, kept)
+    refused = set()
+    for file in sorted(file.relative_to(kept) for file in kept.rglob("*") if file.is_file()):
+        DAMAGES[damage](newest / file)
+        with Checkpoints(two) as checkpoints:
+            if checkpoints.latest() == 2:  # without orbax's mark it is an interrupted save
+                try:
+                    whole = checkpoints.restore(2, LIKE)
+                    adapters = checkpoints.restore_adapters(2, LIKE["adapters"])
+                    assert same(whole["adapters"], state_of(2)) and same(adapters, state_of(2))
+                except ValueError as error:
+                    refused.add(file.name)
+                    text = str(error)
+                    assert "checkpoints/2" in text and "checkpoint is of step 1" in text
+                    assert "--resume_from 1" in text and "\n" not in text and len(text) < 900
+        shutil.rmtree(newest)
+        shutil.copytree(kept, newest)
+    assert {"_CHECKPOINT_METADATA", "manifest.ocdbt"} <= refused
+
+
+def test_arrays_that_are_not_the_saved_ones_are_named(two: Path) -> None:
+    """Readable arrays of another step: only the checksums tell."""
+    folder = two / "checkpoints"
+    shutil.rmtree(folder / "2" / "default")
+    shutil.copytree(folder / "1" / "default", folder / "2" / "default")
+    with Checkpoints(two) as checkpoints:
+        for restore, like in (
+            (checkpoints.restore, LIKE),
+            (checkpoints.restore_adapters, LIKE["adapters"]),
+        ):
+            with pytest.raises(ValueError, match=r"2: adapters/a is damaged .* is of step 1"):
+                restore(2, like)
+
+
+def test_a_changed_loss_does_not_change_the_best(two: Path) -> None:
+    file = two / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
+    stored = json.loads(file.read_text())
+    assert stored["custom_metadata"]["eval_loss"] == 2.0
+    stored["custom_metadata"]["eval_loss"] = 0.5
+    file.write_text(json.dumps(stored))
+    with Checkpoints(two) as checkpoints:
+        for check in (checkpoints.check_losses, lambda: checkpoints.find("best")):
+            with pytest.raises(ValueError, match=r"1/_CHECKPOINT_METADATA: damaged .* the best"):
+                check()
+        checkpoints.check_losses(0)
+        assert same(checkpoints.restore(2, LIKE)["adapters"], state_of(2))
+
+
+def test_later_checkpoints_are_dropped(two: Path) -> None:
+    with Checkpoints(two, keep=2) as checkpoints:
+        checkpoints.drop_after(1)
+        assert (checkpoints.latest(), checkpoints.losses()) == (1, {1: 2.0})
+        checkpoints.save(2, {"adapters": state_of(3)})
+    with Checkpoints(two) as again:
+        assert same(again.restore(2, LIKE)["adapters"], state_of(3)) and again.loss(2) is None
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a?b", "a*", "a\\b"])
+def test_paths_that_orbax_takes_for_patterns_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="expected a path without the characters"):
+        Checkpoints(tmp_path / name)
+    with pytest.raises(ValueError, match="expected a path without the characters"):
+        check_folder(tmp_path / name, Config("model", str(tmp_path / name)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_error_is_raised(two: Path, monkeypatch, said: list[str]) -> None:
+    def close(self: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "close", close)
+    with pytest.raises(FloatingPointError, match="diverged"), Checkpoints(two):
+        raise FloatingPointError("diverged")
+    assert len(said) == 1 and "No space left on device" in said[0] and "None" not in said[0]
+    with pytest.raises(OSError, match=r"could not be written \(No space left on device\)"):
+        Checkpoints(two).__exit__(None)

@@ -112,6 +112,19 @@ def test_overflow_in_float16_changes_only_the_loss_scale() -> None:
     assert float(new.loss_scale) == 256 and int(new.good_steps) == 0
 
 
+def test_the_schedule_counts_steps_that_overflow() -> None:
+    """The first update of AdamW is the learning rate, which has to be the logged one."""
+    settings = dataclasses.replace(SETTINGS, compute_dtype="float16", schedule="linear", steps=4)
+    step, state, base, batch, _ = setup(settings)
+    state = dataclasses.replace(state, loss_scale=jnp.float32(2.0**24))
+    skipped, _ = step(state, base, batch)
+    before = dataclasses.replace(skipped, loss_scale=jnp.float32(128))
+    after, metrics = step(before, base, batch)
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), after.adapters, before.adapters)
+    assert float(metrics["learning_rate"]) == pytest.approx(0.75 * 1e-2)
+    assert float(max(jax.tree.leaves(moved))) == pytest.approx(0.75 * 1e-2, rel=1e-2)
+
+
 def test_dropout_differs_from_step_to_step_and_repeats_with_the_key() -> None:
     step, state, base, batch, _ = setup(dropout=0.5)
     first = float(step(state, base, batch)[1]["loss"])
