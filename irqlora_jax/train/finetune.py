@@ -20,7 +20,7 @@ from irqlora_jax.config import Config
 from irqlora_jax.data import Example, hold_out, load_examples
 from irqlora_jax.evaluate import load_questions
 from irqlora_jax.evaluate.scores import Row, Scorer, baselines, table
-from irqlora_jax.files.hub import read_config
+from irqlora_jax.files.hub import is_hub_id, read_config, snapshot
 from irqlora_jax.files.small import write_text
 from irqlora_jax.generate.samples import read_samples
 from irqlora_jax.machine import fastest_dtype
@@ -203,6 +203,8 @@ def _read_job(config: Config, source: str | Path) -> Job:
     with jax.set_mesh(mesh):
         _check_matmul(config, llama)
     tokenizer = read_tokenizer(source)
+    if is_hub_id(source):  # its files are here now
+        llama = read_architecture(snapshot(source), config.quant)
     examples, eval_examples = _load_data(config, tokenizer, llama.max_position_embeddings)
     if config.train.early_stopping and not eval_examples:
         raise ValueError(
