@@ -84,7 +84,7 @@ class TrainConfig:
             require(value >= 1, f"train.{name}", value, "a whole number of at least 1")
         for name in ("warmup_steps", "eval_every", "save_every", "weight_decay", "early_stopping"):
             value = getattr(self, name)
-            require(value >= 0, f"train.{name}", value, "0 or more")
+            require(0 <= value < math.inf, f"train.{name}", value, "a finite number of 0 or more")
         ok = self.early_stopping == 0 or self.eval_every > 0
         require(ok, "train.early_stopping", self.early_stopping, "0 with train.eval_every 0")
         for name in ("beta1", "beta2"):
@@ -92,7 +92,7 @@ class TrainConfig:
             require(0 <= value < 1, f"train.{name}", value, "0 <= value < 1")
         for name in ("learning_rate", "eps"):
             value = getattr(self, name)
-            require(value > 0, f"train.{name}", value, "a positive number")
+            require(0 < value < math.inf, f"train.{name}", value, "a positive finite number")
         clip = self.clip_norm
         require(clip is None or clip > 0, "train.clip_norm", clip, "a positive number, or null")
         ok = self.batch_size % self.accumulation == 0
@@ -257,7 +257,7 @@ def parse_flags(kind: type[Parsed], argv: Sequence[str], script: str) -> Parsed:
         for flag, after in itertools.zip_longest(argv, argv[1:])
     ]
     try:
-        fields = vars(parser.instantiate(parser.parse_args(_with_current_flags(values))))
+        fields = vars(parser.instantiate(parser.parse_args(_with_current_flags(kind, values))))
     except jsonargparse.ArgumentError as error:
         text = " ".join(str(error).split())
         raise ValueError(f"{text} ({script} --help lists every field)") from error
@@ -265,7 +265,7 @@ def parse_flags(kind: type[Parsed], argv: Sequence[str], script: str) -> Parsed:
     return kind(**fields)
 
 
-def _with_current_flags(argv: Sequence[str]) -> list[str]:
+def _with_current_flags(kind: type, argv: Sequence[str]) -> list[str]:
     """Replaces old names of fields in flags and configuration files."""
     renamed = {
         f"{section}.{old}": ".".join((section, *new))
@@ -276,9 +276,9 @@ def _with_current_flags(argv: Sequence[str]) -> list[str]:
     for flag in argv:
         name, equals, value = flag.removeprefix("--").partition("=")
         if current and current[-1] == "--config":
-            current.append(_read_config(flag))
+            current.append(_read_config(kind, flag))
         elif flag.startswith("--config="):
-            current.append(f"--config={_read_config(value)}")
+            current.append(f"--config={_read_config(kind, value)}")
         elif flag.startswith("--") and name in renamed:
             current.append(f"--{renamed[name]}{equals}{value}")
         else:
@@ -286,29 +286,86 @@ def _with_current_flags(argv: Sequence[str]) -> list[str]:
     return current
 
 
-def _read_config(path: str) -> str:
+def _read_config(kind: type, path: str) -> str:
     """Returns a configuration file as YAML text with the current names of fields.
 
-    Returns the path if no name changes or no mapping can be read. The parser then reads the file.
+    Leaves empty sections out. Returns the path if nothing changes or no mapping can be read. The
+    parser then reads the file.
+
+    Raises:
+        ValueError: a section has no fields, or a key appears twice (the parser would keep only the
+            last one).
     """
     import yaml
     from jsonargparse import get_loader
 
+    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        repeated.extend(_repeated([name for name, _ in pairs]))
+        return dict(pairs)
+
+    repeated: list[str] = []
     try:
         text = read_text(Path(path))
         # JSON and YAML write non-finite numbers differently.
-        values = json.loads(text) if path.endswith(".json") else get_loader("yaml")(text)
+        if path.endswith(".json"):
+            values = json.loads(text, object_pairs_hook=unique)
+        else:
+            values = get_loader("yaml")(text)
+            repeated.extend(_repeated_keys(yaml.compose(text)))
     except (OSError, ValueError, yaml.YAMLError):
         return path
+    if repeated:
+        raise ValueError(f"{path}: {repeated[0]} appears twice: expected every key once")
     if not isinstance(values, dict):
         return path
-    current = dict(values)
+    current = _without_empty(kind, values, path)
     for section, names in _RENAMED.items():
         if isinstance(current.get(section), dict):
             current[section] = with_current_names(current[section], names)
     if current == values and not path.endswith(".json"):
         return path
     return yaml.safe_dump(current, sort_keys=False)
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return [name for place, name in enumerate(names) if name in names[:place]]
+
+
+def _repeated_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted names of keys that appear twice in a mapping of a YAML node."""
+    if node is None or isinstance(node.value, str):
+        return
+    if node.id == "sequence":
+        for child in node.value:
+            yield from _repeated_keys(child, prefix)
+        return
+    names = [f"{prefix}{key.value}" for key, _ in node.value]
+    yield from _repeated(names)
+    for name, (_, child) in zip(names, node.value, strict=True):
+        yield from _repeated_keys(child, f"{name}.")
+
+
+def _without_empty(
+    kind: type, values: Mapping[str, Any], path: str, prefix: str = ""
+) -> dict[str, Any]:
+    """Leaves out sections without a value (`train:`), so that they have their defaults.
+
+    Raises:
+        ValueError: a section has no fields but another value.
+    """
+    current = dict(values)
+    for field in dataclasses.fields(kind):
+        value = current.get(field.name)
+        if not dataclasses.is_dataclass(field.type) or field.name not in current:
+            continue
+        if value is None:
+            del current[field.name]
+            continue
+        name = f"{prefix}{field.name}"
+        require(isinstance(value, dict), f"{path}: {name}", value, "a section with fields")
+        inner: Any = field.type
+        current[field.name] = _without_empty(inner, value, path, f"{name}.")
+    return current
 
 
 def _switches(kind: type, prefix: str = "--") -> Iterator[str]:

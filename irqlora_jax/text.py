@@ -4,12 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_LONGEST = 200
+"""Longest value in a message, in characters."""
+
 
 def require(ok: bool, field: str, value: Any, accepted: str) -> None:
     """Raises an error about the value of a field unless `ok`.
 
     Raises:
-        ValueError: not `ok`. The message names the field, the value and what is expected.
+        ValueError: not `ok`. The message names the field, the value (shortened if it is long) and
+            what is expected.
 
     Examples:
         >>> require(False, "train.steps", 0, "a whole number of at least 1")
@@ -17,7 +21,10 @@ def require(ok: bool, field: str, value: Any, accepted: str) -> None:
         ValueError: train.steps = 0: expected a whole number of at least 1
     """
     if not ok:
-        raise ValueError(f"{field} = {value!r}: expected {accepted}")
+        shown = repr(value)
+        if len(shown) > _LONGEST:
+            shown = f"{shown[: _LONGEST - 3]}..."
+        raise ValueError(f"{field} = {shown}: expected {accepted}")
 
 
 def read_text(path: Path) -> str:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.config import Config, TrainConfig, parse_config
@@ -74,6 +75,16 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, text: str) -> N
         ("evaluate: {max_questions: 0}", ["evaluate.max_questions", "0", "at least 1"]),
         ("seed: one", ["seed", "one", "int"]),
         ("model: [a", ["parsing"]),
+        ("train: {learning_rate: .inf}", ["train.learning_rate = inf", "positive finite"]),
+        ("train: {learning_rate: .nan}", ["train.learning_rate = nan", "positive finite"]),
+        ("train: {eps: .inf}", ["train.eps = inf"]),
+        ("train: {weight_decay: .inf}", ["train.weight_decay = inf", "finite"]),
+        ("adapter: {alpha: .inf}", ["adapter.alpha = inf", "positive finite"]),
+        ("adapter: {alpha: .nan}", ["adapter.alpha = nan", "positive finite"]),
+        ("train: {steps: 5}\ntrain: {eps: 1}", ["bad.yaml: train appears twice"]),
+        ("quant: {icq: {steps: 5, steps: 6}}", ["bad.yaml: quant.icq.steps appears twice"]),
+        ("train: 5", ["bad.yaml: train = 5: expected a section with fields"]),
+        ("quant: {icq: [1]}", ["bad.yaml: quant.icq = [1]: expected a section with fields"]),
     ],
 )
 def test_refusals_name_field_value_and_what_is_accepted(
@@ -134,3 +145,43 @@ def test_a_switch_may_stand_alone() -> None:
 )
 def test_refusals_of_the_trainer(tmp_path: Path, line: str, words: list[str]) -> None:
     test_refusals_name_field_value_and_what_is_accepted(tmp_path, line, words)
+
+
+def test_a_json_file_with_a_repeated_key_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text('{"model": "m", "output_dir": "o", "train": {"steps": 5, "steps": 6}}')
+    with pytest.raises(ValueError, match=r"bad\.json: steps appears twice"):
+        Config.load(path)
+
+
+def test_a_key_may_be_in_several_sections(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    rules = "[{match: a, format: nf3}, {match: b, format: nf2}]"
+    path.write_text(f"model: m\noutput_dir: o\nquant: {{format: nf4, rules: {rules}}}\n")
+    assert [rule.match for rule in Config.load(path).quant.rules] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "run.json"])
+def test_an_empty_section_has_its_defaults(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    sections = [f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)]
+    assert len(sections) == 7
+    values = {"model": "m", "output_dir": "o"} | dict.fromkeys(sections)
+    nested = values | {"quant": {"icq": None, "block_size": 32}, "adapter": {"iec": None}}
+    for given, expected in (
+        (values, Config("m", "o")),
+        (nested, Config("m", "o", quant=QuantConfig(block_size=32))),
+    ):
+        path.write_text(json.dumps(given) if name == "run.json" else yaml.safe_dump(given))
+        assert Config.load(path) == expected
+    path.write_text(json.dumps(values))
+    assert Config.load(path, {"train.steps": 3}).train == TrainConfig(steps=3)
+
+
+def test_long_values_are_shortened_in_messages() -> None:
+    with pytest.raises(ValueError) as error:
+        AdapterConfig(targets=("q_proj", "x" * 10_000))
+    assert str(error.value).startswith("adapter.targets = 'xxx")
+    assert "xxx...: expected q_proj" in str(error.value) and len(str(error.value)) < 350
+    with pytest.raises(ValueError, match=f"= '{'x' * 198}': expected"):
+        AdapterConfig(targets=("x" * 198,))

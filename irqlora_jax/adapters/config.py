@@ -1,6 +1,7 @@
 """Configuration of the adapter."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from irqlora_jax.adapters import INITIALIZATIONS, METHODS
@@ -56,7 +57,7 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         require(self.method in METHODS, "adapter.method", self.method, ", ".join(METHODS))
         require(self.rank >= 1, "adapter.rank", self.rank, "a whole number of at least 1")
-        require(self.alpha > 0, "adapter.alpha", self.alpha, "a positive number")
+        require(0 < self.alpha < math.inf, "adapter.alpha", self.alpha, "a positive finite number")
         require(0 <= self.dropout < 1, "adapter.dropout", self.dropout, "0 <= dropout < 1")
         require(len(self.targets) > 0, "adapter.targets", self.targets, "at least one name")
         known = ("float32", "bfloat16")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.sharding import sharding
+from irqlora_jax.text import first_few
 
 Base = dict[str, Any]
 _VERSION = "2"
 _ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if "Array" in str(f.type))
 _TYPES = {"U8": "uint8", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_ADVICE = "copy the file again, or quantize the model again"
 _STATIC = ("shape", "format", "block_size", "layout")
 
 
@@ -37,8 +40,9 @@ def save_base(
     """Writes a base, its architecture and its quantization settings to one safetensors file.
 
     Each array of a QTensor becomes one tensor (`NAME.packed`, `NAME.scale_codes`, ...). The
-    metadata holds its shape, format, block size and layout. `source` is the folder or hub id of the
-    original model. `fitted` marks a base that is incomplete without the adapters fitted to it.
+    metadata holds its shape, format, block size and layout, and checksums. `source` is the folder
+    or hub id of the original model. `fitted` marks a base that is incomplete without the adapters
+    fitted to it.
     """
     tensors: dict[str, np.ndarray] = {}
     static: dict[str, Any] = {}
@@ -58,7 +62,9 @@ def save_base(
         "quantized": json.dumps(static),
         "source": json.dumps(source),
         "loftq": json.dumps(fitted),
+        "checksums": json.dumps({name: _checksum(array) for name, array in tensors.items()}),
     }
+    metadata["checksum"] = _metadata_checksum(metadata)
     aside = path.with_name(path.name + ".part")
     try:
         save_file(tensors, aside, metadata)
@@ -71,17 +77,23 @@ def save_base(
 def read_base(path: Path, mesh: Mesh | None = None) -> tuple[Base, LlamaConfig]:
     """Reads a base written by `save_base`, bit for bit.
 
+    Every tensor is compared with its checksum. Files of earlier versions have none.
+
     Args:
         path: path of the file.
         mesh: devices to split the weights over (default: all on the first device).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, or was not written by `save_base`.
+        ValueError: the file is damaged (the message names the tensor), or was not written by
+            `save_base`.
     """
+    checksums = _read_checksums(_read_metadata(path))
 
     def read(file: Any, name: str) -> jax.Array:
         array = file.get_tensor(name)
+        if checksums:
+            _check(path, name, _checksum(array), checksums[name])
         where = None if mesh is None else sharding(mesh, _path(name), array.shape)
         return jax.device_put(array, where)
 
@@ -100,10 +112,16 @@ def base_shapes(path: Path) -> tuple[Base, LlamaConfig]:
 
 def _read(path: Path, read: Callable[[Any, str], Any]) -> tuple[Base, LlamaConfig]:
     metadata = _read_metadata(path)
+    checksums = _read_checksums(metadata)
     flat: dict[str, Any] = {}
     try:
         with safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118
+            names = list(file.keys())
+            wrong = [name for name in names if file.get_slice(name).get_dtype() not in _TYPES]
+            wrong += sorted(checksums.keys() ^ names) if checksums else []
+            if wrong:
+                raise ValueError(f"{path}: the header of {first_few(wrong)} is damaged; {_ADVICE}")
+            for name in names:
                 flat[name] = read(file, name)
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged safetensors file ({error})") from error
@@ -161,7 +179,31 @@ def _read_metadata(path: Path) -> dict[str, str]:
     if metadata.get("irqlora_jax") != _VERSION:
         found = metadata.get("irqlora_jax")
         raise ValueError(f"{path}: base file version {found!r}: expected {_VERSION!r}")
+    if "checksums" not in metadata and "checksum" not in metadata:  # from an earlier version
+        return metadata
+    stored = metadata.pop("checksum", None)
+    _check(path, "the metadata", _metadata_checksum(metadata), stored)
     return metadata
+
+
+def _read_checksums(metadata: Mapping[str, str]) -> dict[str, int]:
+    """The checksum of every tensor by name; empty for files of earlier versions."""
+    return json.loads(metadata.get("checksums", "{}"))
+
+
+def _check(path: Path, name: str, found: Any, stored: Any) -> None:
+    if found != stored:
+        raise ValueError(
+            f"{path}: {name} is damaged (checksum {found}, expected {stored}); {_ADVICE}"
+        )
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _metadata_checksum(metadata: Mapping[str, str]) -> str:
+    return str(zlib.crc32(json.dumps(metadata, sort_keys=True).encode()))
 
 
 def _path(name: str) -> tuple[str, ...]:

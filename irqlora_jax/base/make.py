@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ from irqlora_jax.files.tensors import (
     Header,
     aligned,
     check_float,
+    equal_values,
     read_ahead,
     read_headers,
     read_into,
@@ -175,6 +176,7 @@ def _load(
     folder = snapshot(source)
     config = read_config(folder)
     found = _find_weights(folder)
+    config = _untie(config, found)
     _check_weights(folder, found, config)
     layered, single = weight_shapes(config)
     total = sum(map(math.prod, single.values()))
@@ -287,12 +289,51 @@ def _find_weights(folder: Path) -> dict[str, Header]:
     shards = read_json(folder / INDEX).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
         raise ValueError(f"{folder / INDEX}: no weight_map from tensors to files")
+    files = sorted(set(shards.values()))
+    for file in files:
+        if PurePath(file).is_absolute() or ".." in PurePath(file).parts:
+            raise ValueError(f"{folder / INDEX}: lists {file!r}: expected a file in its folder")
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / INDEX}: lists {file}, which does not exist")
     found: dict[str, Header] = {}
-    for shard in sorted(set(shards.values())):
-        if not (folder / shard).is_file():
-            raise FileNotFoundError(f"{folder / INDEX}: lists {shard}, which does not exist")
-        found |= read_headers(folder / shard)
+    for file in files:
+        for name, header in read_headers(folder / file).items():
+            if shards.get(name, file) != file:  # left over from another version of the model
+                continue
+            if name in found:
+                raise ValueError(
+                    f"{folder / INDEX}: {name} is in {found[name].file.name} and in {file}: "
+                    "expected weight_map to name one of them"
+                )
+            found[name] = header
     return found
+
+
+def read_llama(folder: Path) -> LlamaConfig:
+    """Reads the architecture of a Hugging Face folder, from config.json and the weights.
+
+    A model that ties its head to the embeddings may still have a head in its files. If the two
+    differ, the head is used, and `tie_word_embeddings` is false. Apart from this comparison no
+    weights are read, and they may be missing.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_base`.
+    """
+    config = read_config(folder)
+    if not config.tie_word_embeddings or not any((folder / f).is_file() for f in (SINGLE, INDEX)):
+        return config
+    return _untie(config, _find_weights(folder))
+
+
+def _untie(config: LlamaConfig, found: Mapping[str, Header]) -> LlamaConfig:
+    """Unties the head from the embeddings if the files hold a head that differs from them."""
+    table, head = weight_name(("embed_tokens",)), weight_name(("lm_head",))
+    if not config.tie_word_embeddings or head not in found or table not in found:
+        return config
+    for name in (table, head):
+        check_float(found[name], name)
+    same = found[table].shape == found[head].shape and equal_values(found, table, head)
+    return config if same else dataclasses.replace(config, tie_word_embeddings=False)
 
 
 def _check_weights(folder: Path, found: Mapping[str, Header], config: LlamaConfig) -> None:
@@ -319,7 +360,7 @@ def _check_weights(folder: Path, found: Mapping[str, Header], config: LlamaConfi
                 f"{header.file}: {name} has type {FLOATS[header.dtype]}, but {first} has "
                 f"{FLOATS[found[first].dtype]}: expected one type for all layers"
             )
-    # Old files contain the rotary frequencies. With tied embeddings, a file may repeat them.
+    # Old files contain the rotary frequencies. A head equal to tied embeddings is not read.
     spare = [name for name in found if name not in expected]
     spare = [name for name in spare if not name.endswith("rotary_emb.inv_freq")]
     spare = [name for name in spare if name != "lm_head.weight"]

@@ -112,18 +112,18 @@ def _auto_tokenizer() -> Any:
 
 
 def read_config(source: str | Path) -> LlamaConfig:
-    """Reads the architecture of a model in a folder or on the hub.
+    """Reads the architecture of a model in a folder or on the hub, from config.json alone.
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
-        ValueError: not a LLaMA, or already quantized.
+        ValueError: not a LLaMA, already quantized, or an invalid value.
     """
     values = read_values(source)
     if values.get("quantization_config"):
         raise ValueError(f"{source}: already quantized; expected a model with float weights")
     try:
         return LlamaConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -60,9 +60,31 @@ def read_into(out: np.ndarray, header: Header, name: str, first: int = 0) -> Non
     Raises:
         ValueError: the file cannot be read, or the tensor has NaN or infinite values.
     """
+    for start, part in _read_parts(header, name, first, out.shape[0]):
+        out[start : start + len(part)] = part
+
+
+def equal_values(found: Mapping[str, Header], first: str, second: str) -> bool:
+    """Whether two tensors of the same shape have the same values, also in different types.
+
+    Raises:
+        ValueError: as `read_into`.
+    """
+    rows = found[first].shape[0]
+    parts = (_read_parts(found[name], name, 0, rows) for name in (first, second))
+    return all(
+        np.array_equal(one.astype(np.float32), other.astype(np.float32))
+        for (_, one), (_, other) in zip(*parts, strict=True)
+    )
+
+
+def _read_parts(
+    header: Header, name: str, first: int, count: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields `count` rows from `first` on, part by part, each with the index of its first row."""
     rows = max(1, _PART * header.shape[0] // max(1, math.prod(header.shape)))
-    for start in range(0, out.shape[0], rows):
-        stop = min(start + rows, out.shape[0])
+    for start in range(0, count, rows):
+        stop = min(start + rows, count)
         # Open the file for each part: pages of a mapped file count as memory until it is closed.
         try:
             with safe_open(header.file, framework="numpy") as tensors:
@@ -71,7 +93,7 @@ def read_into(out: np.ndarray, header: Header, name: str, first: int = 0) -> Non
             raise ValueError(f"{header.file}: {name} cannot be read: {error}") from error
         if not np.isfinite(part).all():
             raise ValueError(f"{header.file}: {name} has NaN or infinite values")
-        out[start:stop] = part
+        yield start, part
 
 
 def read_ahead(

@@ -6,9 +6,44 @@ from typing import Any, Literal
 
 from irqlora_jax.text import require
 
+_LARGEST = 3e38
+"""Larger numbers are infinite in float32."""
+_NEEDED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
 
 def _require(ok: bool, field: str, value: Any, accepted: str) -> None:
     require(ok, f"config.json: {field}", value, accepted)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _size(field: str, value: Any) -> int:
+    _require(_is_whole(value) and value >= 1, field, value, "a whole number of at least 1")
+    return value
+
+
+def _token_id(field: str, value: Any) -> int | None:
+    _require(value is None or _is_whole(value), field, value, "a whole number or null")
+    return value
+
+
+def _positive(field: str, value: Any) -> float:
+    ok = _is_whole(value) or isinstance(value, float)
+    _require(ok and 0 < value < _LARGEST, field, value, "a positive number")
+    return float(value)
+
+
+def _given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are not null."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,71 +86,67 @@ class LlamaConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ):
-            value = getattr(self, name)
-            _require(value >= 1, name, value, "a whole number of at least 1")
+        for name in (*_NEEDED, "num_key_value_heads", "max_position_embeddings"):
+            _size(name, getattr(self, name))
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         accepted = f"a divisor of num_attention_heads = {heads}"
         _require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, accepted)
         ok = self.head_dim >= 2 and self.head_dim % 2 == 0
         _require(ok, "head_dim", self.head_dim, "a positive even number")
+        for name in ("rms_norm_eps", "rope_theta"):
+            _positive(name, getattr(self, name))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
         """Reads a config.json. The rotary settings may be in their old or new place.
 
+        A field that is null has its default, as if it were absent. Only for the ids of special
+        tokens, null means that there is no such token.
+
         Raises:
-            ValueError: not a LLaMA, or an unsupported variant.
+            ValueError: not a LLaMA, an unsupported variant, or an invalid value. The message names
+                the field.
         """
-        _require(
-            values.get("model_type") == "llama", "model_type", values.get("model_type"), "'llama'"
-        )
+        given = _given(values)
+        kind = given.get("model_type")
+        _require(kind == "llama", "model_type", kind, "'llama'")
         for name, default in (
             ("attention_bias", False),
             ("mlp_bias", False),
             ("hidden_act", "silu"),
         ):
-            value = values.get(name, default)
+            value = given.get(name, default)
             _require(value == default, name, value, repr(default))
-        needed = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-        )
-        for name in needed:
-            _require(isinstance(values.get(name), int), name, values.get(name), "a whole number")
-        heads = values["num_attention_heads"]
-        head_dim = values.get("head_dim")
-        if head_dim is None:
-            hidden = values["hidden_size"]
+        sizes = {name: _size(name, given.get(name)) for name in _NEEDED}
+        heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+        if "head_dim" not in given:
             accepted = f"a multiple of num_attention_heads = {heads}, or any if head_dim is given"
-            _require(heads > 0 and hidden % heads == 0, "hidden_size", hidden, accepted)
-            head_dim = hidden // heads
-        theta, scaling = _read_rope(values)
+            _require(hidden % heads == 0, "hidden_size", hidden, accepted)
+        head_dim = given.get("head_dim", hidden // heads)
+        _require(_is_whole(head_dim), "head_dim", head_dim, "a positive even number")
+        theta, scaling = _read_rope(given)
+        tied = given.get("tie_word_embeddings", False)
+        _require(isinstance(tied, bool), "tie_word_embeddings", tied, "true or false")
         eos = values.get("eos_token_id", 2)
-        kv_heads = values.get("num_key_value_heads")
+        ends = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+        accepted = "a whole number, a list of them, or null"
+        _require(all(map(_is_whole, ends)), "eos_token_id", eos, accepted)
         return cls(
-            **{name: values[name] for name in needed},
-            num_key_value_heads=heads if kv_heads is None else kv_heads,
+            **sizes,
+            num_key_value_heads=_size(
+                "num_key_value_heads", given.get("num_key_value_heads", heads)
+            ),
             head_dim=head_dim,
-            rms_norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_positive("rms_norm_eps", given.get("rms_norm_eps", 1e-6)),
             rope_theta=theta,
             rope_scaling=scaling,
-            max_position_embeddings=values.get("max_position_embeddings", 2048),
-            tie_word_embeddings=values.get("tie_word_embeddings", False),
-            bos_token_id=values.get("bos_token_id", 1),
-            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-            pad_token_id=values.get("pad_token_id"),
+            max_position_embeddings=_size(
+                "max_position_embeddings", given.get("max_position_embeddings", 2048)
+            ),
+            tie_word_embeddings=tied,
+            bos_token_id=_token_id("bos_token_id", values.get("bos_token_id", 1)),
+            eos_token_ids=ends,
+            pad_token_id=_token_id("pad_token_id", values.get("pad_token_id")),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,23 +180,28 @@ class LlamaConfig:
         }
 
 
-def _read_rope(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    new = values.get("rope_parameters")
-    field = "rope_scaling" if new is None else "rope_parameters"
-    rope = dict(new or values.get("rope_scaling") or {})
-    theta = rope.get("rope_theta", values.get("rope_theta", 10000.0))
+def _read_rope(given: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    field = "rope_parameters" if given.get("rope_parameters", {}) != {} else "rope_scaling"
+    rope = given.get(field, {})
+    _require(isinstance(rope, dict), field, rope, "an object, or null")
+    rope = _given(rope)
+    if "rope_theta" in rope:
+        theta = _positive(f"{field}.rope_theta", rope["rope_theta"])
+    else:
+        theta = _positive("rope_theta", given.get("rope_theta", 10000.0))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    accepted = "'default', 'linear' or 'llama3'"
-    _require(
-        rope_type in ("default", "linear", "llama3"), f"{field}.rope_type", rope_type, accepted
-    )
-    _require(rope.get("partial_rotary_factor", 1) == 1, f"{field}.partial_rotary_factor", rope, "1")
+    ok = rope_type in ("default", "linear", "llama3")
+    _require(ok, f"{field}.rope_type", rope_type, "'default', 'linear' or 'llama3'")
+    part = rope.get("partial_rotary_factor", 1)
+    _require(part == 1, f"{field}.partial_rotary_factor", part, "1")
     if rope_type == "default":
-        return float(theta), None
-    names = ["factor"]
-    if rope_type == "llama3":
-        names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    for name in names:
-        ok = isinstance(rope.get(name), int | float) and rope[name] > 0
-        _require(ok, f"{field}.{name}", rope.get(name), "a positive number")
-    return float(theta), RopeScaling(rope_type, **{name: rope[name] for name in names})
+        return theta, None
+    factor = _positive(f"{field}.factor", rope.get("factor"))
+    if rope_type == "linear":
+        return theta, RopeScaling("linear", factor)
+    names = ("low_freq_factor", "high_freq_factor")
+    low, high = (_positive(f"{field}.{name}", rope.get(name)) for name in names)
+    _require(high > low, f"{field}.{names[1]}", high, f"more than {names[0]} = {low}")
+    name = "original_max_position_embeddings"
+    original = _size(f"{field}.{name}", rope.get(name))
+    return theta, RopeScaling("llama3", factor, low, high, original)

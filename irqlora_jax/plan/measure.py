@@ -147,7 +147,8 @@ def _local_device() -> PlanDevice:
 def read_base_shapes(config: Config) -> tuple[Base, LlamaConfig]:
     """Returns the base of a run with jax.ShapeDtypeStruct in place of arrays.
 
-    Reads only config.json, or the header of a quantized base.
+    Reads only config.json, or the header of a quantized base. (If config.json ties a head that a
+    local folder has, reads that too: `base.make.read_llama`.)
 
     Raises:
         FileNotFoundError, ValueError: as `runs.check_model` and `runs.read_architecture`.

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, UInt8
 
 from irqlora_jax.quant import packing, stats
@@ -31,6 +32,9 @@ def quantize(
     quantized, and the codes are computed with the stored values. So the weights are read twice: a
     search cannot write codes, because stored values depend on 256 blocks and on the matrix mean.
 
+    While JAX traces a function (e.g. for `jax.jit`), the values are unknown. Then NaN and infinity
+    are not refused, and give a meaningless QTensor.
+
     Args:
         weight: the matrix.
         config: format, block size and calibration.
@@ -38,7 +42,8 @@ def quantize(
         minus: B and A, to quantize weight - B A, which is never materialized.
 
     Raises:
-        ValueError: NaN or infinite weights or factors; format "none"; shifts for an integer format.
+        ValueError: NaN or infinite weights, shifts or factors (the message says where the first one
+            is, and how many there are); format "none"; shifts for an integer format.
 
     Examples:
         >>> weight = jax.random.normal(jax.random.key(0), (32, 128))
@@ -53,10 +58,23 @@ def quantize(
     fmt = get_format(config.format)
     if shift is not None and fmt.integer:
         raise ValueError(f"shift: not accepted with quant.format {fmt.name}")
-    for matrix in (weight, *(minus or ())):
-        if not bool(jnp.isfinite(matrix.min()) & jnp.isfinite(matrix.max())):
-            raise ValueError("NaN or infinite weights cannot be quantized")
+    left, right = (None, None) if minus is None else minus
+    given = {"weight": weight, "shift": shift, "minus[0]": left, "minus[1]": right}
+    for name, matrix in given.items():
+        if matrix is not None:
+            _check_finite(name, matrix)
     return _quantize(weight, shift, config, minus)
+
+
+def _check_finite(name: str, matrix: Array) -> None:
+    # The extremes need no array of the size of the matrix. They are NaN if any value is.
+    fine = jnp.isfinite(matrix.min()) & jnp.isfinite(matrix.max())
+    if isinstance(fine, Tracer) or bool(fine):
+        return
+    finite = jnp.isfinite(matrix)
+    first = [int(i) for i in jnp.unravel_index(jnp.argmin(finite), finite.shape)]
+    count = f"{finite.size - int(finite.sum())} of {finite.size} are NaN or infinite"
+    require(False, f"{name}{first}", float(matrix[tuple(first)]), f"finite values ({count})")
 
 
 def quantized_shape(shape: tuple[int, int], config: QuantConfig) -> QTensor:

@@ -13,10 +13,10 @@ from irqlora_jax.base.file import (
     read_base_config,
     read_source,
 )
-from irqlora_jax.base.make import load_base
+from irqlora_jax.base.make import load_base, read_llama
 from irqlora_jax.config import Config
 from irqlora_jax.data.chat import end_tokens
-from irqlora_jax.files.hub import load_tokenizer, read_config, snapshot
+from irqlora_jax.files.hub import is_hub_id, load_tokenizer, read_config, snapshot
 from irqlora_jax.files.small import read_json
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
@@ -163,12 +163,15 @@ def check_model(config: Config) -> None:
 def read_architecture(source: str | Path, quant: QuantConfig) -> LlamaConfig:
     """Reads the architecture of a quantized base, a Hugging Face folder or a model on the hub.
 
+    Downloads only config.json. So for a model on the hub, `tie_word_embeddings` is as in that file
+    (`base.make.read_llama`).
+
     Raises:
         FileNotFoundError: no such model.
         ValueError: not a LLaMA with float weights, or a base with other settings than `quant`.
     """
     if not is_base(source):
-        return read_config(source)
+        return read_config(source) if is_hub_id(source) else read_llama(snapshot(source))
     llama, stored = read_base_config(Path(source) / BASE_FILE)
     for field in dataclasses.fields(QuantConfig):
         asked, used = getattr(quant, field.name), getattr(stored, field.name)

@@ -35,15 +35,20 @@ logger = logging.getLogger(__name__)
 
 
 def link_base(source: str | Path, folder: Path) -> None:
-    """Hard-links a base into the folder of a run, or else copies it. Also copies its survey."""
+    """Hard-links a base into the folder of a run, or else copies it. Also copies its survey.
+
+    If the base is a symbolic link, links the file that it points to, as in the hub's cache. So the
+    run keeps its weights when the symbolic link or its target is removed.
+    """
     if (Path(source) / SURVEY_FILE).is_file():
         shutil.copyfile(Path(source) / SURVEY_FILE, folder / SURVEY_FILE)
     aside = folder / f"{BASE_FILE}.part"
     aside.unlink(missing_ok=True)
+    file = (Path(source) / BASE_FILE).resolve()  # os.link may link the symbolic link itself
     try:
-        os.link(Path(source) / BASE_FILE, aside)
+        os.link(file, aside)
     except OSError:
-        shutil.copyfile(Path(source) / BASE_FILE, aside)
+        shutil.copyfile(file, aside)
     os.replace(aside, folder / BASE_FILE)
 
 

@@ -21,7 +21,7 @@ from irqlora_jax.config import Config
 from irqlora_jax.data import Example, hold_out, load_examples, longest_row
 from irqlora_jax.evaluate import load_questions
 from irqlora_jax.evaluate.scores import Row, Scorer, baselines, table
-from irqlora_jax.files.hub import read_config
+from irqlora_jax.files.hub import is_hub_id, read_config, snapshot
 from irqlora_jax.files.small import write_text
 from irqlora_jax.generate.samples import read_samples
 from irqlora_jax.machine import fastest_dtype
@@ -59,7 +59,7 @@ from irqlora_jax.runs.state import make_model
 from irqlora_jax.runs.state import make_optimizer as make_optimizer
 from irqlora_jax.runs.state import make_state as make_state
 from irqlora_jax.sharding import bytes_by_device, make_mesh
-from irqlora_jax.text import readable_size
+from irqlora_jax.text import readable_size, require
 from irqlora_jax.train.initial import check_start, read_start
 from irqlora_jax.train.loop import Job, early_stop_reason, train
 from irqlora_jax.train.metrics import MetricsLog, check_log, check_packages
@@ -121,6 +121,10 @@ def _run_locked(config: Config, folder: Path, resume_from: int | None) -> RunRes
     if not resumed:
         if resume_from is not None:
             raise ValueError(f"resume_from = {resume_from}: no run in '{folder}'; expected null")
+        # Not in TrainConfig: runs of earlier versions have to open.
+        accepted = f"at most train.steps = {config.train.steps}"
+        ok = config.train.warmup_steps <= config.train.steps
+        require(ok, "train.warmup_steps", config.train.warmup_steps, accepted)
         check_model(config)
         check_start(config)
     elif stored.model != config.model:
@@ -281,6 +285,8 @@ def _read_job(config: Config, source: str | Path) -> Job:
     with jax.set_mesh(mesh):
         _check_matmul(config, llama)
     tokenizer = read_tokenizer(source)
+    if is_hub_id(source):  # its files are here now
+        llama = read_architecture(snapshot(source), config.quant)
     llama = with_end_tokens(llama, tokenizer, source)
     examples, eval_examples = _load_data(config, tokenizer, llama.max_position_embeddings)
     if config.train.early_stopping and not eval_examples:

@@ -1,6 +1,7 @@
 """Reading Hugging Face folders: exactness, and one clear sentence for every fault."""
 
 import dataclasses
+import json
 import math
 import threading
 from collections.abc import Callable, Generator, Iterator
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from irqlora_jax import hf
 from irqlora_jax.base import make
@@ -23,8 +24,16 @@ from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.runs.load import read_architecture
 from tests import models
-from tests.models import NARROW, assert_same, random_tensors, write_config, write_model
+from tests.models import (
+    NARROW,
+    assert_same,
+    random_tensors,
+    word_tokenizer,
+    write_config,
+    write_model,
+)
 
 LLAMA = dataclasses.replace(models.LLAMA, num_hidden_layers=3)
 PLAIN = QuantConfig(format="nf4", block_size=32, calibration="none")
@@ -117,6 +126,93 @@ def test_tied_embeddings_have_no_head(tmp_path: Path) -> None:
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     repeated, _ = hf.load_base(write_model(tmp_path / "b", tied, tensors), PLAIN)
     assert_same(base, repeated)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_head_of_its_own_is_used_although_the_config_ties_it(tmp_path: Path, dtype: Any) -> None:
+    tied = dataclasses.replace(LLAMA, tie_word_embeddings=True)
+    tensors = random_tensors(LLAMA, dtype)
+    folder = write_model(tmp_path / "own", tied, tensors, tokenizer=word_tokenizer(43))
+    plain, untied = hf.load_base(write_model(tmp_path / "untied", LLAMA, tensors), PLAIN)
+    base, config = hf.load_base(folder, PLAIN)
+    assert config == untied == LLAMA
+    assert_same(base, plain)
+    # The trainer and the plan know it before the weights are read; exports say it.
+    assert read_architecture(folder, PLAIN) == LLAMA
+    out = hf.export_merged(folder, tmp_path / "out")
+    assert hf.read_config(out) == LLAMA
+    np.testing.assert_array_equal(
+        load_file(out / "model.safetensors")["lm_head.weight"], tensors["lm_head.weight"]
+    )
+
+
+def test_a_head_that_differs_in_one_value_or_in_its_type(tmp_path: Path) -> None:
+    tied = dataclasses.replace(LLAMA, tie_word_embeddings=True)
+    tensors = random_tensors(tied, np.float16)
+    table = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = table.astype(np.float32)
+    assert hf.load_base(write_model(tmp_path, tied, tensors), None)[1] == tied
+    tensors["lm_head.weight"][-1, -1] += 1
+    assert hf.load_base(write_model(tmp_path, tied, tensors), None)[1] == LLAMA
+    tensors["lm_head.weight"] = table[:-1].copy()
+    with pytest.raises(ValueError, match=r"lm_head.weight has shape \(42, 40\)"):
+        hf.load_base(write_model(tmp_path, tied, tensors), None)
+    tensors["lm_head.weight"] = table.astype(np.int8)
+    with pytest.raises(ValueError, match=r"lm_head.weight has type I8"):
+        hf.load_base(write_model(tmp_path, tied, tensors), None)
+
+
+def edit_index(folder: Path, **changes: str) -> None:
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"] |= changes
+    file.write_text(json.dumps(index))
+
+
+def add_to_shard(file: Path, name: str, value: np.ndarray) -> None:
+    tensors = load_file(file)
+    save_file(tensors | {name: value}, file)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_tensor_in_two_shards_comes_from_the_one_in_weight_map(
+    tmp_path: Path, number: int
+) -> None:
+    tensors = random_tensors(LLAMA)
+    plain, _ = hf.load_base(write_model(tmp_path / "a", LLAMA, tensors), None)
+    folder = write_model(tmp_path / "b", LLAMA, tensors, shards=3)
+    files = [folder / f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
+    for file in files:
+        if file != files[number - 1]:
+            add_to_shard(file, "model.norm.weight", np.full(40, 7, np.float32))
+    add_to_shard(files[number - 1], "model.norm.weight", tensors["model.norm.weight"])
+    edit_index(folder, **{"model.norm.weight": files[number - 1].name})
+    assert_same(hf.load_base(folder, None)[0], plain)
+
+
+def test_a_tensor_in_two_shards_but_not_in_weight_map_is_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, LLAMA, shards=3)
+    for i in (1, 3):
+        file = folder / f"model-{i:05}-of-00003.safetensors"
+        add_to_shard(file, "model.layers.0.self_attn.rotary_emb.inv_freq", np.ones(5, np.float32))
+    words = r"inv_freq is in model-00001-of-00003.safetensors and in model-00003-of-00003"
+    with pytest.raises(ValueError, match=words):
+        hf.load_base(folder, None)
+
+
+@pytest.mark.parametrize("form", ["absolute", "..", "a/../.."])
+def test_an_index_that_leaves_its_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    folder = write_model(tmp_path / "model", LLAMA, shards=3)
+    write_model(tmp_path / "other", LLAMA)
+    file = "other/model.safetensors"
+    named = str(tmp_path / file) if form == "absolute" else f"{form}/{file}"
+    edit_index(folder, **{Q1: named})
+    monkeypatch.setattr("irqlora_jax.base.make.read_headers", lambda file: pytest.fail("opened"))
+    with pytest.raises(ValueError) as error:
+        hf.load_base(folder, None)
+    assert f"index.json: lists '{named}': expected a file in its folder" in str(error.value)
 
 
 def test_old_rotary_tables_are_ignored(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """QTensor: parity with the released code, error figures, and shapes and weights of every kind."""
 
 import json
+import re
 from typing import Any
 
 import jax
@@ -225,10 +226,26 @@ def test_weights_that_are_no_numbers_are_refused(bad: float) -> None:
     for place in range(3):
         parts = [normal(2, 64), normal(2, 3), normal(3, 64)]
         parts[place] = parts[place].at[1, 2].set(bad)
-        with pytest.raises(ValueError, match="NaN or infinite"):
+        name = ("weight", "minus[0]", "minus[1]")[place]
+        expected = f"{name}[1, 2] = {bad}: expected finite values (1 of {parts[place].size} are"
+        with pytest.raises(ValueError, match=re.escape(expected)):
             quantize(parts[0], QuantConfig(), minus=(parts[1], parts[2]))
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        quantize(normal(2, 64).at[1, 3].set(bad), QuantConfig())
+    weight = normal(2, 64).at[[0, 1], [60, 3]].set(bad).astype(jnp.bfloat16)
+    with pytest.raises(ValueError, match=re.escape(f"weight[0, 60] = {bad}: expected finite val")):
+        quantize(weight, QuantConfig())
+    with pytest.raises(ValueError, match=r"2 of 128 are NaN or infinite"):
+        quantize(weight, QuantConfig())
+    with pytest.raises(ValueError, match=re.escape(f"shift[1, 0] = {bad}")):
+        quantize(normal(2, 64), QuantConfig(), shift=jnp.zeros((2, 1)).at[1, 0].set(bad))
+
+
+@pytest.mark.parametrize("name", ["nf4", "int3"])
+def test_quantize_works_under_jit(name: str) -> None:
+    config = QuantConfig(format=name, icq=IcqOptions(steps=4))
+    weight, b, a = normal(5, 150), normal(5, 2, seed=1), normal(2, 150, seed=2)
+    assert_same(jax.jit(lambda w: quantize(w, config))(weight), quantize(weight, config))
+    minus = jax.jit(lambda b, a: quantize(weight, config, minus=(b, a)))(b, a)
+    assert_same(minus, quantize(weight, config, minus=(b, a)))
 
 
 def test_shift_of_an_integer_format_is_refused() -> None:

@@ -78,6 +78,11 @@ def test_a_start_that_does_not_fit_is_refused(trained: Path, tmp_path: Path) -> 
     start = {"adapter__init_from": str(trained)}
     other = {"quant__format": "nf2"}
     refused: list[tuple[Path, dict[str, Any], str]] = [
+        (
+            trained,
+            {"train__warmup_steps": 4},
+            r"warmup_steps = 4: expected at most train.steps = 3",
+        ),
         (trained, start | {"adapter__rank": 4}, r"adapter\.rank = 4: the adapter in .* has 8"),
         (trained, start | {"adapter__iec__connections": "u1"}, r"adapter\.iec = .*u1.* has .*both"),
         (WORLD / "base-small", start | other, r"model = .*not the base on which the adapter"),
