@@ -137,13 +137,6 @@ def check_model(config: Config) -> None:
     if not is_base(config.model):
         return
     file = Path(config.model) / BASE_FILE
-    is_run = (Path(config.model) / "config.json").is_file()
-    if is_run and config.adapter.init_from is None:
-        raise ValueError(
-            f"model = '{config.model}': a run, whose adapter would be lost; expected "
-            f"adapter.init_from = '{config.model}' to continue from its adapter, or 'new' to use "
-            "its base alone"
-        )
     source = read_source(file)
     origin = "the original model" + (f" ('{source}')" if source else "")
     start = config.adapter.start
@@ -156,7 +149,15 @@ def check_model(config: Config) -> None:
     if is_fitted(file) and config.adapter.source is None:
         raise ValueError(
             f"model = '{config.model}': this base was fitted to the adapter of its run (LoftQ) "
-            f"and is incomplete without it; expected {origin}, or a folder of irqlora quantize"
+            f"and is incomplete without it; expected adapter.init_from = '{config.model}', {origin}, "
+            "or a folder of irqlora quantize"
+        )
+    is_run = (Path(config.model) / "config.json").is_file()
+    if is_run and config.adapter.init_from is None:
+        raise ValueError(
+            f"model = '{config.model}': a run, whose adapter would be lost; expected "
+            f"adapter.init_from = '{config.model}' to continue from its adapter, or 'new' to use "
+            "its base alone"
         )
 
 

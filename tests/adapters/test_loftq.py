@@ -333,7 +333,7 @@ def test_a_folder_with_checkpoints_of_no_run_is_refused(finished: Path, tmp_path
             shutil.rmtree(folder / "checkpoints" / "6")
         for file in also:
             shutil.copy(finished / file, folder)
-        with pytest.raises(ValueError, match="holds other files; expected a new folder"):
+        with pytest.raises(ValueError, match=r"holds other files and no config\.json"):
             run(config(folder))
         assert steps_of(folder)
 
@@ -389,7 +389,8 @@ def test_bases_that_do_not_go_with_loftq_are_refused(finished: Path, tmp_path: P
             action(config(tmp_path / "new", finished, adapter__init="default"))
         assert str(refused.value) == (
             f"model = '{finished}': this base was fitted to the adapter of its run (LoftQ) "
-            f"and is incomplete without it; {origin}or a folder of irqlora quantize"
+            f"and is incomplete without it; expected adapter.init_from = '{finished}', "
+            f"{origin.removeprefix('expected ')}or a folder of irqlora quantize"
         )
     assert not (tmp_path / "new").exists()
 

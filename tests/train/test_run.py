@@ -355,7 +355,7 @@ def test_baselines_show_the_papers_calibration_too(
     config = config_for(WORLD / "base-small", Path("run"), quant__calibration=calibration)
     model = make_model(read_config(WORLD / "base-small"), config.adapter, config.train)
     mesh = make_mesh(config.mesh, config.train.batch_size)
-    rows = scores.baselines(config, model, {}, mesh, Named([], [], 1, 1), None)
+    rows = scores.baselines(config, model, {}, mesh, Named([], [], 1, 64, 1), None)
     assert [row.model for row in rows] == ["full precision", *quantized]
 
 
