@@ -149,8 +149,8 @@ def check_model(config: Config) -> None:
     if is_fitted(file) and config.adapter.source is None:
         raise ValueError(
             f"model = '{config.model}': this base was fitted to the adapter of its run (LoftQ) "
-            f"and is incomplete without it; expected adapter.init_from = '{config.model}', {origin}, "
-            "or a folder of irqlora quantize"
+            f"and is incomplete without it; expected adapter.init_from = '{config.model}', "
+            f"{origin}, or a folder of irqlora quantize"
         )
     is_run = (Path(config.model) / "config.json").is_file()
     if is_run and config.adapter.init_from is None:

@@ -393,7 +393,7 @@ def test_evaluations_take_as_many_rows_as_a_forward_pass_of_the_training(
         seen.append((size, max(len(q.prompt) for q in questions)))
         return score_questions(model, variables, questions, size)
 
-    monkeypatch.setattr("irqlora_jax.evaluate.perplexity.row_nll", record)
+    monkeypatch.setattr(sys.modules[row_nll.__module__], "row_nll", record)
     monkeypatch.setattr("irqlora_jax.evaluate.scores.score_questions", record_scores)
     changes = {"train__batch_size": 8, "train__accumulation": 4, "train__steps": 1}
     questions = {"evaluate__questions": str(WORLD / "data" / "questions.jsonl")}
