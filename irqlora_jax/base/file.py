@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from irqlora_jax.files.checksums import check_seal, checksum, seal
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
@@ -62,9 +62,9 @@ def save_base(
         "quantized": json.dumps(static),
         "source": json.dumps(source),
         "loftq": json.dumps(fitted),
-        "checksums": json.dumps({name: _checksum(array) for name, array in tensors.items()}),
+        "checksums": json.dumps({name: checksum(array) for name, array in tensors.items()}),
     }
-    metadata["checksum"] = _metadata_checksum(metadata)
+    metadata = seal(metadata)
     aside = path.with_name(path.name + ".part")
     try:
         save_file(tensors, aside, metadata)
@@ -93,7 +93,7 @@ def read_base(path: Path, mesh: Mesh | None = None) -> tuple[Base, LlamaConfig]:
     def read(file: Any, name: str) -> jax.Array:
         array = file.get_tensor(name)
         if checksums:
-            _check(path, name, _checksum(array), checksums[name])
+            _check(path, name, checksum(array), checksums[name])
         where = None if mesh is None else sharding(mesh, _path(name), array.shape)
         return jax.device_put(array, where)
 
@@ -179,31 +179,22 @@ def _read_metadata(path: Path) -> dict[str, str]:
     if metadata.get("irqlora_jax") != _VERSION:
         found = metadata.get("irqlora_jax")
         raise ValueError(f"{path}: base file version {found!r}: expected {_VERSION!r}")
-    if "checksums" not in metadata and "checksum" not in metadata:  # from an earlier version
-        return metadata
-    stored = metadata.pop("checksum", None)
-    _check(path, "the metadata", _metadata_checksum(metadata), stored)
-    return metadata
+    try:
+        return check_seal(metadata, "checksums")
+    except ValueError as error:
+        raise ValueError(f"{path}: the metadata is damaged ({error}); {_ADVICE}") from error
 
 
-def _read_checksums(metadata: Mapping[str, str]) -> dict[str, int]:
+def _read_checksums(metadata: Mapping[str, str]) -> dict[str, str]:
     """The checksum of every tensor by name; empty for files of earlier versions."""
     return json.loads(metadata.get("checksums", "{}"))
 
 
-def _check(path: Path, name: str, found: Any, stored: Any) -> None:
+def _check(path: Path, name: str, found: str, stored: str) -> None:
     if found != stored:
         raise ValueError(
             f"{path}: {name} is damaged (checksum {found}, expected {stored}); {_ADVICE}"
         )
-
-
-def _checksum(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def _metadata_checksum(metadata: Mapping[str, str]) -> str:
-    return str(zlib.crc32(json.dumps(metadata, sort_keys=True).encode()))
 
 
 def _path(name: str) -> tuple[str, ...]:

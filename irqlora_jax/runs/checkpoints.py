@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 import jax
 
+from irqlora_jax.files.checksums import check_seal, checksums, seal
 from irqlora_jax.files.small import read_json
-from irqlora_jax.runs.checksums import check_seal, checksums, seal
 
 _METADATA = "_CHECKPOINT_METADATA"
 _PATTERNS = "[]*?\\"  # orbax takes paths with these for patterns
@@ -320,7 +320,7 @@ def _read_metadata(folder: Path) -> tuple[float | None, Mapping[str, str]]:
     try:
         if not isinstance(stored, dict):
             raise ValueError("no custom_metadata")
-        values = check_seal(stored)
+        values = check_seal(stored, "arrays")
         loss, arrays = values.get("eval_loss"), values.get("arrays", {})
         if not isinstance(loss, float | None) or not isinstance(arrays, dict):
             raise ValueError("values of other types")

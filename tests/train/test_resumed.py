@@ -10,10 +10,7 @@ from typing import Any
 import jax
 import pytest
 
-from irqlora_jax.config import QuantizeConfig
-from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.lock import locked
-from irqlora_jax.runs.quantize import quantize_model
 from irqlora_jax.train.finetune import run
 from tests.models import WORLD
 from tests.train.small_runs import (
@@ -33,14 +30,6 @@ CHANGES: dict[str, Any] = {
     "train__keep_checkpoints": 3,
     "data__max_examples": 16,
 }
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "nf3"
-    quant = QuantConfig(format="nf3", calibration="none")
-    quantize_model(QuantizeConfig(str(WORLD / "base-small"), str(folder), quant, False))
-    return folder
 
 
 @pytest.fixture(scope="module")

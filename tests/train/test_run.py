@@ -15,17 +15,14 @@ import jax
 import numpy as np
 import pytest
 
-from irqlora_jax.config import QuantizeConfig
 from irqlora_jax.data import load_examples, make_batches
 from irqlora_jax.evaluate import score_questions, scores
 from irqlora_jax.evaluate.perplexity import row_nll
 from irqlora_jax.evaluate.scores import Row, Scorer
 from irqlora_jax.files.hub import read_config
 from irqlora_jax.generate.decode import generate
-from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.load import load_run
-from irqlora_jax.runs.quantize import quantize_model
 from irqlora_jax.runs.state import make_model
 from irqlora_jax.sharding import make_mesh
 from irqlora_jax.train import loop
@@ -46,16 +43,6 @@ from tests.train.small_runs import (
 )
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion", "shared_steps")
-
-FAST = QuantConfig(format="nf3", calibration="none")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    """A base that is quantized once for all tests."""
-    folder = tmp_path_factory.mktemp("base") / "nf3"
-    quantize_model(QuantizeConfig(str(WORLD / "base-small"), str(folder), FAST, False))
-    return folder
 
 
 @pytest.fixture(scope="module")
