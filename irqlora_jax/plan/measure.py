@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -130,6 +131,7 @@ def prepare(config: Config) -> None:
     jax.config.update("jax_platforms", "cpu")
     # A cached program for an absent device cannot be loaded.
     jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # jax reads the setting once, unless told so
     with contextlib.suppress(RuntimeError):  # jax is already initialized
         jax.config.update("jax_num_cpu_devices", MAX_SPLIT * device_count(config))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from irqlora_jax.plan.gpus import DEVICES, compile_only_devices
 
@@ -22,10 +23,15 @@ if shutil.which("nvidia-smi") is None:
 
 @pytest.fixture(autouse=True, scope="module")
 def no_compilation_cache():
-    """jax cannot read programs for absent devices back from the cache."""
+    """jax cannot read programs for absent devices back from the cache.
+
+    jax asks for the setting once a process, so each change is followed by a reset.
+    """
     jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()
     yield
     jax.config.update("jax_enable_compilation_cache", True)
+    reset_cache()
 
 
 NAMES = ("h200", "a100-80", "l4", "t4")
