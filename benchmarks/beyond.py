@@ -38,7 +38,7 @@ from testbeds import (
 from timing import line, machine, table
 
 from irqlora_jax.model.attention import rope_frequencies
-from irqlora_jax.model.llama import AdaptedLinear, Layer
+from irqlora_jax.model.layer import AdaptedLinear, Layer
 from irqlora_jax.quant.calibrations.joint import JointOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize

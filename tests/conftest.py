@@ -1,5 +1,6 @@
 """Strict arithmetic and several devices for every test, and programs that compile fast."""
 
+import gc
 import logging
 import os
 import subprocess
@@ -29,6 +30,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+gc.set_threshold(100_000, 50, 100)  # tracing makes many objects: a tenth of all time otherwise
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

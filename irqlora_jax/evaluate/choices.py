@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 
 from irqlora_jax.data.batches import batches_by_length
-from irqlora_jax.model.llama import Cache, Llama, head_logits, head_weight
+from irqlora_jax.model.layer import Cache
+from irqlora_jax.model.llama import Llama, head_logits, head_weight
 
 Item = TypeVar("Item")
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
-from irqlora_jax.model.llama import Cache, Llama
+from irqlora_jax.model.layer import Cache
+from irqlora_jax.model.llama import Llama
 from irqlora_jax.text import require
 
 # Prompts are padded to a multiple of this length, so that few lengths are compiled.

@@ -114,16 +114,7 @@ class QTensor:
 
     def entropy(self) -> Float32[Array, "*lead out blocks"]:
         """Entropy of the codes of every block in bits (eq. 7), without the padding."""
-        rows = self.packed.reshape(-1, *self.packed.shape[-2:])
-        ends = jnp.arange(self.packed.shape[-2]) * self.block_size
-        valid = jnp.minimum(self.shape[1] - ends, self.block_size)
-        bits = get_format(self.format).bits
-
-        def row_entropy(packed: Array) -> Array:
-            return block_entropy(packing.unpack(packed, bits, self.layout), 2**bits, valid)
-
-        # A few rows at a time, so that the unpacked codes are never in memory all at once.
-        return jax.lax.map(row_entropy, rows, batch_size=64).reshape(self.packed.shape[:-1])
+        return _entropy(self)
 
     def with_layout(self, layout: str) -> "QTensor":
         """Converts the codes to another layout, "planes" or "fragments". The weights do not change.
@@ -165,3 +156,17 @@ class QTensor:
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _repack(packed: Array, bits: int, layout: str, target: str) -> Array:
     return packing.pack(packing.unpack(packed, bits, layout), bits, target)
+
+
+@jax.jit  # compiled once for each shape and format
+def _entropy(weight: QTensor) -> Float32[Array, "*lead out blocks"]:
+    rows = weight.packed.reshape(-1, *weight.packed.shape[-2:])
+    ends = jnp.arange(weight.packed.shape[-2]) * weight.block_size
+    valid = jnp.minimum(weight.shape[1] - ends, weight.block_size)
+    bits = get_format(weight.format).bits
+
+    def row_entropy(packed: Array) -> Array:
+        return block_entropy(packing.unpack(packed, bits, weight.layout), 2**bits, valid)
+
+    # A few rows at a time, so that the unpacked codes are never in memory all at once.
+    return jax.lax.map(row_entropy, rows, batch_size=64).reshape(weight.packed.shape[:-1])

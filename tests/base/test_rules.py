@@ -14,7 +14,8 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.file import read_base, save_base
 from irqlora_jax.base.storage import abstract_base, measure_base
 from irqlora_jax.export.model import save_model
-from irqlora_jax.model.llama import AdaptedLinear, Llama
+from irqlora_jax.model.layer import AdaptedLinear
+from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig, QuantRule
 from irqlora_jax.quant.qtensor import QTensor
 from tests.models import assert_same, random_tensors, tiny_llama, word_tokenizer, write_model

@@ -13,7 +13,7 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.iec import IecOptions
 from irqlora_jax.config import Config
 from irqlora_jax.evaluate.mmlu_files import SUBCATEGORIES
-from irqlora_jax.model.llama import AdaptedLinear, Settings
+from irqlora_jax.model.layer import AdaptedLinear, Settings
 from irqlora_jax.quant.config import QuantConfig
 from tests.data.small_data import make_tokenizer, write_file
 from tests.examples.scripts import scripts
