@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from irqlora_jax.data.rows import PAIR_COLUMNS as PAIR_COLUMNS
+from irqlora_jax.data.rows import TEXT_COLUMNS as TEXT_COLUMNS
 from irqlora_jax.data.rows import Row, read_rows
 from irqlora_jax.text import shorten
 
@@ -18,17 +20,6 @@ _WITHOUT_INPUT = (
     f"Below is an instruction that describes a task. {_REQUEST}"
     "### Instruction:\n%s\n\n### Response:"
 )
-PAIR_COLUMNS: dict[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "output"),
-    "input_output": ("input", "output"),
-    "self_instruct": ("prompt", "completion"),
-    "flan_v2": ("inputs", "targets"),
-    "chip2": ("text",),
-}
-"""Columns of the formats with a prompt and an answer in each row. The last column is the answer."""
-TEXT_COLUMNS: dict[str, tuple[str, ...]] = {"hh_rlhf": ("chosen",), "oasst1": ("text",)}
-"""Columns of the formats with a conversation in each row. The loss covers every turn."""
-
 _HUMAN, _BOT = "<human>: ", "\n<bot>: "
 GUANACO = {"prompter": "### Human: ", "assistant": "### Assistant: "}
 """Text in front of the messages of each OASST1 role."""

@@ -15,6 +15,16 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 DOCUMENT_END = "<|endoftext|>"
 CONVERSATIONS = ("messages", "conversations")
 """Columns with a list of messages. The second one is ShareGPT's."""
+PAIR_COLUMNS: dict[str, tuple[str, ...]] = {
+    "alpaca": ("instruction", "output"),
+    "input_output": ("input", "output"),
+    "self_instruct": ("prompt", "completion"),
+    "flan_v2": ("inputs", "targets"),
+    "chip2": ("text",),
+}
+"""Columns of the formats with a prompt and an answer in each row. The last column is the answer."""
+TEXT_COLUMNS: dict[str, tuple[str, ...]] = {"hh_rlhf": ("chosen",), "oasst1": ("text",)}
+"""Columns of the formats with a conversation in each row. The loss covers every turn."""
 # ID, ID:CONFIGURATION, ID:CONFIGURATION:SPLIT or ID::SPLIT.
 _HUB = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[\w.-]*)(:(?P<split>[\w.-]+))?)?")
 # Errors of `datasets` that list the valid names and contain nothing secret.
@@ -95,13 +105,21 @@ def read_rows(source: str, columns: Sequence[str]) -> list[Row]:
             if name not in row.columns:
                 there = ", ".join(map(str, row.columns)) or "none"
                 wanted = ", ".join(columns)
-                is_chat = any(isinstance(row.columns.get(each), list) for each in CONVERSATIONS)
-                hint = "; it looks like data.format = 'chat'" if is_chat else ""
+                hint = format_hint(row)
                 raise ValueError(
                     f"{row.place} has no column {shorten(name)}: its columns are {there}; "
                     f"expected are {wanted}{hint}"
                 )
     return rows
+
+
+def format_hint(row: Row) -> str:
+    """Says which values of `data.format` the columns of a row fit; "" if none."""
+    if any(isinstance(row.columns.get(name), list) for name in CONVERSATIONS):
+        return "; it looks like data.format = 'chat'"
+    known = PAIR_COLUMNS | TEXT_COLUMNS | {"text": ("text",)}
+    fits = [repr(name) for name, columns in known.items() if row.columns.keys() >= {*columns}]
+    return f"; it looks like data.format = {' or '.join(fits)}" if fits else ""
 
 
 def read_documents(source: str) -> list[str]:

@@ -78,9 +78,7 @@ def find_device(name: str) -> Device:
         return DEVICES[plain]
     several = [one for one in DEVICES if plain and one.startswith(f"{plain}-")]
     if several:
-        raise refusal(
-            "plan", name, f"{' or '.join(several)}: there are {len(several)} of this name"
-        )
+        raise refusal("plan", name, " or ".join(several))
     near = difflib.get_close_matches(plain, DEVICES, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     raise refusal("plan", name, f"one of {', '.join(DEVICES)}{hint}")

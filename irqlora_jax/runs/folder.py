@@ -105,8 +105,8 @@ def _stored_config(folder: Path, config: Config) -> Config | None:
         if stored.get(name) != asked.get(name) and not _is_in(name, may_change):
             there, here = shorten(stored.get(name)), shorten(asked.get(name))
             raise ValueError(
-                f"output_dir = '{folder}': holds another run ({name} = {there} there, {here} here); "
-                "expected a new folder, or the same configuration"
+                f"output_dir = '{folder}': holds another run ({name} = {there} there, {here} "
+                "here); expected a new folder, or the same configuration"
             )
     return stored_config
 
