@@ -91,6 +91,12 @@ _COMMANDS: dict[str, tuple[str, Callable[[], Loaded]]] = {
     "export": ("write a run as Hugging Face folders: adapter, merged or dequantized", _export),
     "chat": ("talk to a model in the terminal", _chat),
 }
+# What the command of this name would do.
+_ELSEWHERE = {
+    "plan": "train --plan",
+    "generate": "eval --task generate",
+    "mmlu": "eval --task mmlu",
+}
 
 
 def _usage() -> str:
@@ -107,8 +113,18 @@ def _unknown(name: str) -> str:
     import difflib
 
     nearest = difflib.get_close_matches(name, _COMMANDS, n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    return f"{name!r} is not a command; {hint}the commands are {', '.join(_COMMANDS)}"
+    meant = _ELSEWHERE.get(name) or (nearest[0] if nearest else None)
+    hint = f"did you mean {meant!r}? " if meant else ""
+    return f"{name[:200]!r} is not a command; {hint}the commands are {', '.join(_COMMANDS)}"
+
+
+def _sentence(error: Exception) -> str:
+    """The text of an error; also for one of the system about a path, which may be long."""
+    from irqlora_jax.text import shorten
+
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, str):
+        return f"{shorten(error.filename, quoted=False)}: {error.strerror}"
+    return str(error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             cache_programs()
             command(options)
     except (ValueError, OSError) as error:
-        print(f"irqlora {name}: {error}", file=sys.stderr)
+        print(f"irqlora {name}: {_sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -21,10 +21,27 @@ def require(ok: bool, field: str, value: Any, accepted: str) -> None:
         ValueError: train.steps = 0: expected a whole number of at least 1
     """
     if not ok:
-        shown = repr(value)
-        if len(shown) > _LONGEST:
-            shown = f"{shown[: _LONGEST - 3]}..."
-        raise ValueError(f"{field} = {shown}: expected {accepted}")
+        raise refusal(field, value, accepted)
+
+
+def refusal(field: str, value: Any, accepted: str) -> ValueError:
+    """Makes the error of `require`."""
+    return ValueError(f"{field} = {shorten(value)}: expected {accepted}")
+
+
+def shorten(value: Any, *, quoted: bool = True) -> str:
+    """Writes a value for a message, shortened to 200 characters if it is longer.
+
+    Args:
+        value: the value.
+        quoted: as Python writes it, with text in quotes. Else as text.
+
+    Examples:
+        >>> shorten("red"), shorten("red", quoted=False), len(shorten("red" * 100))
+        ("'red'", 'red', 200)
+    """
+    shown = repr(value) if quoted else str(value)
+    return shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 3]}..."
 
 
 def read_text(path: Path) -> str:

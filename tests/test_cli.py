@@ -76,7 +76,11 @@ def poison(tensors: dict) -> None:
 
 BAD: dict[str, tuple[Callable[[Case], object], list[str], list[str]]] = {
     "unknown key": (lambda c: None, ["--quant.formt=nf4"], ["--quant.formt"]),
-    "wrong type": (lambda c: None, ["--train.steps=many"], ["train.steps", "many", "int"]),
+    "wrong type": (
+        lambda c: None,
+        ["--train.steps=many"],
+        ["steps", "many", "whole number"],
+    ),
     "unknown format": (lambda c: None, ["--quant.format=nf5"], ["quant.format", "nf5", "nf3"]),
     "rank 0": (lambda c: None, ["--adapter.rank=0"], ["adapter.rank", "0", "at least 1"]),
     "block size 7": (lambda c: None, ["--quant.block_size=7"], ["7", "multiple of 8"]),

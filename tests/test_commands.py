@@ -1,16 +1,21 @@
 """The commands of `irqlora`, one after the other, on the base that ships with the project."""
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from irqlora_jax import cli, hf
 from irqlora_jax.base.file import read_base
+from irqlora_jax.config import Config, with_base_settings
 from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.runs.folder import save_config
 from tests.models import QUICKSTART, WORLD, as_flags, run_settings
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
@@ -35,6 +40,16 @@ def train_flags(model: Path, output: Path) -> list[str]:
     return [f"--config={QUICKSTART}", *as_flags(settings), *QUANT]
 
 
+def flags_without_quant(model: Path, output: Path, folder: Path) -> list[str]:
+    """As `train_flags`, but nothing sets a field of `quant`."""
+    values = yaml.safe_load(QUICKSTART.read_text())
+    del values["quant"]
+    file = folder / "unset.yaml"
+    file.write_text(yaml.safe_dump(values))
+    flags = [flag for flag in train_flags(model, output)[1:] if not flag.startswith("--quant.")]
+    return [f"--config={file}", *flags]
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bases") / "nf3"
@@ -55,7 +70,9 @@ def test_a_base_is_quantized_once_and_shared(base: Path, tmp_path: Path, capsys)
         np.testing.assert_array_equal(ours, theirs)
 
     run = tmp_path / "run"
-    succeed("train", *train_flags(base, run))
+    succeed("train", *flags_without_quant(base, run, tmp_path))
+    recorded = json.loads((run / "config.json").read_text())["quant"]
+    assert (recorded["format"], recorded["icq"]["steps"]) == ("nf3", 5)
     direct = tmp_path / "direct"
     succeed("train", *train_flags(WORLD / "base-small", direct))
     losses = [
@@ -100,9 +117,41 @@ def test_a_base_is_used_as_it_was_made(base: Path, tmp_path: Path, capsys) -> No
     flags = train_flags(base, tmp_path / "run")
     err = fail(capsys, "train", *flags, "--quant.format=nf2")
     assert "quant.format = 'nf2'" in err and "'nf3'" in err and str(base) in err
+    unset = flags_without_quant(base, tmp_path / "run", tmp_path)
+    # nf4 and 64 are the defaults, and set here. 64 is also the size of the base.
+    more = ["--quant.format=nf4", "--quant.block_size=64", "--quant.icq.steps=7"]
+    err = fail(capsys, "train", *unset, *more)
+    assert "quant.format = 'nf4', quant.icq.steps = 7: the base in" in err
+    assert "with quant.format = 'nf3', quant.icq.steps = 5; expected" in err
     err = fail(capsys, "train", *flags, "--evaluate.baselines")
     assert "evaluate.baselines" in err and "full-precision" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_unset_settings_come_from_the_base(base: Path, tmp_path: Path) -> None:
+    stored = QuantConfig(format="nf3", icq=IcqOptions(steps=5))
+    model, output = str(base), str(tmp_path / "run")
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {model}\noutput_dir: {output}\nquant: {{block_size: 64}}\n")
+    assert Config.load(file).quant == stored
+    # In Python, QuantConfig() is not set.
+    assert with_base_settings(Config(model, output)).quant == stored
+    other = Config(model, output, quant=QuantConfig(format="nf2"))
+    assert with_base_settings(other) == other
+    original = Config(str(WORLD / "base-small"), output)
+    assert with_base_settings(original) == original
+
+    # A run goes on with its base when the folder of the base is gone.
+    (tmp_path / "run").mkdir()
+    shutil.copyfile(base / "base.safetensors", tmp_path / "run" / "base.safetensors")
+    gone = Config(str(tmp_path / "gone"), output)
+    assert with_base_settings(gone) == gone  # no config.json: an interrupted start
+    save_config(tmp_path / "run", dataclasses.replace(gone, quant=stored))
+    assert with_base_settings(gone).quant == stored
+    assert Config.load(file, {"model": gone.model}).quant == stored
+    # A run that made its base itself has the settings of its configuration.
+    made = Config(str(WORLD / "base-small"), output)
+    assert with_base_settings(made) == made
 
 
 def test_quantizing_into_a_used_folder_is_refused(base: Path, capsys) -> None:

@@ -3,13 +3,18 @@
 import dataclasses
 import json
 import math
+import re
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from irqlora_jax import cli
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.config import Config, TrainConfig, parse_config
+from irqlora_jax.config import Config, TrainConfig, parse_config, parse_flags
 from irqlora_jax.quant.config import QuantConfig
 
 ROOT = Path(__file__).parent.parent
@@ -62,19 +67,19 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, text: str) -> N
         ("trian: {steps: 3}", ["trian"]),
         ("quant: {format: nf5}", ["quant.format", "nf5", "nf4", "int2"]),
         ("quant: {block_size: 7}", ["quant.block_size", "7", "multiple of 8"]),
-        ("quant: {block_size: 6.5}", ["quant.block_size", "6.5", "int"]),
+        ("quant: {block_size: 6.5}", ["quant.block_size", "6.5", "a whole number"]),
         ("quant: {symmetric: true}", ["quant.symmetric", "false with quant.format nf4"]),
         ("quant: {search: zero_point}", ["quant.icq.search", "range with quant.format nf4"]),
         ("quant: {search_range: 2}", ["quant.icq.range", "2", "between 0 and 1"]),
         ("adapter: {rank: 0}", ["adapter.rank", "0", "at least 1"]),
         ("adapter: {dropout: 1.0}", ["adapter.dropout", "1.0"]),
         ("adapter: {targets: [query]}", ["adapter.targets", "query", "q_proj"]),
-        ("train: {steps: many}", ["train.steps", "many", "int"]),
+        ("train: {steps: many}", ["train.steps", "many", "a whole number"]),
         ("train: {accumulation: 3}", ["train.accumulation", "3", "train.batch_size = 16"]),
         ("train: {beta2: 1.0}", ["train.beta2", "1.0"]),
         ("evaluate: {max_questions: 0}", ["evaluate.max_questions", "0", "at least 1"]),
-        ("seed: one", ["seed", "one", "int"]),
-        ("model: [a", ["parsing"]),
+        ("seed: one", ["seed", "one", "a whole number"]),
+        ("model: [a", ["bad.yaml, line 4: not valid YAML"]),
         ("train: {learning_rate: .inf}", ["train.learning_rate = inf", "positive finite"]),
         ("train: {learning_rate: .nan}", ["train.learning_rate = nan", "positive finite"]),
         ("train: {eps: .inf}", ["train.eps = inf"]),
@@ -85,6 +90,25 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, text: str) -> N
         ("quant: {icq: {steps: 5, steps: 6}}", ["bad.yaml: quant.icq.steps appears twice"]),
         ("train: 5", ["bad.yaml: train = 5: expected a section with fields"]),
         ("quant: {icq: [1]}", ["bad.yaml: quant.icq = [1]: expected a section with fields"]),
+        ("trian: {steps: 3}", ["bad.yaml: trian: unknown field; did you mean train?"]),
+        ("quant: {formt: nf4}", ["quant.formt: unknown", "did you mean quant.format?"]),
+        ("learning_rate: 1", ["did you mean train.learning_rate?"]),
+        ("data: {batch_size: 1}", ["data.batch_size", "did you mean train.batch_size?"]),
+        ("1: 2", ["bad.yaml: 1: unknown field", "--help lists every field"]),
+        ("quant: {rules: [{match: a, formt: a}]}", ["did you mean quant.rules[0].format?"]),
+        ("quant: {rules: [{format: nf3}]}", ["quant.rules[0].match: no value"]),
+        (
+            "quant: {rules: nf3}",
+            ["quant.rules[0] = 'nf3': expected a section with match"],
+        ),
+        ("train: {remat: 1}", ["train.remat = 1: expected true or false"]),
+        ("train: {clip_norm: big}", ["train.clip_norm = 'big': expected a number or null"]),
+        ("train: {matmul: c}", ["train.matmul = 'c': expected xla, mosaic, triton or null"]),
+        ("train: {steps: null}", ["train.steps = None: expected a whole number"]),
+        ("data: {train: 5}", ["data.train = 5: expected text in quotes"]),
+        ("adapter: {targets: [1]}", ["adapter.targets = [1]: expected a list such as [a, b]"]),
+        ("train.steps: 5\ntrain: {steps: 6}", ["bad.yaml: train.steps appears twice"]),
+        ("model: ''", ["bad.yaml: model appears twice"]),
     ],
 )
 def test_refusals_name_field_value_and_what_is_accepted(
@@ -128,7 +152,7 @@ def test_a_switch_may_stand_alone() -> None:
     flags = ["--model=m", "--output_dir=o", "--quant.symmetric", "--quant.format", "int3"]
     assert parse_config(flags).quant == QuantConfig(format="int3", symmetric=True)
     assert parse_config([*flags[:2], "--evaluate.baselines"]).evaluate.baselines
-    with pytest.raises(ValueError, match=r"--quant.format: expected one argument"):
+    with pytest.raises(ValueError, match=r"--quant.format: no value follows"):
         parse_config([*flags[:2], "--quant.format", "--evaluate.baselines"])
 
 
@@ -185,3 +209,58 @@ def test_long_values_are_shortened_in_messages() -> None:
     assert "xxx...: expected q_proj" in str(error.value) and len(str(error.value)) < 350
     with pytest.raises(ValueError, match=f"= '{'x' * 198}': expected"):
         AdapterConfig(targets=("x" * 198,))
+
+
+def leaves(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(field.type):
+            yield from leaves(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, field.type
+
+
+@pytest.mark.parametrize("command", cli._COMMANDS)
+def test_no_text_of_a_parser_reaches_the_user(command: str) -> None:
+    """Every field of every command gets wrong values, and a wrong name."""
+    kind, _ = cli._COMMANDS[command][1]()
+    required = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING]
+    given = [f"--{name}={'generate' if name == 'task' else 'x'}" for name in required]
+    seen = 0
+    for name, type_ in leaves(kind):
+        for value in ("[", "{a: [1]}", "1.5x", "x" * 5000, "9" * 5000, "[[1], [2]]", "\t%"):
+            try:
+                parse_flags(kind, [*given, f"--{name}={value}"], f"irqlora {command}")
+            except ValueError as error:
+                seen += 1
+                text = str(error)
+                assert f"{name} = " in text or f"{name}[0]" in text, text
+                assert len(text) < 450 and "\n" not in text, text
+                assert not re.search(r"class|typing|Union|Literal|subtype|pars", text), text
+            else:
+                assert str in (type_, *typing.get_args(type_)), (name, value)
+        near = re.escape(f"--{name}_: unknown field; did you mean --")
+        with pytest.raises(ValueError, match=near):
+            parse_flags(kind, [*given, f"--{name}_=1"], f"irqlora {command}")
+    assert seen > 0 or command == "report"
+
+
+def test_a_single_value_stands_for_a_list_of_one(file: Path) -> None:
+    file.write_text("model: m\noutput_dir: o\nadapter: {targets: q_proj}\n")
+    rule = "{match: '*.down_proj', format: nf4}"
+    flags = [f"--config={file}", "--evaluate.samples=what is: [this]?", f"--quant.rules={rule}"]
+    config = parse_config(flags)
+    assert config.adapter.targets == ("q_proj",)
+    assert config.evaluate.samples == ("what is: [this]?",)
+    assert [dataclasses.astuple(one)[:2] for one in config.quant.rules] == [("*.down_proj", "nf4")]
+    kind, _ = cli._COMMANDS["eval"][1]()
+    flags = ["--run=r", "--task=mmlu", "--subjects=anatomy"]
+    assert parse_flags(kind, flags, "irqlora eval").subjects == ("anatomy",)
+
+
+def test_the_printed_configuration_is_a_configuration(file: Path, tmp_path: Path, capsys) -> None:
+    flags = [f"--config={file}", "--train.clip_norm=.inf", "--adapter.targets=q_proj"]
+    with pytest.raises(SystemExit, match="0"):
+        parse_config([*flags, "--print_config"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert Config.load(printed) == parse_config(flags)

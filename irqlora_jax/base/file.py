@@ -21,6 +21,8 @@ from irqlora_jax.sharding import sharding
 from irqlora_jax.text import first_few
 
 Base = dict[str, Any]
+BASE_FILE = "base.safetensors"
+"""Name of the file in the folder of a run or of `irqlora quantize`."""
 _VERSION = "2"
 _ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if "Array" in str(f.type))
 _TYPES = {"U8": "uint8", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}

@@ -49,7 +49,7 @@ from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.formats import FORMATS
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.sharding import LINEAR_NAMES, sharding
-from irqlora_jax.text import first_few, require
+from irqlora_jax.text import first_few, require, shorten
 
 Watch = Callable[[int, str, jax.Array, QTensor, QuantConfig], None]
 """Called for each quantized matrix with layer, projection, float32 weights, the QTensor and its
@@ -292,7 +292,9 @@ def _find_weights(folder: Path) -> dict[str, Header]:
     files = sorted(set(shards.values()))
     for file in files:
         if PurePath(file).is_absolute() or ".." in PurePath(file).parts:
-            raise ValueError(f"{folder / INDEX}: lists {file!r}: expected a file in its folder")
+            raise ValueError(
+                f"{folder / INDEX}: lists {shorten(file)}: expected a file in its folder"
+            )
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder / INDEX}: lists {file}, which does not exist")
     found: dict[str, Header] = {}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
-from irqlora_jax.data.rows import CONVERSATIONS, Row, check_text, read_rows
+from irqlora_jax.data.rows import CONVERSATIONS, Row, check_text, format_hint, read_rows
 from irqlora_jax.text import read_text, require
 
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
@@ -58,7 +58,7 @@ def _conversation(row: Row) -> Conversation:
         there = ", ".join(row.columns) or "none"
         raise ValueError(
             f"{row.place} has no column 'messages': its columns are {there}; expected is messages "
-            "(of role and content) or conversations (of from and value)"
+            f"(of role and content) or conversations (of from and value){format_hint(row)}"
         )
     messages = row.columns[name]
     if not isinstance(messages, list) or not messages:

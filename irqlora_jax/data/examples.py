@@ -17,6 +17,7 @@ from irqlora_jax.data.formats import alpaca_prompt as alpaca_prompt
 from irqlora_jax.data.rows import Row as Row
 from irqlora_jax.data.rows import read_documents
 from irqlora_jax.data.rows import read_rows as read_rows
+from irqlora_jax.text import shorten
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def _pairs(source: str, config: DataConfig, tokenizer: Any, max_length: int | No
         answer = answer + end
         if not answer:
             name = PAIR_COLUMNS[config.format][-1]
-            raise ValueError(f"{row.place}: {name} = {row.answer!r} has no tokens")
+            raise ValueError(f"{row.place}: {name} = {shorten(row.answer)} has no tokens")
         # Without bos, the answer of an empty prompt has no context.
         if not prompt:
             raise ValueError(f"{row.place}: the prompt has no tokens")

@@ -5,7 +5,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from irqlora_jax.data.rows import PAIR_COLUMNS as PAIR_COLUMNS
+from irqlora_jax.data.rows import TEXT_COLUMNS as TEXT_COLUMNS
 from irqlora_jax.data.rows import Row, read_rows
+from irqlora_jax.text import shorten
 
 # Stanford Alpaca's two prompts (train.py of tatsu-lab/stanford_alpaca).
 _REQUEST = "Write a response that appropriately completes the request.\n\n"
@@ -17,17 +20,6 @@ _WITHOUT_INPUT = (
     f"Below is an instruction that describes a task. {_REQUEST}"
     "### Instruction:\n%s\n\n### Response:"
 )
-PAIR_COLUMNS: dict[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "output"),
-    "input_output": ("input", "output"),
-    "self_instruct": ("prompt", "completion"),
-    "flan_v2": ("inputs", "targets"),
-    "chip2": ("text",),
-}
-"""Columns of the formats with a prompt and an answer in each row. The last column is the answer."""
-TEXT_COLUMNS: dict[str, tuple[str, ...]] = {"hh_rlhf": ("chosen",), "oasst1": ("text",)}
-"""Columns of the formats with a conversation in each row. The loss covers every turn."""
-
 _HUMAN, _BOT = "<human>: ", "\n<bot>: "
 GUANACO = {"prompter": "### Human: ", "assistant": "### Assistant: "}
 """Text in front of the messages of each OASST1 role."""
@@ -107,7 +99,7 @@ def _trees(source: str, rows: Sequence[Row]) -> list[Text]:
         name, parent = row.text("message_id"), row.text("parent_id", "")
         # Unique ids exclude cycles in the walk from a root.
         if name in seen:
-            raise ValueError(f"{row.place}: message_id = {name!r} is also in {seen[name]}")
+            raise ValueError(f"{row.place}: message_id = {shorten(name)} is also in {seen[name]}")
         seen[name] = row.place
         if not row.columns.get("deleted"):
             (replies.setdefault(parent, []) if parent else roots).append(row)
@@ -135,7 +127,7 @@ def _turn(row: Row) -> str:
     role = row.text("role")
     if role not in GUANACO:
         accepted = ", ".join(GUANACO)
-        raise ValueError(f"{row.place}: role = {role!r}: expected {accepted}")
+        raise ValueError(f"{row.place}: role = {shorten(role)}: expected {accepted}")
     return GUANACO[role] + row.text("text")
 
 
@@ -145,5 +137,7 @@ def _rank(row: Row) -> float:
     try:
         rank = math.inf if value in (None, "") else float(value)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{row.place}: rank = {value!r}: expected a number or null") from None
+        raise ValueError(
+            f"{row.place}: rank = {shorten(value)}: expected a number or null"
+        ) from None
     return math.inf if math.isnan(rank) else rank

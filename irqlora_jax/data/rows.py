@@ -9,12 +9,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from irqlora_jax.text import read_text
+from irqlora_jax.text import read_text, shorten
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 DOCUMENT_END = "<|endoftext|>"
 CONVERSATIONS = ("messages", "conversations")
 """Columns with a list of messages. The second one is ShareGPT's."""
+PAIR_COLUMNS: dict[str, tuple[str, ...]] = {
+    "alpaca": ("instruction", "output"),
+    "input_output": ("input", "output"),
+    "self_instruct": ("prompt", "completion"),
+    "flan_v2": ("inputs", "targets"),
+    "chip2": ("text",),
+}
+"""Columns of the formats with a prompt and an answer in each row. The last column is the answer."""
+TEXT_COLUMNS: dict[str, tuple[str, ...]] = {"hh_rlhf": ("chosen",), "oasst1": ("text",)}
+"""Columns of the formats with a conversation in each row. The loss covers every turn."""
 # ID, ID:CONFIGURATION, ID:CONFIGURATION:SPLIT or ID::SPLIT.
 _HUB = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[\w.-]*)(:(?P<split>[\w.-]+))?)?")
 # Errors of `datasets` that list the valid names and contain nothing secret.
@@ -46,7 +56,7 @@ def check_text(value: Any, place: str, name: str) -> str:
         ValueError: not text; the message names the place.
     """
     if not isinstance(value, str):
-        raise ValueError(f"{place}: {name} = {value!r}: expected text")
+        raise ValueError(f"{place}: {name} = {shorten(value)}: expected text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -95,13 +105,21 @@ def read_rows(source: str, columns: Sequence[str]) -> list[Row]:
             if name not in row.columns:
                 there = ", ".join(map(str, row.columns)) or "none"
                 wanted = ", ".join(columns)
-                is_chat = any(isinstance(row.columns.get(each), list) for each in CONVERSATIONS)
-                hint = "; it looks like data.format = 'chat'" if is_chat else ""
+                hint = format_hint(row)
                 raise ValueError(
-                    f"{row.place} has no column {name!r}: its columns are {there}; "
+                    f"{row.place} has no column {shorten(name)}: its columns are {there}; "
                     f"expected are {wanted}{hint}"
                 )
     return rows
+
+
+def format_hint(row: Row) -> str:
+    """Says which values of `data.format` the columns of a row fit; "" if none."""
+    if any(isinstance(row.columns.get(name), list) for name in CONVERSATIONS):
+        return "; it looks like data.format = 'chat'"
+    known = PAIR_COLUMNS | TEXT_COLUMNS | {"text": ("text",)}
+    fits = [repr(name) for name, columns in known.items() if row.columns.keys() >= {*columns}]
+    return f"; it looks like data.format = {' or '.join(fits)}" if fits else ""
 
 
 def read_documents(source: str) -> list[str]:
@@ -177,7 +195,7 @@ def _parse(text: str, path: Path, first_line: int = 1) -> Any:
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any] | _Refused:
     twice = _find_twice([name for name, _ in pairs])
-    return dict(pairs) if twice is None else _Refused(f"names the key {twice!r} twice")
+    return dict(pairs) if twice is None else _Refused(f"names the key {shorten(twice)} twice")
 
 
 def _integer(digits: str) -> int | _Refused:
@@ -232,7 +250,7 @@ def _csv_rows(path: Path) -> list[Row]:
                 header = fields
                 twice = _find_twice(header)
                 if twice is not None:
-                    raise ValueError(f"{place} names the column {twice!r} twice")
+                    raise ValueError(f"{place} names the column {shorten(twice)} twice")
             elif len(fields) != len(header):
                 raise ValueError(
                     f"{place} has {len(fields)} fields: the first line names {len(header)} columns"
@@ -261,7 +279,7 @@ def _parquet_rows(path: Path) -> list[Row]:
         raise ValueError(f"{path} is not a whole parquet file: {reason}") from None
     twice = _find_twice(table.column_names)
     if twice is not None:
-        raise ValueError(f"{path} names the column {twice!r} twice")
+        raise ValueError(f"{path} names the column {shorten(twice)} twice")
     names = table.column_names
     columns = [_column(path, *pair) for pair in zip(names, table.columns, strict=True)]
     return [

@@ -7,7 +7,7 @@ import io
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from irqlora_jax.text import decode_text
+from irqlora_jax.text import decode_text, shorten
 
 LETTERS = "ABCD"
 CATEGORIES = {
@@ -119,7 +119,9 @@ def _read_rows(path: Path, data: bytes) -> list[list[str]]:
             accepted = "question, A, B, C, D, answer"
             raise ValueError(f"{path}, row {number} has {len(row)} columns: expected {accepted}")
         if len(row[-1]) != 1 or row[-1] not in LETTERS:
-            raise ValueError(f"{path}, row {number}: answer = {row[-1]!r}: expected A, B, C or D")
+            raise ValueError(
+                f"{path}, row {number}: answer = {shorten(row[-1])}: expected A, B, C or D"
+            )
     return rows
 
 

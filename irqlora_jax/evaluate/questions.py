@@ -12,6 +12,7 @@ import numpy as np
 from irqlora_jax.data.examples import Row, alpaca_prompt, encode_pairs, read_rows
 from irqlora_jax.evaluate.choices import Question, choice_scores, truncate_prompt
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.text import shorten
 
 _COLUMNS = ("subject", "prompt", "choices", "answer")
 _OPTIONS = re.compile(r"Answer format: *([^/\s]+(?:/[^/\s]+)+)\s*$")
@@ -104,7 +105,7 @@ def _to_questions(
             if not prompt:
                 raise ValueError(f"{row.place}: the prompt has no tokens")
             if not choice:
-                raise ValueError(f"{row.place}: the choice {text!r} has no tokens")
+                raise ValueError(f"{row.place}: the choice {shorten(text)} has no tokens")
         questions.append(
             Question(
                 subject=row.text("subject"),
@@ -130,7 +131,7 @@ def _from_instruction(row: Row, subject: str) -> Row:
     options = found[1].split("/")
     if answer not in options or not output.endswith(answer):
         accepted = f"one of {', '.join(options)}, with which output ends"
-        raise ValueError(f"{row.place}: answer = {answer!r}: expected {accepted}")
+        raise ValueError(f"{row.place}: answer = {shorten(answer)}: expected {accepted}")
     stem = output.removesuffix(answer)
     columns = {
         "subject": subject,
@@ -148,13 +149,13 @@ def _check(row: Row) -> None:
     if not (
         isinstance(choices, list) and len(choices) > 1 and all(type(c) is str for c in choices)
     ):
-        raise ValueError(f"{row.place}: choices = {choices!r}: expected at least two texts")
+        raise ValueError(f"{row.place}: choices = {shorten(choices)}: expected at least two texts")
     if type(answer) is not int or not 0 <= answer < len(choices):
         accepted = f"the index of a choice, 0 to {len(choices) - 1}"
-        raise ValueError(f"{row.place}: answer = {answer!r}: expected {accepted}")
+        raise ValueError(f"{row.place}: answer = {shorten(answer)}: expected {accepted}")
     if pool is not None and (type(pool) is not int or pool < 1):
         accepted = "a whole number of at least 1, or null"
-        raise ValueError(f"{row.place}: pool = {pool!r}: expected {accepted}")
+        raise ValueError(f"{row.place}: pool = {shorten(pool)}: expected {accepted}")
 
 
 def score_questions(

@@ -21,7 +21,7 @@ from irqlora_jax.generate.conversation import Style, decode_stream, encode_turns
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.messages import shows_messages
 from irqlora_jax.runs.load import Run, load_run, read_checkpoint
-from irqlora_jax.text import aligned, read_text
+from irqlora_jax.text import aligned, read_text, shorten
 
 logger = logging.getLogger(__name__)
 _TASKS = ("mmlu", "factworld", "questions", "perplexity", "generate")
@@ -102,7 +102,7 @@ class EvalConfig:
         names = self.task.removeprefix(_LM_EVAL).split(",")
         if self.task not in _TASKS and not (self.task.startswith(_LM_EVAL) and all(names)):
             accepted = f"{', '.join(_TASKS)} or {_LM_EVAL}NAME,NAME"
-            raise ValueError(f"task = {self.task!r}: expected {accepted}")
+            raise ValueError(f"task = {shorten(self.task)}: expected {accepted}")
         if self.shots is not None and self.shots < 0:
             raise ValueError(f"shots = {self.shots}: expected 0 or more")
 
@@ -157,7 +157,8 @@ def _check_input(asked: EvalConfig) -> None:
     needed = {"mmlu": ["mmlu"], "perplexity": ["text"], "generate": ["prompt", "prompts"]}
     if asked.task.startswith(_LM_EVAL) and importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
-            f'task = {asked.task!r}: needs lm-eval; pip install "irqlora_jax[eval]" installs it'
+            f"task = {shorten(asked.task)}: needs lm-eval; "
+            'pip install "irqlora_jax[eval]" installs it'
         )
     names = needed.get(asked.task, [])
     given = [name for name in names if getattr(asked, name) is not None]
@@ -165,7 +166,7 @@ def _check_input(asked: EvalConfig) -> None:
         flags = " or ".join(f"--{name}" for name in names)
         raise ValueError(f"{names[0]} = None: the task {asked.task} needs {flags}")
     if len(given) > 1:
-        raise ValueError(f"prompt = {asked.prompt!r}: expected null with --prompts")
+        raise ValueError(f"prompt = {shorten(asked.prompt)}: expected null with --prompts")
     for name in given:
         path = Path(getattr(asked, name))
         if name == "text" and not path.is_file():

@@ -22,6 +22,7 @@ from irqlora_jax.files.small import read_json
 from irqlora_jax.messages import shows_messages
 from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import Run, is_base, load_run, scores
+from irqlora_jax.text import shorten
 
 _GENERATION = "generation_config.json"
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         def require(ok: bool, field: str, accepted: str) -> None:
             if not ok:
-                raise ValueError(f"{field} = {getattr(self, field)!r}: expected {accepted}")
+                raise ValueError(f"{field} = {shorten(getattr(self, field))}: expected {accepted}")
 
         require(0 < self.shard_size < math.inf, "shard_size", "a positive number")
         require(self.fold or self.kind == "adapter", "fold", f"true with kind {self.kind}")

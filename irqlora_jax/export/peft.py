@@ -28,7 +28,7 @@ from irqlora_jax.model.tree import (
     linear_path,
 )
 from irqlora_jax.sharding import LINEAR_NAMES
-from irqlora_jax.text import first_few
+from irqlora_jax.text import first_few, shorten
 
 
 def load_adapter(source: str | Path, model: Llama) -> Tree:
@@ -251,11 +251,13 @@ def _check_adapter_config(file: Path, adapter: AdapterConfig) -> None:
     for name, accepted in _PLAIN_LORA.items():
         value = values.get(name, accepted[0])
         if value not in accepted:
-            raise ValueError(f"{file}: {name} = {value!r}: expected {accepted[0]!r}")
+            raise ValueError(f"{file}: {name} = {shorten(value)}: expected {shorten(accepted[0])}")
     for theirs, ours in (("r", "rank"), ("lora_alpha", "alpha")):
         value, wanted = values.get(theirs, 8), getattr(adapter, ours)  # 8: the default of PEFT
         if value != wanted:
-            raise ValueError(f"{file}: {theirs} = {value!r}, but adapter.{ours} = {wanted!r}")
+            raise ValueError(
+                f"{file}: {theirs} = {shorten(value)}, but adapter.{ours} = {shorten(wanted)}"
+            )
     targets = values.get("target_modules")
     if targets == "all-linear":
         targets = list(LINEAR_NAMES)

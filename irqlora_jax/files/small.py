@@ -23,14 +23,24 @@ def read_json(file: Path) -> Mapping[str, Any]:
         FileNotFoundError: no such file.
         ValueError: not UTF-8, not valid JSON, or not an object.
     """
+    values = parse_json(file)
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: a JSON {type(values).__name__}; expected an object")
+    return values
+
+
+def parse_json(file: Path) -> Any:
+    """Reads the value in a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not UTF-8, or not valid JSON.
+    """
     try:
         text = read_text(file)
     except FileNotFoundError:
         raise FileNotFoundError(f"{file.parent}: no {file.name}") from None
     try:
-        values = json.loads(text)
+        return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file}: a JSON {type(values).__name__}; expected an object")
-    return values

@@ -9,6 +9,7 @@ from irqlora_jax.generate.conversation import Style, decode_stream, encode_turns
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.text import shorten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ def read_samples(config: Config, tokenizer: Any, llama: LlamaConfig) -> Samples:
     for text, prompt in zip(texts, prompts, strict=True):
         if not 0 < len(prompt) <= room:
             raise ValueError(
-                f"evaluate.samples: {text!r} has {len(prompt)} tokens; expected 1 to {room} "
+                f"evaluate.samples: {shorten(text)} has {len(prompt)} tokens; expected 1 to {room} "
                 f"(the model's context of {llama.max_position_embeddings} less "
                 f"evaluate.sample_tokens = {config.evaluate.sample_tokens})"
             )

@@ -5,11 +5,14 @@ wheels jax-cuda13-plugin and jax-cuda13-pjrt (or jax[cuda13]).
 """
 
 import dataclasses
+import difflib
 import os
 import re
 from typing import Any
 
 from jax.experimental import topologies
+
+from irqlora_jax.text import refusal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +74,14 @@ def find_device(name: str) -> Device:
     """
     plain = re.sub(r"^(nvidia|geforce|rtx|[\s_-])+", "", name.lower())
     plain = re.sub(r"[\s_]+", "-", plain.removesuffix("gb").strip())
-    if plain not in DEVICES:
-        raise ValueError(f"plan = {name!r}: expected one of {', '.join(DEVICES)}")
-    return DEVICES[plain]
+    if plain in DEVICES:
+        return DEVICES[plain]
+    several = [one for one in DEVICES if plain and one.startswith(f"{plain}-")]
+    if several:
+        raise refusal("plan", name, " or ".join(several))
+    near = difflib.get_close_matches(plain, DEVICES, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise refusal("plan", name, f"one of {', '.join(DEVICES)}{hint}")
 
 
 def compile_only_devices(device: Device, count: int = 1) -> list[Any] | None:

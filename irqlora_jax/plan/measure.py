@@ -31,6 +31,7 @@ from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import check_model, is_base, read_architecture
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
 from irqlora_jax.sharding import ROWS, device_bytes, make_mesh, tree_shardings
+from irqlora_jax.text import refusal
 from irqlora_jax.train.step import make_step, state_shardings
 
 MAX_SPLIT = 8
@@ -162,9 +163,8 @@ def read_base_shapes(config: Config) -> tuple[Base, LlamaConfig]:
     values = read_values(config.model)
     dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
-        raise ValueError(
-            f"{config.model}: config.json: dtype = {dtype!r}: expected float32, bfloat16 or float16"
-        )
+        accepted = "float32, bfloat16 or float16"
+        raise refusal(f"{config.model}: config.json: dtype", dtype, accepted)
     return abstract_base(llama, config.quant, jnp.dtype(dtype)), llama
 
 

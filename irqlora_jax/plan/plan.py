@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from irqlora_jax.base.file import Base
-from irqlora_jax.config import Config
+from irqlora_jax.config import Config, with_base_settings
 from irqlora_jax.messages import shows_messages
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.plan.gpus import find_device
@@ -47,6 +47,7 @@ def plan(config: Config, name: str | None = None) -> bool:
     if name is not None:
         find_device(name)  # refuse an unknown name before the slow steps
         config = _replace_fields(config, {"mesh.data": config.mesh.data or 1})
+    config = with_base_settings(config)
     base, llama = read_base_shapes(config)
     target = find_plan_device(name, device_count(config))
     need = measure(config, base, llama, target)

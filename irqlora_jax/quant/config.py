@@ -9,7 +9,7 @@ from irqlora_jax.quant.calibrations import CALIBRATIONS, PLAIN
 from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.calibrations.joint import JointOptions
 from irqlora_jax.quant.formats import FORMATS
-from irqlora_jax.text import require, with_current_names
+from irqlora_jax.text import require, shorten, with_current_names
 
 RENAMED = {
     "search_range": ("icq", "range"),
@@ -101,7 +101,7 @@ class QuantConfig:
             try:
                 dataclasses.replace(self, rules=(), **rule.overrides)
             except ValueError as error:
-                raise ValueError(f"{field} ({rule.match!r}): {error}") from error
+                raise ValueError(f"{field} ({shorten(rule.match)}): {error}") from error
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantConfig":

@@ -8,6 +8,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float32
 
+from irqlora_jax.text import shorten
+
 
 @dataclasses.dataclass(frozen=True)
 class Format:
@@ -91,5 +93,5 @@ def get_format(name: str) -> Format:
         (11, 10, 13, 12, 15, 14, 9, 8, 0)
     """
     if name not in FORMATS:
-        raise ValueError(f"quant.format = {name!r}: expected {', '.join(FORMATS)}")
+        raise ValueError(f"quant.format = {shorten(name)}: expected {', '.join(FORMATS)}")
     return FORMATS[name]

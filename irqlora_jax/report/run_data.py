@@ -11,7 +11,7 @@ import jax
 
 from irqlora_jax.base.file import base_shapes, read_base_config, read_source
 from irqlora_jax.base.storage import Storage, measure_base
-from irqlora_jax.config import Config
+from irqlora_jax.config import Config, read_stored_config
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.folder import BASE_FILE, SURVEY_FILE
@@ -102,7 +102,9 @@ def read_run_data(folder: Path) -> RunData:
     trained = None
     if llama is not None and settings is not None:
         known = llama
-        trained = attempt("config.json", lambda file: _measure_trained(Config.load(file), known))
+        trained = attempt(
+            "config.json", lambda file: _measure_trained(read_stored_config(file), known)
+        )
     evaluations = {
         file.stem: attempt(file.name, _read_dict) for file in sorted(folder.glob("eval-*.json"))
     }

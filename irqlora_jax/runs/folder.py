@@ -27,13 +27,15 @@ from typing import Any
 
 import numpy as np
 
-from irqlora_jax.config import Config
+from irqlora_jax.base.file import BASE_FILE as BASE_FILE
+from irqlora_jax.config import Config, read_stored_config
 from irqlora_jax.data import Example
 from irqlora_jax.files.small import read_json, write_text
 from irqlora_jax.runs.checkpoints import check_path
 from irqlora_jax.runs.lock import LOCK_FILE
+from irqlora_jax.text import shorten
 
-BASE_FILE, TOKENIZER, GENERATION = "base.safetensors", "tokenizer", "generation_config.json"
+TOKENIZER, GENERATION = "tokenizer", "generation_config.json"
 SURVEY_FILE = "quantization.json"
 _CONFIG, _DATA = "config.json", "data.json"
 # Fields and sections that may change when a run is resumed. Its base and data.json tell whether
@@ -101,9 +103,10 @@ def _stored_config(folder: Path, config: Config) -> Config | None:
         may_change += ("train.steps",)
     for name in sorted(stored.keys() | asked.keys()):
         if stored.get(name) != asked.get(name) and not _is_in(name, may_change):
+            there, here = shorten(stored.get(name)), shorten(asked.get(name))
             raise ValueError(
-                f"output_dir = '{folder}': holds another run ({name} = {stored.get(name)!r} there, "
-                f"{asked.get(name)!r} here); expected a new folder, or the same configuration"
+                f"output_dir = '{folder}': holds another run ({name} = {there} there, {here} "
+                "here); expected a new folder, or the same configuration"
             )
     return stored_config
 
@@ -116,7 +119,7 @@ def read_config_file(folder: Path) -> Config:
     """
     read_json(folder / _CONFIG)
     try:
-        return Config.load(folder / _CONFIG)
+        return read_stored_config(folder / _CONFIG)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{folder / _CONFIG}: not the configuration of a run: {error}") from error
 

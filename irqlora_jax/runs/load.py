@@ -1,7 +1,6 @@
 """Loads models from folders: runs, quantized bases and Hugging Face models."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,15 +13,16 @@ from irqlora_jax.base.file import (
     read_source,
 )
 from irqlora_jax.base.make import load_base, read_llama
-from irqlora_jax.config import Config
+from irqlora_jax.config import Config, check_settings, quant_settings
 from irqlora_jax.data.chat import end_tokens
 from irqlora_jax.files.hub import is_hub_id, load_tokenizer, read_config, snapshot
-from irqlora_jax.files.small import read_json
+from irqlora_jax.files.small import parse_json, read_json
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.folder import BASE_FILE, GENERATION, TOKENIZER, read_config_file
+from irqlora_jax.text import shorten
 
 Which = Literal["last", "best"] | int
 """A checkpoint: the newest, the one with the best evaluation loss, or a step."""
@@ -119,7 +119,7 @@ def read_checkpoint(value: str | int) -> Which:
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    raise ValueError(f"checkpoint = {value!r}: expected last, best or the number of a step")
+    raise ValueError(f"checkpoint = {shorten(value)}: expected last, best or the number of a step")
 
 
 def is_base(source: str | Path) -> bool:
@@ -174,12 +174,7 @@ def read_architecture(source: str | Path, quant: QuantConfig) -> LlamaConfig:
     if not is_base(source):
         return read_config(source) if is_hub_id(source) else read_llama(snapshot(source))
     llama, stored = read_base_config(Path(source) / BASE_FILE)
-    for field in dataclasses.fields(QuantConfig):
-        asked, used = getattr(quant, field.name), getattr(stored, field.name)
-        if asked != used:
-            raise ValueError(
-                f"quant.{field.name} = {asked!r}: the base in '{source}' is quantized with {used!r}"
-            )
+    check_settings(quant_settings(quant), stored, source)
     return llama
 
 
@@ -236,12 +231,10 @@ def read_results(file: Path) -> list[dict[str, Any]]:
     """Reads the rows of results.json.
 
     Raises:
+        FileNotFoundError: no such file.
         ValueError: the file is damaged; the message names it.
     """
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    rows = parse_json(file)
     ok = isinstance(rows, list) and all(isinstance(row, dict) and "model" in row for row in rows)
     if not ok or any(row.keys() != rows[0].keys() for row in rows):
         raise ValueError(f"{file}: damaged; expected a list of rows with a model and its scores")

@@ -17,7 +17,7 @@ from irqlora_jax.base.file import Base, read_base, save_base
 from irqlora_jax.base.make import load_fitted
 from irqlora_jax.base.mesh import check_mesh
 from irqlora_jax.base.storage import abstract_base, measure_base
-from irqlora_jax.config import Config
+from irqlora_jax.config import Config, with_base_settings
 from irqlora_jax.data import Example, hold_out, load_examples, longest_row
 from irqlora_jax.evaluate import load_questions
 from irqlora_jax.evaluate.scores import Row, Scorer, baselines, table
@@ -108,7 +108,7 @@ def run(config: Config, *, resume_from: int | None = None) -> RunResult:
     check_packages(config.log)
     dtype = config.train.compute_dtype or fastest_dtype(jax.devices()[0])
     train = dataclasses.replace(config.train, compute_dtype=dtype)
-    config = dataclasses.replace(config, train=train)
+    config = with_base_settings(dataclasses.replace(config, train=train))
     folder = Path(config.output_dir)
     check_folder(folder, config)  # before anything is written there, the file of the lock included
     with locked(folder):

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from irqlora_jax.config import Config
+from irqlora_jax.config import Config, read_stored_config
 from irqlora_jax.export.peft import load_adapter
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import is_base
+from irqlora_jax.text import shorten
 
 # What decides the shapes of an adapter and what it computes.
 _SAME = ("method", "rank", "alpha", "targets")
@@ -48,13 +49,13 @@ def check_start(config: Config) -> None:
             f"model = '{config.model}': not the base on which the adapter in '{folder}' was "
             f"trained; expected '{folder}' (adapter.init_from)"
         )
-    theirs = Config.load(file).adapter
+    theirs = read_stored_config(file).adapter
     for name in (*_SAME, theirs.method):
         found, wanted = getattr(config.adapter, name, None), getattr(theirs, name, None)
         if found != wanted:
             raise ValueError(
-                f"adapter.{name} = {found!r}: the adapter in '{folder}' has {wanted!r} "
-                "(adapter.init_from)"
+                f"adapter.{name} = {shorten(found)}: the adapter in '{folder}' has "
+                f"{shorten(wanted)} (adapter.init_from)"
             )
 
 

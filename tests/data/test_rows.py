@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from irqlora_jax.data import load_examples, read_rows
+from irqlora_jax.data.chat import read_conversations
+from irqlora_jax.data.formats import read_pairs
 from irqlora_jax.data.rows import read_documents
 from tests.data.small_data import ROWS, config, make_tokenizer, write_file
 
@@ -316,3 +318,22 @@ def test_a_failing_hub_is_one_sentence_without_secrets(hub, error, message):
     assert "\n" not in text and text.endswith("or give a local file")
     trace = "".join(traceback.format_exception(info.value))
     assert SECRET not in trace
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"prompt": "a", "completion": "b"}, "data.format = 'self_instruct'"),
+        ({"inputs": "a", "targets": "b"}, "data.format = 'flan_v2'"),
+        ({"chosen": "a", "rejected": "b"}, "data.format = 'hh_rlhf'"),
+        ({"text": "a"}, "data.format = 'chip2' or 'oasst1' or 'text'"),
+        ({"question": "a", "answer": "b"}, None),
+    ],
+)
+def test_rows_of_another_format_are_recognized(write, row, hint):
+    path = str(write("a.jsonl", [row]))
+    for read in (lambda: read_pairs(path, "alpaca"), lambda: read_conversations(path)):
+        with pytest.raises(ValueError, match="line 1 has no column") as error:
+            read()
+        assert ("looks like" in str(error.value)) == (hint is not None)
+        assert hint is None or str(error.value).endswith(f"it looks like {hint}")

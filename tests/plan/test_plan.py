@@ -149,6 +149,20 @@ def test_devices_go_by_the_names_that_people_use(name: str) -> None:
     assert find_device(name).title.split()[-1].lower() in name.lower().replace("80gb", "gb")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a100", "plan = 'a100': expected a100-40 or a100-80"),
+        ("NVIDIA A100", "expected a100-40 or a100-80"),
+        ("h10", r"b200 \(did you mean h100\?\)"),
+        ("", "expected one of t4"),
+    ],
+)
+def test_an_ambiguous_or_unknown_device(name: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        find_device(name)
+
+
 def test_without_the_compiler_for_gpus_the_plan_says_that_it_estimates(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
