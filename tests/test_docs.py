@@ -33,7 +33,7 @@ SHOWN = {
     "adapters.lora": ("init", "apply", "fold"),
     "adapters.iec": ("init", "spread", "apply", "fold"),
     "adapters.loftq": ("loftq",),
-    "config": ("Config.load",),
+    "config.settings": ("Config.load",),
 }
 _FENCE = re.compile(r"^(```+)(\w*)\n(.*?)^\1 *$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^()\s]+)\)")

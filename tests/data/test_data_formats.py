@@ -129,7 +129,10 @@ def test_message_trees_become_their_best_conversations(write, caplog):
         ([TREES[1], TREES[1]], "line 2: message_id = 'a' is also in .*a.jsonl, line 1"),
         ([TREES[0]], "no message begins a conversation"),
         ([TREES[1], TREES[2] | {"rank": "best"}], "line 2: rank = 'best': expected a number"),
-        ([TREES[1], TREES[2] | {"rank": 10**400}], r"line 2: rank = 10+\.\.\.0*: expected a number"),
+        (
+            [TREES[1], TREES[2] | {"rank": 10**400}],
+            r"line 2: rank = 10+\.{3}0*: expected",
+        ),
         ([TREES[1] | {"role": "bot"}], "line 1: role = 'bot': expected prompter, assistant"),
         ([TREES[1] | {"role": ["bot"]}], r"line 1: role = \['bot'\]: expected text"),
         ([{"text": "a"}, TREES[1]], "line 1: message_id = None: expected text"),
