@@ -19,7 +19,7 @@ from irqlora_jax.evaluate.prompts import Sampling, answer_all, read_prompts
 from irqlora_jax.evaluate.questions import load_questions, score_questions
 from irqlora_jax.generate.conversation import Style, decode_stream, encode_turns, find_style
 from irqlora_jax.generate.decode import generate
-from irqlora_jax.messages import shows_messages
+from irqlora_jax.messages import progress_bar, shows_messages
 from irqlora_jax.runs.load import Run, load_run, read_checkpoint
 from irqlora_jax.text import aligned, read_text
 
@@ -125,7 +125,8 @@ def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
     asked = dataclasses.replace(asked, checkpoint=checkpoint)
     if asked.task == "mmlu" and asked.shots is None:
         asked = dataclasses.replace(asked, shots=5)
-    run = load_run(asked.run, adapter=not asked.baseline, checkpoint=checkpoint)
+    with progress_bar("Loading the model", show=asked.progress):
+        run = load_run(asked.run, adapter=not asked.baseline, checkpoint=checkpoint)
     path = results.result_path(run, _file_stem(asked), asked.output)
     task = {
         "mmlu": _mmlu,
@@ -281,15 +282,13 @@ def _harness(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
 
 
 def _questions(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
-    from tqdm import tqdm
-
     file, limit = asked.questions, asked.limit
     if run.config is not None and file is None:
         file, limit = run.config.evaluate.questions, limit or run.config.evaluate.max_questions
     if file is None:
         raise ValueError("questions = None: the run has none; expected a .jsonl or .json file")
     questions = load_questions(file, run.tokenizer, limit)
-    with tqdm(total=len(questions), desc="Questions", unit="q", disable=not asked.progress) as bar:
+    with progress_bar("Questions", len(questions), "q", show=asked.progress) as bar:
         scores = score_questions(
             run.model, run.variables, questions, asked.batch_size or 64, done=bar.update
         )
@@ -339,7 +338,8 @@ def _generate(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
     )
     style = find_style(run.config, run.tokenizer)
     if asked.prompt is not None:
-        return _answer_one(asked.prompt, run, style, sampling)
+        with progress_bar("Generating", show=asked.progress):
+            return _answer_one(asked.prompt, run, style, sampling)
     assert asked.prompts is not None
     prompts = read_prompts(asked.prompts, asked.limit)
     output = _answers_file(asked, path)

@@ -9,6 +9,7 @@ import jax
 
 from irqlora_jax.generate.conversation import Style, Turn, decode_stream, encode_turns, find_style
 from irqlora_jax.generate.decode import stream
+from irqlora_jax.messages import progress_bar
 from irqlora_jax.runs.load import Run, load_run
 
 Write = Callable[[str], Any]
@@ -62,7 +63,8 @@ def chat(
         FileNotFoundError, ValueError: no such model, or invalid settings.
     """
     write = _print if write is None else write
-    run = load_run(config.run, adapter=not config.baseline, checkpoint=config.checkpoint)
+    with progress_bar("Loading the model"):
+        run = load_run(config.run, adapter=not config.baseline, checkpoint=config.checkpoint)
     style = find_style(run.config, run.tokenizer)
     # Fail before the first message if the settings are invalid or the chat template does not work.
     encode_turns(style, run.tokenizer, "?", system=config.system)
