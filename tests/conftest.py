@@ -28,6 +28,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from irqlora_jax import messages  # noqa: E402
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -90,6 +92,12 @@ def shared_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_step", make_step)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patient() -> None:
+    """On a busy machine any work may take long; that is not said among the messages of a test."""
+    messages.QUIET = 1000.0
 
 
 @pytest.fixture(autouse=True, scope="session")
