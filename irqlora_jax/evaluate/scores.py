@@ -34,6 +34,7 @@ class Row:
         accuracy: fraction of multiple-choice questions answered right.
         bits: stored bits per weight of the linear layers, including scales and shifts.
         seconds: time for reading, quantizing or finetuning.
+        training_loss: of the last batch, in nats per target token; only of the finetuned model.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Row:
     accuracy: float | None
     bits: float
     seconds: float | None
+    training_loss: float | None = None
 
 
 def mean_entropy(base: Base) -> float | None:
@@ -161,11 +163,15 @@ def baselines(
 
 def table(rows: Sequence[Row]) -> str:
     """Formats the rows as an aligned table."""
-    head = ("model", "entropy", "loss", "accuracy", "bits a weight", "seconds")
+    head = ["model", "entropy", "loss", "accuracy", "bits a weight", "seconds"]
     forms = ("{}", "{:.3f}", "{:.4f}", "{:.1%}", "{:.2f}", "{:.1f}")
-    cells: list[tuple[str, ...]] = [head]
+    trained = all(row.loss is None for row in rows)  # there are no data for an evaluation
+    if trained:
+        head[2] = "training loss"
+    cells: list[Sequence[str]] = [head]
     for row in rows:
-        values = dataclasses.astuple(row)
+        loss = row.training_loss if trained else row.loss
+        values = (row.model, row.entropy, loss, row.accuracy, row.bits, row.seconds)
         cells.append(
             tuple("-" if v is None else f.format(v) for f, v in zip(forms, values, strict=True))
         )

@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.tree import linear_stacks
 from irqlora_jax.quant.matmul import check_implementation, preferred_layout, with_preferred_layout
 from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.report.run_data import metric_curve, read_metrics
 from irqlora_jax.report.write import save_environment, try_to_write
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.folder import (
@@ -218,7 +220,9 @@ def _finetune(
             rows = baselines(config, model, base, job.mesh, scorer, quantize_seconds, start)
         name = f"{rows[-1].model}, finetuned" if rows else "finetuned"
         variables = {"params": state.adapters, "base": base}
-        rows.append(scorer.row(name, model, variables, seconds, loss))
+        row = scorer.row(name, model, variables, seconds, loss)
+        trained = metric_curve(read_metrics(folder / "metrics.jsonl"), "loss", sys.maxsize)[1]
+        rows.append(dataclasses.replace(row, training_loss=trained[-1] if trained else None))
         if best not in (None, step):
             variables["params"] = checkpoints.restore(best, state).adapters
             name = f"{name}, best (step {best})"
