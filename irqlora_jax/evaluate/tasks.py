@@ -45,7 +45,7 @@ class EvalConfig:
     """Checkpoint of the adapter: "last", "best" (lowest evaluation loss), or a step number."""
     output: str | None = None
     """File for the results. Null: eval-TASK.json (generate: .jsonl) in the folder of the run. If
-    `run` is not a run: in the working directory, with the name of the folder added."""
+    `run` is not a run, null only prints them, and generate with `prompts` needs a file."""
     batch_size: int | None = None
     """Rows of a forward pass. Null: mmlu 8, questions 64, perplexity 4, generate 16, lm-eval 16."""
     limit: int | None = None
@@ -140,16 +140,20 @@ def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
         scores = task(asked, run, path)
     except KeyboardInterrupt:
         for part in (_resume_file(path), _resume_file(_answers_file(asked, path))):
-            if part.is_file():
+            if part is not None and part.is_file():
                 logger.info(f"finished work is kept in {part}; the same command resumes from there")
         raise
     seconds = time.perf_counter() - started
     result = results.describe(run, asked) | {"seconds": round(seconds, 3)} | scores
+    part = _resume_file(path)
+    if path is None or part is None:
+        logger.info("not written to a file; --output FILE does that")
+        return result
     results.write_result(_summary(asked, path), result)
     if asked.task == "mmlu":
-        delete_resume_file(_resume_file(path), len(scores["counts"]))
+        delete_resume_file(part, len(scores["counts"]))
     if asked.task.startswith(_LM_EVAL):
-        _resume_file(path).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     return result
 
 
@@ -186,13 +190,13 @@ def _file_stem(asked: EvalConfig) -> str:
     return "-".join(parts)
 
 
-def _resume_file(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
+def _resume_file(path: Path | None) -> Path | None:
+    return path and path.with_name(path.name + ".part")
 
 
-def _answers_file(asked: EvalConfig, path: Path) -> Path:
+def _answers_file(asked: EvalConfig, path: Path | None) -> Path | None:
     """Path of the answers to many prompts."""
-    return path.with_suffix(".jsonl") if asked.output is None else path
+    return path and path.with_suffix(".jsonl") if asked.output is None else path
 
 
 def _summary(asked: EvalConfig, path: Path) -> Path:
@@ -202,7 +206,7 @@ def _summary(asked: EvalConfig, path: Path) -> Path:
     return path.with_suffix(".summary.json" if path.suffix == ".json" else ".json")
 
 
-def _mmlu(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
+def _mmlu(asked: EvalConfig, run: Run, path: Path | None) -> dict[str, Any]:
     assert asked.mmlu is not None and asked.shots is not None
     scores = mmlu(
         run.model,
@@ -246,7 +250,7 @@ def _mmlu_table(scores: MmluScores) -> str:
     return aligned(rows)
 
 
-def _harness(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
+def _harness(asked: EvalConfig, run: Run, path: Path | None) -> dict[str, Any]:
     # Imported here, because the extra may not be installed.
     from irqlora_jax.evaluate.harness import harness
 
@@ -281,7 +285,7 @@ def _harness(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
     return dataclasses.asdict(scores)
 
 
-def _questions(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
+def _questions(asked: EvalConfig, run: Run, path: Path | None) -> dict[str, Any]:
     file, limit = asked.questions, asked.limit
     if run.config is not None and file is None:
         file, limit = run.config.evaluate.questions, limit or run.config.evaluate.max_questions
@@ -307,7 +311,7 @@ def _questions(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
     return dataclasses.asdict(scores)
 
 
-def _perplexity(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
+def _perplexity(asked: EvalConfig, run: Run, path: Path | None) -> dict[str, Any]:
     assert asked.text is not None
     scores = score_text(
         run.model,
@@ -332,7 +336,7 @@ def _perplexity(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
     return dataclasses.asdict(scores)
 
 
-def _generate(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
+def _generate(asked: EvalConfig, run: Run, path: Path | None) -> dict[str, Any]:
     sampling = Sampling(
         asked.max_new_tokens, asked.temperature, asked.top_k, asked.top_p, asked.seed
     )
@@ -343,6 +347,10 @@ def _generate(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
     assert asked.prompts is not None
     prompts = read_prompts(asked.prompts, asked.limit)
     output = _answers_file(asked, path)
+    if output is None:
+        raise ValueError(
+            f"output = None: '{run.folder}' is not a run; expected a .jsonl file for the answers"
+        )
     counts = answer_all(
         run,
         style,
