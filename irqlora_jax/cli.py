@@ -3,6 +3,8 @@
 A command's modules are imported only when it runs, so help and usage errors appear at once.
 """
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -131,9 +133,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit code: 0 for success, 2 for invalid input, 130 for Ctrl-C. Other errors are raised
-        (exit code 1). Training that a signal ended raises SystemExit(130 or 143).
+        The exit code: 0 for success, 2 for invalid input, 130 for Ctrl-C, 141 if the reader of the
+        output has closed it (as `head -1` does). Other errors are raised (exit code 1). Training
+        that a signal ended raises SystemExit(130 or 143).
     """
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes the rest at its end, so the rest needs a place to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     name, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(_usage())
@@ -156,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with shown():
             cache_programs()
             command(options)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"irqlora {name}: {_sentence(error)}", file=sys.stderr)
         return 2

@@ -1,5 +1,6 @@
-"""This machine: device, memory, installed packages and the cache of compiled programs."""
+"""This machine: device, memory, network, packages and the cache of compiled programs."""
 
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -7,6 +8,7 @@ import re
 import resource
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +53,29 @@ def peak_memory() -> int:
         return stats["peak_bytes_in_use"]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reaches_hub(seconds: float = 3.0) -> bool:
+    """Whether the Hugging Face hub answers. False with HF_HUB_OFFLINE=1.
+
+    The hub's own functions ask an unreachable hub for half a minute.
+
+    Args:
+        seconds: time to wait for an answer.
+    """
+    from huggingface_hub import constants, get_session
+
+    answers: list[Any] = []
+
+    def ask() -> None:
+        with contextlib.suppress(Exception):  # of any kind; the answer may be an error, too
+            answers.append(get_session().head(constants.ENDPOINT, timeout=seconds))
+
+    # A name server that does not answer heeds no timeout, so a thread asks.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
 
 
 def cache_programs(environment: Mapping[str, str] = os.environ) -> Path | None:

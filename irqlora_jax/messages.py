@@ -20,6 +20,8 @@ import contextlib
 import functools
 import logging
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
@@ -28,6 +30,9 @@ Result = TypeVar("Result")
 
 ON_STDOUT = {"on_stdout": True}
 """For `logger.warning(..., extra=ON_STDOUT)`: a warning that belongs among the results."""
+
+QUIET = 5.0
+"""Seconds that work may take before something is said about it."""
 
 _package = logging.getLogger("irqlora_jax")
 
@@ -85,3 +90,71 @@ def shows_messages(function: Callable[Parameters, Result]) -> Callable[Parameter
             return function(*args, **kwargs)
 
     return wrapped
+
+
+class _Lines:
+    """A file in which every state of a bar is a line of standard error."""
+
+    def write(self, text: str) -> None:
+        """Writes the state as a line."""
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+    def flush(self) -> None:
+        """Writes nothing."""
+        sys.stderr.flush()
+
+
+@contextlib.contextmanager
+def progress_bar(
+    what: str, total: int | None = None, unit: str = "", *, show: bool = True, **options: Any
+) -> Iterator[Any]:
+    """Context that shows how far some work is, even while a step of it takes long.
+
+    In a terminal or a notebook this is a bar. Elsewhere, as in a log file, it is a line every few
+    seconds, later every half minute. Work that ends before `QUIET` leaves no line, and work without
+    a total no bar. All of this goes to standard error.
+
+    Args:
+        what: the work.
+        total: number of units of work; None: unknown.
+        unit: name of a unit.
+        show: False shows nothing.
+        options: of tqdm.
+
+    Yields:
+        The bar of tqdm.
+    """
+    from tqdm.auto import tqdm
+
+    as_bar = sys.stderr.isatty() or "ipykernel" in sys.modules
+    if total is None:
+        options |= {"bar_format": "{desc}: {elapsed}", "leave": False}
+    elif not as_bar:
+        counts = "{n_fmt} of {total_fmt}{unit}, {elapsed}{postfix}"
+        options |= {"bar_format": f"{{desc}}: {counts}"}
+    if not as_bar:
+        options |= {"file": _Lines(), "mininterval": float("inf")}
+    bar = tqdm(
+        total=total,
+        desc=what,
+        unit=f" {unit}" if unit and not as_bar else unit,
+        disable=not show,
+        delay=0 if as_bar and total is not None else QUIET,
+        **options,
+    )
+    ended, started = threading.Event(), time.perf_counter()
+
+    def repeat() -> None:
+        early = 12 * QUIET
+        while not ended.wait(QUIET if time.perf_counter() - started < early else 6 * QUIET):
+            bar.refresh()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        with bar:
+            yield bar
+    finally:
+        ended.set()
+        thread.join()

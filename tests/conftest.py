@@ -29,6 +29,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from irqlora_jax import messages  # noqa: E402
+
 jax.config.update("jax_num_cpu_devices", 8)
 gc.set_threshold(100_000, 50, 100)  # tracing makes many objects: a tenth of all time otherwise
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -92,6 +94,12 @@ def shared_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_step", make_step)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patient() -> None:
+    """On a busy machine any work may take long; that is not said among the messages of a test."""
+    messages.QUIET = 1000.0
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,6 +1,7 @@
 """The command line: one sentence and exit code 2 for bad input, and nothing written."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -305,3 +306,19 @@ def test_the_package_is_the_command() -> None:
     command = [sys.executable, "-m", "irqlora_jax", "--version"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == f"irqlora {irqlora_jax.__version__}\n"
+
+
+@pytest.mark.parametrize("flags", ["--help", "report --run RUN --output PAGE"])
+def test_a_closed_pipe_is_no_error(tmp_path: Path, flags: str) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    flags = flags.replace("RUN", str(run)).replace("PAGE", str(tmp_path / "page.html"))
+    command = [sys.executable, "-m", "irqlora_jax", *flags.split()]
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -2,15 +2,19 @@
 
 import ast
 import logging
+import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tqdm import tqdm
 
-from irqlora_jax.messages import ON_STDOUT, shown, shows_messages
+from irqlora_jax import messages
+from irqlora_jax.messages import ON_STDOUT, progress_bar, shown, shows_messages
 
 PACKAGE = logging.getLogger("irqlora_jax")
 PUBLIC = {
@@ -120,6 +124,33 @@ def test_a_bar_is_cleared_and_drawn_again(capsys) -> None:
     assert out == "between\n"
     cleared, again = err.split("steps", 1)
     assert cleared.startswith("\r") and not cleared.strip() and "1/2" in again
+
+
+@pytest.mark.parametrize("total", [None, 7])
+def test_work_that_takes_long_is_named_line_by_line(capsys, monkeypatch, total) -> None:
+    """And a failure ends the lines."""
+    monkeypatch.setattr(messages, "QUIET", 0.05)
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="wrong"), progress_bar("Counting", total, "sheep") as bar:
+        bar.update(3)
+        time.sleep(0.3)
+        raise ValueError("wrong")
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == "" and len(lines) >= 2 and "\r" not in err
+    assert all(re.match(r"Counting: (\d of 7 sheep, )?00:0\d", line) for line in lines)
+    assert ("3 of 7" in lines[-1]) is (total == 7)
+    time.sleep(0.2)
+    assert capsys.readouterr().err == "" and threading.active_count() == before
+
+
+@pytest.mark.parametrize(("quiet", "show"), [(0.02, False), (100.0, True)])
+def test_short_work_and_unwanted_bars_leave_no_line(capsys, monkeypatch, quiet, show) -> None:
+    monkeypatch.setattr(messages, "QUIET", quiet)
+    with progress_bar("Counting", 7, show=show) as bar:
+        bar.update(3)
+        time.sleep(0.1)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("path", PUBLIC)

@@ -32,6 +32,7 @@ from irqlora_jax.files.tensors import (
     read_headers,
     read_into,
 )
+from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.tree import (
     INDEX,
@@ -171,8 +172,6 @@ def _load(
     `make` gets each matrix that is quantized or belongs to a projection in `fitted`. The type of
     the matrix is `dtype` (None: the type in the file).
     """
-    from tqdm import tqdm
-
     folder = snapshot(source)
     config = read_config(folder)
     found = _find_weights(folder)
@@ -181,9 +180,7 @@ def _load(
     layered, single = weight_shapes(config)
     total = sum(map(math.prod, single.values()))
     total += config.num_hidden_layers * sum(map(math.prod, layered.values()))
-    with tqdm(
-        total=total, desc="Loading", unit=" weights", unit_scale=True, disable=not progress
-    ) as bar:
+    with progress_bar("Loading", total, "weights", show=progress, unit_scale=True) as bar:
         base, pairs = _load_layers(found, config, quant, make, dtype, mesh, bar, fitted)
         for path, shape in single.items():
             name = weight_name(path)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from irqlora_jax.data.rows import CONVERSATIONS, Row, check_text, format_hint, read_rows
+from irqlora_jax.data.template import render
 from irqlora_jax.text import read_text, require
 
 _SHAREGPT = {"human": "user", "gpt": "assistant"}
@@ -165,8 +166,8 @@ def end_tokens(tokenizer: Any) -> list[int]:
     answer = "An answer."
     turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # templates raise whatever they like
+        (text,) = render_chat(tokenizer, [turns], None, prompt=False)
+    except ValueError:
         return ends
     behind = text.rpartition(answer)[2].lstrip()
     tokens = tokenizer(behind, add_special_tokens=False)["input_ids"][:1] if behind else []
@@ -193,24 +194,9 @@ def render_chat(
         tools: schemas of functions, for the template.
 
     Raises:
-        ValueError: the template is not valid Jinja, or fails for a conversation.
+        ValueError: the template is not valid Jinja, fails for a conversation, or was stopped.
     """
-    import jinja2
-
-    try:
-        return tokenizer.apply_chat_template(
-            conversations,
-            tools=tools,
-            chat_template=template,
-            add_generation_prompt=prompt,
-            tokenize=False,
-        )
-    except jinja2.TemplateSyntaxError as error:
-        reason = f"{error.message} in line {error.lineno}"
-        raise ValueError(f"the chat template is not a Jinja template: {reason}") from None
-    except Exception as error:  # a template can raise anything
-        reason = " ".join(str(error).split())
-        raise ValueError(f"the chat template failed for the conversation: {reason}") from None
+    return render(tokenizer, conversations, template, prompt=prompt, tools=tools)
 
 
 def _mask(

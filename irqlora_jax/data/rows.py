@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from irqlora_jax.machine import reaches_hub
 from irqlora_jax.text import read_text, shorten
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
@@ -304,17 +305,22 @@ def _column(path: Path, name: str, cells: Iterable[Any]) -> list[Any]:
 
 
 def _hub_rows(source: str) -> list[Row]:
-    from datasets import load_dataset
+    import datasets
+    from huggingface_hub import constants
 
     parts = _HUB.fullmatch(source)
     assert parts is not None  # checked by `_local`
     names = [name for name in (parts["id"], parts["config"]) if name]
+    reached, offline = reaches_hub(), constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = not reached  # without a network, only the cache is read
     try:
-        data = load_dataset(*names, split=parts["split"] or "train")
+        data = datasets.load_dataset(*names, split=parts["split"] or "train")
         place = f"{source}, row"
         return [Row(f"{place} {number}", dict(columns)) for number, columns in enumerate(data, 1)]
     except Exception as error:
-        reason = _hub_reason(error)
+        reason = _hub_reason(error if reached else ConnectionError())
+    finally:
+        constants.HF_HUB_OFFLINE = offline
     # Raised outside of the handler: the traceback of the cause could show a token.
     raise FileNotFoundError(f"{source}: there is no such file, and {reason}, or give a local file")
 
@@ -339,7 +345,7 @@ def _hub_reason(error: Exception) -> str:
     if text.startswith("Dataset scripts"):
         return "the data set on the hub is made by a script, which is never run; download its files"
     if isinstance(error, ConnectionError | TimeoutError):
-        return f"the hub could not be reached ({kind}); connect to the network"
+        return "the hub could not be reached; connect to the network"
     return (
         f"the hub does not provide it ({kind}); check the name, or log in with `hf auth login` if "
         "it is private"

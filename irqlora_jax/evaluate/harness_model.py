@@ -14,13 +14,13 @@ from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
     get_rolling_token_windows,
     make_disjoint_window,
 )
-from tqdm import tqdm
 
 from irqlora_jax.data.batches import batches_by_length, eval_batches
 from irqlora_jax.data.examples import Example
 from irqlora_jax.evaluate.choices import Question, stream_scores
 from irqlora_jax.evaluate.perplexity import row_nll
 from irqlora_jax.generate.decode import generate
+from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.llama import Llama
 
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
@@ -279,7 +279,7 @@ class HarnessLM(TemplateLM):
 
     def _bar(self, name: str, total: int, quiet: bool | None) -> Any:
         quiet = not self._progress if quiet is None else quiet
-        return tqdm(total=total, desc=name, disable=quiet)
+        return progress_bar(name, total, show=not quiet)
 
 
 class AnswerCache:

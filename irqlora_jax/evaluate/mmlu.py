@@ -23,6 +23,7 @@ from irqlora_jax.evaluate.mmlu_files import (
     read_subject,
 )
 from irqlora_jax.files.small import write_text
+from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.llama import Llama
 
 logger = logging.getLogger(__name__)
@@ -113,8 +114,6 @@ def mmlu(
         FileNotFoundError: no such folder, subject or file.
         ValueError: a malformed file, an invalid argument, or a model with NaN or infinite logits.
     """
-    from tqdm import tqdm
-
     for name, value, least in (
         ("shots", shots, 0),
         ("limit", limit, 1),
@@ -132,7 +131,7 @@ def mmlu(
     kept = {} if resume_file is None else _read_resume_file(resume_file)
     finished: dict[str, _Answers] = {}
     total = sum(len(subject.rows) for subject in read)
-    with tqdm(total=total, desc="MMLU", unit="q", disable=not progress) as bar:
+    with progress_bar("MMLU", total, "q", show=progress) as bar:
         for subject in read:
             key = hashlib.sha256(
                 repr((*setting, subject.name, subject.digest)).encode()

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float32, Int
 
 from irqlora_jax.data.batches import eval_batches
 from irqlora_jax.data.examples import Example, encode_source
+from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.llama import Llama, head_weight
 from irqlora_jax.model.loss import row_cross_entropy
 
@@ -141,8 +142,6 @@ def score_text(
     Raises:
         ValueError: the text has no token to score, or an invalid window or stride.
     """
-    from tqdm import tqdm
-
     context = model.config.max_position_embeddings
     window = min(context, 2048) if window is None else window
     if window > context:
@@ -150,7 +149,7 @@ def score_text(
     tokens = np.array(encode_source(tokenizer, [text])[0], np.int32)
     examples = text_windows(tokens, window, stride)
     size = len(text.encode())
-    with tqdm(total=len(tokens) - 1, desc="Perplexity", unit="tok", disable=not progress) as bar:
+    with progress_bar("Perplexity", len(tokens) - 1, "tok", show=progress) as bar:
         total, count = _sums(model, variables, examples, batch_size, chunk, bar.update)
     nll = total / count
     return TextScores(

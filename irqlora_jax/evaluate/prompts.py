@@ -16,6 +16,7 @@ from irqlora_jax.evaluate.choices import truncate_prompt
 from irqlora_jax.evaluate.results import write_error
 from irqlora_jax.generate.conversation import Style, decode_stream, encode_turns
 from irqlora_jax.generate.decode import generate
+from irqlora_jax.messages import progress_bar
 from irqlora_jax.runs.load import Run
 from irqlora_jax.text import read_text
 
@@ -106,8 +107,6 @@ def answer_all(
         ValueError: a prompt without tokens.
         OSError: the file cannot be written.
     """
-    from tqdm import tqdm
-
     tokens = [encode_turns(style, run.tokenizer, p.text, context=p.context) for p in prompts]
     fitted, truncated = _fit(run, tokens, sampling.max_new_tokens)
     if truncated:
@@ -125,7 +124,7 @@ def answer_all(
         _write_lines(part, [{"key": key}, *done.values()])
         with (
             part.open("a", encoding="utf-8") as file,
-            tqdm(total=len(prompts), desc="Answers", disable=not progress) as bar,
+            progress_bar("Answers", len(prompts), show=progress) as bar,
         ):
             for number, batch in enumerate(batches):
                 if not all(index in done for index in batch):

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from irqlora_jax.runs.load import Run
 logger = logging.getLogger(__name__)
 
 
-def result_path(run: Run, stem: str, output: str | None) -> Path:
+def result_path(run: Run, stem: str, output: str | None) -> Path | None:
     """Returns the path of the results file.
 
     Args:
@@ -26,15 +25,14 @@ def result_path(run: Run, stem: str, output: str | None) -> Path:
         output: the path requested by the user, if any.
 
     Returns:
-        `output`, or STEM.json in the folder of the run. If the folder is not a run, it may belong
-        to somebody else. Then the path is STEM-FOLDER.json in the working directory.
+        `output`, or STEM.json in the folder of the run. A folder that is not a run may belong to
+        somebody else, so None: nothing is written.
     """
     if output is not None:
         return Path(output)
     if run.config is not None:
         return run.folder / f"{stem}.json"
-    name = re.sub(r"[^\w.-]+", "_", run.folder.resolve().name)
-    return Path(f"{stem}-{name}.json")
+    return None
 
 
 def identity(run: Run, baseline: bool) -> str:
@@ -55,6 +53,7 @@ def describe(run: Run, settings: Any) -> dict[str, Any]:
         "checkpoint": settings.checkpoint,
         "step": run.step,
         "baseline": settings.baseline,
+        "directory": str(Path.cwd()),
         "compute_dtype": run.model.compute_dtype,
         "settings": dataclasses.asdict(settings),
         "versions": {

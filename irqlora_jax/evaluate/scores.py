@@ -14,6 +14,7 @@ from irqlora_jax.base.storage import measure_base
 from irqlora_jax.config import Config
 from irqlora_jax.data import Example
 from irqlora_jax.evaluate import Question, evaluation_loss, score_questions
+from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.model.tree import linear_stacks
 from irqlora_jax.quant.calibrations.icq import ICQ
@@ -33,6 +34,7 @@ class Row:
         accuracy: fraction of multiple-choice questions answered right.
         bits: stored bits per weight of the linear layers, including scales and shifts.
         seconds: time for reading, quantizing or finetuning.
+        training_loss: of the last batch, in nats per target token; only of the finetuned model.
     """
 
     model: str
@@ -41,6 +43,7 @@ class Row:
     accuracy: float | None
     bits: float
     seconds: float | None
+    training_loss: float | None = None
 
 
 def mean_entropy(base: Base) -> float | None:
@@ -62,6 +65,7 @@ class Scorer:
         length: longest row of the training, in tokens. No forward pass sees more than rows * length
             tokens, unless one question does.
         chunk: positions whose logits are in memory at the same time.
+        progress: say when it takes long.
     """
 
     examples: list[Example]
@@ -69,6 +73,7 @@ class Scorer:
     rows: int
     length: int
     chunk: int
+    progress: bool = True
 
     def row(
         self,
@@ -79,8 +84,19 @@ class Scorer:
         loss: float | None = None,
     ) -> Row:
         """Scores a model. `loss` is its evaluation loss if it is already known."""
-        if loss is None and self.examples:
-            loss = evaluation_loss(model, variables, self.examples, self.rows, self.chunk)
+        with progress_bar(f"Scoring {name}", show=self.progress):
+            if loss is None and self.examples:
+                loss = evaluation_loss(model, variables, self.examples, self.rows, self.chunk)
+            return self._row(name, model, variables, seconds, loss)
+
+    def _row(
+        self,
+        name: str,
+        model: Llama,
+        variables: dict[str, Any],
+        seconds: float | None,
+        loss: float | None,
+    ) -> Row:
         accuracy = None
         if self.questions:
             longest = max(len(q.prompt) + max(map(len, q.choices)) for q in self.questions)
@@ -127,8 +143,9 @@ def baselines(
     rows = []
     for name, how in others:
         started = time.perf_counter()
-        other, _ = load_base(config.model, how, mesh=mesh)
-        jax.block_until_ready(other)
+        with progress_bar(f"Loading {name}", show=config.log.progress):
+            other, _ = load_base(config.model, how, mesh=mesh)
+            jax.block_until_ready(other)
         seconds = time.perf_counter() - started
         rows.append(scorer.row(name, bare, {"params": {}, "base": other}, seconds))
         del other
@@ -146,11 +163,15 @@ def baselines(
 
 def table(rows: Sequence[Row]) -> str:
     """Formats the rows as an aligned table."""
-    head = ("model", "entropy", "loss", "accuracy", "bits a weight", "seconds")
+    head = ["model", "entropy", "loss", "accuracy", "bits a weight", "seconds"]
     forms = ("{}", "{:.3f}", "{:.4f}", "{:.1%}", "{:.2f}", "{:.1f}")
-    cells: list[tuple[str, ...]] = [head]
+    trained = all(row.loss is None for row in rows)  # there are no data for an evaluation
+    if trained:
+        head[2] = "training loss"
+    cells: list[Sequence[str]] = [head]
     for row in rows:
-        values = dataclasses.astuple(row)
+        loss = row.training_loss if trained else row.loss
+        values = (row.model, row.entropy, loss, row.accuracy, row.bits, row.seconds)
         cells.append(
             tuple("-" if v is None else f.format(v) for f, v in zip(forms, values, strict=True))
         )

@@ -19,7 +19,7 @@ from irqlora_jax.evaluate.prompts import Sampling, answer_all, read_prompts
 from irqlora_jax.evaluate.questions import load_questions, score_questions
 from irqlora_jax.generate.conversation import Style, decode_stream, encode_turns, find_style
 from irqlora_jax.generate.decode import generate
-from irqlora_jax.messages import shows_messages
+from irqlora_jax.messages import progress_bar, shows_messages
 from irqlora_jax.runs.load import Run, load_run, read_checkpoint
 from irqlora_jax.text import aligned, read_text, shorten
 
@@ -45,7 +45,7 @@ class EvalConfig:
     """Checkpoint of the adapter: "last", "best" (lowest evaluation loss), or a step number."""
     output: str | None = None
     """File for the results. Null: eval-TASK.json (generate: .jsonl) in the folder of the run. If
-    `run` is not a run: in the working directory, with the name of the folder added."""
+    `run` is not a run, null only prints them, and generate with `prompts` needs a file."""
     batch_size: int | None = None
     """Rows of a forward pass. Null: mmlu 8, questions 64, perplexity 4, generate 16, lm-eval 16."""
     limit: int | None = None
@@ -125,7 +125,8 @@ def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
     asked = dataclasses.replace(asked, checkpoint=checkpoint)
     if asked.task == "mmlu" and asked.shots is None:
         asked = dataclasses.replace(asked, shots=5)
-    run = load_run(asked.run, adapter=not asked.baseline, checkpoint=checkpoint)
+    with progress_bar("Loading the model", show=asked.progress):
+        run = load_run(asked.run, adapter=not asked.baseline, checkpoint=checkpoint)
     path = results.result_path(run, _file_stem(asked), asked.output)
     task = {
         "mmlu": _mmlu,
@@ -139,16 +140,20 @@ def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
         scores = task(asked, run, path)
     except KeyboardInterrupt:
         for part in (_resume_file(path), _resume_file(_answers_file(asked, path))):
-            if part.is_file():
+            if part is not None and part.is_file():
                 logger.info(f"finished work is kept in {part}; the same command resumes from there")
         raise
     seconds = time.perf_counter() - started
     result = results.describe(run, asked) | {"seconds": round(seconds, 3)} | scores
+    part = _resume_file(path)
+    if path is None or part is None:
+        logger.info("not written to a file; --output FILE does that")
+        return result
     results.write_result(_summary(asked, path), result)
     if asked.task == "mmlu":
-        delete_resume_file(_resume_file(path), len(scores["counts"]))
+        delete_resume_file(part, len(scores["counts"]))
     if asked.task.startswith(_LM_EVAL):
-        _resume_file(path).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
     return result
 
 
@@ -186,13 +191,13 @@ def _file_stem(asked: EvalConfig) -> str:
     return "-".join(parts)
 
 
-def _resume_file(path: Path) -> Path:
-    return path.with_name(path.name + ".part")
+def _resume_file(path: Path | None) -> Path | None:
+    return path and path.with_name(path.name + ".part")
 
 
-def _answers_file(asked: EvalConfig, path: Path) -> Path:
+def _answers_file(asked: EvalConfig, path: Path | None) -> Path | None:
     """Path of the answers to many prompts."""
-    return path.with_suffix(".jsonl") if asked.output is None else path
+    return path and path.with_suffix(".jsonl") if asked.output is None else path
 
 
 def _summary(asked: EvalConfig, path: Path) -> Path:
@@ -202,7 +207,7 @@ def _summary(asked: EvalConfig, path: Path) -> Path:
     return path.with_suffix(".summary.json" if path.suffix == ".json" else ".json")
 
 
-def _mmlu(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
+def _mmlu(asked: EvalConfig, run: Run, path: Path | None) -> dict[str, Any]:
     assert asked.mmlu is not None and asked.shots is not None
     scores = mmlu(
         run.model,
@@ -246,7 +251,7 @@ def _mmlu_table(scores: MmluScores) -> str:
     return aligned(rows)
 
 
-def _harness(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
+def _harness(asked: EvalConfig, run: Run, path: Path | None) -> dict[str, Any]:
     # Imported here, because the extra may not be installed.
     from irqlora_jax.evaluate.harness import harness
 
@@ -281,16 +286,14 @@ def _harness(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
     return dataclasses.asdict(scores)
 
 
-def _questions(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
-    from tqdm import tqdm
-
+def _questions(asked: EvalConfig, run: Run, path: Path | None) -> dict[str, Any]:
     file, limit = asked.questions, asked.limit
     if run.config is not None and file is None:
         file, limit = run.config.evaluate.questions, limit or run.config.evaluate.max_questions
     if file is None:
         raise ValueError("questions = None: the run has none; expected a .jsonl or .json file")
     questions = load_questions(file, run.tokenizer, limit)
-    with tqdm(total=len(questions), desc="Questions", unit="q", disable=not asked.progress) as bar:
+    with progress_bar("Questions", len(questions), "q", show=asked.progress) as bar:
         scores = score_questions(
             run.model, run.variables, questions, asked.batch_size or 64, done=bar.update
         )
@@ -309,7 +312,7 @@ def _questions(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
     return dataclasses.asdict(scores)
 
 
-def _perplexity(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
+def _perplexity(asked: EvalConfig, run: Run, path: Path | None) -> dict[str, Any]:
     assert asked.text is not None
     scores = score_text(
         run.model,
@@ -334,16 +337,21 @@ def _perplexity(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
     return dataclasses.asdict(scores)
 
 
-def _generate(asked: EvalConfig, run: Run, path: Path) -> dict[str, Any]:
+def _generate(asked: EvalConfig, run: Run, path: Path | None) -> dict[str, Any]:
     sampling = Sampling(
         asked.max_new_tokens, asked.temperature, asked.top_k, asked.top_p, asked.seed
     )
     style = find_style(run.config, run.tokenizer)
     if asked.prompt is not None:
-        return _answer_one(asked.prompt, run, style, sampling)
+        with progress_bar("Generating", show=asked.progress):
+            return _answer_one(asked.prompt, run, style, sampling)
     assert asked.prompts is not None
     prompts = read_prompts(asked.prompts, asked.limit)
     output = _answers_file(asked, path)
+    if output is None:
+        raise ValueError(
+            f"output = None: '{run.folder}' is not a run; expected a .jsonl file for the answers"
+        )
     counts = answer_all(
         run,
         style,

@@ -19,7 +19,7 @@ from irqlora_jax.export.model import parameters, save_model
 from irqlora_jax.export.peft import save_adapter
 from irqlora_jax.files.hub import is_hub_id
 from irqlora_jax.files.small import read_json
-from irqlora_jax.messages import shows_messages
+from irqlora_jax.messages import progress_bar, shows_messages
 from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import Run, is_base, load_run, scores
 from irqlora_jax.text import shorten
@@ -92,7 +92,8 @@ def _write(config: ExportConfig) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output_dir = '{folder}': exists; expected a new folder")
     with _complete_or_absent(folder) as aside:
-        run = load_run(config.run, checkpoint=config.checkpoint)
+        with progress_bar("Loading the model", show=config.progress):
+            run = load_run(config.run, checkpoint=config.checkpoint)
         _check(config, run, aside, folder)
         if config.kind == "adapter":
             base = config.base_model or _original(run)

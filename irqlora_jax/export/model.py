@@ -19,6 +19,7 @@ from jaxtyping import Array, ArrayLike, Float32, Int
 from irqlora_jax.adapters import METHODS
 from irqlora_jax.adapters.method import Params
 from irqlora_jax.files.tensors import write_tensors
+from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.model.tree import (
@@ -60,17 +61,13 @@ def save_model(
     Raises:
         ValueError: a value is out of the range of `dtype`.
     """
-    from tqdm import tqdm
-
     config = model.config
     places = _places(config)
     shapes = {name: shape for name, (shape, _, _) in places.items()}
     shards = _split(shapes, np.dtype(dtype).itemsize, 1e9 * shard_size)
     total = sum(map(math.prod, shapes.values()))
     weight_map: dict[str, str] = {}
-    with tqdm(
-        total=total, desc="Exporting", unit=" weights", unit_scale=True, disable=not progress
-    ) as bar:
+    with progress_bar("Exporting", total, "weights", show=progress, unit_scale=True) as bar:
 
         def parts(names: Shapes) -> Iterator[tuple[str, np.ndarray]]:
             for name, shape in names.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from irqlora_jax.files.small import read_json
+from irqlora_jax.machine import reaches_hub
 from irqlora_jax.model.config import LlamaConfig
 
 # Not "consolidated.safetensors" and "original/": they hold the same weights under other names.
@@ -46,8 +47,8 @@ def snapshot(source: str | Path) -> Path:
     return _fetch(source, fetch)
 
 
-def _fetch(source: str | Path, fetch: Callable[[str], str]) -> Path:
-    """Calls `fetch` with the id of a model on the hub.
+def _fetch(source: str | Path, fetch: Callable[..., str]) -> Path:
+    """Calls `fetch` with the id of a model on the hub; without a network, for the cache alone.
 
     Raises:
         FileNotFoundError: the hub does not provide the model.
@@ -56,7 +57,7 @@ def _fetch(source: str | Path, fetch: Callable[[str], str]) -> Path:
 
     advice = "or give a local folder"
     try:
-        return Path(fetch(str(source)))
+        return Path(fetch(str(source), local_files_only=not reaches_hub()))
     except GatedRepoError:
         reason = "gated: accept the model's license on the hub and log in with `hf auth login`"
     except RepositoryNotFoundError:

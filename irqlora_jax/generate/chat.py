@@ -1,14 +1,16 @@
 """Runs a conversation with a model in the terminal (the command `irqlora chat`)."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import jax
 
 from irqlora_jax.generate.conversation import Style, Turn, decode_stream, encode_turns, find_style
 from irqlora_jax.generate.decode import stream
+from irqlora_jax.messages import progress_bar
 from irqlora_jax.runs.load import Run, load_run
 
 Write = Callable[[str], Any]
@@ -45,7 +47,7 @@ class ChatConfig:
 
 
 def chat(
-    config: ChatConfig, read: Callable[[str], str] = input, write: Write | None = None
+    config: ChatConfig, read: Callable[[str], str] | None = None, write: Write | None = None
 ) -> None:
     """Reads messages and streams the answers, until /quit or the end of the input.
 
@@ -55,42 +57,48 @@ def chat(
 
     Args:
         config: the model and its decoding settings.
-        read: reads a line after showing a prompt; EOFError ends the chat.
-        write: writes a piece of text (default: standard output, flushed).
+        read: reads a line after showing a prompt; EOFError ends the chat (default: `input`; the
+            prompt is only shown in a terminal).
+        write: writes a piece of text (default: standard output, flushed; if the messages come from
+            a file or a pipe, only answers are written there, the rest to standard error).
 
     Raises:
         FileNotFoundError, ValueError: no such model, or invalid settings.
     """
-    write = _print if write is None else write
-    run = load_run(config.run, adapter=not config.baseline, checkpoint=config.checkpoint)
+    piped = not sys.stdin.isatty()
+    note = write or functools.partial(_print, file=sys.stderr if piped else sys.stdout)
+    write = write or _print
+    read = read or ((lambda _: input()) if piped else input)
+    with progress_bar("Loading the model"):
+        run = load_run(config.run, adapter=not config.baseline, checkpoint=config.checkpoint)
     style = find_style(run.config, run.tokenizer)
     # Fail before the first message if the settings are invalid or the chat template does not work.
     encode_turns(style, run.tokenizer, "?", system=config.system)
     stream(run.model, run.variables, [0], 1, **_sampling_options(config, 0))
-    write(f"{run.folder}{_model_description(run, config)}. {_HELP}\n")
+    note(f"{run.folder}{_model_description(run, config)}. {_HELP}\n")
     turns: list[Turn] = []
-    for number, message in enumerate(_messages(read, write)):
+    for number, message in enumerate(_messages(read, note)):
         if message is None:
             turns = []
-            write("[conversation cleared]\n")
+            note("[conversation cleared]\n")
             continue
         tokens, dropped = _prompt(run, style, turns, message, config)
         if tokens is None:
-            write("[the message is too long for the context of the model; not sent]\n")
+            note("[the message is too long for the context of the model; not sent]\n")
             continue
         if dropped:
-            write(f"[context full: the oldest {dropped} of {len(turns)} turns are dropped]\n")
+            note(f"[context full: the oldest {dropped} of {len(turns)} turns are dropped]\n")
             turns = turns[dropped:]
-        turns.append(_answer(run, style, tokens, message, config, number, write))
+        turns.append(_answer(run, style, tokens, message, config, number, write, note))
 
 
-def _messages(read: Callable[[str], str], write: Write) -> Iterator[str | None]:
+def _messages(read: Callable[[str], str], note: Write) -> Iterator[str | None]:
     """Yields messages until the end of the input; None for /reset."""
     while True:
         try:
             line = read("> ")
         except (EOFError, KeyboardInterrupt):
-            write("\n")
+            note("\n")
             return
         command = line.strip()
         if command == "/quit":
@@ -125,6 +133,7 @@ def _answer(
     config: ChatConfig,
     number: int,
     write: Write,
+    note: Write,
 ) -> Turn:
     room = run.model.config.max_position_embeddings - len(prompt)
     limit = min(config.max_new_tokens, room)
@@ -153,9 +162,9 @@ def _answer(
             said += piece if said or style.continues or shown else ""
         write("\n")
         if len(tokens) == limit == room and tokens[-1] not in eos:
-            write("[the context of the model is full]\n")
+            note("[the context of the model is full]\n")
     except KeyboardInterrupt:
-        write("\n[stopped]\n")
+        note("\n[stopped]\n")
     return Turn(message, said.rstrip() if style.stops else said, tuple(tokens))
 
 
@@ -174,6 +183,5 @@ def _model_description(run: Run, config: ChatConfig) -> str:
     return " without its adapter" if config.baseline and run.config is not None else ""
 
 
-def _print(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
+def _print(text: str, file: TextIO | None = None) -> None:
+    print(text, end="", file=file, flush=True)

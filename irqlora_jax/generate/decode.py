@@ -4,6 +4,7 @@ Prompts of different lengths share a batch. Rows are padded on the right, and ea
 own length. So the result of a row does not depend on the other rows.
 """
 
+import contextlib
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 
+from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.layer import Cache
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.text import require
@@ -128,19 +130,21 @@ def _stream(
     cache = model.init_cache(1, slots)
     token = jnp.asarray(tokens)
     for step in range(max_new_tokens):
-        token, cache = _advance(
-            model,
-            variables,
-            token,
-            cache,
-            lengths if step == 0 else None,
-            temperature,
-            top_k,
-            top_p,
-            key,
-            jnp.int32(step),
-        )
-        new = int(np.asarray(token)[0, 0])
+        # The first two tokens compile a program each.
+        with progress_bar("Compiling the decoder") if step < 2 else contextlib.nullcontext():
+            token, cache = _advance(
+                model,
+                variables,
+                token,
+                cache,
+                lengths if step == 0 else None,
+                temperature,
+                top_k,
+                top_p,
+                key,
+                jnp.int32(step),
+            )
+            new = int(np.asarray(token)[0, 0])
         yield new
         if new in eos_token_ids:
             return

@@ -25,6 +25,7 @@ from irqlora_jax.config import Config
 from irqlora_jax.data import longest_row
 from irqlora_jax.files.hub import read_values
 from irqlora_jax.machine import fastest_dtype
+from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.plan.gpus import OPTIONS, compile_only_devices, find_device, usable_fraction
 from irqlora_jax.runs.folder import BASE_FILE
@@ -227,12 +228,13 @@ def measure(
         )
         if limit is not None and need.peak > limit:
             return need
-        lowered = step.trace(state, base, batch).lower()
         # On a CPU, level 0 compiles in half the time and needs the same memory.
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         options = {"xla_backend_optimization_level": 0} if on_cpu else target.options
-        with _silent_stderr():
-            program = lowered.compile(compiler_options=options)
+        with progress_bar(f"Compiling the training step for {rows} rows"):
+            lowered = step.trace(state, base, batch).lower()
+            with _silent_stderr():
+                program = lowered.compile(compiler_options=options)
     found = program.memory_analysis()
     extra = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
     return dataclasses.replace(need, step=device_bytes(batch) + extra // divisor)
@@ -240,13 +242,20 @@ def measure(
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Hides the output of the compiler, which warns if a program exceeds the memory."""
+    """Hides the output of the compiler, which warns if a program exceeds the memory.
+
+    What Python writes there is still shown.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
-        yield
+        with contextlib.ExitStack() as ours:
+            if sys.stderr is sys.__stderr__:  # else something takes it already
+                shown = ours.enter_context(open(kept, "w", buffering=1, closefd=False))
+                ours.enter_context(contextlib.redirect_stderr(shown))
+            yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)

@@ -54,6 +54,9 @@ th { color: var(--faint); font-weight: 500; } .n { text-align: right; padding: 0
 .scroll { overflow-x: auto; max-width: 100%; }
 .figures .scroll { max-height: 20rem; overflow-y: auto; }
 summary { cursor: pointer; color: var(--faint); font-size: 0.85rem; }
+@media (max-width: 30rem) { table { font-size: 0.72rem; } th.n { white-space: normal; }
+  th, td { padding-right: 0.3rem; } .n { padding-left: 0.3rem; }
+  td:first-child { min-width: 5rem; } }
 pre { background: var(--panel); padding: 0.75rem; font-size: 0.8rem; white-space: pre-wrap;
   margin: 0.5rem 0 1rem; }
 @page { size: A4; margin: 14mm; }

@@ -45,6 +45,7 @@ class RunData:
 
     Attributes:
         name: name of the folder.
+        folder: its absolute path.
         source: the model that the base was made from.
         settings: the configuration, from config.json.
         quant: configuration of the quantizer.
@@ -60,6 +61,7 @@ class RunData:
     """
 
     name: str
+    folder: Path
     source: str | None
     settings: Mapping[str, Any] | None
     quant: Mapping[str, Any] | None
@@ -111,6 +113,7 @@ def read_run_data(folder: Path) -> RunData:
     attempt("metrics.jsonl", _check_metrics)
     return RunData(
         name=folder.resolve().name,
+        folder=folder.absolute(),
         source=attempt(BASE_FILE, read_source) or (settings or {}).get("model"),
         settings=settings,
         quant=(settings or {}).get("quant") if quant is None else dataclasses.asdict(quant),

@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from irqlora_jax.adapters import METHODS
@@ -13,6 +14,9 @@ from irqlora_jax.report.quantized import calibration_name, most_bits
 from irqlora_jax.report.run_data import RunData, metric_curve
 from irqlora_jax.report.svg import Axis, Bar, Line, horizontal_bars, line_plot
 from irqlora_jax.text import readable_size
+
+_PATHS = ("mmlu", "questions", "text", "task_folder", "prompts")
+"""Settings of an evaluation that name a file or a folder."""
 
 
 def headline(found: RunData) -> Markup:
@@ -98,11 +102,12 @@ def _result_sentence(found: RunData) -> str:
     if after is None:
         return ""
     parts = []
-    for name, form in (("loss", "{:.4f} nats a token"), ("accuracy", "{:.1%}")):
+    loss = "training_loss" if after.get("loss") is None else "loss"
+    for name, form in ((loss, "{:.4f} nats a token"), ("accuracy", "{:.1%}")):
         value = after.get(name)
         if value is None:
             continue
-        label = "evaluation loss" if name == "loss" else name
+        label = "evaluation loss" if name == "loss" else name.replace("_", " ")
         old = None if before is None else before.get(name)
         text = f"{label} {form.format(value)}"
         if old is not None:
@@ -136,9 +141,12 @@ def results(found: RunData) -> Markup:
     heads = {
         "entropy": "entropy (bits)",
         "loss": "loss (nats/token)",
+        "training_loss": "training loss (nats/token)",
         "bits": "bits a weight",
         "seconds": "time (s)",
     }
+    if all(row.get("loss") is None for row in found.results):  # there were no data for it
+        forms = {"training_loss" if k == "loss" else k: form for k, form in forms.items()}
     rows = [
         ["-" if row.get(name) is None else form.format(row[name]) for name, form in forms.items()]
         for row in found.results
@@ -219,16 +227,17 @@ def repeat(found: RunData) -> Markup:
     """Shows the commands to repeat the run, with device, versions and configuration."""
     parts, commands = [_environment(found)], []
     if found.settings is not None:
-        commands.append("irqlora train --config config.json --output_dir NEW_FOLDER")
+        started = (found.environment or {}).get("directory")
+        if started:  # paths of the configuration may be relative to it
+            commands.append(shlex.join(["cd", started]))
+        config = shlex.quote(str(found.folder / "config.json"))
+        commands.append(f"irqlora train --config {config} --output_dir NEW_FOLDER")
         commands += [
             _eval_command(one)
             for one in found.evaluations.values()
             if isinstance(one.get("settings"), dict)
         ]
-        note = (
-            "config.json is the configuration below. The folder of the run has a file of that name."
-        )
-        parts += [tag("p", note, class_="note"), tag("pre", "\n".join(commands))]
+        parts += [tag("pre", "\n".join(commands))]
         written = json.dumps(found.settings, indent=1, ensure_ascii=False)
         parts.append(tag("details", tag("summary", "configuration"), tag("pre", written)))
     elif found.quant is not None and found.source:
@@ -237,7 +246,7 @@ def repeat(found: RunData) -> Markup:
             for name, value in found.quant.items()
             if value is not None
         )
-        source = shlex.quote(found.source)
+        source = shlex.quote(found.source)  # as given to irqlora quantize
         command = f"irqlora quantize --model {source} --output_dir NEW_FOLDER {flags}"
         parts.append(tag("pre", command))
     return join(*parts)
@@ -274,6 +283,8 @@ def _eval_command(one: Mapping[str, Any]) -> str:
         value = one["settings"].get(name, default)
         if value == default or (default == () and not value):
             continue
+        if isinstance(value, str) and name in _PATHS:
+            value = str(Path(one.get("directory", "")) / value)
         if value is True:
             flags.append(f"--{name}")
         else:

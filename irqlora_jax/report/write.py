@@ -81,6 +81,7 @@ def save_environment(folder: Path, mesh: Mesh) -> None:
         "platform": device.platform,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
+        "directory": str(Path.cwd()),
         "system": platform.platform(terse=True),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}

@@ -17,7 +17,7 @@ from irqlora_jax.base.survey import Surveyed, summarize, survey
 from irqlora_jax.config import QuantizeConfig
 from irqlora_jax.files.hub import load_tokenizer, read_config, snapshot
 from irqlora_jax.files.small import write_text
-from irqlora_jax.messages import shows_messages
+from irqlora_jax.messages import progress_bar, shows_messages
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
@@ -92,7 +92,8 @@ def quantize_model(config: QuantizeConfig) -> None:
     save_tokenizer(tokenizer, config.model, folder)
     save_survey(folder, summary)
     # Write the base last: it marks a complete folder.
-    save_base(folder / BASE_FILE, base, llama, config.quant, config.model)
+    with progress_bar("Writing the base", show=config.progress):
+        save_base(folder / BASE_FILE, base, llama, config.quant, config.model)
     size = readable_size((folder / BASE_FILE).stat().st_size)
     logger.info(
         f"{measure_base(base).bits:.2f} bits a weight, {size} in {folder}; next:\n"

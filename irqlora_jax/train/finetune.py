@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,11 +26,12 @@ from irqlora_jax.files.hub import is_hub_id, read_config, snapshot
 from irqlora_jax.files.small import write_text
 from irqlora_jax.generate.samples import read_samples
 from irqlora_jax.machine import fastest_dtype
-from irqlora_jax.messages import shows_messages
+from irqlora_jax.messages import progress_bar, shows_messages
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.tree import linear_stacks
 from irqlora_jax.quant.matmul import check_implementation, preferred_layout, with_preferred_layout
 from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.report.run_data import metric_curve, read_metrics
 from irqlora_jax.report.write import save_environment, try_to_write
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.folder import (
@@ -141,7 +143,8 @@ def _run_locked(config: Config, folder: Path, resume_from: int | None) -> RunRes
         seconds = None if resumed or is_base(config.model) else time.perf_counter() - started
         if not resumed:
             try:
-                _begin_folder(folder, job, base, pairs, survey, data)
+                with progress_bar("Writing the base", show=config.log.progress):
+                    _begin_folder(folder, job, base, pairs, survey, data)
             except OSError as error:
                 if error.strerror is None:  # its message is already a sentence
                     raise
@@ -207,6 +210,7 @@ def _finetune(
             config.train.rows,
             longest_row(config.data, model.config.max_position_embeddings),
             config.train.loss_chunk,
+            config.log.progress,
         )
         rows = []
         if config.evaluate.baselines:
@@ -216,7 +220,9 @@ def _finetune(
             rows = baselines(config, model, base, job.mesh, scorer, quantize_seconds, start)
         name = f"{rows[-1].model}, finetuned" if rows else "finetuned"
         variables = {"params": state.adapters, "base": base}
-        rows.append(scorer.row(name, model, variables, seconds, loss))
+        row = scorer.row(name, model, variables, seconds, loss)
+        trained = metric_curve(read_metrics(folder / "metrics.jsonl"), "loss", sys.maxsize)[1]
+        rows.append(dataclasses.replace(row, training_loss=trained[-1] if trained else None))
         if best not in (None, step):
             variables["params"] = checkpoints.restore(best, state).adapters
             name = f"{name}, best (step {best})"
@@ -288,7 +294,8 @@ def _read_job(config: Config, source: str | Path) -> Job:
     if is_hub_id(source):  # its files are here now
         llama = read_architecture(snapshot(source), config.quant)
     llama = with_end_tokens(llama, tokenizer, source)
-    examples, eval_examples = _load_data(config, tokenizer, llama.max_position_embeddings)
+    with progress_bar("Reading the data", show=config.log.progress):
+        examples, eval_examples = _load_data(config, tokenizer, llama.max_position_embeddings)
     if config.train.early_stopping and not eval_examples:
         raise ValueError(
             f"train.early_stopping = {config.train.early_stopping}: needs an evaluation loss; "
@@ -338,7 +345,8 @@ def _read_base(job: Job, source: str | Path) -> tuple[Base, Base | None, dict[st
     config, pairs, survey = job.config, None, None
     progress = config.log.progress
     if is_base(source):
-        base, _ = read_base(Path(source) / BASE_FILE, job.mesh)
+        with progress_bar("Loading the base", show=progress):
+            base, _ = read_base(Path(source) / BASE_FILE, job.mesh)
     elif config.adapter.start.fit is not None:
         key = jax.random.key(config.seed)
         base, pairs, _ = load_fitted(

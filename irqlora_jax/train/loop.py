@@ -23,6 +23,7 @@ from irqlora_jax.data import Example, make_batches, prefetch
 from irqlora_jax.evaluate import Question, evaluation_loss
 from irqlora_jax.generate.samples import Samples, answer_samples
 from irqlora_jax.machine import peak_memory
+from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.state import TrainState
@@ -73,8 +74,6 @@ def train(
         FloatingPointError: loss, gradient or state is not finite. Such a state is never saved.
         OSError: a checkpoint or the log cannot be written.
     """
-    from tqdm.auto import tqdm
-
     settings, first = job.config.train, int(state.step)
     batches = make_batches(
         job.examples,
@@ -84,21 +83,21 @@ def train(
         job.model.config.max_position_embeddings,
     )
     advance = make_step(job.mesh, state, model=job.model, optimizer=job.optimizer, config=settings)
-    bar = tqdm(
-        total=settings.steps,
-        initial=first,
-        desc="finetuning",
-        unit="step",
-        disable=not job.config.log.progress,
-    )
+    show = job.config.log.progress
+    progressing = progress_bar("finetuning", settings.steps, "step", show=show, initial=first)
 
     def prepare(step: int) -> tuple[int, list[int], dict[str, Array]]:
         return step + 1, batches.indices(step), put_batch(job.mesh, batches[step])
 
-    meter = _Meter(job, log, checkpoints, bar)
     early = early_stop_reason(job, log.evaluations)
     steps = range(first, first if early else settings.steps)
-    with bar, Stop() as stop, contextlib.closing(prefetch(prepare, steps)) as prepared:
+    with (
+        progressing as bar,
+        Stop() as stop,
+        contextlib.closing(prefetch(prepare, steps)) as prepared,
+    ):
+        meter = _Meter(job, log, checkpoints, bar)
+        bar.set_description_str("compiling the training step", refresh=False)
         for done, indices, batch in prepared:
             meter.mark_start()
             state, metrics = advance(state, base, batch)
@@ -248,6 +247,7 @@ class _Meter:
         self._waiting = None
         values = {name: float(value) for name, value in metrics.items()}
         self._check(step, indices, values)
+        self._bar.set_description_str("finetuning", refresh=False)
         self._bar.update()
         now = self._fetched = time.perf_counter()
         if self._since is None:
@@ -268,7 +268,9 @@ class _Meter:
         self._since, self._tokens, self._idle = now, 0, 0.0
         memory = peak_memory()
         values["peak_memory"] = memory
-        self._bar.set_postfix_str(f"loss {values['loss']:.4f}{speed}, {readable_size(memory)}")
+        self._bar.set_postfix_str(
+            f"loss {values['loss']:.4f}{speed}, {readable_size(memory)}", False
+        )
         self._log.write(step, values)
 
     def _check(self, step: int, indices: list[int], values: dict[str, float]) -> None:

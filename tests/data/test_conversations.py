@@ -1,6 +1,9 @@
 """Conversations are tokenized as the template writes them; only the assistant is learned."""
 
 import json
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from irqlora_jax.data import load_examples
-from irqlora_jax.data.chat import read_chat_template
+from irqlora_jax.data.chat import read_chat_template, render_chat
 from tests.data.small_data import config, learned, make_tokenizer, write_file
 
 CHATML = (
@@ -288,6 +291,82 @@ def test_bad_conversations_are_refused(tmp_path, template, talk, message):
     path = write_file(tmp_path, "b.jsonl", [{"prompt": "hi", "answer": "x"}])
     with pytest.raises(ValueError, match="has no column 'messages': its columns are prompt, ans"):
         load_examples(path, config("chat"), chat_tokenizer(chat=CHATML))
+
+
+STOPPED = {
+    "nested loops": "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}",
+    "recursion": "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(99) }}",
+    "a long number": "{{ 10 ** (10 ** 10) }}",
+    "comparing lists": (
+        "{% set a = namespace(x=[], y=[]) %}{% for i in range(60) %}{% set a.x = [a.x, a.x] %}"
+        "{% set a.y = [a.y, a.y] %}{% endfor %}{{ a.x == a.y }}"
+    ),
+    "multiplication": "{{ 'x' * 10 ** 10 }}",
+    "a wide format": "{{ '%9999999999d' % 1 }}",
+    "doubling": (
+        "{% set a = namespace(x='x') %}{% for i in range(99) %}"
+        "{% set a.x = a.x ~ a.x %}{% endfor %}"
+    ),
+    "a long text": "{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}",
+    "a loop of 10**12": "{% for i in range(10**12) %}{% endfor %}",
+    "endless recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_template_that_would_not_end_is_stopped(tmp_path, monkeypatch, name):
+    """In any thread, for a template is a program that comes with a model."""
+    monkeypatch.setattr("irqlora_jax.data.template.SECONDS", 1)
+    started = time.perf_counter()
+    with ThreadPoolExecutor() as pool:
+        found = pool.submit(load, tmp_path, [TALK], chat_tokenizer(chat=STOPPED[name])).exception()
+    assert time.perf_counter() - started < 10  # on a busy machine, too
+    assert isinstance(found, ValueError) and "\n" not in str(found)
+    assert re.search("row 1: the chat template (was stopped: it|failed for the conv)", str(found))
+    # The next conversation has a process that answers.
+    assert len(load(tmp_path, [TALK], chat_tokenizer(chat=CHATML))) == 1
+
+
+EVERYTHING = """\
+{%- set ns = namespace(first=true, seen='') -%}
+{{- bos_token }}{% if tools is not none %}{{ tools | tojson(indent=2) }}{% endif %}
+  {% for m in messages %}
+    {%- if loop.index0 > 2 %}{% break %}{% endif -%}
+    {%- set ns.seen = ns.seen ~ m['role'][:1] -%}
+    {{ '%s: ' % m.role }}{{ m.get('content', '') | trim | replace('a', 'ä') }}\t{{ loop.last }}
+    {{ dict(a=1, b=[m.role]) | tojson }}{{ m.items() | list | length }}{{ m.missing is defined }}
+  {% endfor %}
+{% macro f(x) %}<{{ x | upper }}>{% endmacro %}
+{{ f(ns.seen) }}{{ ns.seen | length }}{{ documents is none }}{{ add_generation_prompt }}
+{{ strftime_now('%Y') | int > 2000 }}{{ {'é': none, 'f': 1.5} }}{{ eos_token }}{{ unk_token }}
+"""
+
+
+@pytest.mark.parametrize(
+    "template", [*TEMPLATES.values(), *map(unmarked, TEMPLATES.values()), EVERYTHING]
+)
+@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize("tools", [True, False])
+def test_texts_are_those_of_transformers(template, prompt, tools):
+    tokenizer = chat_tokenizer(chat=template)
+    given = TOOLS if tools else None
+    talks = [
+        TALK,
+        messages("é\u2028\x00🙂", ' "a"\\n '),
+        [
+            TALK[0],
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"n": 1.0, "deep": {"k": [None, True]}}],
+            },
+        ],
+    ]
+    talks = talks if template == EVERYTHING else talks[:2]
+    wanted = tokenizer.apply_chat_template(
+        talks, tools=given, add_generation_prompt=prompt, tokenize=False
+    )
+    assert render_chat(tokenizer, talks, None, prompt=prompt, tools=given) == wanted
 
 
 def test_what_is_cut_off_is_not_learned(tmp_path, caplog):

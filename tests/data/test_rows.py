@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -253,7 +254,8 @@ def test_a_folder_and_an_empty_name_are_refused(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """hub(load): `load` in place of `datasets.load_dataset`."""
+    """hub(load): `load` in place of `datasets.load_dataset`, and a hub that answers."""
+    monkeypatch.setattr("irqlora_jax.data.rows.reaches_hub", lambda: True)
     return lambda load: monkeypatch.setattr(datasets, "load_dataset", load)
 
 
@@ -290,7 +292,7 @@ GATED = "Dataset 'someone/data' is a gated dataset on the Hub. You must be authe
     [
         (
             ConnectionError(f"no\nnetwork for {SECRET}"),
-            r"the hub could not be reached \(ConnectionError\); connect to the network",
+            "the hub could not be reached; connect to the network",
         ),
         (OSError(f"401 {SECRET}"), r"the hub does not provide it \(OSError\); .*`hf auth login`"),
         (ValueError(f"Invalid header value b'Bearer {SECRET}'"), r"not provide it \(ValueError\)"),
@@ -337,3 +339,20 @@ def test_rows_of_another_format_are_recognized(write, row, hint):
             read()
         assert ("looks like" in str(error.value)) == (hint is not None)
         assert hint is None or str(error.value).endswith(f"it looks like {hint}")
+
+
+def test_without_a_network_only_the_cache_of_the_hub_is_read(hub, monkeypatch):
+    """Whatever the cache lacks, the reason is the network."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    seen = []
+
+    def load(name, split):
+        seen.append(constants.is_offline_mode())
+        raise FileNotFoundError("not cached")
+
+    hub(load)
+    monkeypatch.setattr("irqlora_jax.data.rows.reaches_hub", lambda: False)
+    with pytest.raises(FileNotFoundError, match="the hub could not be reached; connect"):
+        load_examples("someone/data", config(), make_tokenizer())
+    assert seen == [True] and not constants.is_offline_mode()

@@ -1,13 +1,19 @@
 """Where a model comes from: local folders, the hub, and the tokenizer beside the weights."""
 
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import close_session
 
 from irqlora_jax import hf
+from irqlora_jax.machine import reaches_hub
 
 
 @pytest.mark.parametrize(
@@ -68,7 +74,7 @@ def test_only_needed_files_are_fetched_from_the_hub(
 
     asked: dict[str, Any] = {}
 
-    def fetch(repo: str, *, allow_patterns: list[str]) -> str:
+    def fetch(repo: str, *, allow_patterns: list[str], local_files_only: bool) -> str:
         asked.update(repo=repo, patterns=allow_patterns)
         return str(tmp_path)
 
@@ -83,6 +89,44 @@ def test_only_needed_files_are_fetched_from_the_hub(
     unwanted = ["pytorch_model.bin", "original/consolidated.00.pth", "consolidated.safetensors"]
     patterns = asked["patterns"]
     assert list(filter_repo_objects(wanted + unwanted, allow_patterns=patterns)) == wanted
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A hub that accepts connections and never answers."""
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://{host}:{port}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("NO_PROXY", "*")
+        close_session()  # it knows the proxies of before
+        yield server
+    close_session()
+
+
+def test_a_hub_that_never_answers_is_not_waited_for(hub: socket.socket) -> None:
+    started = time.perf_counter()
+    assert not reaches_hub(0.2)
+    assert time.perf_counter() - started < 2
+
+
+def test_a_hub_that_refuses_or_answers(hub: socket.socket) -> None:
+    def answer() -> None:
+        connection, _ = hub.accept()
+        connection.recv(4096)
+        connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+        connection.close()
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    assert reaches_hub()
+    thread.join()
+    hub.close()
+    started = time.perf_counter()
+    assert not reaches_hub()
+    assert time.perf_counter() - started < 2
 
 
 def write_tokenizer(folder: Path) -> None:

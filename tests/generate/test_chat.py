@@ -1,6 +1,7 @@
 """Prompts as a model learned them, text that streams, conversations, answers to many prompts."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -220,7 +221,8 @@ def talk(monkeypatch, variables):
             return iter(answers.pop(0)[:limit])
 
         monkeypatch.setattr(chat_module, "stream", scripted)
-        chat(ChatConfig("model", **settings), terminal.read, terminal.write)
+        own = () if terminal is None else (terminal.read, terminal.write)
+        chat(ChatConfig("model", **settings), *own)
         return asked
 
     return talk
@@ -252,6 +254,15 @@ def test_answers_are_those_of_generate_and_follow_the_seed(talk, variables):
         return terminal.text
 
     assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_piped_messages_get_nothing_but_answers_on_stdout(talk, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n/reset\ntwo\n"))
+    asked = talk(None, config("text"), [ids("A"), ids("B")])
+    assert len(asked) == 2
+    out, err = capsys.readouterr()
+    assert out == "A\nB\n" and "[conversation cleared]" in err and "/reset clears" in err
+    assert ">" not in out + err
 
 
 def test_an_interrupt_stops_the_answer_and_then_the_conversation(talk):
@@ -349,7 +360,8 @@ def answer(monkeypatch, variables, tmp_path):
         run = Run(tmp_path / "model", learned, MODEL, variables, TOKENIZER, None)
         monkeypatch.setattr(tasks_module, "load_run", lambda *_, **__: run)
         (tmp_path / "prompts.txt").write_text("\n".join(lines))
-        given = {"prompts": "prompts.txt", "max_new_tokens": 8, "batch_size": 2} | settings
+        given = {"prompts": "prompts.txt", "max_new_tokens": 8, "batch_size": 2}
+        given |= {"output": "eval-generate-model.jsonl"} | settings
         return evaluate_run(EvalConfig("model", "generate", progress=False, **given))
 
     return answer
@@ -376,6 +388,15 @@ def test_answers_stand_in_the_order_of_their_prompts(answer, variables, tmp_path
         json.dumps(result)
     )
     assert not list(tmp_path.glob("*.part")) and not list((tmp_path / "model").iterdir())
+
+
+def test_a_folder_that_is_no_run_gets_no_file_unasked(answer, tmp_path, said):
+    before = sorted(tmp_path.rglob("*"))
+    result = answer([], prompts=None, prompt="abc", output=None)
+    assert result["prompt"] == "abc" and "--output FILE" in said[-1]
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "prompts.txt"])
+    with pytest.raises(ValueError, match=r"output = None: '.*model' is not a run; expected a .jso"):
+        answer(["a"], output=None)
 
 
 def test_interrupted_answers_are_kept(answer, monkeypatch, said):

@@ -3,6 +3,7 @@
 import html.parser
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
@@ -252,6 +253,34 @@ def test_the_page_shows_what_was_measured(run: Path) -> None:
         "irqlora eval --run NEW_FOLDER --task mmlu --baseline --mmlu 'mmlu data'",
     ):
         assert sentence in words, sentence
+
+
+def test_without_data_for_an_evaluation_the_training_loss_is_shown(run: Path) -> None:
+    rows = [row | {"loss": None, "training_loss": None} for row in make_results()]
+    rows[-1]["training_loss"] = 1.2345
+    (run / "results.json").write_text(json.dumps(rows))
+    words = " ".join("".join(parse(page(read_run_data(run))).itertext()).split())
+    assert "training loss (nats/token)" in words and "1.2345" in words
+    assert "Training loss 1.2345 nats a token and accuracy from 57.3% to 76.4%" in words
+    assert "evaluation loss" not in words.lower()
+
+
+def test_the_commands_run_from_anywhere(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths of the configuration are relative to where the training was started."""
+    environment = {"device": "cpu", "versions": {}, "directory": "/home/x's folder"}
+    (run / "environment.json").write_text(json.dumps(environment))
+    mmlu = make_mmlu(0.4, False) | {"directory": "/data of x"}
+    (run / "eval-mmlu.json").write_text(json.dumps(mmlu))
+    monkeypatch.chdir(run)
+    root = parse(page(read_run_data(Path("."))))
+    blocks = ["".join(pre.itertext()) for pre in root.iter("pre")]
+    commands = [shlex.split(line) for line in blocks[0].split("\n")]
+    assert commands[0] == ["cd", "/home/x's folder"]
+    config = str(run / "config.json")
+    output = ["--output_dir", "NEW_FOLDER"]
+    assert commands[1] == ["irqlora", "train", "--config", config, *output]
+    folders = [c[c.index("--mmlu") + 1] for c in commands[2:]]
+    assert sorted(folders) == ["/data of x/mmlu data", "mmlu data"]
 
 
 def test_a_cpu_is_never_called_busy(run: Path) -> None:
