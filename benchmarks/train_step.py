@@ -36,7 +36,8 @@ from timing import compare, machine, table, verdict
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.llama import ATTENTION_NAMES, Llama
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.model.tree import ATTENTION_NAMES
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.qtensor import QTensor

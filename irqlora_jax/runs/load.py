@@ -16,6 +16,7 @@ from irqlora_jax.base.file import (
 from irqlora_jax.base.make import load_base, read_llama
 from irqlora_jax.config import Config
 from irqlora_jax.data.chat import end_tokens
+from irqlora_jax.files.checksums import check_seal
 from irqlora_jax.files.hub import is_hub_id, load_tokenizer, read_config, snapshot
 from irqlora_jax.files.small import read_json
 from irqlora_jax.model.config import LlamaConfig
@@ -23,6 +24,7 @@ from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.folder import BASE_FILE, GENERATION, TOKENIZER, read_config_file
+from irqlora_jax.runs.recorded import check_recorded
 
 Which = Literal["last", "best"] | int
 """A checkpoint: the newest, the one with the best evaluation loss, or a step."""
@@ -194,6 +196,7 @@ def read_tokenizer(source: str | Path) -> Any:
     settings = Path(source) / TOKENIZER / "tokenizer_config.json"
     if not settings.is_file():  # without it, transformers guesses
         raise FileNotFoundError(f"{settings}: no such file; expected the whole folder")
+    check_recorded(Path(source), f"{TOKENIZER}/")
     return load_tokenizer(Path(source) / TOKENIZER)
 
 
@@ -227,9 +230,24 @@ def scores(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: a file is damaged; the message names it.
     """
-    found: dict[str, Any] = {f.stem: read_json(f) for f in sorted(Path(folder).glob("eval-*.json"))}
+    files = sorted(Path(folder).glob("eval-*.json"))
+    found: dict[str, Any] = {file.stem: read_evaluation(file) for file in files}
     results = Path(folder) / "results.json"
+    check_recorded(Path(folder), results.name)
     return found | ({"results": read_results(results)} if results.is_file() else {})
+
+
+def read_evaluation(file: Path) -> dict[str, Any]:
+    """Reads the results of `irqlora eval`.
+
+    Raises:
+        ValueError: the file is damaged; the message names it.
+    """
+    values = read_json(file)
+    try:
+        return check_seal(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error})") from error
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
@@ -238,6 +256,7 @@ def read_results(file: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: the file is damaged; the message names it.
     """
+    check_recorded(file.parent, file.name)
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

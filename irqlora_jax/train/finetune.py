@@ -22,7 +22,6 @@ from irqlora_jax.data import Example, hold_out, load_examples, longest_row
 from irqlora_jax.evaluate import load_questions
 from irqlora_jax.evaluate.scores import Row, Scorer, baselines, table
 from irqlora_jax.files.hub import is_hub_id, read_config, snapshot
-from irqlora_jax.files.small import write_text
 from irqlora_jax.generate.samples import read_samples
 from irqlora_jax.machine import fastest_dtype
 from irqlora_jax.messages import shows_messages
@@ -52,6 +51,7 @@ from irqlora_jax.runs.load import (
 )
 from irqlora_jax.runs.lock import locked
 from irqlora_jax.runs.quantize import link_base, quantize_base, save_survey, save_tokenizer
+from irqlora_jax.runs.recorded import write_recorded
 from irqlora_jax.runs.state import TrainState as TrainState
 from irqlora_jax.runs.state import init_state as init_state
 from irqlora_jax.runs.state import learning_rate as learning_rate
@@ -174,7 +174,7 @@ def _finetune(
             state = checkpoints.restore(latest, state)
             checkpoints.check_losses(latest)
         first = latest or 0  # step 0 is LoftQ's initial adapter
-        evaluations = check_log(folder, first, checkpoints.losses())
+        evaluations = check_log(folder, first, checkpoints.losses(), checkpoints.log(first))
         if stored is not None and resume_from is None:
             finished = _finished(job, stored, folder, first, evaluations)
             if finished is not None:
@@ -221,7 +221,8 @@ def _finetune(
             variables["params"] = checkpoints.restore(best, state).adapters
             name = f"{name}, best (step {best})"
             rows.append(scorer.row(name, model, variables, None, checkpoints.loss(best)))
-    write_text(folder / RESULTS_FILE, json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
+    scores = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
+    write_recorded(folder, RESULTS_FILE, scores)
     logger.info(table(rows))
     try_to_write(folder)
     logger.info(next_commands(config))

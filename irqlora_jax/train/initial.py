@@ -11,7 +11,7 @@ from irqlora_jax.config import Config
 from irqlora_jax.export.peft import load_adapter
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.checkpoints import Checkpoints
-from irqlora_jax.runs.folder import BASE_FILE
+from irqlora_jax.runs.folder import BASE_FILE, read_config_file
 from irqlora_jax.runs.load import is_base
 
 # What decides the shapes of an adapter and what it computes.
@@ -48,7 +48,7 @@ def check_start(config: Config) -> None:
             f"model = '{config.model}': not the base on which the adapter in '{folder}' was "
             f"trained; expected '{folder}' (adapter.init_from)"
         )
-    theirs = Config.load(file).adapter
+    theirs = read_config_file(folder).adapter
     for name in (*_SAME, theirs.method):
         found, wanted = getattr(config.adapter, name, None), getattr(theirs, name, None)
         if found != wanted:
