@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 LIMIT = 30.0
-"""Seconds after which a call hangs."""
+"""Seconds of the processor after which a call hangs. So other load on the machine does not count. A
+call that waits hangs after ten times as long."""
 Kind = Literal["done", "refused", "traceback", "hang"]
 
 
@@ -117,20 +118,27 @@ class Worker:
         if self._process is None:
             self._start()
         self._pipe.send((call, arguments, str(folder)))
-        started, waited = time.monotonic(), 0
+        started, waited, before = time.monotonic(), 0, self._busy()
         while not self._pipe.poll(1.0):
             waited += 1
             if waited % 5 == 0:
                 print(f"  {waited} s in {call.__name__} {arguments}"[:150], flush=True)
-            if time.monotonic() - started > limit or not self._process.is_alive():
-                ended = self._process.is_alive()
+            lives = self._process.is_alive()
+            hangs = self._busy() - before > limit or time.monotonic() - started > 10 * limit
+            if hangs or not lives:
                 self._stop()
-                return Answer("hang" if ended else "traceback", error="the process ended")
+                return Answer("hang" if lives else "traceback", error="the process ended")
         try:
             return self._pipe.recv()
         except EOFError:
             self._stop()
             return Answer("traceback", error="the process ended")
+
+    def _busy(self) -> float:
+        """Seconds of the processor that the process has used; on Linux only, else 0."""
+        file = Path(f"/proc/{self._process.pid}/stat")
+        fields = file.read_text().rpartition(")")[2].split() if file.exists() else ["0"] * 13
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")

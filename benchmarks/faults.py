@@ -114,7 +114,10 @@ def fuzz(args: argparse.Namespace, folder: Path) -> Counts:
     """Wrong input for every reader, in turn."""
     inputs = write_run(folder)
     names = [name for name in fault_fuzz.targets() if args.only in name]
-    every = [(names[i % len(names)], args.seed + i // len(names)) for i in range(_all(args, 5000))]
+    every = [
+        (names[i % len(names)], args.seed + i // len(names))
+        for i in range(args.first + _all(args, 5000))
+    ]
     counts, progress = Counts(), Progress()
     scratch = folder / "scratch"
     scratch.mkdir(exist_ok=True)

@@ -22,8 +22,10 @@ import jax
 
 from irqlora_jax.files.checksums import check_seal, checksums, seal
 from irqlora_jax.files.small import read_json
+from irqlora_jax.runs.recorded import forget, record, recorded
 
 _METADATA = "_CHECKPOINT_METADATA"
+_ALL = "checkpoints/"
 _PATTERNS = "[]*?\\"  # orbax takes paths with these for patterns
 logger = logging.getLogger(__name__)
 
@@ -76,10 +78,14 @@ class Checkpoints:
             run: folder of the run.
             keep: number of newest checkpoints to keep besides the best one. Leftovers of an
                 interrupted save are then deleted. None keeps everything, for reading.
+
+        Raises:
+            NotADirectoryError: a file in place of a folder.
         """
         import orbax.checkpoint as ocp
 
         check_path(run)
+        _check_folders(run / "checkpoints")
         self._ocp = ocp
         self._folder = (run / "checkpoints").absolute()
         self._losses: dict[int, float] = {}
@@ -319,6 +325,32 @@ class Checkpoints:
         return state
 
 
+def record_end(run: Path, step: int) -> None:
+    """Records that a run ended with the checkpoint of a step, for `check_end`."""
+    record(run, [f"{_ALL}{step}/{_METADATA}"])
+
+
+def forget_end(run: Path) -> None:
+    """Forgets with which checkpoint a run ended, since it goes on."""
+    forget(run, _ALL)
+
+
+def check_end(run: Path) -> None:
+    """Checks that the checkpoint with which a run ended is there: else an older one is the last.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: checksums.json is damaged.
+    """
+    for name in recorded(run, _ALL):
+        folder = (run / name).parent
+        if not folder.exists():
+            raise FileNotFoundError(
+                f"{folder}: no such folder, but the run ended with this checkpoint; expected it, "
+                "or the step of another one (train --resume_from STEP, --checkpoint STEP)"
+            )
+
+
 def newest_log(run: Path) -> tuple[int, str] | None:
     """The step of the newest checkpoint of a run, and the checksum of the lines of metrics.jsonl
     up to it. None if there is no such checksum, or it cannot be read."""
@@ -330,6 +362,13 @@ def newest_log(run: Path) -> tuple[int, str] | None:
         log = _read_metadata(newest).log
         return None if log is None else (int(newest.name), log)
     return None
+
+
+def _check_folders(checkpoints: Path) -> None:
+    steps = (path for path in checkpoints.glob("*") if path.name.isdecimal())
+    for path in (checkpoints, *steps):
+        if (path.exists() or path.is_symlink()) and not path.is_dir():
+            raise NotADirectoryError(f"{path}: not a folder; expected checkpoints there")
 
 
 class _Metadata(NamedTuple):

@@ -22,7 +22,7 @@ from irqlora_jax.files.small import read_json
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
-from irqlora_jax.runs.checkpoints import Checkpoints
+from irqlora_jax.runs.checkpoints import Checkpoints, check_end
 from irqlora_jax.runs.folder import BASE_FILE, GENERATION, TOKENIZER, read_config_file
 from irqlora_jax.runs.recorded import check_recorded
 
@@ -102,6 +102,8 @@ def load_run(
         model = Llama(llama, compute_dtype=dtype)
         return Run(folder, config, model, {"params": {}, "base": base}, tokenizer, None, source)
     model = Llama(llama, adapter=config.adapter, compute_dtype=dtype)
+    if checkpoint == "last":
+        check_end(folder)
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.find(checkpoint)
         like = jax.eval_shape(lambda: model.init_adapters(jax.random.key(0)))

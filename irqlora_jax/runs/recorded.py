@@ -36,6 +36,23 @@ def record(folder: Path, names: Iterable[str]) -> None:
     _write(folder, _read(folder) | found)
 
 
+def forget(folder: Path, name: str) -> None:
+    """Drops the checksums of a file, or of all files below a folder ("/" at its end)."""
+    known = _read(folder)
+    kept = {each: values for each, values in known.items() if not _is_in(each, name)}
+    if kept != known:
+        _write(folder, kept)
+
+
+def recorded(folder: Path, name: str) -> list[str]:
+    """The recorded files below a folder ("/" at its end).
+
+    Raises:
+        ValueError: checksums.json is damaged.
+    """
+    return [each for each in _read(folder) if _is_in(each, name)]
+
+
 def check_recorded(folder: Path, name: str) -> None:
     """Checks a file, or every recorded file below a folder, if there are checksums of it.
 
@@ -49,7 +66,7 @@ def check_recorded(folder: Path, name: str) -> None:
         OSError: a file cannot be read.
     """
     for each, accepted in _read(folder).items():
-        if each != name and not (name.endswith("/") and each.startswith(name)):
+        if not _is_in(each, name):
             continue
         file = folder / each
         if not file.exists():
@@ -59,6 +76,10 @@ def check_recorded(folder: Path, name: str) -> None:
                 f"{file}: damaged or changed, its checksum in {RECORD_FILE} does not match; "
                 f"expected the file as it was (or no {RECORD_FILE}, to use it unchecked)"
             )
+
+
+def _is_in(each: str, name: str) -> bool:
+    return each == name or (name.endswith("/") and each.startswith(name))
 
 
 def _read(folder: Path) -> dict[str, list[str]]:

@@ -30,7 +30,7 @@ from irqlora_jax.model.tree import linear_stacks
 from irqlora_jax.quant.matmul import check_implementation, preferred_layout, with_preferred_layout
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.report.write import save_environment, try_to_write
-from irqlora_jax.runs.checkpoints import Checkpoints
+from irqlora_jax.runs.checkpoints import Checkpoints, check_end, forget_end, record_end
 from irqlora_jax.runs.folder import (
     BASE_FILE,
     Fingerprint,
@@ -170,6 +170,8 @@ def _finetune(
         latest = checkpoints.latest()
         if resume_from is not None:
             latest = checkpoints.find(resume_from, "resume_from")
+        else:
+            check_end(folder)
         if latest is not None:
             state = checkpoints.restore(latest, state)
             checkpoints.check_losses(latest)
@@ -183,6 +185,7 @@ def _finetune(
             checkpoints.drop_after(first)
         if stored not in (None, config):
             save_config(folder, config)
+        forget_end(folder)
         save_environment(folder, job.mesh)
         if first > 0:
             logger.info(f"resuming from step {first} of {folder}")
@@ -221,6 +224,7 @@ def _finetune(
             variables["params"] = checkpoints.restore(best, state).adapters
             name = f"{name}, best (step {best})"
             rows.append(scorer.row(name, model, variables, None, checkpoints.loss(best)))
+    record_end(folder, step)
     scores = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
     write_recorded(folder, RESULTS_FILE, scores)
     logger.info(table(rows))
