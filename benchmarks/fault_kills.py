@@ -225,22 +225,27 @@ def one_chain(
     step, work = whole.steps[phase.step], scratch / "work"
     shutil.rmtree(scratch, ignore_errors=True)
     whole.prepare(phase.step, work)
-    killed = []
+    killed: list[str] = []
     longest = max(0.3, whole.seconds[phase.step] * (0.9 if phase.pattern is None else 0.25))
-    for _ in range(kills):
-        process = Process(step, work)
-        if not process.kill_in(phase, work, rng, longest):
-            if process.process.returncode != 0:
-                return killed, f"LOST: cannot be started again: {process.said()[-600:]}"
-            break
-        killed.append(name)
     try:
-        if not killed or process.process.returncode != 0:
+        ended = False
+        while len(killed) < kills and not ended:
+            process = Process(step, work)
+            ended = not process.kill_in(phase, work, rng, longest)
+            killed += [] if ended else [name]
+            said = process.wait() if ended else ""
+        if not ended:
             said = Process(step, work).wait()
-            if "Traceback" in said:
-                return killed, f"TRACEBACK: {said[-800:]}"
+    except RuntimeError as error:
+        # The kill may fall between the last write and the end of the process.
+        if "exists; expected a new folder" not in str(error):
+            return killed, f"LOST: {error}"
+        said = str(error)
+    if "Traceback" in said:
+        return killed, f"TRACEBACK: {said[-800:]}"
+    try:
         found = step.result(work)
-    except (RuntimeError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         return killed, f"LOST: {error}"
     if found != expected:
         return killed, f"SILENT: {_difference(found, expected)}"

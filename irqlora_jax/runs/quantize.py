@@ -30,7 +30,7 @@ from irqlora_jax.runs.folder import (
     check_writable,
 )
 from irqlora_jax.runs.lock import locked
-from irqlora_jax.runs.recorded import check_recorded, record, write_recorded
+from irqlora_jax.runs.recorded import check_recorded, forget, record, write_recorded
 from irqlora_jax.text import readable_size
 
 logger = logging.getLogger(__name__)
@@ -92,8 +92,8 @@ def quantize_model(config: QuantizeConfig) -> None:
     needed = measure_base(abstract_base(read_config(config.model), config.quant)).total
     check_space(folder, needed)
     tokenizer = load_tokenizer(config.model)
-    base, llama, summary = quantize_base(config.model, config.quant, progress=config.progress)
     with locked(folder):
+        base, llama, summary = quantize_base(config.model, config.quant, progress=config.progress)
         save_tokenizer(tokenizer, config.model, folder)
         save_survey(folder, summary)
         # Write the base last: it marks a complete folder.
@@ -107,9 +107,13 @@ def quantize_model(config: QuantizeConfig) -> None:
 
 def save_tokenizer(tokenizer: Any, source: str | Path, folder: Path) -> None:
     """Writes FOLDER/tokenizer/, with the generation_config.json of `source` if it has one."""
+    if not (folder.exists() and snapshot(source).samefile(folder)):
+        # An interrupted start with another model may have left e.g. a chat template.
+        shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     tokenizer.save_pretrained(folder / TOKENIZER)
     for origin in (snapshot(source), snapshot(source) / TOKENIZER):
         if (origin / GENERATION).is_file():
             shutil.copyfile(origin / GENERATION, folder / TOKENIZER / GENERATION)
     files = (path for path in (folder / TOKENIZER).rglob("*") if path.is_file())
+    forget(folder, f"{TOKENIZER}/")
     record(folder, sorted(path.relative_to(folder).as_posix() for path in files))
