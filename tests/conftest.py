@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 # Programs run for less time than they take to compile, so they are hardly optimized. The older
 # emitters compile several times as fast.
@@ -82,17 +81,10 @@ def shared_steps() -> Iterator[None]:
     Tracing it takes longer than all the steps of a short run.
     """
     from irqlora_jax.train import loop
-
-    ours, made = loop.make_step, {}
-
-    def make_step(mesh: Any, state: Any, *, model: Any, optimizer: Any, config: Any) -> Any:
-        key = (mesh, model, config)
-        if key not in made:
-            made[key] = ours(mesh, state, model=model, optimizer=optimizer, config=config)
-        return made[key]
+    from tests.models import made_once
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_step", make_step)
+        patch.setattr(loop, "make_step", made_once(loop.make_step))
         yield
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +275,19 @@ def run_settings(model: Path, folder: Path, /, **changes: Any) -> dict[str, Any]
         "log.progress": False,
     }
     return settings | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+def made_once(make_step: Callable[..., Any]) -> Callable[..., Any]:
+    """`train.step.make_step` that returns the same compiled step for the same settings."""
+    made: dict[Any, Any] = {}
+
+    def make(mesh: Any, state: Any, *, model: Any, optimizer: Any, config: Any) -> Any:
+        key = (mesh, model, config)
+        if key not in made:
+            made[key] = make_step(mesh, state, model=model, optimizer=optimizer, config=config)
+        return made[key]
+
+    return make
 
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

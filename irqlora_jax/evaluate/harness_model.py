@@ -1,5 +1,6 @@
 """Adapts a model to the interface of lm-evaluation-harness."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -19,6 +20,7 @@ from irqlora_jax.data.batches import batches_by_length, eval_batches
 from irqlora_jax.data.examples import Example
 from irqlora_jax.evaluate.choices import Question, stream_scores
 from irqlora_jax.evaluate.perplexity import row_nll
+from irqlora_jax.files.checksums import check_seal, seal
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.llama import Llama
@@ -292,12 +294,13 @@ class AnswerCache:
         self._open = False
         if path is None or not path.is_file():
             return
-        head, *lines = path.read_text(encoding="utf-8").split("\n")
+        head, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         if head != self._head:
             return
-        for line in lines[:-1]:  # the last one is empty or incomplete
-            key, answer = json.loads(line)
-            self._answers[key] = answer
+        for line in lines:  # the last one may be incomplete; damaged ones are answered again
+            with contextlib.suppress(ValueError, AttributeError, KeyError):
+                values = check_seal(json.loads(line), "answer")
+                self._answers[values["request"]] = values["answer"]
 
     def get(self, *request: Any) -> Any:
         """Returns the answer to a request, or None."""
@@ -313,12 +316,12 @@ class AnswerCache:
             if not self._open:
                 # Rewrite the file: an interruption may have left an incomplete last line.
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                lines = [self._head, *(json.dumps(item) for item in self._answers.items())]
+                lines = [self._head, *(_line(*item) for item in self._answers.items())]
                 self._path.write_text("\n".join(lines) + "\n", encoding="utf-8")
                 self._open = True
             else:
                 with self._path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps([key, answer]) + "\n")
+                    file.write(_line(key, answer) + "\n")
         except OSError as error:
             logger.warning(
                 "%s: cannot be written (%s), so an interrupted evaluation starts again from zero",
@@ -326,6 +329,10 @@ class AnswerCache:
                 error.strerror,
             )
             self._path = None
+
+
+def _line(key: str, answer: Any) -> str:
+    return json.dumps(seal({"request": key, "answer": answer}))
 
 
 def _digest(request: Any) -> str:

@@ -22,7 +22,8 @@ from irqlora_jax.evaluate.mmlu_files import (
     prompt_text,
     read_subject,
 )
-from irqlora_jax.files.small import write_text
+from irqlora_jax.files.checksums import check_seal, seal
+from irqlora_jax.files.small import read_json, write_text
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.llama import Llama
 
@@ -297,7 +298,7 @@ def _write_resume_file(path: Path, kept: Mapping[str, Any]) -> bool:
     """Writes the finished subjects; False if that failed, since it must not end hours of work."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(kept) + "\n")
+        write_text(path, json.dumps(seal(kept)) + "\n")
     except OSError as error:
         logger.warning(
             "%s: cannot be written (%s), so an interrupted evaluation starts again from zero",
@@ -312,7 +313,7 @@ def _read_resume_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = check_seal(read_json(path))
         for values in kept.values():
             _Answers(**values)
     except (ValueError, TypeError, AttributeError) as error:

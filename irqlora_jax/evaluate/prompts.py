@@ -1,5 +1,6 @@
 """Answers many prompts in batches, and saves every finished batch."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,6 +15,7 @@ import jax
 from irqlora_jax.data import batches_by_length, read_rows
 from irqlora_jax.evaluate.choices import truncate_prompt
 from irqlora_jax.evaluate.results import write_error
+from irqlora_jax.files.checksums import check_seal, seal
 from irqlora_jax.generate.conversation import Style, decode_stream, encode_turns
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.messages import progress_bar
@@ -121,7 +123,7 @@ def answer_all(
         output.parent.mkdir(parents=True, exist_ok=True)
         done = _load_part(part, key)
         # Rewrite the file: an interruption may have left an incomplete last line.
-        _write_lines(part, [{"key": key}, *done.values()])
+        _write_lines(part, [seal(row) for row in ({"key": key}, *done.values())])
         with (
             part.open("a", encoding="utf-8") as file,
             progress_bar("Answers", len(prompts), show=progress) as bar,
@@ -130,7 +132,7 @@ def answer_all(
                 if not all(index in done for index in batch):
                     rows = _answer(run, style, prompts, fitted, batch, sampling, number)
                     done |= {row["index"]: row for row in rows}
-                    file.write("".join(json.dumps(row) + "\n" for row in rows))
+                    file.write("".join(json.dumps(seal(row)) + "\n" for row in rows))
                     file.flush()
                 bar.update(len(batch))
         rows = [done[index] for index in range(len(prompts))]
@@ -225,18 +227,19 @@ def _answer(
 
 
 def _load_part(path: Path, key: str) -> dict[int, dict[str, Any]]:
-    """Reads rows by index if the file has the same settings. The last line may be incomplete."""
+    """Reads rows by index if the file has the same settings.
+
+    The last line may be incomplete. It and damaged lines are left out, and answered again.
+    """
     if not path.is_file():
         return {}
-    rows: list[Any] = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    rows: list[dict[str, Any]] = []
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError, AttributeError):  # no object has no `items`
+            rows.append(check_seal(json.loads(line), "index"))
     if not rows or rows[0] != {"key": key}:
         return {}
-    return {row["index"]: row for row in rows[1:]}
+    return {row["index"]: row for row in rows[1:] if "index" in row}
 
 
 def _write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:

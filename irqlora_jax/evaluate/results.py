@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from irqlora_jax.files.checksums import seal
 from irqlora_jax.files.small import write_text
 from irqlora_jax.machine import installed_version
 from irqlora_jax.runs.load import Run
@@ -64,14 +65,15 @@ def describe(run: Run, settings: Any) -> dict[str, Any]:
 
 
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes the JSON completely or not at all, and says where.
+    """Writes the JSON with a checksum, completely or not at all, and says where.
 
     Raises:
         OSError: it cannot be written there.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(result, indent=1) + "\n")
+        values = json.loads(json.dumps(result))  # as they will be read
+        write_text(path, json.dumps(seal(values), indent=1) + "\n")
     except OSError as error:
         raise write_error(path, error) from error
     logger.info(f"written to {path}")

@@ -22,6 +22,7 @@ from irqlora_jax.files.small import read_json
 from irqlora_jax.messages import progress_bar, shows_messages
 from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import Run, is_base, load_run, scores
+from irqlora_jax.runs.lock import LOCK_FILE, locked
 from irqlora_jax.text import shorten
 
 _GENERATION = "generation_config.json"
@@ -71,7 +72,7 @@ def export(config: ExportConfig) -> Path:
     """Exports a run. The output folder appears only when it is complete.
 
     Everything is written to a folder OUTPUT_DIR.part, which is renamed at the end. It remains only
-    if the process is killed.
+    if the process is killed. The same command then starts again in it.
 
     Args:
         config: what to export, and where to.
@@ -133,17 +134,40 @@ def _complete_or_absent(folder: Path) -> Iterator[Path]:
     # Put it in the nearest parent that exists, so that a failure leaves no empty parents.
     parent = next(path for path in folder.parents if path.exists())
     aside = parent / f"{folder.name}.part"
+    with contextlib.ExitStack() as stack:
+        try:
+            # A killed export leaves its lock file, which tells its folder from others.
+            if aside.exists() and not (aside.is_dir() and _is_left_over(aside)):
+                raise FileExistsError(
+                    f"output_dir = '{folder}': {aside} exists and is of no export; delete it, or "
+                    "choose another name"
+                )
+            stack.enter_context(locked(aside))
+        except (FileExistsError, BlockingIOError):
+            raise
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror})"
+            raise OSError(f"output_dir = '{folder}': {reason}") from error
+        with _renamed(aside, folder):
+            yield aside
+
+
+def _is_left_over(aside: Path) -> bool:
+    names = {path.name for path in aside.iterdir()}
+    return not names or LOCK_FILE in names
+
+
+@contextlib.contextmanager
+def _renamed(aside: Path, folder: Path) -> Iterator[None]:
+    """Empties a locked folder, and renames it to `folder` at the end or deletes it on failure."""
     try:
-        aside.mkdir()
-    except FileExistsError:
-        raise FileExistsError(
-            f"output_dir = '{folder}': {aside} exists: another export is writing it or was "
-            "killed; delete it if no export is running"
-        ) from None
-    except OSError as error:
-        raise OSError(f"output_dir = '{folder}': cannot be written ({error.strerror})") from error
-    try:
-        yield aside
+        for path in aside.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK_FILE:
+                path.unlink()
+        yield
+        (aside / LOCK_FILE).unlink(missing_ok=True)
         folder.parent.mkdir(parents=True, exist_ok=True)
         os.replace(aside, folder)
     except BaseException as error:

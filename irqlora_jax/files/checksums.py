@@ -21,6 +21,16 @@ def checksum(array: Any) -> str:
     return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
 
 
+def text_checksum(text: str) -> str:
+    """Computes the CRC-32 of a text in UTF-8, in hexadecimal.
+
+    Examples:
+        >>> text_checksum("red")
+        'fa615f8f'
+    """
+    return f"{zlib.crc32(text.encode()):08x}"
+
+
 def checksums(tree: Any) -> dict[str, str]:
     """Computes the checksum of every array of a tree, by its path.
 
@@ -39,7 +49,7 @@ def seal(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, _SEAL: _checksum_of_json(values)}
 
 
-def check_seal(stored: Mapping[str, Any], mark: str) -> dict[str, Any]:
+def check_seal(stored: Mapping[str, Any], mark: str = _SEAL) -> dict[str, Any]:
     """Returns the values that were given to `seal`.
 
     Values without a checksum and without `mark`, a name that came with the checksums, are of an
@@ -56,4 +66,4 @@ def check_seal(stored: Mapping[str, Any], mark: str) -> dict[str, Any]:
 
 
 def _checksum_of_json(values: Mapping[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
+    return text_checksum(json.dumps(values, sort_keys=True))

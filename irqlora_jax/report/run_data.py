@@ -12,10 +12,13 @@ import jax
 from irqlora_jax.base.file import base_shapes, read_base_config, read_source
 from irqlora_jax.base.storage import Storage, measure_base
 from irqlora_jax.config import Config, read_stored_config
+from irqlora_jax.files.checksums import text_checksum
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.runs.checkpoints import newest_log
 from irqlora_jax.runs.folder import BASE_FILE, SURVEY_FILE
-from irqlora_jax.runs.load import read_results
+from irqlora_jax.runs.load import read_evaluation, read_results
+from irqlora_jax.runs.recorded import check_recorded
 from irqlora_jax.runs.state import init_state, make_optimizer
 from irqlora_jax.sharding import device_bytes
 from irqlora_jax.text import first_few
@@ -89,10 +92,11 @@ def read_run_data(folder: Path) -> RunData:
             "folder of a run, or of irqlora quantize"
         )
 
-    def attempt(name: str, read: Callable[[Path], Piece]) -> Piece | None:
-        if not (folder / name).is_file():
-            return None
+    def attempt(name: str, read: Callable[[Path], Piece], optional: bool = True) -> Piece | None:
         try:
+            check_recorded(folder, name)
+            if optional and not (folder / name).is_symlink() and not (folder / name).exists():
+                return None
             return read(folder / name)
         except Exception as error:  # old or damaged files may contain anything
             problems.append(f"{name} cannot be used: {_sentence(error)}")
@@ -107,10 +111,9 @@ def read_run_data(folder: Path) -> RunData:
         trained = attempt(
             "config.json", lambda file: _measure_trained(read_stored_config(file), known)
         )
-    evaluations = {
-        file.stem: attempt(file.name, _read_dict) for file in sorted(folder.glob("eval-*.json"))
-    }
-    attempt("metrics.jsonl", _check_metrics)
+    files = sorted(folder.glob("eval-*.json"))
+    evaluations = {file.stem: attempt(file.name, read_evaluation) for file in files}
+    attempt("metrics.jsonl", _check_metrics, optional=False)
     return RunData(
         name=folder.resolve().name,
         folder=folder.absolute(),
@@ -152,13 +155,18 @@ def _read_survey(file: Path) -> dict[str, Any]:
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Reads the complete lines that have a step, sorted by step."""
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
     rows = []
-    for line in lines:
+    for line in _lines(file):
         row = _metrics_row(line)
         if row is not None:
             rows.append(row)
     return sorted(rows, key=lambda row: row["step"])
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of metrics.jsonl; none without the file."""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    return text.split("\n")
 
 
 def _metrics_row(line: str) -> dict[str, Any] | None:
@@ -170,7 +178,14 @@ def _metrics_row(line: str) -> dict[str, Any] | None:
 
 
 def _check_metrics(file: Path) -> None:
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    newest = newest_log(file.parent)
+    lines = _lines(file)
+    if newest is not None:
+        step, checksum = newest
+        rows = [(line, _metrics_row(line)) for line in lines]
+        kept = [f"{line}\n" for line, row in rows if row is not None and row["step"] <= step]
+        if text_checksum("".join(kept)) != checksum:
+            raise ValueError(f"lines up to step {step} are missing or changed")
     if lines[-1].startswith("{"):  # an interrupted run may leave an incomplete last line
         lines.pop()
     damaged = [str(i) for i, line in enumerate(lines, 1) if line and _metrics_row(line) is None]

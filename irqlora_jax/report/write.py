@@ -15,6 +15,7 @@ from irqlora_jax.machine import installed_version
 from irqlora_jax.messages import ON_STDOUT, shows_messages
 from irqlora_jax.report.page import page
 from irqlora_jax.report.run_data import ENVIRONMENT_FILE, read_run_data
+from irqlora_jax.runs.recorded import write_recorded
 
 REPORT_FILE = "report.html"
 _PACKAGES = ("irqlora-jax", "jax", "jaxlib", "flax", "optax", "numpy", "transformers")
@@ -87,4 +88,4 @@ def save_environment(folder: Path, mesh: Mesh) -> None:
         "versions": {"python": platform.python_version()}
         | {name: installed_version(name) for name in _PACKAGES},
     }
-    write_text(folder / ENVIRONMENT_FILE, json.dumps(found, indent=1) + "\n")
+    write_recorded(folder, ENVIRONMENT_FILE, json.dumps(found, indent=1) + "\n")

@@ -1,7 +1,8 @@
 """The checkpoints of a run: its training states by step.
 
 orbax writes them. What we know of a state stands in orbax's `_CHECKPOINT_METADATA`: the evaluation
-loss, and a checksum of every array. Checkpoints of earlier versions have no checksums.
+loss, a checksum of every array, and one of the lines of metrics.jsonl so far. Checkpoints of
+earlier versions have no checksums.
 """
 
 import contextlib
@@ -15,14 +16,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 
 from irqlora_jax.files.checksums import check_seal, checksums, seal
 from irqlora_jax.files.small import read_json
+from irqlora_jax.runs.recorded import forget, record, recorded
 
 _METADATA = "_CHECKPOINT_METADATA"
+_ALL = "checkpoints/"
 _PATTERNS = "[]*?\\"  # orbax takes paths with these for patterns
 logger = logging.getLogger(__name__)
 
@@ -75,14 +78,19 @@ class Checkpoints:
             run: folder of the run.
             keep: number of newest checkpoints to keep besides the best one. Leftovers of an
                 interrupted save are then deleted. None keeps everything, for reading.
+
+        Raises:
+            NotADirectoryError: a file in place of a folder.
         """
         import orbax.checkpoint as ocp
 
         check_path(run)
+        _check_folders(run / "checkpoints")
         self._ocp = ocp
         self._folder = (run / "checkpoints").absolute()
         self._losses: dict[int, float] = {}
         self._checksums: dict[int, Mapping[str, str]] = {}
+        self._logs: dict[int, str | None] = {}
         self._damaged: dict[int, str] = {}  # steps without readable metadata, and why
         self._writing: int | None = None
         self._manager = ocp.CheckpointManager(
@@ -95,12 +103,13 @@ class Checkpoints:
         )
         for step in self._manager.all_steps():
             try:
-                loss, self._checksums[step] = _read_metadata(self._folder / str(step))
+                stored = _read_metadata(self._folder / str(step))
             except (OSError, ValueError) as error:
                 self._damaged[step] = str(error)
                 continue
-            if loss is not None:
-                self._losses[step] = loss
+            self._checksums[step], self._logs[step] = stored.arrays, stored.log
+            if stored.loss is not None:
+                self._losses[step] = stored.loss
 
     def __enter__(self) -> "Checkpoints":
         logging.getLogger("absl").addFilter(_is_news)
@@ -128,6 +137,10 @@ class Checkpoints:
     def loss(self, step: int) -> float | None:
         """The evaluation loss of a checkpoint; None if it was not evaluated."""
         return self._losses.get(step)
+
+    def log(self, step: int) -> str | None:
+        """The checksum of the lines of metrics.jsonl up to a checkpoint; None if unknown."""
+        return self._logs.get(step)
 
     def losses(self) -> dict[int, float]:
         """The evaluation losses of the checkpoints that were evaluated, by step."""
@@ -177,17 +190,20 @@ class Checkpoints:
         for later in sorted(self._manager.all_steps(), reverse=True):
             if later > step:
                 shutil.rmtree(self._folder / str(later))
-                for known in (self._losses, self._checksums, self._damaged):
+                for known in (self._losses, self._checksums, self._logs, self._damaged):
                     known.pop(later, None)
         self._manager.reload()
 
-    def save(self, step: int, state: Any, loss: float | None = None) -> None:
+    def save(
+        self, step: int, state: Any, loss: float | None = None, log: str | None = None
+    ) -> None:
         """Writes a pytree of arrays in the background, then deletes old checkpoints.
 
         Args:
             step: of the state.
             state: the arrays.
             loss: evaluation loss of the state.
+            log: checksum of the lines of metrics.jsonl so far.
 
         Raises:
             OSError: this checkpoint or the previous one could not be written.
@@ -195,9 +211,9 @@ class Checkpoints:
         self.wait()
         if loss is not None:
             self._losses[step] = loss
-        self._checksums[step] = checksums(state)
-        metadata = {} if loss is None else {"eval_loss": loss}
-        metadata = seal({**metadata, "arrays": self._checksums[step]})
+        self._checksums[step], self._logs[step] = checksums(state), log
+        metadata = {"eval_loss": loss, "log": log, "arrays": self._checksums[step]}
+        metadata = seal({name: value for name, value in metadata.items() if value is not None})
         with self._explained(step):
             self._manager.save(
                 step, args=self._ocp.args.StandardSave(state), custom_metadata=metadata
@@ -309,8 +325,60 @@ class Checkpoints:
         return state
 
 
-def _read_metadata(folder: Path) -> tuple[float | None, Mapping[str, str]]:
-    """Reads the evaluation loss of a checkpoint, if any, and the checksums of its arrays.
+def record_end(run: Path, step: int) -> None:
+    """Records that a run ended with the checkpoint of a step, for `check_end`."""
+    record(run, [f"{_ALL}{step}/{_METADATA}"])
+
+
+def forget_end(run: Path) -> None:
+    """Forgets with which checkpoint a run ended, since it goes on."""
+    forget(run, _ALL)
+
+
+def check_end(run: Path) -> None:
+    """Checks that the checkpoint with which a run ended is there: else an older one is the last.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: checksums.json is damaged.
+    """
+    for name in recorded(run, _ALL):
+        folder = (run / name).parent
+        if not folder.exists():
+            raise FileNotFoundError(
+                f"{folder}: no such folder, but the run ended with this checkpoint; expected it, "
+                "or the step of another one (train --resume_from STEP, --checkpoint STEP)"
+            )
+
+
+def newest_log(run: Path) -> tuple[int, str] | None:
+    """The step of the newest checkpoint of a run, and the checksum of the lines of metrics.jsonl
+    up to it. None if there is no such checksum, or it cannot be read."""
+    folders = [path for path in run.glob("checkpoints/*") if path.name.isdecimal()]
+    newest = max(folders, key=lambda path: int(path.name), default=None)
+    if newest is None:
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        log = _read_metadata(newest).log
+        return None if log is None else (int(newest.name), log)
+    return None
+
+
+def _check_folders(checkpoints: Path) -> None:
+    steps = (path for path in checkpoints.glob("*") if path.name.isdecimal())
+    for path in (checkpoints, *steps):
+        if (path.exists() or path.is_symlink()) and not path.is_dir():
+            raise NotADirectoryError(f"{path}: not a folder; expected checkpoints there")
+
+
+class _Metadata(NamedTuple):
+    loss: float | None
+    arrays: Mapping[str, str]
+    log: str | None
+
+
+def _read_metadata(folder: Path) -> _Metadata:
+    """Reads what `Checkpoints.save` was told about a checkpoint.
 
     Raises:
         OSError, ValueError: there is no metadata, or it is damaged; the message names the file.
@@ -321,12 +389,12 @@ def _read_metadata(folder: Path) -> tuple[float | None, Mapping[str, str]]:
         if not isinstance(stored, dict):
             raise ValueError("no custom_metadata")
         values = check_seal(stored, "arrays")
-        loss, arrays = values.get("eval_loss"), values.get("arrays", {})
-        if not isinstance(loss, float | None) or not isinstance(arrays, dict):
+        found = _Metadata(values.get("eval_loss"), values.get("arrays", {}), values.get("log"))
+        if not isinstance(found.loss, float | None) or not isinstance(found.arrays, dict):
             raise ValueError("values of other types")
     except ValueError as error:
         raise ValueError(f"{file}: damaged ({error})") from error
-    return loss, arrays
+    return found
 
 
 def _attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:

@@ -9,8 +9,9 @@
     RUN/metrics.jsonl      a line every few steps (if requested, also in tensorboard/ and wandb/)
     RUN/environment.json   device and versions of the most recent start or resume
     RUN/results.json       the scores
+    RUN/checksums.json     checksums of the small files (`runs.recorded`)
     RUN/report.html        a page that shows all of this
-    RUN/train.lock         only while a process trains there
+    RUN/train.lock         only while a process writes there
 
 Files are written under a temporary name and renamed when complete; metrics.jsonl is appended to.
 """
@@ -30,14 +31,18 @@ import numpy as np
 from irqlora_jax.base.file import BASE_FILE as BASE_FILE
 from irqlora_jax.config import Config, read_stored_config
 from irqlora_jax.data import Example
-from irqlora_jax.files.small import read_json, write_text
+from irqlora_jax.files.small import read_json
 from irqlora_jax.runs.checkpoints import check_path
 from irqlora_jax.runs.lock import LOCK_FILE
+from irqlora_jax.runs.recorded import RECORD_FILE, check_recorded, write_recorded
 from irqlora_jax.text import shorten
 
 TOKENIZER, GENERATION = "tokenizer", "generation_config.json"
 SURVEY_FILE = "quantization.json"
 _CONFIG, _DATA = "config.json", "data.json"
+BASE_START = {TOKENIZER, f"{BASE_FILE}.part", LOCK_FILE}
+BASE_START |= {f"{name}{end}" for name in (SURVEY_FILE, RECORD_FILE) for end in ("", ".part")}
+"""Only these are there after an interrupted `irqlora quantize`, which writes the base last."""
 # Fields and sections that may change when a run is resumed. Its base and data.json tell whether
 # files under another path are the same.
 _MAY_CHANGE = (
@@ -78,16 +83,9 @@ def check_folder(folder: Path, config: Config) -> Config | None:
 
 def _stored_config(folder: Path, config: Config) -> Config | None:
     # A run writes config.json last, so a folder with only these is from an interrupted start.
-    leftover = {
-        "tokenizer",
-        "base.safetensors",
-        "base.safetensors.part",
-        "config.json.part",
-        LOCK_FILE,
-    }
-    leftover |= {_DATA, f"{_DATA}.part", "quantization.json", "quantization.json.part"}
+    leftover = BASE_START | {BASE_FILE, f"{_CONFIG}.part", _DATA, f"{_DATA}.part"}
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if "base.safetensors" in found and _holds_start(folder / "checkpoints"):
+    if BASE_FILE in found and _holds_start(folder / "checkpoints"):
         leftover.add("checkpoints")
     if found <= leftover:
         return None
@@ -118,6 +116,7 @@ def read_config_file(folder: Path) -> Config:
         FileNotFoundError, ValueError: no such file, or it is damaged; the message names it.
     """
     read_json(folder / _CONFIG)
+    check_recorded(folder, _CONFIG)
     try:
         return read_stored_config(folder / _CONFIG)
     except (TypeError, ValueError) as error:
@@ -126,7 +125,7 @@ def read_config_file(folder: Path) -> Config:
 
 def save_config(folder: Path, config: Config) -> None:
     """Writes config.json."""
-    write_text(folder / _CONFIG, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    write_recorded(folder, _CONFIG, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
 
 
 def _is_in(name: str, fields: Sequence[str]) -> bool:
@@ -219,7 +218,7 @@ def _digest(examples: Sequence[Example]) -> dict[str, Any]:
 
 def save_data(folder: Path, found: Fingerprint) -> None:
     """Writes data.json."""
-    write_text(folder / _DATA, json.dumps(found, indent=1) + "\n")
+    write_recorded(folder, _DATA, json.dumps(found, indent=1) + "\n")
 
 
 def check_data(folder: Path, config: Config, found: Fingerprint) -> None:
@@ -233,6 +232,7 @@ def check_data(folder: Path, config: Config, found: Fingerprint) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; cannot check that the data is the same")
     stored = read_json(file)
+    check_recorded(folder, _DATA)
     for part in found:
         known = stored.get(part)
         types = {name: type(value) for name, value in found[part].items()}

@@ -15,13 +15,15 @@ from irqlora_jax.base.file import (
 from irqlora_jax.base.make import load_base, read_llama
 from irqlora_jax.config import Config, check_settings, quant_settings
 from irqlora_jax.data.chat import end_tokens
+from irqlora_jax.files.checksums import check_seal
 from irqlora_jax.files.hub import is_hub_id, load_tokenizer, read_config, snapshot
 from irqlora_jax.files.small import parse_json, read_json
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
-from irqlora_jax.runs.checkpoints import Checkpoints
+from irqlora_jax.runs.checkpoints import Checkpoints, check_end
 from irqlora_jax.runs.folder import BASE_FILE, GENERATION, TOKENIZER, read_config_file
+from irqlora_jax.runs.recorded import check_recorded
 from irqlora_jax.text import shorten
 
 Which = Literal["last", "best"] | int
@@ -100,6 +102,8 @@ def load_run(
         model = Llama(llama, compute_dtype=dtype)
         return Run(folder, config, model, {"params": {}, "base": base}, tokenizer, None, source)
     model = Llama(llama, adapter=config.adapter, compute_dtype=dtype)
+    if checkpoint == "last":
+        check_end(folder)
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.find(checkpoint)
         like = jax.eval_shape(lambda: model.init_adapters(jax.random.key(0)))
@@ -189,6 +193,7 @@ def read_tokenizer(source: str | Path) -> Any:
     settings = Path(source) / TOKENIZER / "tokenizer_config.json"
     if not settings.is_file():  # without it, transformers guesses
         raise FileNotFoundError(f"{settings}: no such file; expected the whole folder")
+    check_recorded(Path(source), f"{TOKENIZER}/")
     return load_tokenizer(Path(source) / TOKENIZER)
 
 
@@ -222,9 +227,24 @@ def scores(folder: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: a file is damaged; the message names it.
     """
-    found: dict[str, Any] = {f.stem: read_json(f) for f in sorted(Path(folder).glob("eval-*.json"))}
+    files = sorted(Path(folder).glob("eval-*.json"))
+    found: dict[str, Any] = {file.stem: read_evaluation(file) for file in files}
     results = Path(folder) / "results.json"
+    check_recorded(Path(folder), results.name)
     return found | ({"results": read_results(results)} if results.is_file() else {})
+
+
+def read_evaluation(file: Path) -> dict[str, Any]:
+    """Reads the results of `irqlora eval`.
+
+    Raises:
+        ValueError: the file is damaged; the message names it.
+    """
+    values = read_json(file)
+    try:
+        return check_seal(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error})") from error
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
@@ -234,6 +254,7 @@ def read_results(file: Path) -> list[dict[str, Any]]:
         FileNotFoundError: no such file.
         ValueError: the file is damaged; the message names it.
     """
+    check_recorded(file.parent, file.name)
     rows = parse_json(file)
     ok = isinstance(rows, list) and all(isinstance(row, dict) and "model" in row for row in rows)
     if not ok or any(row.keys() != rows[0].keys() for row in rows):

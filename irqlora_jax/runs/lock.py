@@ -1,4 +1,4 @@
-"""One training at a time in the folder of a run."""
+"""One process at a time that writes to a folder: a training, a quantization or an export."""
 
 import contextlib
 import logging
@@ -13,14 +13,14 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Context that makes the folder if needed, and in which no other process trains there.
+    """Context that makes the folder if needed, and in which no other process writes there.
 
     The lock is `flock` on a file of the folder. The system releases it when the process ends,
     however it ends. On some network file systems `flock` sees only the processes of the same
     machine. Where it does not work at all, a warning is shown and there is no lock.
 
     Raises:
-        BlockingIOError: another process trains there.
+        BlockingIOError: another process writes there.
     """
     made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def _lock(file: Path) -> int | None:
             holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
             os.close(descriptor)
             raise BlockingIOError(
-                f"output_dir = '{file.parent}': {holder} trains there; expected another folder, or "
+                f"output_dir = '{file.parent}': {holder} writes there; expected another folder, or "
                 "wait until it ends"
             ) from None
         except OSError as error:

@@ -16,19 +16,21 @@ from irqlora_jax.base.storage import abstract_base, measure_base
 from irqlora_jax.base.survey import Surveyed, summarize, survey
 from irqlora_jax.config import QuantizeConfig
 from irqlora_jax.files.hub import load_tokenizer, read_config, snapshot
-from irqlora_jax.files.small import write_text
 from irqlora_jax.messages import progress_bar, shows_messages
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs.folder import (
     BASE_FILE,
+    BASE_START,
     GENERATION,
     SURVEY_FILE,
     TOKENIZER,
     check_space,
     check_writable,
 )
+from irqlora_jax.runs.lock import locked
+from irqlora_jax.runs.recorded import check_recorded, forget, record, write_recorded
 from irqlora_jax.text import readable_size
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,10 @@ def link_base(source: str | Path, folder: Path) -> None:
     If the base is a symbolic link, links the file that it points to, as in the hub's cache. So the
     run keeps its weights when the symbolic link or its target is removed.
     """
+    check_recorded(Path(source), SURVEY_FILE)
     if (Path(source) / SURVEY_FILE).is_file():
         shutil.copyfile(Path(source) / SURVEY_FILE, folder / SURVEY_FILE)
+        record(folder, [SURVEY_FILE])
     aside = folder / f"{BASE_FILE}.part"
     aside.unlink(missing_ok=True)
     file = (Path(source) / BASE_FILE).resolve()  # os.link may link the symbolic link itself
@@ -69,7 +73,7 @@ def quantize_base(
 def save_survey(folder: Path, summary: dict[str, Any] | None) -> None:
     """Writes quantization.json, unless the summary is None."""
     if summary is not None:
-        write_text(folder / SURVEY_FILE, json.dumps(summary) + "\n")
+        write_recorded(folder, SURVEY_FILE, json.dumps(summary) + "\n")
 
 
 @shows_messages
@@ -81,19 +85,20 @@ def quantize_model(config: QuantizeConfig) -> None:
         ValueError, OSError: bad input; the message is one sentence, and nothing is overwritten.
     """
     folder = Path(config.output_dir)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    left = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.exists() and (not folder.is_dir() or not left <= BASE_START):
         raise FileExistsError(f"output_dir = '{folder}': exists; expected a new folder")
     check_writable(folder)
     needed = measure_base(abstract_base(read_config(config.model), config.quant)).total
     check_space(folder, needed)
     tokenizer = load_tokenizer(config.model)
-    base, llama, summary = quantize_base(config.model, config.quant, progress=config.progress)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tokenizer(tokenizer, config.model, folder)
-    save_survey(folder, summary)
-    # Write the base last: it marks a complete folder.
-    with progress_bar("Writing the base", show=config.progress):
-        save_base(folder / BASE_FILE, base, llama, config.quant, config.model)
+    with locked(folder):
+        base, llama, summary = quantize_base(config.model, config.quant, progress=config.progress)
+        save_tokenizer(tokenizer, config.model, folder)
+        save_survey(folder, summary)
+        # Write the base last: it marks a complete folder.
+        with progress_bar("Writing the base", show=config.progress):
+            save_base(folder / BASE_FILE, base, llama, config.quant, config.model)
     size = readable_size((folder / BASE_FILE).stat().st_size)
     logger.info(
         f"{measure_base(base).bits:.2f} bits a weight, {size} in {folder}; next:\n"
@@ -103,7 +108,13 @@ def quantize_model(config: QuantizeConfig) -> None:
 
 def save_tokenizer(tokenizer: Any, source: str | Path, folder: Path) -> None:
     """Writes FOLDER/tokenizer/, with the generation_config.json of `source` if it has one."""
+    if not (folder.exists() and snapshot(source).samefile(folder)):
+        # An interrupted start with another model may have left e.g. a chat template.
+        shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     tokenizer.save_pretrained(folder / TOKENIZER)
     for origin in (snapshot(source), snapshot(source) / TOKENIZER):
         if (origin / GENERATION).is_file():
             shutil.copyfile(origin / GENERATION, folder / TOKENIZER / GENERATION)
+    files = (path for path in (folder / TOKENIZER).rglob("*") if path.is_file())
+    forget(folder, f"{TOKENIZER}/")
+    record(folder, sorted(path.relative_to(folder).as_posix() for path in files))

@@ -23,7 +23,6 @@ from irqlora_jax.data import Example, hold_out, load_examples, longest_row
 from irqlora_jax.evaluate import load_questions
 from irqlora_jax.evaluate.scores import Row, Scorer, baselines, table
 from irqlora_jax.files.hub import is_hub_id, read_config, snapshot
-from irqlora_jax.files.small import write_text
 from irqlora_jax.generate.samples import read_samples
 from irqlora_jax.machine import fastest_dtype
 from irqlora_jax.messages import progress_bar, shows_messages
@@ -33,7 +32,7 @@ from irqlora_jax.quant.matmul import check_implementation, preferred_layout, wit
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.report.run_data import metric_curve, read_metrics
 from irqlora_jax.report.write import save_environment, try_to_write
-from irqlora_jax.runs.checkpoints import Checkpoints
+from irqlora_jax.runs.checkpoints import Checkpoints, check_end, forget_end, record_end
 from irqlora_jax.runs.folder import (
     BASE_FILE,
     Fingerprint,
@@ -54,6 +53,7 @@ from irqlora_jax.runs.load import (
 )
 from irqlora_jax.runs.lock import locked
 from irqlora_jax.runs.quantize import link_base, quantize_base, save_survey, save_tokenizer
+from irqlora_jax.runs.recorded import write_recorded
 from irqlora_jax.runs.state import TrainState as TrainState
 from irqlora_jax.runs.state import init_state as init_state
 from irqlora_jax.runs.state import learning_rate as learning_rate
@@ -173,11 +173,13 @@ def _finetune(
         latest = checkpoints.latest()
         if resume_from is not None:
             latest = checkpoints.find(resume_from, "resume_from")
+        else:
+            check_end(folder)
         if latest is not None:
             state = checkpoints.restore(latest, state)
             checkpoints.check_losses(latest)
         first = latest or 0  # step 0 is LoftQ's initial adapter
-        evaluations = check_log(folder, first, checkpoints.losses())
+        evaluations = check_log(folder, first, checkpoints.losses(), checkpoints.log(first))
         if stored is not None and resume_from is None:
             finished = _finished(job, stored, folder, first, evaluations)
             if finished is not None:
@@ -186,6 +188,7 @@ def _finetune(
             checkpoints.drop_after(first)
         if stored not in (None, config):
             save_config(folder, config)
+        forget_end(folder)
         save_environment(folder, job.mesh)
         if first > 0:
             logger.info(f"resuming from step {first} of {folder}")
@@ -227,7 +230,9 @@ def _finetune(
             variables["params"] = checkpoints.restore(best, state).adapters
             name = f"{name}, best (step {best})"
             rows.append(scorer.row(name, model, variables, None, checkpoints.loss(best)))
-    write_text(folder / RESULTS_FILE, json.dumps([dataclasses.asdict(r) for r in rows], indent=1))
+    record_end(folder, step)
+    scores = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
+    write_recorded(folder, RESULTS_FILE, scores)
     logger.info(table(rows))
     try_to_write(folder)
     logger.info(next_commands(config))

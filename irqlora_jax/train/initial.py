@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from irqlora_jax.config import Config, read_stored_config
+from irqlora_jax.config import Config
 from irqlora_jax.export.peft import load_adapter
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.checkpoints import Checkpoints
-from irqlora_jax.runs.folder import BASE_FILE
+from irqlora_jax.runs.folder import BASE_FILE, read_config_file
 from irqlora_jax.runs.load import is_base
 from irqlora_jax.text import shorten
 
@@ -49,7 +49,7 @@ def check_start(config: Config) -> None:
             f"model = '{config.model}': not the base on which the adapter in '{folder}' was "
             f"trained; expected '{folder}' (adapter.init_from)"
         )
-    theirs = read_stored_config(file).adapter
+    theirs = read_config_file(folder).adapter
     for name in (*_SAME, theirs.method):
         found, wanted = getattr(config.adapter, name, None), getattr(theirs, name, None)
         if found != wanted:

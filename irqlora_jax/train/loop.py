@@ -130,7 +130,7 @@ def train(
                 # Read the signal only once: a later signal ends the next step.
                 ends = early is not None or stop.signal is not None
                 if saves or ends:
-                    checkpoints.save(done, state, loss)
+                    checkpoints.save(done, state, loss, log.checksum())
             if ends:
                 break
     return LoopResult(state, stop.signal, None if int(state.step) == settings.steps else early)

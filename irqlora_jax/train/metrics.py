@@ -25,8 +25,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from irqlora_jax.config import Config, LogConfig
+from irqlora_jax.files.checksums import text_checksum
 from irqlora_jax.files.small import write_text
 from irqlora_jax.messages import ON_STDOUT
+from irqlora_jax.text import read_text
 
 Values = Mapping[str, Any]
 """Numbers by name, and optionally "samples": [{"prompt": text, "answer": text}, ...]."""
@@ -165,19 +167,29 @@ def read_log(folder: Path, step: int) -> tuple[str, list[tuple[int, float]]]:
     return "".join(kept), evaluations
 
 
-def check_log(folder: Path, step: int, losses: Mapping[int, float]) -> list[tuple[int, float]]:
+def check_log(
+    folder: Path, step: int, losses: Mapping[int, float], checksum: str | None = None
+) -> list[tuple[int, float]]:
     """Returns the evaluations up to a step, and checks that they have these losses of checkpoints.
+
+    Lines without an evaluation loss do not affect the training. If one of them is missing or has
+    changed, `checksum` (of the lines up to the step) tells, and a warning is shown.
 
     Raises:
         ValueError: metrics.jsonl is damaged or incomplete.
     """
-    _, evaluations = read_log(folder, step)
+    text, evaluations = read_log(folder, step)
     for done, loss in losses.items():
         if done <= step and (done, loss) not in evaluations:
             raise ValueError(
                 f"{folder / _FILE}: no evaluation loss {loss} of step {done}, which the checkpoint "
                 "of that step has; expected the whole file"
             )
+    if checksum not in (None, text_checksum(text)):
+        logger.warning(
+            f"{folder / _FILE}: lines up to step {step} are missing or changed; the training goes "
+            "on without them"
+        )
     return evaluations
 
 
@@ -238,6 +250,10 @@ class MetricsLog:
         for sink in tuple(self._sinks):
             if not self._try(sink.name, lambda sink=sink: sink.write(step, values)):
                 self._sinks.remove(sink)
+
+    def checksum(self) -> str:
+        """The checksum of all lines, for the checkpoint that is saved after them."""
+        return text_checksum(read_text(self._path) if self._path.exists() else "")
 
     def _add(self, name: str, make: Callable[[], Sink]) -> None:
         self._try(name, lambda: self._sinks.append(make()))

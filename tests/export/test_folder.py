@@ -23,6 +23,7 @@ from irqlora_jax.config import parse_flags
 from irqlora_jax.files import tensors
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.load import load_run
+from irqlora_jax.runs.lock import LOCK_FILE, locked
 from tests.models import NARROW, PLAIN, ROOT, TEMPLATE, random_base, word_tokenizer, write_run
 
 
@@ -262,7 +263,7 @@ def test_an_empty_folder_and_missing_parents_are_fine(tmp_path: Path, base_folde
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty"]
 
 
-def test_a_kill_leaves_a_part_folder_which_the_next_export_names(
+def test_a_kill_leaves_a_part_folder_in_which_the_next_export_starts_again(
     tmp_path: Path, base_folder: Path
 ) -> None:
     code = f"""
@@ -275,9 +276,26 @@ hf.export_merged({str(base_folder)!r}, {str(tmp_path / "out")!r})
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["out.part"]
-    with pytest.raises(FileExistsError, match=r"out\.part exists.*delete it"):
+    (tmp_path / "out.part" / "more").mkdir()
+    with locked(tmp_path / "out.part"), pytest.raises(BlockingIOError, match="writes there"):
         hf.export_merged(base_folder, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out.part"]
+    (tmp_path / "out.part" / LOCK_FILE).touch()  # as after a kill
+    hf.export_merged(base_folder, tmp_path / "out")
+    hf.export_merged(base_folder, tmp_path / "again" / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "out"]
+    assert file_contents(tmp_path / "out") == file_contents(tmp_path / "again" / "out")
+
+
+def file_contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_part_folder_of_somebody_else_is_left_alone(tmp_path: Path, base_folder: Path) -> None:
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "mine").touch()
+    with pytest.raises(FileExistsError, match=r"out\.part exists and is of no export"):
+        hf.export_merged(base_folder, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out.part").iterdir()] == ["mine"]
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def test_the_second_is_refused_until_the_first_ends_however_it_ends(tmp_path: Pa
     command = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"locked\n"
-        refused = pytest.raises(BlockingIOError, match=f"process {holder.pid} on .* trains there")
+        refused = pytest.raises(BlockingIOError, match=f"process {holder.pid} on .* writes there")
         with refused, locked(tmp_path):
             pass
         holder.communicate()

@@ -120,7 +120,7 @@ def test_damaged_files_are_named(base: Path, folder: Path, damage: str) -> None:
 
 def test_a_second_process_is_refused_before_it_reads(base: Path, folder: Path) -> None:
     before = contents(folder)
-    with locked(folder), pytest.raises(BlockingIOError, match="trains there"):
+    with locked(folder), pytest.raises(BlockingIOError, match="writes there"):
         run(config_for(base, folder, **CHANGES))
     assert contents(folder) == before
 
