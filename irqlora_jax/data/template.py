@@ -4,6 +4,7 @@ A chat template is a program that comes with a model. It can loop without end, o
 with a single multiplication. Python cannot stop that inside of its own process.
 """
 
+import atexit
 import contextlib
 import functools
 import json
@@ -76,7 +77,7 @@ def _process(parent: int) -> subprocess.Popen[str]:
     """Starts the process. It ends with its parent, and a forked parent gets another one."""
     script = Path(__file__).with_name("template_process.py")
     limits = map(str, (MEMORY, CHARACTERS))
-    return subprocess.Popen(
+    process = subprocess.Popen(
         # -P: else modules of this folder would stand in for modules of Python
         [sys.executable, "-P", str(script), *limits],
         stdin=subprocess.PIPE,
@@ -85,6 +86,16 @@ def _process(parent: int) -> subprocess.Popen[str]:
         text=True,
         encoding="utf-8",
     )
+    atexit.register(_end, process, parent)
+    return process
+
+
+def _end(process: subprocess.Popen[str], parent: int) -> None:
+    """Ends the process, closes its pipes and waits, in the process that started it."""
+    if os.getpid() == parent:
+        process.kill()
+        with contextlib.suppress(BrokenPipeError), process:
+            pass
 
 
 def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,9 +111,7 @@ def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
         finally:
             if not line.endswith("\n"):  # stopped, or an interrupt came in between
                 _process.cache_clear()
-                process.kill()
-                with contextlib.suppress(BrokenPipeError), process:
-                    pass  # closes the pipes and waits
+                _end(process, os.getpid())
     if line.endswith("\n"):
         return json.loads(line)
     if process.returncode == -signal.SIGALRM:

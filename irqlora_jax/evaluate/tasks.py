@@ -128,6 +128,8 @@ def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
     with progress_bar("Loading the model", show=asked.progress):
         run = load_run(asked.run, adapter=not asked.baseline, checkpoint=checkpoint)
     path = results.result_path(run, _file_stem(asked), asked.output)
+    if path is None:
+        logger.info("the result is only shown, and nothing is kept on the way; --output writes it")
     task = {
         "mmlu": _mmlu,
         "factworld": _questions,
@@ -147,7 +149,6 @@ def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
     result = results.describe(run, asked) | {"seconds": round(seconds, 3)} | scores
     part = _resume_file(path)
     if path is None or part is None:
-        logger.info("not written to a file; --output FILE does that")
         return result
     results.write_result(_summary(asked, path), result)
     if asked.task == "mmlu":

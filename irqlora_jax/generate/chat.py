@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import jax
 
@@ -183,5 +183,5 @@ def _model_description(run: Run, config: ChatConfig) -> str:
     return " without its adapter" if config.baseline and run.config is not None else ""
 
 
-def _print(text: str, file: TextIO | None = None) -> None:
+def _print(text: str, file: Any = None) -> None:
     print(text, end="", file=file, flush=True)

@@ -416,18 +416,19 @@ def loaded(monkeypatch, variables, tmp_path):
 
 
 def test_the_task_goes_on_where_it_was_interrupted(loaded, folder, tmp_path, said):
-    asked = EvalConfig("model", "mmlu", mmlu=str(folder), batch_size=4, progress=False)
+    settings = {"mmlu": str(folder), "batch_size": 4, "progress": False}
+    asked = EvalConfig("model", "mmlu", output=str(tmp_path / "scores.json"), **settings)
     loaded.tokenizer.stop_at = "sociology"
     with pytest.raises(KeyboardInterrupt):
         evaluate_run(asked)
-    part = tmp_path / "eval-mmlu-model.json.part"
+    part = tmp_path / "scores.json.part"
     assert part.is_file() and "the same command resumes" in said[-1]
     loaded.tokenizer.stop_at, loaded.tokenizer.subjects = None, []
     result = evaluate_run(asked)
     assert loaded.tokenizer.subjects == ["sociology", "virology"]
     assert not part.exists()
     assert not list((tmp_path / "model").iterdir())
-    written = json.loads((tmp_path / "eval-mmlu-model.json").read_text())
+    written = json.loads((tmp_path / "scores.json").read_text())
     assert written == json.loads(json.dumps(result))
     assert written["task"] == "mmlu" and written["settings"]["shots"] == 5
     assert written["count"] == 19 and set(written["versions"]) == {"irqlora_jax", "jax"}
@@ -474,7 +475,7 @@ def test_the_table_is_shown_before_the_file_fails(loaded, folder, tmp_path, said
 def test_progress_names_subject_and_accuracy(variables, folder, capsys):
     mmlu(MODEL, variables, TOKENIZERS["single"], folder, limit=2, progress=True)
     shown = capsys.readouterr().err
-    assert "8/8" in shown and "virology" in shown and "so far" in shown
+    assert "8 of 8" in shown and "virology" in shown and "so far" in shown
 
 
 @pytest.mark.skipif(not (STORIES.is_dir() and REAL.is_dir()), reason="no real data")

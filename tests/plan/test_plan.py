@@ -183,7 +183,7 @@ def test_only_config_json_is_fetched_from_the_hub(
 ) -> None:
     folder, asked = write_config(tmp_path / "model", SMALL, torch_dtype="float16"), []
 
-    def fetch(repo: str, filename: str) -> str:
+    def fetch(repo: str, filename: str, local_files_only: bool) -> str:
         asked.append((repo, filename))
         return str(folder / filename)
 

@@ -238,7 +238,6 @@ def test_the_log_has_speed_memory_and_samples(worsening: Path) -> None:
     [
         ({"train__learning_rate": 0.5}, ["train.learning_rate = 0.001 there, 0.5 here"]),
         ({"train__schedule": "cosine"}, ["train.schedule = 'constant' there, 'cosine' here"]),
-        ({"quant__format": "nf4"}, ["quant.format = 'nf3' there, 'nf4' here"]),
         ({"adapter__rank": 4}, ["adapter.rank = 8 there, 4 here"]),
         ({"data__max_examples": 32}, ["data.max_examples = 64 there, 32 here"]),
     ],
