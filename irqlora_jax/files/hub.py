@@ -84,7 +84,11 @@ def load_tokenizer(source: str | Path) -> Any:
         raise FileNotFoundError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model)")
     auto = _auto_tokenizer()
     try:
-        return auto.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = auto.from_pretrained(folder, trust_remote_code=False)
+        # Settings of wrong types fail only here.
+        tokenizer.decode(tokenizer("A text.", verbose=False)["input_ids"])
+        _ = tokenizer.all_special_ids, tokenizer.added_tokens_decoder
+        return tokenizer
     except Exception as error:  # the tokenizers library raises bare Exceptions
         hint = ""
         if not (folder / "tokenizer.json").is_file():

@@ -18,7 +18,7 @@ from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.checkpoints import newest_log
 from irqlora_jax.runs.folder import BASE_FILE, SURVEY_FILE
 from irqlora_jax.runs.load import read_evaluation, read_results
-from irqlora_jax.runs.recorded import check_recorded
+from irqlora_jax.runs.recorded import RECORD_FILE, check_recorded
 from irqlora_jax.runs.state import init_state, make_optimizer
 from irqlora_jax.sharding import device_bytes
 from irqlora_jax.text import first_few
@@ -102,7 +102,7 @@ def read_run_data(folder: Path) -> RunData:
             problems.append(f"{name} cannot be used: {_sentence(error)}")
             return None
 
-    stored = attempt(BASE_FILE, read_base_config)
+    stored = attempt(BASE_FILE, read_base_config, optional=not (folder / RECORD_FILE).exists())
     llama, quant = stored or (None, None)
     settings = attempt("config.json", _read_dict)
     trained = None

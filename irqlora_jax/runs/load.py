@@ -23,7 +23,7 @@ from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.checkpoints import Checkpoints, check_end
 from irqlora_jax.runs.folder import BASE_FILE, GENERATION, TOKENIZER, read_config_file
-from irqlora_jax.runs.recorded import check_recorded
+from irqlora_jax.runs.recorded import RECORD_FILE, check_recorded
 from irqlora_jax.text import shorten
 
 Which = Literal["last", "best"] | int
@@ -74,7 +74,7 @@ def load_run(
         ValueError: damaged files, another kind of folder, or an invalid `checkpoint`.
     """
     folder, checkpoint = Path(folder), read_checkpoint(checkpoint)
-    if not (folder / BASE_FILE).is_file():
+    if not is_base(folder):
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"run = '{folder}': no base.safetensors and no config.json there; expected the "
@@ -127,8 +127,16 @@ def read_checkpoint(value: str | int) -> Which:
 
 
 def is_base(source: str | Path) -> bool:
-    """Whether `source` is a folder of `irqlora quantize` or of a run, with a quantized base."""
-    return (Path(source) / BASE_FILE).is_file()
+    """Whether `source` is a folder of `irqlora quantize` or of a run, with a quantized base.
+
+    Raises:
+        FileNotFoundError: the base of such a folder is missing. Without this error, the folder
+            would be read as a Hugging Face model.
+    """
+    file = Path(source) / BASE_FILE
+    if not file.is_file() and (Path(source) / RECORD_FILE).is_file():
+        raise FileNotFoundError(f"{file}: no such file; expected the whole run or quantized base")
+    return file.is_file()
 
 
 def check_model(config: Config) -> None:

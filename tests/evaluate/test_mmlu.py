@@ -19,7 +19,7 @@ from irqlora_jax.evaluate.mmlu import letter_tokens, subject_questions
 from irqlora_jax.evaluate.mmlu_files import CATEGORIES, SUBCATEGORIES, prompt_text, read_subject
 from irqlora_jax.evaluate.tasks import EvalConfig, evaluate_run
 from irqlora_jax.model.llama import Llama
-from irqlora_jax.runs.load import Run
+from irqlora_jax.runs.load import Run, read_evaluation
 from tests.models import (
     SHARED,
     STORIES,
@@ -428,7 +428,7 @@ def test_the_task_goes_on_where_it_was_interrupted(loaded, folder, tmp_path, sai
     assert loaded.tokenizer.subjects == ["sociology", "virology"]
     assert not part.exists()
     assert not list((tmp_path / "model").iterdir())
-    written = json.loads((tmp_path / "scores.json").read_text())
+    written = read_evaluation(tmp_path / "scores.json")
     assert written == json.loads(json.dumps(result))
     assert written["task"] == "mmlu" and written["settings"]["shots"] == 5
     assert written["count"] == 19 and set(written["versions"]) == {"irqlora_jax", "jax"}

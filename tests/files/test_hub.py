@@ -1,5 +1,6 @@
 """Where a model comes from: local folders, the hub, and the tokenizer beside the weights."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -155,6 +156,15 @@ def test_a_broken_tokenizer_is_refused(tmp_path: Path, name: str, hint: str) -> 
     with pytest.raises(ValueError, match=hint) as raised:
         hf.load_tokenizer(tmp_path)
     assert str(tmp_path) in str(raised.value)
+
+
+@pytest.mark.parametrize("value", ["text", [], {"a": 1}])
+def test_settings_of_a_wrong_type_are_refused(tmp_path: Path, value: Any) -> None:
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": value}))
+    with pytest.raises(ValueError, match="the tokenizer cannot be read") as raised:
+        hf.load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_importing_does_not_load_what_reading_a_folder_does_not_need() -> None:
