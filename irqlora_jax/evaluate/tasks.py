@@ -129,7 +129,7 @@ def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
         run = load_run(asked.run, adapter=not asked.baseline, checkpoint=checkpoint)
     path = results.result_path(run, _file_stem(asked), asked.output)
     if path is None:
-        logger.info("the result is only shown, and nothing is kept on the way; --output writes it")
+        logger.info("the result is only shown and nothing is kept; --output FILE writes it")
     task = {
         "mmlu": _mmlu,
         "factworld": _questions,
