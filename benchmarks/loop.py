@@ -28,7 +28,8 @@ from irqlora_jax.generate.conversation import Style
 from irqlora_jax.generate.samples import Samples
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.sharding import make_mesh
-from irqlora_jax.train.loop import Job, train
+from irqlora_jax.train.job import Job
+from irqlora_jax.train.loop import train
 from irqlora_jax.train.metrics import MetricsLog, Values
 
 LEAST = 0.98

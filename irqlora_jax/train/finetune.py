@@ -16,20 +16,14 @@ from jax.sharding import Mesh
 
 from irqlora_jax.base.file import Base, read_base, save_base
 from irqlora_jax.base.make import load_fitted
-from irqlora_jax.base.mesh import check_mesh
 from irqlora_jax.base.storage import abstract_base, measure_base
 from irqlora_jax.config import Config, with_base_settings
-from irqlora_jax.data import Example, hold_out, load_examples, longest_row
-from irqlora_jax.evaluate import load_questions
+from irqlora_jax.data import longest_row
 from irqlora_jax.evaluate.scores import Row, Scorer, baselines, table
-from irqlora_jax.files.hub import is_hub_id, read_config, snapshot
-from irqlora_jax.generate.samples import read_samples
 from irqlora_jax.machine import fastest_dtype
 from irqlora_jax.messages import progress_bar, shows_messages
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.tree import linear_stacks
-from irqlora_jax.quant.matmul import check_implementation, preferred_layout, with_preferred_layout
-from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.quant.matmul import with_preferred_layout
 from irqlora_jax.report.run_data import metric_curve, read_metrics
 from irqlora_jax.report.write import save_environment, try_to_write
 from irqlora_jax.runs.checkpoints import Checkpoints, check_end, forget_end, record_end
@@ -46,10 +40,7 @@ from irqlora_jax.runs.folder import (
 from irqlora_jax.runs.load import (
     check_model,
     is_base,
-    read_architecture,
     read_results,
-    read_tokenizer,
-    with_end_tokens,
 )
 from irqlora_jax.runs.lock import locked
 from irqlora_jax.runs.quantize import link_base, quantize_base, save_survey, save_tokenizer
@@ -57,13 +48,13 @@ from irqlora_jax.runs.recorded import write_recorded
 from irqlora_jax.runs.state import TrainState as TrainState
 from irqlora_jax.runs.state import init_state as init_state
 from irqlora_jax.runs.state import learning_rate as learning_rate
-from irqlora_jax.runs.state import make_model
 from irqlora_jax.runs.state import make_optimizer as make_optimizer
 from irqlora_jax.runs.state import make_state as make_state
-from irqlora_jax.sharding import bytes_by_device, make_mesh
+from irqlora_jax.sharding import bytes_by_device
 from irqlora_jax.text import readable_size, require
 from irqlora_jax.train.initial import check_start, read_start
-from irqlora_jax.train.loop import Job, early_stop_reason, train
+from irqlora_jax.train.job import Job, read_job
+from irqlora_jax.train.loop import early_stop_reason, train
 from irqlora_jax.train.metrics import MetricsLog, check_log, check_packages
 from irqlora_jax.train.step import sharded_state as sharded_state
 from irqlora_jax.train.step import train_step as train_step
@@ -131,7 +122,7 @@ def _run_locked(config: Config, folder: Path, resume_from: int | None) -> RunRes
         check_start(config)
     elif stored.model != config.model:
         logger.info(f"model = {config.model!r}: not read; the run has its base of {stored.model!r}")
-    job = _read_job(config, folder if resumed else config.model)
+    job = read_job(config, folder if resumed else config.model)
     data = fingerprint(job.examples, job.eval_examples)
     if resumed:
         check_data(folder, config, data)
@@ -266,82 +257,6 @@ def _finished(
         raise ValueError(f"{file}: damaged; expected rows of scores") from error
     logger.info(f"{folder}: {reason}; nothing is changed, and more train.steps would go on")
     return result
-
-
-def _check_matmul(config: Config, llama: LlamaConfig) -> None:
-    """Checks that `train.matmul` supports all linear layers."""
-    train = config.train
-    if train.matmul is None:
-        return
-    for _, stack in linear_stacks(abstract_base(llama, config.quant)):
-        weight = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack)
-        if isinstance(weight, QTensor):
-            weight = dataclasses.replace(weight, layout=preferred_layout(train.matmul))
-        x = jax.ShapeDtypeStruct((train.rows, weight.shape[1]), train.compute_dtype)
-        try:
-            check_implementation(train.matmul, x, weight)
-        except ValueError as error:
-            raise ValueError(f"train.matmul: {error}") from error
-
-
-def _read_job(config: Config, source: str | Path) -> Job:
-    """Reads everything except the weights, and checks all that can be checked without them."""
-    asked = config.evaluate
-    if asked.baselines:
-        _check_baselines(config)
-    # Check the architecture and the mesh before anything else is read.
-    llama = read_architecture(source, config.quant)
-    mesh = make_mesh(config.mesh, config.train.rows)
-    check_mesh(mesh, llama, config.quant)
-    with jax.set_mesh(mesh):
-        _check_matmul(config, llama)
-    tokenizer = read_tokenizer(source)
-    if is_hub_id(source):  # its files are here now
-        llama = read_architecture(snapshot(source), config.quant)
-    llama = with_end_tokens(llama, tokenizer, source)
-    with progress_bar("Reading the data", show=config.log.progress):
-        examples, eval_examples = _load_data(config, tokenizer, llama.max_position_embeddings)
-    if config.train.early_stopping and not eval_examples:
-        raise ValueError(
-            f"train.early_stopping = {config.train.early_stopping}: needs an evaluation loss; "
-            "expected 0, or set data.eval or data.eval_fraction"
-        )
-    questions = []
-    if asked.questions is not None:
-        questions = load_questions(asked.questions, tokenizer, asked.max_questions)
-    samples = read_samples(config, tokenizer, llama)
-    sequences = [*(e.tokens for e in (*examples, *eval_examples)), *samples.prompts]
-    highest = max(int(max(tokens)) for tokens in sequences)
-    if highest >= llama.vocab_size:  # indexing would silently clamp it
-        raise ValueError(
-            f"model = '{config.model}': the tokenizer yields token {highest}, the embedding has "
-            f"{llama.vocab_size} rows; expected a tokenizer that belongs to the model"
-        )
-    model = make_model(llama, config.adapter, config.train)
-    optimizer = make_optimizer(config.train)
-    return Job(config, mesh, model, optimizer, examples, eval_examples, questions, samples)
-
-
-def _check_baselines(config: Config) -> None:
-    needs = "evaluate.baselines = True: needs the full-precision model;"
-    if is_base(config.model):
-        raise ValueError(f"{needs} model = '{config.model}' holds a quantized base only")
-    try:
-        read_config(config.model)
-    except OSError as error:
-        raise FileNotFoundError(f"{needs} {error}") from error
-
-
-def _load_data(
-    config: Config, tokenizer: Any, max_length: int
-) -> tuple[list[Example], list[Example]]:
-    data = config.data
-    if not data.train:
-        raise ValueError("data.train = '': expected a file or the id of a data set")
-    examples = load_examples(data.train, data, tokenizer, max_length)
-    if data.eval is not None:
-        return examples, load_examples(data.eval, data, tokenizer, max_length)
-    return hold_out(examples, data.eval_fraction, config.seed)
 
 
 def _read_base(job: Job, source: str | Path) -> tuple[Base, Base | None, dict[str, Any] | None]:

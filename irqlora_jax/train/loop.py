@@ -13,41 +13,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
 from irqlora_jax.base.file import Base
-from irqlora_jax.config import Config
-from irqlora_jax.data import Example, make_batches, prefetch
-from irqlora_jax.evaluate import Question, evaluation_loss
-from irqlora_jax.generate.samples import Samples, answer_samples
+from irqlora_jax.data import make_batches, prefetch
+from irqlora_jax.evaluate import evaluation_loss
+from irqlora_jax.generate.samples import answer_samples
 from irqlora_jax.machine import peak_memory
 from irqlora_jax.messages import progress_bar
-from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.state import TrainState
 from irqlora_jax.sharding import put_batch
 from irqlora_jax.text import readable_size
+from irqlora_jax.train.job import Job
 from irqlora_jax.train.metrics import MetricsLog
 from irqlora_jax.train.step import make_step
 from irqlora_jax.train.stop import Stop
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Everything that a run needs except its weights. It does not change during the training."""
-
-    config: Config
-    mesh: Mesh
-    model: Llama
-    optimizer: optax.GradientTransformation
-    examples: list[Example]
-    eval_examples: list[Example]
-    questions: list[Question]
-    samples: Samples
 
 
 @dataclasses.dataclass(frozen=True)

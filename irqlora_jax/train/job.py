@@ -1,0 +1,124 @@
+"""What a run needs besides its weights, read and checked before anything that takes long."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from irqlora_jax.base.mesh import check_mesh
+from irqlora_jax.base.storage import abstract_base
+from irqlora_jax.config import Config
+from irqlora_jax.data import Example, hold_out, load_examples
+from irqlora_jax.evaluate import Question, load_questions
+from irqlora_jax.files.hub import is_hub_id, read_config, snapshot
+from irqlora_jax.generate.samples import Samples, read_samples
+from irqlora_jax.messages import progress_bar
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.model.tree import linear_stacks
+from irqlora_jax.quant.matmul import check_implementation, preferred_layout
+from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.runs.load import is_base, read_architecture, read_tokenizer, with_end_tokens
+from irqlora_jax.runs.state import make_model, make_optimizer
+from irqlora_jax.sharding import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that a run needs except its weights. It does not change during the training."""
+
+    config: Config
+    mesh: Mesh
+    model: Llama
+    optimizer: optax.GradientTransformation
+    examples: list[Example]
+    eval_examples: list[Example]
+    questions: list[Question]
+    samples: Samples
+
+
+def read_job(config: Config, source: str | Path) -> Job:
+    """Reads everything except the weights, and checks all that can be checked without them.
+
+    Args:
+        config: of the run.
+        source: folder or hub id of the model, the folder of a base, or that of a resumed run.
+
+    Raises:
+        FileNotFoundError, ValueError: the model, the data or the configuration cannot be used.
+    """
+    asked = config.evaluate
+    if asked.baselines:
+        _check_baselines(config)
+    # Check the architecture and the mesh before anything else is read.
+    llama = read_architecture(source, config.quant)
+    mesh = make_mesh(config.mesh, config.train.rows)
+    check_mesh(mesh, llama, config.quant)
+    with jax.set_mesh(mesh):
+        _check_matmul(config, llama)
+    tokenizer = read_tokenizer(source)
+    if is_hub_id(source):  # its files are here now
+        llama = read_architecture(snapshot(source), config.quant)
+    llama = with_end_tokens(llama, tokenizer, source)
+    with progress_bar("Reading the data", show=config.log.progress):
+        examples, eval_examples = _load_data(config, tokenizer, llama.max_position_embeddings)
+    if config.train.early_stopping and not eval_examples:
+        raise ValueError(
+            f"train.early_stopping = {config.train.early_stopping}: needs an evaluation loss; "
+            "expected 0, or set data.eval or data.eval_fraction"
+        )
+    questions = []
+    if asked.questions is not None:
+        questions = load_questions(asked.questions, tokenizer, asked.max_questions)
+    samples = read_samples(config, tokenizer, llama)
+    sequences = [*(e.tokens for e in (*examples, *eval_examples)), *samples.prompts]
+    highest = max(int(max(tokens)) for tokens in sequences)
+    if highest >= llama.vocab_size:  # indexing would silently clamp it
+        raise ValueError(
+            f"model = '{config.model}': the tokenizer yields token {highest}, the embedding has "
+            f"{llama.vocab_size} rows; expected a tokenizer that belongs to the model"
+        )
+    model = make_model(llama, config.adapter, config.train)
+    optimizer = make_optimizer(config.train)
+    return Job(config, mesh, model, optimizer, examples, eval_examples, questions, samples)
+
+
+def _check_matmul(config: Config, llama: LlamaConfig) -> None:
+    """Checks that `train.matmul` supports all linear layers."""
+    train = config.train
+    if train.matmul is None:
+        return
+    for _, stack in linear_stacks(abstract_base(llama, config.quant)):
+        weight = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack)
+        if isinstance(weight, QTensor):
+            weight = dataclasses.replace(weight, layout=preferred_layout(train.matmul))
+        x = jax.ShapeDtypeStruct((train.rows, weight.shape[1]), train.compute_dtype)
+        try:
+            check_implementation(train.matmul, x, weight)
+        except ValueError as error:
+            raise ValueError(f"train.matmul: {error}") from error
+
+
+def _check_baselines(config: Config) -> None:
+    needs = "evaluate.baselines = True: needs the full-precision model;"
+    if is_base(config.model):
+        raise ValueError(f"{needs} model = '{config.model}' holds a quantized base only")
+    try:
+        read_config(config.model)
+    except OSError as error:
+        raise FileNotFoundError(f"{needs} {error}") from error
+
+
+def _load_data(
+    config: Config, tokenizer: Any, max_length: int
+) -> tuple[list[Example], list[Example]]:
+    data = config.data
+    if not data.train:
+        raise ValueError("data.train = '': expected a file or the id of a data set")
+    examples = load_examples(data.train, data, tokenizer, max_length)
+    if data.eval is not None:
+        return examples, load_examples(data.eval, data, tokenizer, max_length)
+    return hold_out(examples, data.eval_fraction, config.seed)
