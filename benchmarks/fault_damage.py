@@ -53,7 +53,13 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "nulls": _nulls,
     "link to nowhere": _link,
 }
-JSON_SUFFIXES = (".json", ".jsonl")
+
+
+def damages_of(file: Path) -> list[str]:
+    """The damages that fit to a file. An evaluation that is deleted is not missed."""
+    left_out = {"nulls"} if file.suffix not in (".json", ".jsonl") else set()
+    left_out |= {"deleted"} if file.name.startswith("eval-") else set()
+    return [damage for damage in DAMAGES if damage not in left_out]
 
 
 def _half(folder: Path) -> None:
@@ -149,10 +155,7 @@ def cases(folder: Path, uses: Mapping[str, Use]) -> Iterator[Case]:
     """Every damage of every file and folder in `folder`, for every use."""
     for path in sorted(folder.rglob("*")):
         target = str(path.relative_to(folder))
-        kinds = FOLDER_DAMAGES if path.is_dir() else DAMAGES
-        for damage in kinds:
-            if damage == "nulls" and path.suffix not in JSON_SUFFIXES:
-                continue
+        for damage in FOLDER_DAMAGES if path.is_dir() else damages_of(path):
             for use in uses:
                 yield Case(target, damage, use)
 

@@ -122,19 +122,20 @@ class Process:
     """A command in a process of its own, with places for temporary files that can be listed."""
 
     def __init__(self, step: Step, folder: Path) -> None:
-        self._output = (folder.parent / f"{folder.name}.log").open("w+")
+        self._log = folder.parent / f"{folder.name}.log"
         for name in ("tmp", "home"):
             (folder.parent / name).mkdir(exist_ok=True)
         places = {"TMPDIR": str(folder.parent / "tmp"), "HOME": str(folder.parent / "home")}
         places |= {"PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "irqlora_jax", *step.argv],
-            cwd=folder,
-            env=os.environ | places,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        with self._log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "irqlora_jax", *step.argv],
+                cwd=folder,
+                env={"JAX_PLATFORMS": "cpu"} | os.environ | places,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def wait(self) -> str:
         """Waits for the end, and returns what was said.
@@ -170,8 +171,7 @@ class Process:
         return self.process.wait() == -signal.SIGKILL
 
     def said(self) -> str:
-        self._output.seek(0)
-        return self._output.read()
+        return self._log.read_text()
 
 
 @dataclasses.dataclass

@@ -105,6 +105,11 @@ class _Lines:
         sys.stderr.flush()
 
 
+def _in_notebook() -> bool:
+    python = sys.modules.get("IPython")
+    return python is not None and python.get_ipython() is not None
+
+
 @contextlib.contextmanager
 def progress_bar(
     what: str, total: int | None = None, unit: str = "", *, show: bool = True, **options: Any
@@ -127,7 +132,7 @@ def progress_bar(
     """
     from tqdm.auto import tqdm
 
-    as_bar = sys.stderr.isatty() or "ipykernel" in sys.modules
+    as_bar = sys.stderr.isatty() or _in_notebook()
     if total is None:
         options |= {"bar_format": "{desc}: {elapsed}", "leave": False}
     elif not as_bar:

@@ -70,10 +70,24 @@ def save_base(
     aside = path.with_name(path.name + ".part")
     try:
         save_file(tensors, aside, metadata)
+        _sort_header(aside)
     except SafetensorError as error:
         aside.unlink(missing_ok=True)
         raise OSError(f"{path}: cannot be written ({error})") from error
     os.replace(aside, path)
+
+
+def _sort_header(path: Path) -> None:
+    """Sorts the names in the header of a safetensors file: safetensors gives the metadata a random
+    order, and the same base has to be the same bytes."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.dumps(
+            json.loads(file.read(length)), ensure_ascii=False, separators=(",", ":"), sort_keys=True
+        ).encode()
+        if len(header) <= length:  # else the two write some character differently
+            file.seek(8)
+            file.write(header.ljust(length))
 
 
 def read_base(path: Path, mesh: Mesh | None = None) -> tuple[Base, LlamaConfig]:

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from irqlora_jax.files.checksums import check_seal, checksums, seal
-from irqlora_jax.files.small import read_json
+from irqlora_jax.files.small import parse_json, read_json
 from irqlora_jax.runs.recorded import forget, record, recorded
 
 _METADATA = "_CHECKPOINT_METADATA"
@@ -365,10 +365,20 @@ def newest_log(run: Path) -> tuple[int, str] | None:
 
 
 def _check_folders(checkpoints: Path) -> None:
-    steps = (path for path in checkpoints.glob("*") if path.name.isdecimal())
+    """Checks what orbax would stumble over while it lists the checkpoints."""
+    steps = [path for path in checkpoints.glob("*") if path.name.isdecimal()]
     for path in (checkpoints, *steps):
         if (path.exists() or path.is_symlink()) and not path.is_dir():
             raise NotADirectoryError(f"{path}: not a folder; expected checkpoints there")
+    for path in steps:
+        metadata: Any = {}
+        with contextlib.suppress(OSError, ValueError):  # reported for the checkpoint that is read
+            metadata = parse_json(path / _METADATA)
+        if not isinstance(metadata, dict):
+            raise ValueError(
+                f"{path / _METADATA}: damaged; expected a JSON object; "
+                f"without the folder {path} the checkpoint before is used"
+            )
 
 
 class _Metadata(NamedTuple):

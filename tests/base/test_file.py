@@ -43,6 +43,13 @@ def flip(file: Path, place: int, bits: int = 1) -> None:
     file.write_bytes(data)
 
 
+def test_the_same_base_is_the_same_bytes(file: Path, base: dict[str, Any], tmp_path: Path) -> None:
+    for place in range(4):  # by chance the order of 8 names would be the same once in 40320 times
+        other = tmp_path / f"{place}.safetensors"
+        save_base(other, base, NARROW, PLAIN, "somewhere/base")
+        assert other.read_bytes() == file.read_bytes()
+
+
 @pytest.mark.parametrize("split", [False, True], ids=["one device", "mesh"])
 def test_a_changed_byte_is_refused_with_file_and_tensor(
     file: Path, base: dict[str, Any], split: bool
