@@ -18,7 +18,7 @@ TEMPLATE = (
 LLAMA = tiny_llama(vocab_size=260, max_position_embeddings=128)
 # Measured times and memory, which differ from run to run, and the checksum of results with them.
 _SPEEDS = {"tokens_per_second", "eval_tokens_per_second", "device_share", "peak_memory"}
-TIMES = _SPEEDS | {"seconds", "eval_seconds", "started", "checksum"}
+TIMES = _SPEEDS | {"seconds", "eval_seconds", "started", "checksum", "directory"}
 
 
 def write_inputs(folder: Path) -> Path:
