@@ -2,14 +2,12 @@
 
 import gc
 import logging
-import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 # Programs run for less time than they take to compile, so they are hardly optimized. The older
 # emitters compile several times as fast.
@@ -76,25 +74,17 @@ def said() -> Iterator[list[str]]:
     logger.removeHandler(handler)
 
 
-@pytest.fixture(scope="session")
-def make_step_once() -> Callable[..., Any]:
-    """`make_step`, which makes the step of a model, settings and a mesh only once."""
-    from irqlora_jax.train import loop
-    from tests.models import made_once
-
-    return made_once(loop.make_step)
-
-
 @pytest.fixture(scope="module")
-def shared_steps(make_step_once: Callable[..., Any]) -> Iterator[None]:
+def shared_steps() -> Iterator[None]:
     """Runs with the same model, settings and mesh share their compiled step.
 
     Tracing it takes longer than all the steps of a short run.
     """
     from irqlora_jax.train import loop
+    from tests.models import made_once
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "make_step", make_step_once)
+        patch.setattr(loop, "make_step", made_once(loop.make_step))
         yield
 
 
@@ -114,9 +104,6 @@ def optimized_for_gpus() -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def release_programs() -> Iterator[None]:
-    """Thousands of compiled programs would fill gigabytes. Until then none is traced again."""
+    """Thousands of compiled programs would fill gigabytes."""
     yield
-    memory = Path("/proc/self/statm")  # in pages
-    resident = int(memory.read_text().split()[1]) if memory.exists() else math.inf
-    if resident * os.sysconf("SC_PAGE_SIZE") > 4 * 2**30:
-        jax.clear_caches()
+    jax.clear_caches()
