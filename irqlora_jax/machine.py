@@ -1,6 +1,7 @@
 """This machine: device, memory, network, packages and the cache of compiled programs."""
 
 import contextlib
+import functools
 import importlib.metadata
 import logging
 import os
@@ -9,6 +10,7 @@ import resource
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -58,18 +60,28 @@ def peak_memory() -> int:
 def reaches_hub(seconds: float = 3.0) -> bool:
     """Whether the Hugging Face hub answers. False with HF_HUB_OFFLINE=1.
 
-    The hub's own functions ask an unreachable hub for half a minute.
+    The hub's own functions ask an unreachable hub for half a minute. A run asks for several files,
+    so an answer holds for up to a minute.
 
     Args:
         seconds: time to wait for an answer.
     """
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
+
+    offline = constants.is_offline_mode()
+    return not offline and _answers(constants.ENDPOINT, seconds, int(time.monotonic() // 60))
+
+
+@functools.lru_cache(1)
+def _answers(address: str, seconds: float, minute: int) -> bool:
+    """Whether an address answers within some seconds. Another `minute` asks again."""
+    from huggingface_hub import get_session
 
     answers: list[Any] = []
 
     def ask() -> None:
         with contextlib.suppress(Exception):  # of any kind; the answer may be an error, too
-            answers.append(get_session().head(constants.ENDPOINT, timeout=seconds))
+            answers.append(get_session().head(address, timeout=seconds))
 
     # A name server that does not answer heeds no timeout, so a thread asks.
     thread = threading.Thread(target=ask, daemon=True)

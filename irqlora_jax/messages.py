@@ -156,10 +156,12 @@ def progress_bar(
             bar.refresh()
 
     thread = threading.Thread(target=repeat, daemon=True)
-    thread.start()
+    if show:
+        thread.start()
     try:
         with bar:
             yield bar
     finally:
         ended.set()
-        thread.join()
+        if show:
+            thread.join()

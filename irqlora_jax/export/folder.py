@@ -23,7 +23,7 @@ from irqlora_jax.messages import progress_bar, shows_messages
 from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import Run, is_base, load_run, scores
 from irqlora_jax.runs.lock import LOCK_FILE, locked
-from irqlora_jax.text import shorten
+from irqlora_jax.text import require
 
 _GENERATION = "generation_config.json"
 logger = logging.getLogger(__name__)
@@ -57,14 +57,12 @@ class ExportConfig:
     """Show a progress bar."""
 
     def __post_init__(self) -> None:
-        def require(ok: bool, field: str, accepted: str) -> None:
-            if not ok:
-                raise ValueError(f"{field} = {shorten(getattr(self, field))}: expected {accepted}")
-
-        require(0 < self.shard_size < math.inf, "shard_size", "a positive number")
-        require(self.fold or self.kind == "adapter", "fold", f"true with kind {self.kind}")
+        ok = 0 < self.shard_size < math.inf
+        require(ok, "shard_size", self.shard_size, "a positive number")
+        ok = self.fold or self.kind == "adapter"
+        require(ok, "fold", self.fold, f"true with kind {self.kind}")
         ok = self.base_model is None or self.kind != "merged"
-        require(ok, "base_model", "null with kind merged")
+        require(ok, "base_model", self.base_model, "null with kind merged")
 
 
 @shows_messages

@@ -18,7 +18,17 @@ def checksum(array: Any) -> str:
         >>> checksum(np.arange(3, dtype=np.float32))
         '30c8bc70'
     """
-    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}"
+    return bytes_checksum(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def bytes_checksum(data: bytes | memoryview) -> str:
+    """Computes the CRC-32 of bytes, in hexadecimal.
+
+    Examples:
+        >>> bytes_checksum(b"red")
+        'fa615f8f'
+    """
+    return f"{zlib.crc32(data):08x}"
 
 
 def text_checksum(text: str) -> str:
@@ -28,7 +38,7 @@ def text_checksum(text: str) -> str:
         >>> text_checksum("red")
         'fa615f8f'
     """
-    return f"{zlib.crc32(text.encode()):08x}"
+    return bytes_checksum(text.encode())
 
 
 def checksums(tree: Any) -> dict[str, str]:

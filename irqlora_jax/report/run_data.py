@@ -15,7 +15,7 @@ from irqlora_jax.config import Config, read_stored_config
 from irqlora_jax.files.checksums import text_checksum
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
-from irqlora_jax.runs.checkpoints import newest_log
+from irqlora_jax.runs.checkpoint_files import newest_log
 from irqlora_jax.runs.folder import BASE_FILE, SURVEY_FILE
 from irqlora_jax.runs.load import read_evaluation, read_results
 from irqlora_jax.runs.recorded import RECORD_FILE, check_recorded

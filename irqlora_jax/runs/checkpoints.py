@@ -16,17 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 
-from irqlora_jax.files.checksums import check_seal, checksums, seal
-from irqlora_jax.files.small import parse_json, read_json
-from irqlora_jax.runs.recorded import forget, record, recorded
+from irqlora_jax.files.checksums import checksums, seal
+from irqlora_jax.runs.checkpoint_files import check_folders, check_path, read_metadata
 
-_METADATA = "_CHECKPOINT_METADATA"
-_ALL = "checkpoints/"
-_PATTERNS = "[]*?\\"  # orbax takes paths with these for patterns
 logger = logging.getLogger(__name__)
 
 
@@ -53,18 +49,6 @@ def _best(losses: Mapping[int, float]) -> int | None:
     return min(sorted(losses), key=losses.__getitem__, default=None)
 
 
-def check_path(run: Path) -> None:
-    """Checks that the checkpoints of a run will be found again.
-
-    Raises:
-        ValueError: orbax would take the path of the folder for a pattern.
-    """
-    path = run.absolute().as_posix()
-    if set(path) & set(_PATTERNS):
-        wrong = " ".join(_PATTERNS)
-        raise ValueError(f"output_dir = '{path}': expected a path without the characters {wrong}")
-
-
 class Checkpoints:
     """The training states of a run by step, each with its evaluation loss if it was evaluated.
 
@@ -85,7 +69,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         check_path(run)
-        _check_folders(run / "checkpoints")
+        check_folders(run / "checkpoints")
         self._ocp = ocp
         self._folder = (run / "checkpoints").absolute()
         self._losses: dict[int, float] = {}
@@ -103,7 +87,7 @@ class Checkpoints:
         )
         for step in self._manager.all_steps():
             try:
-                stored = _read_metadata(self._folder / str(step))
+                stored = read_metadata(self._folder / str(step))
             except (OSError, ValueError) as error:
                 self._damaged[step] = str(error)
                 continue
@@ -323,88 +307,6 @@ class Checkpoints:
             if stored.get(name, found) != found:
                 raise ValueError(f"{folder}: {name} is damaged (its checksum does not match)")
         return state
-
-
-def record_end(run: Path, step: int) -> None:
-    """Records that a run ended with the checkpoint of a step, for `check_end`."""
-    record(run, [f"{_ALL}{step}/{_METADATA}"])
-
-
-def forget_end(run: Path) -> None:
-    """Forgets with which checkpoint a run ended, since it goes on."""
-    forget(run, _ALL)
-
-
-def check_end(run: Path) -> None:
-    """Checks that the checkpoint with which a run ended is there: else an older one is the last.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        ValueError: checksums.json is damaged.
-    """
-    for name in recorded(run, _ALL):
-        folder = (run / name).parent
-        if not folder.exists():
-            raise FileNotFoundError(
-                f"{folder}: no such folder, but the run ended with this checkpoint; expected it, "
-                "or the step of another one (train --resume_from STEP, --checkpoint STEP)"
-            )
-
-
-def newest_log(run: Path) -> tuple[int, str] | None:
-    """The step of the newest checkpoint of a run, and the checksum of the lines of metrics.jsonl
-    up to it. None if there is no such checksum, or it cannot be read."""
-    folders = [path for path in run.glob("checkpoints/*") if path.name.isdecimal()]
-    newest = max(folders, key=lambda path: int(path.name), default=None)
-    if newest is None:
-        return None
-    with contextlib.suppress(OSError, ValueError):
-        log = _read_metadata(newest).log
-        return None if log is None else (int(newest.name), log)
-    return None
-
-
-def _check_folders(checkpoints: Path) -> None:
-    """Checks what orbax would stumble over while it lists the checkpoints."""
-    steps = [path for path in checkpoints.glob("*") if path.name.isdecimal()]
-    for path in (checkpoints, *steps):
-        if (path.exists() or path.is_symlink()) and not path.is_dir():
-            raise NotADirectoryError(f"{path}: not a folder; expected checkpoints there")
-    for path in steps:
-        metadata: Any = {}
-        with contextlib.suppress(OSError, ValueError):  # reported for the checkpoint that is read
-            metadata = parse_json(path / _METADATA)
-        if not isinstance(metadata, dict):
-            raise ValueError(
-                f"{path / _METADATA}: damaged; expected a JSON object; "
-                f"without the folder {path} the checkpoint before is used"
-            )
-
-
-class _Metadata(NamedTuple):
-    loss: float | None
-    arrays: Mapping[str, str]
-    log: str | None
-
-
-def _read_metadata(folder: Path) -> _Metadata:
-    """Reads what `Checkpoints.save` was told about a checkpoint.
-
-    Raises:
-        OSError, ValueError: there is no metadata, or it is damaged; the message names the file.
-    """
-    file = folder / _METADATA
-    stored = read_json(file).get("custom_metadata")
-    try:
-        if not isinstance(stored, dict):
-            raise ValueError("no custom_metadata")
-        values = check_seal(stored, "arrays")
-        found = _Metadata(values.get("eval_loss"), values.get("arrays", {}), values.get("log"))
-        if not isinstance(found.loss, float | None) or not isinstance(found.arrays, dict):
-            raise ValueError("values of other types")
-    except ValueError as error:
-        raise ValueError(f"{file}: damaged ({error})") from error
-    return found
 
 
 def _attempt(read: Callable[[], Any]) -> tuple[Any, str | None]:

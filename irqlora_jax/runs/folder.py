@@ -32,7 +32,7 @@ from irqlora_jax.base.file import BASE_FILE as BASE_FILE
 from irqlora_jax.config import Config, read_stored_config
 from irqlora_jax.data import Example
 from irqlora_jax.files.small import read_json
-from irqlora_jax.runs.checkpoints import check_path
+from irqlora_jax.runs.checkpoint_files import check_path
 from irqlora_jax.runs.lock import LOCK_FILE
 from irqlora_jax.runs.recorded import RECORD_FILE, check_recorded, write_recorded
 from irqlora_jax.text import shorten

@@ -21,9 +21,10 @@ from irqlora_jax.files.small import parse_json, read_json
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
-from irqlora_jax.runs.checkpoints import Checkpoints, check_end
+from irqlora_jax.runs.checkpoint_files import check_end
+from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.folder import BASE_FILE, GENERATION, TOKENIZER, read_config_file
-from irqlora_jax.runs.recorded import RECORD_FILE, check_recorded
+from irqlora_jax.runs.recorded import RECORD_FILE, check_recorded, recorded
 from irqlora_jax.text import shorten
 
 Which = Literal["last", "best"] | int
@@ -238,8 +239,9 @@ def scores(folder: str | Path) -> dict[str, Any]:
     files = sorted(Path(folder).glob("eval-*.json"))
     found: dict[str, Any] = {file.stem: read_evaluation(file) for file in files}
     results = Path(folder) / "results.json"
-    check_recorded(Path(folder), results.name)
-    return found | ({"results": read_results(results)} if results.is_file() else {})
+    if results.is_file() or recorded(Path(folder), results.name):
+        found["results"] = read_results(results)
+    return found
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:

@@ -108,11 +108,12 @@ def quantize_model(config: QuantizeConfig) -> None:
 
 def save_tokenizer(tokenizer: Any, source: str | Path, folder: Path) -> None:
     """Writes FOLDER/tokenizer/, with the generation_config.json of `source` if it has one."""
-    if not (folder.exists() and snapshot(source).samefile(folder)):
+    model = snapshot(source)
+    if not (folder.exists() and model.samefile(folder)):
         # An interrupted start with another model may have left e.g. a chat template.
         shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
     tokenizer.save_pretrained(folder / TOKENIZER)
-    for origin in (snapshot(source), snapshot(source) / TOKENIZER):
+    for origin in (model, model / TOKENIZER):
         if (origin / GENERATION).is_file():
             shutil.copyfile(origin / GENERATION, folder / TOKENIZER / GENERATION)
     files = (path for path in (folder / TOKENIZER).rglob("*") if path.is_file())

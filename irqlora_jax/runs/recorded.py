@@ -7,11 +7,10 @@ checked. Nor are they after the file is deleted, e.g. to change a tokenizer on p
 """
 
 import json
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from irqlora_jax.files.checksums import check_seal, seal
+from irqlora_jax.files.checksums import bytes_checksum, check_seal, seal
 from irqlora_jax.files.small import read_json, write_text
 
 RECORD_FILE = "checksums.json"
@@ -24,7 +23,7 @@ def write_recorded(folder: Path, name: str, text: str) -> None:
     A crash on the way leaves a file that is accepted: until the new file is complete, the old and
     the new checksum are both recorded.
     """
-    known, new = _read(folder), _checksum(text.encode())
+    known, new = _read(folder), bytes_checksum(text.encode())
     _write(folder, known | {name: [*known.get(name, ()), new]})
     write_text(folder / name, text)
     _write(folder, known | {name: [new]})
@@ -32,7 +31,7 @@ def write_recorded(folder: Path, name: str, text: str) -> None:
 
 def record(folder: Path, names: Iterable[str]) -> None:
     """Records the checksums of files that are there."""
-    found = {name: [_checksum((folder / name).read_bytes())] for name in names}
+    found = {name: [bytes_checksum((folder / name).read_bytes())] for name in names}
     _write(folder, _read(folder) | found)
 
 
@@ -71,7 +70,7 @@ def check_recorded(folder: Path, name: str) -> None:
         file = folder / each
         if not file.exists():
             raise FileNotFoundError(f"{file}: no such file, but {RECORD_FILE} lists it")
-        if _checksum(file.read_bytes()) not in accepted:
+        if bytes_checksum(file.read_bytes()) not in accepted:
             raise ValueError(
                 f"{file}: damaged or changed, its checksum in {RECORD_FILE} does not match; "
                 f"expected the file as it was (or no {RECORD_FILE}, to use it unchecked)"
@@ -97,7 +96,3 @@ def _read(folder: Path) -> dict[str, list[str]]:
 
 def _write(folder: Path, files: dict[str, list[str]]) -> None:
     write_text(folder / RECORD_FILE, json.dumps(seal({_FILES: files}), indent=1) + "\n")
-
-
-def _checksum(data: bytes) -> str:
-    return f"{zlib.crc32(data):08x}"

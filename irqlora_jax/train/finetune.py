@@ -26,7 +26,8 @@ from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.quant.matmul import with_preferred_layout
 from irqlora_jax.report.run_data import metric_curve, read_metrics
 from irqlora_jax.report.write import save_environment, try_to_write
-from irqlora_jax.runs.checkpoints import Checkpoints, check_end, forget_end, record_end
+from irqlora_jax.runs.checkpoint_files import check_end, forget_end, record_end
+from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.folder import (
     BASE_FILE,
     Fingerprint,

@@ -19,10 +19,7 @@ def originals(inputs: Path, whole: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("name", targets())
 def test_wrong_input_ends_in_a_sentence(originals: Path, tmp_path: Path, name: str) -> None:
-    kinds = set()
     for seed in range(COUNT):
         answer = run_input(originals, tmp_path, name, seed)
         assert answer.kind in ("done", "refused"), f"{name}, seed {seed}: {answer.error}"
         assert answer.is_sentence, f"{name}, seed {seed}: {answer.error}"
-        kinds.add(answer.kind)
-    assert kinds, name
