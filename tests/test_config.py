@@ -148,6 +148,13 @@ def test_defaults_are_the_papers_for_7b() -> None:
     assert (quant.format, quant.block_size, quant.icq.range) == ("nf4", 64, 0.1)
 
 
+@pytest.mark.parametrize("name", ["run.yaml", "run.json"])
+def test_a_file_that_is_nested_too_deep_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=rf"{name}.*(nested too deep|nesting depth)"):
+        Config.load(tmp_path / name)
+
+
 def test_a_switch_may_stand_alone() -> None:
     flags = ["--model=m", "--output_dir=o", "--quant.symmetric", "--quant.format", "int3"]
     assert parse_config(flags).quant == QuantConfig(format="int3", symmetric=True)

@@ -40,6 +40,8 @@ def read_mapping(path: str) -> dict[Any, Any]:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f"{path}, line {mark.line + 1}" if mark else path
         raise ValueError(f"{where}: not valid YAML ({problem or 'bad character'})") from error
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deep; expected fields and sections") from None
     if repeated:
         raise ValueError(f"{path}: {repeated[0]} appears twice: expected every key once")
     if not isinstance(values, dict):
@@ -91,5 +93,5 @@ def read_value(text: str) -> Any:
 
     try:
         return yaml.load(text, _yaml_loader())
-    except (yaml.YAMLError, ValueError):  # int() refuses numbers of more than 4300 digits
+    except (yaml.YAMLError, ValueError, RecursionError):  # int() refuses more than 4300 digits
         return text

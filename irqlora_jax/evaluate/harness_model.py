@@ -298,7 +298,7 @@ class AnswerCache:
         if head != self._head:
             return
         for line in lines:  # the last one may be incomplete; damaged ones are answered again
-            with contextlib.suppress(ValueError, AttributeError, KeyError):
+            with contextlib.suppress(ValueError, AttributeError, KeyError, RecursionError):
                 values = check_seal(json.loads(line), "answer")
                 self._answers[values["request"]] = values["answer"]
 

@@ -235,7 +235,9 @@ def _load_part(path: Path, key: str) -> dict[int, dict[str, Any]]:
         return {}
     rows: list[dict[str, Any]] = []
     for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError, AttributeError):  # no object has no `items`
+        with contextlib.suppress(
+            ValueError, AttributeError, RecursionError
+        ):
             rows.append(check_seal(json.loads(line), "index"))
     if not rows or rows[0] != {"key": key}:
         return {}

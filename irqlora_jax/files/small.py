@@ -44,3 +44,5 @@ def parse_json(file: Path) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{file}: not valid JSON: nested too deep") from None

@@ -13,6 +13,7 @@ from irqlora_jax.base.file import base_shapes, read_base_config, read_source
 from irqlora_jax.base.storage import Storage, measure_base
 from irqlora_jax.config import Config, read_stored_config
 from irqlora_jax.files.checksums import text_checksum
+from irqlora_jax.files.small import read_json
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.checkpoint_files import newest_log
@@ -104,7 +105,7 @@ def read_run_data(folder: Path) -> RunData:
 
     stored = attempt(BASE_FILE, read_base_config, optional=not (folder / RECORD_FILE).exists())
     llama, quant = stored or (None, None)
-    settings = attempt("config.json", _read_dict)
+    settings = attempt("config.json", read_json)
     trained = None
     if llama is not None and settings is not None:
         known = llama
@@ -127,7 +128,7 @@ def read_run_data(folder: Path) -> RunData:
         metrics=attempt("metrics.jsonl", read_metrics) or [],
         results=attempt("results.json", read_results) or [],
         evaluations={name: one for name, one in evaluations.items() if one is not None},
-        environment=attempt(ENVIRONMENT_FILE, _read_dict),
+        environment=attempt(ENVIRONMENT_FILE, read_json),
         problems=problems,
     )
 
@@ -136,15 +137,8 @@ def _sentence(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _read_dict(file: Path) -> dict[str, Any]:
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError("not a JSON object")
-    return found
-
-
-def _read_survey(file: Path) -> dict[str, Any]:
-    found = _read_dict(file)
+def _read_survey(file: Path) -> Mapping[str, Any]:
+    found = read_json(file)
     needed = {"mean_entropy", "entropy", "error", "codes"}
     kinds = [found.get("plain"), found.get("calibrated", found.get("plain"))]
     ok = all(isinstance(kind, dict) and needed <= kind.keys() for kind in kinds)
@@ -172,7 +166,7 @@ def _lines(file: Path) -> list[str]:
 def _metrics_row(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 

@@ -25,7 +25,7 @@ from irqlora_jax.runs.checkpoint_files import check_end
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.folder import BASE_FILE, GENERATION, TOKENIZER, read_config_file
 from irqlora_jax.runs.recorded import RECORD_FILE, check_recorded, recorded
-from irqlora_jax.text import shorten
+from irqlora_jax.text import require, shorten
 
 Which = Literal["last", "best"] | int
 """A checkpoint: the newest, the one with the best evaluation loss, or a step."""
@@ -225,6 +225,12 @@ def with_end_tokens(llama: LlamaConfig, tokenizer: Any, source: str | Path) -> L
     if (folder / GENERATION).is_file():
         named = read_json(folder / GENERATION).get("eos_token_id")
     named = named if isinstance(named, list) else [named]
+    require(
+        all(end is None or isinstance(end, int) for end in named),
+        f"{folder / GENERATION}: eos_token_id",
+        named,
+        "token ids",
+    )
     ends = dict.fromkeys((*llama.eos_token_ids, *named, *end_tokens(tokenizer)))
     known = [end for end in ends if isinstance(end, int) and 0 <= end < llama.vocab_size]
     return dataclasses.replace(llama, eos_token_ids=tuple(known))

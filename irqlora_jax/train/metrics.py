@@ -157,7 +157,7 @@ def read_log(folder: Path, step: int) -> tuple[str, list[tuple[int, float]]]:
             done, loss = row["step"], row.get("eval_loss", 0.0)
             if not isinstance(done, int) or not isinstance(loss, float):
                 raise ValueError("values of other types")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"{file}: line {number} is damaged; expected a JSON object with a step"
             ) from error

@@ -106,6 +106,9 @@ def test_a_model_ends_with_every_token_that_one_of_its_files_names(tmp_path: Pat
     for file in ("config.json", "generation_config.json"):
         assert json.loads((out / file).read_text())["eos_token_id"] == [2, 5, 9, turn]
     assert load_run(out).model.config.eos_token_ids == (2, 5, 9, turn)
+    (out / "generation_config.json").write_text('{"eos_token_id": [{"id": 5}]}')
+    with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id = .*: expected"):
+        load_run(out)
 
 
 def front_matter(folder: Path) -> tuple[dict[str, Any], str]:

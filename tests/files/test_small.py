@@ -18,6 +18,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     [
         (b'{"a": 1,\n "b": "\xff"}', r"config.json, line 2 is not UTF-8 text \(byte 16\)$"),
         (b'{"a": 1', "config.json: not valid JSON: "),
+        (b"[" * 100_000, "config.json: not valid JSON: nested too deep"),
         (b"[]", "config.json: a JSON list; expected an object"),
     ],
 )
