@@ -235,9 +235,7 @@ def _load_part(path: Path, key: str) -> dict[int, dict[str, Any]]:
         return {}
     rows: list[dict[str, Any]] = []
     for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(
-            ValueError, AttributeError, RecursionError
-        ):
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
             rows.append(check_seal(json.loads(line), "index"))
     if not rows or rows[0] != {"key": key}:
         return {}

@@ -5,6 +5,7 @@ Batch 1, 512 tokens, rank 64 on all seven layers, nf4 with ICQ, IEC. 65B must tr
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tests.architectures import MODELS
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
 
+@functools.cache
 def need(
     device: str, size: str, dtype: Any = "float32", count: int = 1, **train: Any
 ) -> MemoryNeed:
