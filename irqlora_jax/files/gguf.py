@@ -39,6 +39,8 @@ _BLOCK = {
     "ffn_down": linear_path("down_proj"),
 }
 _SINGLE = {"token_embd": ("embed_tokens",), "output_norm": ("norm",), "output": ("lm_head",)}
+_NEEDED = ("block_count", "context_length", "embedding_length", "feed_forward_length")
+_NEEDED += ("attention.head_count", "attention.layer_norm_rms_epsilon")
 _TABLE, _FACTORS = "token_embd.weight", "rope_freqs.weight"
 _ENDS = ("eos", "eot", "eom")  # end of a text, of a turn, of a call of a tool
 _TOKENS = ("bos", "padding", *_ENDS)
@@ -129,15 +131,15 @@ def read_gguf(source: str | Path) -> Gguf:
             architecture, or a type of tensors that is not read.
     """
     file = Path(source).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"model = '{file}': no such file")
+    size = file.stat().st_size
     try:
         with file.open("rb") as opened:
-            size = file.stat().st_size
             if size < 4 or opened.read(4) != b"GGUF":
                 raise ValueError(f"{file}: not a GGUF file")
             with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 found = _parse(file, _Cursor(data, 4))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"model = '{file}': no such file") from None
     except EOFError:
         raise ValueError(f"{file}: truncated in its header ({size:,} bytes)") from None
     for name, tensor in found.tensors.items():
@@ -201,7 +203,7 @@ def _parse(file: Path, cursor: _Cursor) -> Gguf:
     ok = isinstance(alignment, int) and alignment > 0
     require(ok, f"{file}: general.alignment", alignment, "a whole number of at least 1")
     start = -(-cursor.place // alignment) * alignment
-    tensors = {name: _tensor(file, name, start, *rest) for name, *rest in described}
+    tensors = {each[0]: _tensor(file, start, *each) for each in described}
     return Gguf(file, fields, tensors)
 
 
@@ -215,7 +217,7 @@ def _describe(cursor: _Cursor) -> tuple[str, list[int], int, int]:
 
 
 def _tensor(
-    file: Path, name: str, start: int, dimensions: Sequence[int], number: int, offset: int
+    file: Path, start: int, name: str, dimensions: Sequence[int], number: int, offset: int
 ) -> Tensor:
     import gguf
 
@@ -256,8 +258,7 @@ def config_values(found: Gguf) -> dict[str, Any]:
     """
     fields, tensors = found.fields, found.tensors
     llama = {key.removeprefix("llama."): value for key, value in fields.items()}
-    needed = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
-    missing = [f"llama.{key}" for key in needed if key not in llama]
+    missing = [f"llama.{key}" for key in _NEEDED if key not in llama]
     missing += [name for name in (_TABLE,) if name not in tensors]
     if missing:
         raise ValueError(f"{found.file}: has no {first_few(missing)}")
@@ -272,9 +273,9 @@ def config_values(found: Gguf) -> dict[str, Any]:
         "num_attention_heads": llama["attention.head_count"],
         "num_key_value_heads": llama.get("attention.head_count_kv"),
         "head_dim": llama.get("attention.key_length", llama.get("rope.dimension_count")),
-        "rms_norm_eps": llama.get("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": llama["attention.layer_norm_rms_epsilon"],
         "rope_theta": llama.get("rope.freq_base"),
-        "max_position_embeddings": llama.get("context_length"),
+        "max_position_embeddings": llama["context_length"],
         "vocab_size": tensors[_TABLE].shape[0],
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": tokens["bos"],
@@ -289,7 +290,7 @@ def config_values(found: Gguf) -> dict[str, Any]:
     return values | {"rope_scaling": _rope_scaling(found, values)}
 
 
-def _rope_scaling(found: Gguf, values: Mapping[str, Any]) -> dict[str, Any] | None:
+def _rope_scaling(found: Gguf, values: dict[str, Any]) -> dict[str, Any] | None:
     """The scaling of the rotary frequencies. LLaMA 3 has no settings in the file, but factors."""
     key = "llama.rope.scaling.type"
     kind = found.fields.get(key, "none")
@@ -338,13 +339,14 @@ def tensor_headers(found: Gguf, config: LlamaConfig) -> dict[str, Header]:
     Raises:
         ValueError: the file has tensors that no LLaMA has.
     """
-    named = {name: _hugging_face(name) for name in found.tensors if name != _FACTORS}
-    spare = [name for name, ours in named.items() if ours is None]
+    places = {name: _hugging_face(name) for name in found.tensors if name != _FACTORS}
+    spare = [name for name, place in places.items() if place is None]
     if spare:
         raise ValueError(f"{found.file}: tensors that no LLaMA has: {first_few(spare)}")
+    named = {name: place for name, place in places.items() if place is not None}
     types: dict[Keys, set[str]] = {}
-    for name, ours in named.items():
-        types.setdefault(ours[0], set()).add(_dtype(found.tensors[name].type))
+    for name, (path, _) in named.items():
+        types.setdefault(path, set()).add(_dtype(found.tensors[name].type))
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     headers: dict[str, Header] = {}
     for name, (path, layer) in named.items():

@@ -51,9 +51,9 @@ def make_tokenizer(found: Gguf) -> Any:
         special[name] = None if place is None else tokens[place]
     defaults = {"bos": kind == "llama" or pre in _WHOLE_WORDS, "eos": False}
     added = {
-        name: special[name]
+        name: token
         for name, default in defaults.items()
-        if special[name] is not None and _field(found, f"add_{name}_token", default)
+        if (token := special[name]) is not None and _field(found, f"add_{name}_token", default)
     }
     _add_tokens(core, tokens, types, added)
     control = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
