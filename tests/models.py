@@ -220,6 +220,113 @@ def write_model(
     return folder
 
 
+# --------------------------------------------------------------------------------------- GGUF files
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def gguf_name(name: str) -> str:
+    """The name of a tensor in a GGUF file. Names that no folder has stay as they are."""
+    bare = name.removesuffix(".weight")
+    if bare.startswith("model.layers."):
+        layer, bare = bare.removeprefix("model.layers.").split(".", 1)
+        return f"blk.{layer}.{GGUF_NAMES[bare]}.weight"
+    return f"{GGUF_NAMES.get(bare, bare)}.weight"
+
+
+def gguf_tokens(tokenizer: PreTrainedTokenizerFast, pre: str = "gpt-2") -> dict[str, Any]:
+    """The metadata of a byte-level tokenizer (`byte_tokenizer`)."""
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = sorted(core["model"]["vocab"], key=core["model"]["vocab"].get)
+    special = {each["content"] for each in core["added_tokens"]}
+    fields = {"model": "gpt2", "pre": pre, "tokens": tokens}
+    fields["token_type"] = [3 if token in special else 1 for token in tokens]
+    fields["merges"] = [" ".join(pair) for pair in core["model"]["merges"]]
+    fields |= {"bos_token_id": 0, "eos_token_id": 1}
+    found = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+    return found | {"tokenizer.chat_template": tokenizer.chat_template}
+
+
+def write_gguf(
+    file: Path,
+    llama: LlamaConfig,
+    tensors: dict[str, np.ndarray] | None = None,
+    *,
+    types: Callable[[str], str] = lambda name: "F32",
+    **changes: Any,
+) -> dict[str, np.ndarray]:
+    """A GGUF file like one that llama.cpp's script writes from a Hugging Face folder.
+
+    Args:
+        file: path of the file.
+        llama: the architecture.
+        tensors: as `random_tensors` makes them.
+        types: the type of a matrix by its name in the file. Types that the library cannot write
+            get random blocks.
+        changes: metadata by key with "__" for a dot, None for a key that is not there.
+
+    Returns:
+        What the tensors of the file stand for, with the names of Hugging Face.
+    """
+    import gguf
+
+    fields: dict[str, Any] = {
+        "llama.block_count": llama.num_hidden_layers,
+        "llama.context_length": llama.max_position_embeddings,
+        "llama.embedding_length": llama.hidden_size,
+        "llama.feed_forward_length": llama.intermediate_size,
+        "llama.attention.head_count": llama.num_attention_heads,
+        "llama.attention.head_count_kv": llama.num_key_value_heads,
+        "llama.attention.layer_norm_rms_epsilon": llama.rms_norm_eps,
+        "llama.rope.freq_base": llama.rope_theta,
+        "llama.rope.dimension_count": llama.head_dim,
+        "llama.attention.key_length": llama.head_dim,
+    }
+    fields |= {key.replace("__", "."): value for key, value in changes.items()}
+    writer = gguf.GGUFWriter(file, fields.pop("general.architecture", "llama"))
+    add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+    add |= {float: writer.add_float32, list: writer.add_array}
+    for key, value in fields.items():
+        if value is not None:
+            add[type(value)](key, value)
+    heads = {"attn_q": llama.num_attention_heads, "attn_k": llama.num_key_value_heads}
+    rng, meant = np.random.default_rng(1), {}
+    for name, value in (random_tensors(llama) if tensors is None else tensors).items():
+        theirs = gguf_name(name)
+        chosen = gguf.GGMLQuantizationType[types(theirs) if value.ndim == 2 else "F32"]
+        dtype = {"F32": "float32", "BF16": "bfloat16"}.get(chosen.name, "float16")
+        rows = np.arange(len(value))  # by their place in the file
+        if (count := heads.get(theirs.split(".")[-2])) is not None:
+            # llama.cpp rotates neighbors, so the two halves of a head alternate.
+            rows = rows.reshape(count, 2, -1).swapaxes(1, 2).ravel()
+        try:
+            data = gguf.quantize(value[rows], chosen)
+        except NotImplementedError:
+            shape = gguf.quant_shape_to_byte_shape(value.shape, chosen)
+            data = rng.integers(0, 45, shape, np.uint8)  # every half in it is small
+        writer.add_tensor(theirs, data, raw_dtype=chosen)
+        meant[name] = np.empty(value.shape, dtype)
+        meant[name][rows] = gguf.dequantize(data, chosen).astype(dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return meant
+
+
 # -------------------------------------------------------------------------------------------- runs
 
 

@@ -1,7 +1,7 @@
-"""Reads and quantizes the weights of a Hugging Face LLaMA.
+"""Reads and quantizes the weights of a LLaMA, from a Hugging Face folder or a GGUF file.
 
 Weights are quantized one tensor at a time while a thread reads the next one. So the host needs
-little more memory than the packed model. Only safetensors files are opened, never pickles.
+little more memory than the packed model. Only safetensors and GGUF are opened, never pickles.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.lora import LORA
 from irqlora_jax.adapters.method import Params
 from irqlora_jax.base.storage import plan_stacks
+from irqlora_jax.files.gguf import is_gguf, read_gguf, tensor_headers
 from irqlora_jax.files.hub import read_config, snapshot
 from irqlora_jax.files.small import read_json
 from irqlora_jax.files.tensors import (
@@ -70,7 +71,7 @@ def load_base(
     """Reads a LLaMA and quantizes its linear layers, but not the head and the embeddings.
 
     Args:
-        source: local folder or hub id.
+        source: local folder, GGUF file or hub id.
         quant: quantization settings. None or format "none" keeps the type of the file.
         mesh: devices to split the weights over (default: all on the first device).
         progress: show a bar.
@@ -109,7 +110,7 @@ def load_fitted(
     """Like `load_base`, but fits the targets of an adapter together with their LoRA pairs.
 
     Args:
-        source: local folder or hub id.
+        source: local folder, GGUF file or hub id.
         quant: quantization settings.
         adapter: initialization, targets, rank, alpha and type of the pairs.
         key: random key, e.g. for a randomized SVD.
@@ -174,7 +175,7 @@ def _load(
     """
     folder = snapshot(source)
     config = read_config(folder)
-    found = _find_weights(folder)
+    found = tensor_headers(read_gguf(folder), config) if is_gguf(folder) else _find_weights(folder)
     config = _untie(config, found)
     _check_weights(folder, found, config)
     layered, single = weight_shapes(config)
@@ -309,7 +310,8 @@ def _find_weights(folder: Path) -> dict[str, Header]:
 
 
 def read_llama(folder: Path) -> LlamaConfig:
-    """Reads the architecture of a Hugging Face folder, from config.json and the weights.
+    """Reads the architecture of a Hugging Face folder, from config.json and the weights, or of a
+    GGUF file.
 
     A model that ties its head to the embeddings may still have a head in its files. If the two
     differ, the head is used, and `tie_word_embeddings` is false. Apart from this comparison no
@@ -344,6 +346,7 @@ def _check_weights(folder: Path, found: Mapping[str, Header], config: LlamaConfi
     for path, shape in layered.items():
         for layer in range(config.num_hidden_layers):
             expected[weight_name(path, layer)] = shape, weight_name(path, 0)
+    described = "its header" if is_gguf(folder) else "config.json"
     missing = [name for name in expected if name not in found]
     if missing:
         raise ValueError(f"{folder}: no tensor {first_few(missing)}")
@@ -352,7 +355,7 @@ def _check_weights(folder: Path, found: Mapping[str, Header], config: LlamaConfi
         check_float(header, name)
         if header.shape != shape:
             raise ValueError(
-                f"{header.file}: {name} has shape {header.shape}: config.json says {shape}"
+                f"{header.file}: {name} has shape {header.shape}: {described} says {shape}"
             )
         if header.dtype != found[first].dtype:
             raise ValueError(

@@ -147,8 +147,9 @@ class Config:
     """The complete configuration of a run."""
 
     model: str
-    """Folder with a Hugging Face LLaMA (safetensors), its id on the hub, or a folder written by
-    irqlora quantize. With such a folder or a run, unset fields of `quant` come from its base."""
+    """Folder with a Hugging Face LLaMA (safetensors), its id on the hub, a .gguf file, or a folder
+    written by irqlora quantize. With such a folder or a run, unset fields of `quant` come from its
+    base."""
     output_dir: str
     """Folder of the run, for the quantized base, checkpoints, metrics and scores."""
     seed: int = 0
@@ -197,7 +198,7 @@ class QuantizeConfig:
     """Quantizes a base once for several runs. Use its folder as their `model`."""
 
     model: str
-    """Folder with a Hugging Face LLaMA (safetensors), or its id on the hub."""
+    """Folder with a Hugging Face LLaMA (safetensors), its id on the hub, or a .gguf file."""
     output_dir: str
     """New folder for the quantized base and its tokenizer."""
     quant: QuantConfig = QuantConfig()

@@ -38,7 +38,8 @@ def result_path(run: Run, stem: str, output: str | None) -> Path | None:
 
 def identity(run: Run, baseline: bool) -> str:
     """Identifies a model: its folder, its checkpoint, and size and time of its files."""
-    files = sorted(run.folder.resolve().glob("*.safetensors"))
+    place = run.folder.resolve()
+    files = [place] if place.is_file() else sorted(place.glob("*.safetensors"))
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     trained = None
     if run.step is not None:

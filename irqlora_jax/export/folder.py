@@ -34,7 +34,7 @@ class ExportConfig:
     """Writes a run as a folder that transformers and PEFT load."""
 
     run: str
-    """Folder of a run, or of `irqlora quantize`."""
+    """Folder of a run, of `irqlora quantize`, or of a Hugging Face LLaMA, or a .gguf file."""
     output_dir: str
     """New folder."""
     kind: Literal["adapter", "merged", "dequantized"] = "merged"

@@ -1,1 +1,1 @@
-"""Reads and writes files: Hugging Face folders and the hub, safetensors, small text files."""
+"""Reads and writes files: Hugging Face folders and the hub, safetensors, GGUF, small text files."""

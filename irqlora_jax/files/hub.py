@@ -1,4 +1,4 @@
-"""Finds models and tokenizers in a local folder or on the Hugging Face hub."""
+"""Finds models and tokenizers in a local folder, a GGUF file or on the Hugging Face hub."""
 
 import functools
 import os
@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from irqlora_jax.files.gguf import config_values, is_gguf, read_gguf, read_llama
+from irqlora_jax.files.gguf_tokenizer import make_tokenizer
 from irqlora_jax.files.small import read_json
 from irqlora_jax.machine import reaches_hub
 from irqlora_jax.model.config import LlamaConfig
@@ -21,6 +23,7 @@ def is_hub_id(source: str | Path) -> bool:
     return (
         isinstance(source, str)
         and _HUB_ID.fullmatch(source) is not None
+        and not is_gguf(source)
         and not Path(source).exists()
     )
 
@@ -28,19 +31,22 @@ def is_hub_id(source: str | Path) -> bool:
 def snapshot(source: str | Path) -> Path:
     """Returns the local folder of a model. If there is none, downloads the model from the hub.
 
+    The path of a GGUF file is returned as it is.
+
     Raises:
         FileNotFoundError: no such folder, and the hub does not provide the model.
-        NotADirectoryError: the path is a file.
+        NotADirectoryError: the path is another file.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (is_gguf(folder) and folder.exists()):
         return folder
     if folder.exists():
         raise NotADirectoryError(
-            f"model = '{source}': a file; expected the folder that contains it"
+            f"model = '{source}': a file; expected the folder that contains it, or a .gguf file"
         )
     if not is_hub_id(source):
-        raise FileNotFoundError(f"model = '{source}': no such folder")
+        kind = "file" if is_gguf(source) else "folder"
+        raise FileNotFoundError(f"model = '{source}': no such {kind}")
     import huggingface_hub
 
     fetch = functools.partial(huggingface_hub.snapshot_download, allow_patterns=list(_FETCHED))
@@ -73,25 +79,30 @@ def _fetch(source: str | Path, fetch: Callable[..., str]) -> Path:
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """Reads the transformers tokenizer of a folder or of a model on the hub.
+    """Reads the transformers tokenizer of a folder, of a GGUF file or of a model on the hub.
 
     Raises:
         FileNotFoundError: the folder has no tokenizer.
         ValueError: its files cannot be read.
     """
     folder = snapshot(source)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    found = read_gguf(folder) if is_gguf(folder) else None
+    names = ("tokenizer.json", "tokenizer.model")
+    if found is None and not any((folder / name).is_file() for name in names):
         raise FileNotFoundError(f"{folder}: no tokenizer (tokenizer.json or tokenizer.model)")
     auto = _auto_tokenizer()
     try:
-        tokenizer = auto.from_pretrained(folder, trust_remote_code=False)
+        if found is not None:
+            tokenizer = make_tokenizer(found)
+        else:
+            tokenizer = auto.from_pretrained(folder, trust_remote_code=False)
         # Settings of wrong types fail only here.
         tokenizer.decode(tokenizer("A text.", verbose=False)["input_ids"])
         _ = tokenizer.all_special_ids, tokenizer.added_tokens_decoder
         return tokenizer
     except Exception as error:  # the tokenizers library raises bare Exceptions
         hint = ""
-        if not (folder / "tokenizer.json").is_file():
+        if found is None and not (folder / "tokenizer.json").is_file():
             hint = " (a tokenizer.model needs the package sentencepiece)"
         reason = " ".join(str(error).split())
         for file in sorted(folder.glob("*token*.json")):
@@ -117,7 +128,7 @@ def _auto_tokenizer() -> Any:
 
 
 def read_config(source: str | Path) -> LlamaConfig:
-    """Reads the architecture of a model in a folder or on the hub, from config.json alone.
+    """Reads the architecture of a model, from its config.json or the header of its GGUF file alone.
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
@@ -126,6 +137,8 @@ def read_config(source: str | Path) -> LlamaConfig:
     values = read_values(source)
     if values.get("quantization_config"):
         raise ValueError(f"{source}: already quantized; expected a model with float weights")
+    if is_gguf(source):
+        return read_llama(source, values)
     try:
         return LlamaConfig.from_dict(values)
     except ValueError as error:
@@ -135,10 +148,14 @@ def read_config(source: str | Path) -> LlamaConfig:
 def read_values(source: str | Path) -> Mapping[str, Any]:
     """Reads config.json of a model in a folder or on the hub, and downloads no other file.
 
+    For a GGUF file, returns what its header says in the same form.
+
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
-        ValueError: not valid JSON.
+        ValueError: not valid JSON, or not a GGUF file of a LLaMA.
     """
+    if is_gguf(source):
+        return config_values(read_gguf(source))
     if not is_hub_id(source):
         return read_json(snapshot(source) / "config.json")
     import huggingface_hub

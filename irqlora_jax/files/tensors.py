@@ -1,4 +1,4 @@
-"""Reads and writes safetensors files tensor by tensor; a whole file is never in memory."""
+"""Reads tensors part by part, and writes safetensors files; a whole file is never in memory."""
 
 import dataclasses
 import json
@@ -22,6 +22,17 @@ class Header:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+    def rows(self, name: str, first: int, stop: int) -> np.ndarray:
+        """Reads rows `first` to `stop`. `name` is that of the tensor.
+
+        The file is open only meanwhile: pages of a mapped file count as memory until it is closed.
+        """
+        try:
+            with safe_open(self.file, framework="numpy") as tensors:
+                return tensors.get_slice(name)[first:stop]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self.file}: {name} cannot be read: {error}") from error
 
 
 def read_headers(file: Path) -> dict[str, Header]:
@@ -85,12 +96,7 @@ def _read_parts(
     rows = max(1, _PART * header.shape[0] // max(1, math.prod(header.shape)))
     for start in range(0, count, rows):
         stop = min(start + rows, count)
-        # Open the file for each part: pages of a mapped file count as memory until it is closed.
-        try:
-            with safe_open(header.file, framework="numpy") as tensors:
-                part = tensors.get_slice(name)[first + start : first + stop]
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{header.file}: {name} cannot be read: {error}") from error
+        part = header.rows(name, first + start, first + stop)
         if not np.isfinite(part).all():
             raise ValueError(f"{header.file}: {name} has NaN or infinite values")
         yield start, part

@@ -1,4 +1,4 @@
-"""Loads models from folders: runs, quantized bases and Hugging Face models."""
+"""Loads models: runs, quantized bases, Hugging Face folders and GGUF files."""
 
 import dataclasses
 from pathlib import Path
@@ -16,6 +16,7 @@ from irqlora_jax.base.make import load_base, read_llama
 from irqlora_jax.config import Config, check_settings, quant_settings
 from irqlora_jax.data.chat import end_tokens
 from irqlora_jax.files.checksums import check_seal
+from irqlora_jax.files.gguf import is_gguf
 from irqlora_jax.files.hub import is_hub_id, load_tokenizer, read_config, snapshot
 from irqlora_jax.files.small import parse_json, read_json
 from irqlora_jax.model.config import LlamaConfig
@@ -36,8 +37,8 @@ class Run:
     """A model that is ready to use.
 
     Attributes:
-        folder: the folder it was read from.
-        config: of the run; None for a base or a Hugging Face folder.
+        folder: the folder or the GGUF file it was read from.
+        config: of the run; None for a base or an unquantized model.
         model: the architecture.
         variables: {"params": adapters, "base": base}.
         tokenizer: tokenizer from transformers.
@@ -61,10 +62,10 @@ def load_run(
     checkpoint: Which = "last",
     compute_dtype: str | None = None,
 ) -> Run:
-    """Reads a run, a folder of `irqlora quantize`, or a Hugging Face LLaMA without quantizing it.
+    """Reads a run, a folder of `irqlora quantize`, or a LLaMA without quantizing it.
 
     Args:
-        folder: the folder.
+        folder: the folder, also of a Hugging Face model, or a GGUF file.
         adapter: False leaves the finetuned adapter out. A run that did not start with a new
             adapter (LoftQ, `adapter.init_from`) uses its initial adapter (step 0) instead.
         checkpoint: the checkpoint of a run.
@@ -76,10 +77,10 @@ def load_run(
     """
     folder, checkpoint = Path(folder), read_checkpoint(checkpoint)
     if not is_base(folder):
-        if not (folder / "config.json").is_file():
+        if not is_gguf(folder) and not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"run = '{folder}': no base.safetensors and no config.json there; expected the "
-                "folder of a run, of irqlora quantize, or of a Hugging Face model"
+                "folder of a run, of irqlora quantize, or of a Hugging Face model, or a .gguf file"
             )
         base, llama = load_base(folder, None)
         tokenizer = load_tokenizer(folder)
@@ -175,7 +176,7 @@ def check_model(config: Config) -> None:
 
 
 def read_architecture(source: str | Path, quant: QuantConfig) -> LlamaConfig:
-    """Reads the architecture of a quantized base, a Hugging Face folder or a model on the hub.
+    """Reads the architecture of a quantized base, or of a model in any other form.
 
     Downloads only config.json. So for a model on the hub, `tie_word_embeddings` is as in that file
     (`base.make.read_llama`).

@@ -1,15 +1,25 @@
 """Logits against the LLaMA of transformers."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from irqlora_jax import hf
 from irqlora_jax.model.config import LlamaConfig, RopeScaling
 from irqlora_jax.model.llama import Llama
-from tests.models import STORIES, needs_stories, stack_tensors, tiny_llama
+from tests.models import (
+    STORIES,
+    needs_stories,
+    random_tensors,
+    stack_tensors,
+    tiny_llama,
+    write_gguf,
+    write_model,
+)
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -74,3 +84,22 @@ def test_logits_of_stories260k():
     config = LlamaConfig.from_dict(json.loads((STORIES / "config.json").read_text()))
     theirs = transformers.LlamaForCausalLM.from_pretrained(STORIES, dtype=torch.float32).eval()
     compare(theirs, config, 200)
+
+
+def test_logits_of_a_gguf_file(tmp_path: Path) -> None:
+    """The folder holds what the blocks of the file stand for, in the order of transformers."""
+    llama = tiny_llama(hidden_size=64, intermediate_size=96, head_dim=16, rms_norm_eps=1e-5)
+    kinds = {"attn_q": "Q8_0", "attn_k": "Q4_1", "attn_v": "Q5_0", "attn_output": "Q4_0"}
+    kinds |= {"ffn_gate": "Q5_1", "ffn_up": "BF16", "ffn_down": "F16", "token_embd": "Q8_0"}
+    tensors = {name: 8 * value for name, value in random_tensors(llama).items()}
+    types = lambda name: kinds.get(name.split(".")[-2], "F32")  # noqa: E731
+    meant = write_gguf(tmp_path / "model.gguf", llama, tensors, types=types)
+    folder = write_model(tmp_path / "folder", llama, meant)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = np.random.default_rng(0).integers(0, llama.vocab_size, (2, 50))
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
+    base, found = hf.load_base(tmp_path / "model.gguf", None)
+    logits = jax.jit(Llama(found).apply)({"base": base}, jnp.asarray(tokens, jnp.int32))
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)

@@ -15,6 +15,8 @@ import jax
 import numpy as np
 import pytest
 
+from irqlora_jax import hf
+from irqlora_jax.config import Config
 from irqlora_jax.data import load_examples, make_batches
 from irqlora_jax.evaluate import score_questions, scores
 from irqlora_jax.evaluate.perplexity import row_nll
@@ -28,7 +30,18 @@ from irqlora_jax.sharding import make_mesh
 from irqlora_jax.train import loop
 from irqlora_jax.train.finetune import run
 from irqlora_jax.train.stop import Stop
-from tests.models import QUICKSTART, ROOT, WORLD, as_flags
+from tests.models import (
+    QUICKSTART,
+    ROOT,
+    TEMPLATE,
+    WORLD,
+    as_flags,
+    assert_same,
+    byte_tokenizer,
+    gguf_tokens,
+    tiny_llama,
+    write_gguf,
+)
 from tests.train.small_runs import (
     StoppedError,
     assert_same_run,
@@ -388,3 +401,24 @@ def test_evaluations_take_as_many_rows_as_a_forward_pass_of_the_training(
     longest = config.data.source_length + config.data.target_length
     assert len(seen) > 1 and seen[0][0] == 2
     assert all(rows * length <= 2 * longest for rows, length in seen)
+
+
+def test_a_gguf_file_is_needed_only_until_the_base_is_written(tmp_path: Path) -> None:
+    llama = tiny_llama(vocab_size=258, max_position_embeddings=128, bos_token_id=0)
+    file, folder = tmp_path / "model.gguf", tmp_path / "run"
+    write_gguf(file, llama, **gguf_tokens(byte_tokenizer(template=TEMPLATE)))
+    settings = {"train__steps": 2, "train__save_every": 0, "train__schedule": "constant"}
+    run(config_for(file, folder, **settings))
+    base, _ = hf.load_base(file, Config.load(folder / "config.json").quant)
+    file.unlink()
+    result = run(config_for(file, folder, **settings | {"train__steps": 3}))
+    assert result.steps == 3
+    found = load_run(folder)
+    assert_same(found.variables["base"], base)
+    assert found.source == str(file)
+    assert found.tokenizer.chat_template == TEMPLATE
+    out = hf.export_merged(folder, tmp_path / "merged")
+    again = load_run(out)
+    assert again.model.config == found.model.config
+    text = "prey of Tunan 12"
+    assert again.tokenizer(text)["input_ids"] == found.tokenizer(text)["input_ids"]
