@@ -22,7 +22,12 @@ def write_recorded(folder: Path, name: str, text: str) -> None:
 
     A crash on the way leaves a file that is accepted: until the new file is complete, the old and
     the new checksum are both recorded.
+
+    Raises:
+        OSError: the file cannot be written.
     """
+    if (folder / name).is_dir():
+        raise IsADirectoryError(f"{folder / name}: a folder; expected a file")
     known, new = _read(folder), bytes_checksum(text.encode())
     _write(folder, known | {name: [*known.get(name, ()), new]})
     write_text(folder / name, text)

@@ -52,6 +52,15 @@ def test_a_folder_means_all_files_in_it_and_no_others(folder: Path) -> None:
     check_recorded(folder, "tokenizer/")
 
 
+def test_nothing_is_written_where_a_folder_has_the_name(folder: Path) -> None:
+    (folder / "a.json").mkdir()
+    before = (folder / RECORD_FILE).read_bytes()
+    with pytest.raises(IsADirectoryError, match=r"a\.json: a folder; expected a file"):
+        write_recorded(folder, "a.json", "{}")
+    assert (folder / RECORD_FILE).read_bytes() == before
+    assert not list(folder.glob("*.part"))
+
+
 @pytest.mark.parametrize("crash", [1, 2, 3])
 def test_a_crash_while_writing_leaves_an_accepted_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch, crash: int
