@@ -37,6 +37,7 @@ CALIBRATIONS: dict[str, dict[str, Any]] = {
     "icq": {"calibration": "icq"},
     "joint 100": {"calibration": "joint"},
     "joint inf": {"calibration": "joint", "joint": JointOptions(math.inf)},
+    "robust": {"calibration": "robust"},
 }
 FULL = "full precision"
 
