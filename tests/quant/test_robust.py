@@ -60,8 +60,9 @@ def slow_errors(blocks, name, factor):
     return best[0]
 
 
-@pytest.mark.parametrize("measured", [False, True], ids=["robust", "inputs"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    ("name", "measured"), [*((name, False) for name in FORMATS), ("nf3", True), ("int4", True)]
+)
 def test_finds_what_a_slow_grid_of_525_candidates_finds(name, measured):
     rng = np.random.default_rng(0)
     blocks = rng.standard_t(8, (COUNT, 64)).astype(np.float32)
@@ -131,7 +132,7 @@ def test_extremes_stay_finite(name):
     top = np.finfo(np.float32).max
     rows = [[top, -top], [-top, -top], [1e-45, 0], [0, 0], [5, 5], [top, 0], [1e-38, -1e-38]]
     blocks = np.array([[*row, *[row[0]] * 14] for row in rows], np.float32)
-    for inputs in (None, np.zeros((1, 16)), np.full((1, 16), 1e30)):
+    for inputs in (np.zeros((1, 16)), np.full((1, 16), 1e30)):
         scale, shift = search(blocks, name, inputs=inputs)
         assert np.isfinite(scale).all() and np.isfinite(shift).all() and (scale >= 0).all()
         exact = errors(blocks[3:5], name, scale[3:5], shift[3:5])
