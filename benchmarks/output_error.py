@@ -15,7 +15,7 @@ that stand for the rest.
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def samples(
     llama = Llama(config, matmul="xla")
 
     @jax.jit
-    def run(base: dict, tokens: jax.Array) -> dict:
+    def run(base: dict, tokens: jax.Array) -> Any:
         variables = {"params": {}, "base": base}
         return llama.apply(variables, tokens, mutable=["stats"], method="features")[1]
 

@@ -1,6 +1,7 @@
 """The joint search of scale and shift against a slow float64 grid, and its own invariances."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def codes(blocks, name, scale, shift):
     return np.searchsorted(points, (np.float64(blocks) - shift[..., None]) / safe, side="left")
 
 
-def errors(blocks, name, scale, shift, valid=None, factor=1):
+def errors(blocks, name, scale, shift, valid=None, factor: Any = 1):
     """Squared error of every block."""
     levels = np.sort(get_format(name).table).astype(np.float64)
     back = levels[codes(blocks, name, scale, shift)] * scale[..., None] + shift[..., None]
@@ -46,7 +47,7 @@ def errors(blocks, name, scale, shift, valid=None, factor=1):
     return (factor * np.where(inside, back - np.float64(blocks), 0) ** 2).sum(-1)
 
 
-def plain_errors(blocks, name, symmetric=False, valid=None, factor=1):
+def plain_errors(blocks, name, symmetric=False, valid=None, factor: Any = 1):
     if get_format(name).integer:
         bits, count = get_format(name).bits, None if valid is None else jnp.asarray(valid)
         found = plain_range(jnp.asarray(blocks), bits, symmetric, count)
