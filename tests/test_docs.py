@@ -27,6 +27,7 @@ SHOWN = {
     "quant.calibrations.icq": ("search_shift",),
     "quant.calibrations.icq_integer": ("plain_range", "search_range", "search_zero_point"),
     "quant.calibrations.joint": ("search",),
+    "quant.calibrations.robust": ("weigh",),
     "quant.qtensor": ("QTensor",),
     "quant.encode": ("quantize",),
     "quant.matmul": ("dequant_matmul",),

@@ -10,10 +10,25 @@ from irqlora_jax.text import read_text
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a small file atomically: completely or not at all."""
+    """Writes a small file atomically: completely or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    refuse_folder(path)
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
+
+
+def refuse_folder(path: Path) -> None:
+    """Refuses to write a file where a folder has its name, before anything else is written.
+
+    Raises:
+        IsADirectoryError: there is such a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: a folder; expected a file")
 
 
 def read_json(file: Path) -> Mapping[str, Any]:

@@ -65,7 +65,9 @@ class QuantConfig:
     calibration: CalibrationName = "icq"
     """"none": the largest weight determines the scale. "icq": choose the shift (NormalFloat, FP4)
     or range (integers) that maximizes the entropy of each block's codes (IR-QLoRA, section 3.2).
-    "joint": choose the scale and shift that maximize entropy - error_weight * error / variance."""
+    "joint": choose the scale and shift that maximize entropy - error_weight * error / variance.
+    "robust": choose the scale and shift of least error, where the largest and the smallest weights
+    of a block count more."""
     symmetric: bool = False
     """Integers only: fix the zero point in the middle of the codes."""
     codes_from: Literal["stored", "exact"] = "stored"

@@ -96,16 +96,23 @@ def in_chunks(
     n_results: int,
     blocks: Shaped[Array, "n block"],
     valid: Int[Array, " n"] | None,
+    repeated: Shaped[Array, "period block"] | None = None,
 ) -> Results:
     """Applies work([block, b], [b] | None) -> [b] arrays chunk by chunk, without copying `blocks`.
 
-    The platform that the program is compiled for decides between `on_cpu` and `elsewhere`.
+    The platform that the program is compiled for decides between `on_cpu` and `elsewhere`. If
+    `repeated` is given, `work` gets a third argument [block, b]: row i % period for block i.
     """
-    args = (blocks,) if valid is None else (blocks, valid)
+    arrays = {"valid": valid, "repeated": repeated}
+
+    def on(work: Work[Results], n_weights: int) -> Callable[..., Results]:
+        return lambda blocks, given: _in_chunks(work, n_results, n_weights, blocks, **given)
+
     return lax.platform_dependent(
-        *args,
-        cpu=functools.partial(_in_chunks, on_cpu, n_results, _CACHED),
-        default=functools.partial(_in_chunks, elsewhere, n_results, _WIDE),
+        blocks,
+        {name: array for name, array in arrays.items() if array is not None},
+        cpu=on(on_cpu, _CACHED),
+        default=on(elsewhere, _WIDE),
     )
 
 
@@ -115,6 +122,7 @@ def _in_chunks(
     n_weights: int,
     blocks: Shaped[Array, "n block"],
     valid: Int[Array, " n"] | None = None,
+    repeated: Shaped[Array, "period block"] | None = None,
 ) -> Results:
     """Converts weights to float32; codes keep their type.
 
@@ -131,7 +139,10 @@ def _in_chunks(
         count = None
         if valid is not None:
             count = lax.dynamic_slice_in_dim(valid, start, size).astype(jnp.int32)
-        parts = work(chunk, count)
+        more = ()
+        if repeated is not None:
+            more = (repeated[(start + jnp.arange(size)) % len(repeated)].T,)
+        parts = work(chunk, count, *more)
         return tuple(
             lax.dynamic_update_slice_in_dim(all_, part, start, 0)
             for all_, part in zip(results, parts, strict=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from irqlora_jax.files.checksums import bytes_checksum, check_seal, seal
-from irqlora_jax.files.small import read_json, write_text
+from irqlora_jax.files.small import read_json, refuse_folder, write_text
 
 RECORD_FILE = "checksums.json"
 _FILES = "files"
@@ -26,8 +26,7 @@ def write_recorded(folder: Path, name: str, text: str) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    if (folder / name).is_dir():
-        raise IsADirectoryError(f"{folder / name}: a folder; expected a file")
+    refuse_folder(folder / name)
     known, new = _read(folder), bytes_checksum(text.encode())
     _write(folder, known | {name: [*known.get(name, ()), new]})
     write_text(folder / name, text)

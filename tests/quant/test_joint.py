@@ -1,6 +1,7 @@
 """The joint search of scale and shift against a slow float64 grid, and its own invariances."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,25 +37,25 @@ def codes(blocks, name, scale, shift):
     return np.searchsorted(points, (np.float64(blocks) - shift[..., None]) / safe, side="left")
 
 
-def errors(blocks, name, scale, shift, valid=None):
+def errors(blocks, name, scale, shift, valid=None, factor: Any = 1):
     """Squared error of every block."""
     levels = np.sort(get_format(name).table).astype(np.float64)
     back = levels[codes(blocks, name, scale, shift)] * scale[..., None] + shift[..., None]
     inside = np.arange(blocks.shape[-1]) < np.broadcast_to(
         blocks.shape[-1] if valid is None else valid[:, None], (*blocks.shape[:-1], 1)
     )
-    return (np.where(inside, back - np.float64(blocks), 0) ** 2).sum(-1)
+    return (factor * np.where(inside, back - np.float64(blocks), 0) ** 2).sum(-1)
 
 
-def plain_errors(blocks, name, symmetric=False, valid=None):
+def plain_errors(blocks, name, symmetric=False, valid=None, factor: Any = 1):
     if get_format(name).integer:
         bits, count = get_format(name).bits, None if valid is None else jnp.asarray(valid)
         found = plain_range(jnp.asarray(blocks), bits, symmetric, count)
         scale, zero = (np.asarray(x, np.float64) for x in found)
-        return errors(blocks, name, scale, -zero * scale, valid)
+        return errors(blocks, name, scale, -zero * scale, valid, factor)
     inside = np.arange(blocks.shape[1]) < (blocks.shape[1] if valid is None else valid[:, None])
     scale = np.abs(np.where(inside, blocks, 0)).max(1).astype(np.float64)
-    return errors(blocks, name, scale, np.zeros_like(scale), valid)
+    return errors(blocks, name, scale, np.zeros_like(scale), valid, factor)
 
 
 def slow_errors(blocks, name):

@@ -5,5 +5,6 @@ from irqlora_jax.quant.calibrations.calibration import Calibration as Calibratio
 from irqlora_jax.quant.calibrations.icq import ICQ
 from irqlora_jax.quant.calibrations.joint import JOINT
 from irqlora_jax.quant.calibrations.plain import PLAIN as PLAIN
+from irqlora_jax.quant.calibrations.robust import ROBUST
 
-CALIBRATIONS: dict[str, Calibration] = {one.name: one for one in (PLAIN, ICQ, JOINT)}
+CALIBRATIONS: dict[str, Calibration] = {one.name: one for one in (PLAIN, ICQ, JOINT, ROBUST)}

@@ -12,11 +12,15 @@ best one, twice. A candidate only supplies codes: their least-squares scale and 
 three sums over the block, decide its score. So 54 candidates come within 2.3 % of the error of a
 grid of 21 x 25 unfitted ones (benchmarks/results/2026-11-27-cpu.md). Lloyd's steps refine the best
 one: new codes, then least squares.
+
+Squared errors can get factors, for each weight (`weigh`) and for each input of the matrix
+(`inputs`). All sums over a block, its variance too, then have these factors.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -58,9 +62,13 @@ Found = tuple[Array, Array, Array]  # the best score, its scale and its shift, [
 # The level and its rank for each code, [block, b]; the scale and shift that gave them, [1, b].
 Codes = tuple[Array, Array, Array, Array]
 Start = tuple[Array, Array]  # the scale and shift around which candidates lie
+# (weights [block, b], their number in each block or None) -> factors of the squared errors, >= 0
+Weigh = Callable[[Array, Array | None], Array]
 
 
-@functools.partial(jax.jit, static_argnames=("format", "symmetric", "error_weight", "refine_steps"))
+@functools.partial(
+    jax.jit, static_argnames=("format", "symmetric", "error_weight", "refine_steps", "weigh")
+)
 def search(
     blocks: Float[Array, "n block"],
     format: Format | str,
@@ -68,12 +76,14 @@ def search(
     error_weight: float = 100.0,
     refine_steps: int = 4,
     valid: Int[Array, " n"] | None = None,
+    weigh: Weigh | None = None,
+    inputs: Float[Array, "period block"] | None = None,
 ) -> tuple[Float32[Array, " n"], Float32[Array, " n"]]:
     """Returns scale and shift of every block; for integer formats, scale and zero point.
 
     Zero points are limited to values that can be stored (`stats.encode_zero`), and the scale is
     optimal for them. With an infinite `error_weight`, the squared error of a block never exceeds
-    the plain quantizer's error, except for rounding.
+    the plain quantizer's error, except for rounding. Squared errors include the factors.
 
     Args:
         blocks: weights.
@@ -82,6 +92,9 @@ def search(
         error_weight: weight of the relative squared error, in bits of entropy; 0 to infinity.
         refine_steps: least-squares steps at the end; a block keeps those that lower its error.
         valid: number of real elements in each block (at least 1); None: all.
+        weigh: factors of squared errors, as a function of the weights; None: all 1.
+        inputs: further factors of squared errors, the same for all rows of the matrix: the second
+            moments of its inputs, cut into blocks. Block i has row i % period. None: all 1.
 
     Raises:
         ValueError: a negative error weight or number of steps.
@@ -98,11 +111,29 @@ def search(
     if refine_steps < 0:
         raise ValueError(f"refine_steps = {refine_steps!r}: expected 0 or more")
 
-    def work(w: Array, count: Array | None, staged: bool) -> tuple[Array, Array]:
-        return _search(w, count, format, symmetric, error_weight, refine_steps, staged)
+    def work(
+        w: Array, count: Array | None, inputs: Array | None = None, *, staged: bool
+    ) -> tuple[Array, Array]:
+        factors = [] if weigh is None else [weigh(w, count)]
+        factors += [] if inputs is None else [inputs.astype(jnp.float32)]
+        factor = _product_of(factors, count)
+        return _search(w, count, format, symmetric, error_weight, refine_steps, staged, factor)
 
     on_cpu = functools.partial(work, staged=True)
-    return in_chunks(on_cpu, functools.partial(work, staged=False), 2, blocks, valid)
+    return in_chunks(on_cpu, functools.partial(work, staged=False), 2, blocks, valid, inputs)
+
+
+def _product_of(
+    factors: list[Float32[Array, "block b"]], count: Int32[Array, " b"] | None
+) -> Float32[Array, "block b"] | None:
+    """The product, with a maximum of 1 in each block; None without factors."""
+
+    def relative(x: Array) -> Array:
+        x = masked(x, count, 0)
+        largest = x.max(0, keepdims=True)
+        return masked(jnp.where(largest > 0, x / jnp.where(largest > 0, largest, 1), 1), count, 0)
+
+    return relative(functools.reduce(jnp.multiply, map(relative, factors))) if factors else None
 
 
 def _search(
@@ -113,10 +144,10 @@ def _search(
     error_weight: float,
     refine_steps: int,
     staged: bool,
+    factor: Float32[Array, "block b"] | None = None,
 ) -> tuple[Float32[Array, " b"], Float32[Array, " b"]]:
     block, b = w.shape
     n = jnp.full(b, block, jnp.int32) if count is None else count
-    size = n.astype(jnp.float32)[None]  # [1, b], as all numbers with one value per block
     levels = np.sort(format.table)
     middle, half = (levels[0] + levels[-1]) / 2, (levels[-1] - levels[0]) / 2
 
@@ -137,9 +168,14 @@ def _search(
     def in_units(x: Array) -> Array:
         return (x / 2 - origin / 2) / unit
 
+    def total_of(x: Float32[Array, "block b"]) -> Float32[Array, "1 b"]:
+        return (x if factor is None else x * factor).sum(0, keepdims=True)
+
+    # [1, b], as all numbers with one value per block
+    size = n.astype(jnp.float32)[None] if factor is None else factor.sum(0, keepdims=True)
     u = masked(in_units(w), count, 0)
     low, high, center, nothing = map(in_units, (low, high, center, jnp.zeros_like(low)))
-    mean, squares = _total(u) / size, _total(u * u)
+    mean, squares = total_of(u) / size, total_of(u * u)
     variance = squares - size * mean**2
 
     def codes_of(scale: Array, shift: Array) -> Codes:
@@ -159,7 +195,7 @@ def _search(
 
     def fit(level: Array, start: Array) -> Found:
         """Negative error, scale and shift of the least-squares fit. Equal levels keep the scale."""
-        total, square, cross = _total(level), _total(level * level), _total(level * u)
+        total, square, cross = total_of(level), total_of(level * level), total_of(level * u)
         spread, covariance = square - total * total / size, cross - total * mean
         flat = spread <= 1e-6 * jnp.maximum(square, 1)
         scale = jnp.where(flat, start, covariance / jnp.where(flat, 1, spread))
@@ -184,7 +220,7 @@ def _search(
         level, rank, scale, shift = codes
         found = fit(level, scale)
         if format.integer:  # rounding the zero point may make the fit worse than the candidate
-            error = _total(masked(u - (level * scale + shift), count, 0) ** 2)
+            error = total_of(masked(u - (level * scale + shift), count, 0) ** 2)
             found = _where_better(found, (-error, scale, shift))
         return _where_better((score(-found[0], rank), *found[1:]), best)
 
@@ -230,7 +266,7 @@ def _search(
 
     def errors(scale: Array, shift: Array) -> tuple[Array, Array]:
         level = codes_of(scale, shift)[0]
-        return level, _total(masked(u - (level * scale + shift), count, 0) ** 2)
+        return level, total_of(masked(u - (level * scale + shift), count, 0) ** 2)
 
     def refine(_: Array, now: tuple[Array, Found]) -> tuple[Array, Found]:
         level, found = now
@@ -250,10 +286,6 @@ def _search(
     fits = jnp.isfinite(found[0]) & jnp.isfinite(found[1])
     scale, shift = (jnp.where(fits, new, old)[0] for new, old in zip(found, plain, strict=True))
     return scale, shift
-
-
-def _total(x: Float32[Array, "block b"]) -> Float32[Array, "1 b"]:
-    return x.sum(0, keepdims=True)
 
 
 def _where_better(new: Found, old: Found) -> Found:
