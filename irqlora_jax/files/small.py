@@ -1,5 +1,6 @@
 """Reads and writes small text files."""
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ def refuse_folder(path: Path) -> None:
         IsADirectoryError: there is such a folder.
     """
     if path.is_dir():
-        raise IsADirectoryError(f"{path}: a folder; expected a file")
+        raise IsADirectoryError(errno.EISDIR, "a folder; expected a file", str(path))
 
 
 def read_json(file: Path) -> Mapping[str, Any]:

@@ -74,6 +74,8 @@ def check_recorded(folder: Path, name: str) -> None:
         file = folder / each
         if not file.exists():
             raise FileNotFoundError(f"{file}: no such file, but {RECORD_FILE} lists it")
+        if file.is_dir():
+            raise ValueError(f"{file}: a folder; expected a file")
         if bytes_checksum(file.read_bytes()) not in accepted:
             raise ValueError(
                 f"{file}: damaged or changed, its checksum in {RECORD_FILE} does not match; "
