@@ -197,6 +197,7 @@ class Undisturbed:
         return self.results[name]
 
     def prepare(self, name: str, work: Path) -> Path:
+        shutil.rmtree(work, ignore_errors=True)  # of a call before this one
         work.mkdir(parents=True)
         for needed in self.steps[name].needs:
             self.result("train")
