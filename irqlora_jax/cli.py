@@ -3,6 +3,7 @@
 A command's modules are imported only when it runs, so help and usage errors appear at once.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -167,6 +168,9 @@ def _run(argv: Sequence[str] | None) -> int:
         from irqlora_jax.machine import cache_programs
         from irqlora_jax.messages import shown
 
+        # Orbax reads arrays at the same time. The first error of a damaged checkpoint is raised;
+        # asyncio would log the others as tracebacks.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         with shown():
             cache_programs()
             command(options)

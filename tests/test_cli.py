@@ -1,6 +1,9 @@
 """The command line: one sentence and exit code 2 for bad input, and nothing written."""
 
+import asyncio
+import gc
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -300,6 +303,32 @@ def test_only_the_chosen_command_is_imported() -> None:
     assert "irqlora_jax.report.write" in modules
     for room in ("train", "plan", "export", "generate.chat", "evaluate.tasks"):
         assert f"irqlora_jax.{room}" not in modules
+
+
+def test_reads_that_nobody_waits_for_print_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Of several errors at the same time, the command says one; asyncio would log the others."""
+
+    async def fail() -> None:
+        raise ValueError("damaged")
+
+    async def start_and_forget() -> None:
+        task = asyncio.ensure_future(fail())
+        await asyncio.sleep(0)
+        del task
+
+    logger = logging.getLogger("asyncio")
+    logged = []
+    for level in (logging.NOTSET, None):
+        if level is None:
+            assert irqlora_jax.cli.main(["report", "--run=nowhere"]) == 2
+        else:
+            logger.setLevel(level)
+        asyncio.run(start_and_forget())
+        gc.collect()
+        logged.append("never retrieved" in caplog.text)
+        caplog.clear()
+    logger.setLevel(logging.NOTSET)
+    assert logged == [True, False]
 
 
 def test_the_package_is_the_command() -> None:

@@ -17,14 +17,13 @@ from irqlora_jax.files.small import read_json
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.checkpoint_files import newest_log
-from irqlora_jax.runs.folder import BASE_FILE, SURVEY_FILE
+from irqlora_jax.runs.folder import BASE_FILE, ENVIRONMENT_FILE, SURVEY_FILE
 from irqlora_jax.runs.load import read_evaluation, read_results
 from irqlora_jax.runs.recorded import RECORD_FILE, check_recorded
 from irqlora_jax.runs.state import init_state, make_optimizer
 from irqlora_jax.sharding import device_bytes
 from irqlora_jax.text import first_few
 
-ENVIRONMENT_FILE = "environment.json"
 Piece = TypeVar("Piece")
 
 

@@ -14,7 +14,8 @@ from irqlora_jax.files.small import write_text
 from irqlora_jax.machine import installed_version
 from irqlora_jax.messages import ON_STDOUT, shows_messages
 from irqlora_jax.report.page import page
-from irqlora_jax.report.run_data import ENVIRONMENT_FILE, read_run_data
+from irqlora_jax.report.run_data import read_run_data
+from irqlora_jax.runs.folder import ENVIRONMENT_FILE
 from irqlora_jax.runs.recorded import write_recorded
 
 REPORT_FILE = "report.html"

@@ -37,7 +37,8 @@ def forget_end(run: Path) -> None:
 
 
 def check_end(run: Path) -> None:
-    """Checks that the checkpoint with which a run ended is there: else an older one is the last.
+    """Checks that the checkpoint with which a run ended is there: else an older one is the last,
+    and perhaps the best.
 
     Raises:
         FileNotFoundError: it is not there.

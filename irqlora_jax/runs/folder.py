@@ -31,7 +31,7 @@ import numpy as np
 from irqlora_jax.base.file import BASE_FILE as BASE_FILE
 from irqlora_jax.config import Config, read_stored_config
 from irqlora_jax.data import Example
-from irqlora_jax.files.small import read_json
+from irqlora_jax.files.small import read_json, refuse_folder
 from irqlora_jax.runs.checkpoint_files import check_path
 from irqlora_jax.runs.lock import LOCK_FILE
 from irqlora_jax.runs.recorded import RECORD_FILE, check_recorded, write_recorded
@@ -39,6 +39,7 @@ from irqlora_jax.text import shorten
 
 TOKENIZER, GENERATION = "tokenizer", "generation_config.json"
 SURVEY_FILE = "quantization.json"
+ENVIRONMENT_FILE, RESULTS_FILE = "environment.json", "results.json"
 _CONFIG, _DATA = "config.json", "data.json"
 BASE_START = {TOKENIZER, f"{BASE_FILE}.part", LOCK_FILE}
 BASE_START |= {f"{name}{end}" for name in (SURVEY_FILE, RECORD_FILE) for end in ("", ".part")}
@@ -71,13 +72,15 @@ def check_folder(folder: Path, config: Config) -> Config | None:
         ValueError: it holds something else, or has a name that cannot be used; the message says
             what differs.
         NotADirectoryError: it is a file.
-        OSError: the folder is not writable.
+        OSError: the folder, or a file that the run will write there, is not writable.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"output_dir = '{folder}': a file; expected a folder")
     check_path(folder)
     stored = _stored_config(folder, config)
     check_writable(folder)
+    for name in (ENVIRONMENT_FILE, RESULTS_FILE):
+        refuse_folder(folder / name)
     return stored
 
 

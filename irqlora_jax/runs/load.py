@@ -104,7 +104,7 @@ def load_run(
         model = Llama(llama, compute_dtype=dtype)
         return Run(folder, config, model, {"params": {}, "base": base}, tokenizer, None, source)
     model = Llama(llama, adapter=config.adapter, compute_dtype=dtype)
-    if checkpoint == "last":
+    if not isinstance(checkpoint, int):
         check_end(folder)
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.find(checkpoint)

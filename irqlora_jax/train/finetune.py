@@ -30,6 +30,7 @@ from irqlora_jax.runs.checkpoint_files import check_end, forget_end, record_end
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.folder import (
     BASE_FILE,
+    RESULTS_FILE,
     Fingerprint,
     check_data,
     check_folder,
@@ -60,7 +61,6 @@ from irqlora_jax.train.metrics import MetricsLog, check_log, check_packages
 from irqlora_jax.train.step import sharded_state as sharded_state
 from irqlora_jax.train.step import train_step as train_step
 
-RESULTS_FILE = "results.json"
 logger = logging.getLogger(__name__)
 
 

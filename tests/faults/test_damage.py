@@ -90,10 +90,13 @@ def test_no_damage_of_a_folder_goes_unnoticed(outcome, target: str) -> None:
         Case("checkpoints/4/_CHECKPOINT_METADATA", "deleted", "train"),
         Case("checkpoints/4", "half deleted", "train"),
         Case("report.html", "garbage", "train"),
+        Case("environment.json", "a folder", "train"),
+        Case("results.json", "a folder", "train"),
+        Case("checkpoints/4", "deleted", "eval best"),
     ],
     ids=str,
 )
-def test_a_resumed_run_notices_damage(outcome, case: Case) -> None:
+def test_other_commands_notice_damage(outcome, case: Case) -> None:
     name, text = outcome(case)
     assert name in FINE, f"{name}: {text}"
 
