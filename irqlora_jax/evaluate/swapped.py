@@ -153,7 +153,7 @@ def _mean_loss(
         _sum_nll(model.config, rest, x, batch) for x, batch in zip(hidden, batches, strict=True)
     ]
     scored = sum(batch[:, 1:].size for batch in batches)
-    return float(np.sum([np.asarray(part, np.float64) for part in sums])) / scored
+    return sum(float(np.asarray(part, np.float64).sum()) for part in sums) / scored
 
 
 @functools.partial(jax.jit, static_argnames="config")

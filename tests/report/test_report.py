@@ -322,7 +322,9 @@ def test_the_page_about_sensitivity_names_the_worst() -> None:
     texts = [text.text for text in picture.iter(f"{SVG}text")]
     assert "1234.5" in texts and "-750.0" in texts and max(map(len, map(str, texts))) <= 8
     # The command has the settings that are not defaults.
-    commands = next(iter("".join(pre.itertext()) for pre in root.iter("pre") if "cd " in pre.text))
+    commands = next(
+        iter("".join(pre.itertext()) for pre in root.iter("pre") if "cd " in str(pre.text))
+    )
     flags = shlex.split(commands.split("\n")[1])[2:]
     repeated = parse_flags(SensitivityConfig, flags, "irqlora sensitivity")
     assert repeated == dataclasses.replace(ASKED, output_dir="NEW_FOLDER")
