@@ -274,8 +274,8 @@ def suggestion_sentence(added: int, before: float, after: float) -> str:
     """Says what the suggested rules are, and that they are not measured."""
     if not added:
         return (
-            f"No rules to suggest: no matrix costs anything that a larger format within extra_bits "
-            f"could save ({before:.2f} bits a weight)."
+            "No rules to suggest: no cost is above the noise, or extra_bits is too small for a "
+            f"larger format ({before:.2f} bits a weight). More rows give less noise."
         )
     matrices = "the matrix" if added == 1 else f"the {added} matrices"
     return (

@@ -49,6 +49,9 @@ def suggest(
 ) -> Suggestion:
     """Chooses the matrices with the largest cost per additional bit, while the budget lasts.
 
+    Quantization does not improve a model, so negative costs are noise. A cost that is no larger
+    than the most negative one may be noise too, and is ignored.
+
     Args:
         costs: loss that the quantization of a matrix adds, by layer and projection.
         quant: the settings that were measured.
@@ -58,14 +61,14 @@ def suggest(
     """
     weights = llama.num_hidden_layers * sum(map(math.prod, llama.linear_shapes.values()))
     budget, before = extra_bits * weights, _bits(quant, llama, dtype)
-    offers = []
+    noise, offers = -min((cost for cost in costs.values() if cost < 0), default=0.0), []
     for (layer, name), cost in costs.items():
         matrix, shape = matrix_name(linear_path(name), layer), llama.linear_shapes[name]
         own = quant.for_matrix(matrix)
         rule = QuantRule(matrix, format=larger_format(own.format))
         better = dataclasses.replace(own, format=rule.format)
         extra = _matrix_bits(shape, better, dtype) - _matrix_bits(shape, own, dtype)
-        if cost > 0:
+        if cost > noise:
             offers.append((cost / extra, extra, rule))
     chosen: list[QuantRule] = []
     for _, extra, rule in sorted(offers, key=lambda offer: -offer[0]):

@@ -216,7 +216,8 @@ def test_suggested_rules_parse_and_do_what_they_say(
     }
     # All matrices have the same size, so the worst ones come first, and none that costs nothing.
     chosen = [costs[rule.match] for rule in quant.rules[:-2]]
-    assert chosen == sorted(chosen, reverse=True) and chosen[0] == max(costs.values()) > 0
+    assert chosen == sorted(chosen, reverse=True) and chosen[0] == max(costs.values())
+    assert chosen[-1] > -min(costs.values()) > 0
     for rule in quant.rules[:-2]:
         assert rule.format == larger_format(MIXED.for_matrix(rule.match).format)
         assert quant.for_matrix(rule.match).format == rule.format
@@ -224,13 +225,16 @@ def test_suggested_rules_parse_and_do_what_they_say(
 
 def test_rules_within_a_budget() -> None:
     config = QuantConfig(format="nf4", block_size=32, calibration="none")
-    costs = {(0, "q_proj"): 0.1, (0, "k_proj"): -0.2, (1, "q_proj"): math.nan}
+    costs = {(0, "q_proj"): 0.1, (0, "k_proj"): -0.05, (1, "q_proj"): math.nan}
     # 16 - 4.5 bits for one of 14 matrices.
     nothing = suggest(costs, config, NARROW, 0.5)
     assert (nothing.rules, nothing.after) == ((), nothing.before)
     advice = suggest(costs, config, NARROW, 1.0)
     assert advice.rules == (QuantRule("layers.0.self_attn.q_proj", format="none"),)
     assert advice.after > advice.before
+    # Where another matrix seems to gain as much, a cost is noise.
+    noise = suggest(costs | {(1, "up_proj"): -0.1}, config, NARROW, 1.0)
+    assert (noise.rules, noise.added) == ((), 0) == (suggest({}, config, NARROW, 1.0).rules, 0)
     assert [larger_format(name) for name in ("int2", "nf3", "fp4")] == ["int3", "nf4", "none"]
 
 
