@@ -1,4 +1,4 @@
-"""The command line: `irqlora train | eval | report | quantize | export | chat`.
+"""The command line: `irqlora train | eval | report | quantize | sensitivity | export | chat`.
 
 A command's modules are imported only when it runs, so help and usage errors appear at once.
 """
@@ -70,6 +70,13 @@ def _quantize() -> Loaded:
     return QuantizeConfig, quantize_model
 
 
+def _sensitivity() -> Loaded:
+    from irqlora_jax.evaluate.sensitivity import SensitivityConfig
+    from irqlora_jax.report.sensitivity import sensitivity
+
+    return SensitivityConfig, sensitivity
+
+
 def _export() -> Loaded:
     from irqlora_jax.export.folder import ExportConfig, export
 
@@ -91,6 +98,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[], Loaded]]] = {
     "eval": ("questions, MMLU, perplexity, generation (also: python eval.py)", _eval),
     "report": ("rewrite the report page of a run", _report),
     "quantize": ("quantize a base once for many runs", _quantize),
+    "sensitivity": ("quantize one matrix at a time: which ones cost most?", _sensitivity),
     "export": ("write a run as Hugging Face folders: adapter, merged or dequantized", _export),
     "chat": ("talk to a model in the terminal", _chat),
 }
@@ -103,7 +111,7 @@ _ELSEWHERE = {
 
 
 def _usage() -> str:
-    lines = "\n".join(f"  {name:<9}  {line}" for name, (line, _) in _COMMANDS.items())
+    lines = "\n".join(f"  {name:<11}  {line}" for name, (line, _) in _COMMANDS.items())
     return f"""usage: irqlora COMMAND [--config FILE] [--section.field value ...]
 
 {lines}

@@ -164,7 +164,10 @@ def test_quantizing_into_a_used_folder_is_refused(base: Path, capsys) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["trian"], ["trian", "'train'?", "train, eval, report, quantize, export, chat"]),
+        (
+            ["trian"],
+            ["trian", "'train'?", "train, eval, report, quantize, sensitivity, export, chat"],
+        ),
         (["train"], ["model", "irqlora train --help"]),
         (["quantize", "--model=a", "--output_dir=b", "--quant.fromat=nf4"], ["--quant.fromat"]),
         (["quantize", "--model=nowhere", "--output_dir=b"], ["nowhere", "no such folder"]),
@@ -188,7 +191,7 @@ def test_bad_commands(
 def test_help_lists_the_commands_and_every_option(capsys) -> None:
     assert cli.main([]) == 0
     out, _ = capsys.readouterr()
-    for command in ("train", "eval", "report", "quantize", "export", "chat"):
+    for command in ("train", "eval", "report", "quantize", "sensitivity", "export", "chat"):
         assert f"\n  {command} " in out
         with pytest.raises(SystemExit) as exit_:
             cli.main([command, "--help"])

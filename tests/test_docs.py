@@ -35,6 +35,7 @@ SHOWN = {
     "adapters.iec": ("init", "spread", "apply", "fold"),
     "adapters.loftq": ("loftq",),
     "config.settings": ("Config.load",),
+    "evaluate.suggested": ("larger_format", "rules_text"),
 }
 _FENCE = re.compile(r"^(```+)(\w*)\n(.*?)^\1 *$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^()\s]+)\)")

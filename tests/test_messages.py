@@ -22,8 +22,10 @@ PUBLIC = {
     "plan/plan.py": "plan",
     "runs/quantize.py": "quantize_model",
     "evaluate/tasks.py": "evaluate_run",
+    "evaluate/sensitivity.py": "measure_sensitivity",
     "export/folder.py": "export",
     "report/write.py": "report",
+    "report/sensitivity.py": "sensitivity",
 }
 logger = logging.getLogger("irqlora_jax.room.module")
 

@@ -29,6 +29,15 @@ def rope_frequencies(config: LlamaConfig) -> Float32[Array, " half"]:
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
+def rope_rotations(
+    config: LlamaConfig, positions: Int[Array, "batch seq"]
+) -> tuple[Float32[Array, "batch seq half"], Float32[Array, "batch seq half"]]:
+    """Cosines and sines of the rotations at these positions."""
+    frequencies = rope_frequencies(config)[None, None, :]
+    angles = positions[:, :, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
 def rotate(
     x: Float[Array, "batch seq heads head_dim"],
     cos: Float32[Array, "batch seq half"],

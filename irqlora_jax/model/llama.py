@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.model.attention import einsum_f32, rope_frequencies, segment_positions
+from irqlora_jax.model.attention import einsum_f32, rope_rotations, segment_positions
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.layer import (
     AttentionName,
@@ -190,8 +190,7 @@ class Llama(nn.Module):
             positions = index + cache["length"][:, None]
         if positions is None:
             positions = index if segment_ids is None else segment_positions(segment_ids)
-        angles = positions[:, :, None].astype(jnp.float32) * rope_frequencies(config)[None, None, :]
-        rope = (jnp.cos(angles), jnp.sin(angles))
+        rope = rope_rotations(config, positions)
 
         table = (config.vocab_size, config.hidden_size)
         embeddings = gather(Weight(table, name="embed_tokens")(), "embed_tokens")

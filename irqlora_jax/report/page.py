@@ -1,6 +1,6 @@
 """Makes the page: one file without scripts and downloads, for screens, phones and paper."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from irqlora_jax.report import quantized, scored, sections
 from irqlora_jax.report.markup import Markup, join, tag
@@ -96,12 +96,17 @@ def page(found: RunData) -> str:
     if problems:
         lines = [tag("p", problem, class_="note") for problem in problems]
         body.append(tag("section", tag("h2", "Left out"), *lines))
+    return document(found.name, body)
+
+
+def document(name: str, body: Sequence[Markup]) -> str:
+    """Makes a page with the style of the reports from its title and its body."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{found.name} \u2013 irqlora_jax"),
+        tag("title", f"{name} \u2013 irqlora_jax"),
         tag("style", Markup(_STYLE)),
     )
     root = tag("html", head, tag("body", tag("main", *body)), lang="en")

@@ -27,8 +27,12 @@ def calibration_name(name: str) -> str:
 
 def entropy(found: RunData) -> Markup:
     """Plots the entropy of the codes by layer, before and after the calibration."""
-    survey = found.survey or {}
-    kinds = _kinds(found)
+    return entropy_plots(found.survey or {})
+
+
+def entropy_plots(survey: Mapping[str, Any]) -> Markup:
+    """As `entropy`, from a survey (`base.survey.summarize`)."""
+    kinds = _kinds(survey)
     if not kinds:
         return Markup()
     by_kind = {name: survey[key]["entropy"] for name, key in kinds}
@@ -55,7 +59,8 @@ def entropy(found: RunData) -> Markup:
 
 def quantization(found: RunData) -> Markup:
     """Plots codes, shifts and errors."""
-    survey, kinds = found.survey or {}, _kinds(found)
+    survey = found.survey or {}
+    kinds = _kinds(survey)
     if not kinds:
         return Markup()
     fmt = FORMATS[survey["format"]]
@@ -96,9 +101,8 @@ def _shared_axis(label: str, by_kind: Mapping[str, Mapping[str, Sequence[float |
     return Axis(label, *nice_limits(min(found), max(found)))
 
 
-def _kinds(found: RunData) -> list[tuple[str, str]]:
+def _kinds(survey: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names of the quantizers in the survey, and their keys."""
-    survey = found.survey or {}
     name = survey.get("calibration", "none")
     names = (("plain", "plain"), (calibration_name(name), "calibrated"))
     return [(label, key) for label, key in names if key in survey]

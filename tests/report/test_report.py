@@ -1,5 +1,6 @@
 """The page about a run: what it shows, and that nothing in a folder can break it."""
 
+import dataclasses
 import html.parser
 import json
 import math
@@ -17,12 +18,16 @@ import pytest
 from irqlora_jax import cli
 from irqlora_jax.base.file import save_base
 from irqlora_jax.base.survey import BINS
+from irqlora_jax.config import parse_flags
 from irqlora_jax.evaluate.mmlu_files import SUBCATEGORIES
+from irqlora_jax.evaluate.sensitivity import SensitivityConfig
+from irqlora_jax.quant.config import QuantConfig, QuantRule
 from irqlora_jax.report import svg, write
 from irqlora_jax.report.markup import tag
 from irqlora_jax.report.page import page
 from irqlora_jax.report.run_data import metric_curve, read_metrics, read_run_data
 from irqlora_jax.report.scored import wilson
+from irqlora_jax.report.sensitivity import sensitivity_page
 from irqlora_jax.sharding import LINEAR_NAMES
 from tests.models import NARROW, PLAIN, random_base
 
@@ -107,6 +112,37 @@ def make_config(**changes: Any) -> dict[str, Any]:
         "adapter": {"method": "iec", "rank": 6, "alpha": 9.0, "targets": list(LINEAR_NAMES)},
         "train": {"steps": 400},
     } | changes
+
+
+RULES = (QuantRule("*.down_proj", format="nf4"),)
+ASKED = SensitivityConfig(
+    "some/model", "a text.txt", "out", QuantConfig("nf3", rules=RULES), projections=LINEAR_NAMES[:6]
+)
+
+
+def make_sensitivity(layers: int = 30) -> dict[str, Any]:
+    """The contents of a sensitivity.json; the worst is layers.7.mlp.gate_proj."""
+    rng = np.random.default_rng(1)
+    costs: dict[str, list[float | None]] = {
+        name: rng.normal(0.01, 0.01, layers).tolist() for name in ASKED.projections
+    }
+    costs["gate_proj"][7], costs["q_proj"][2], costs["k_proj"][3] = 1.2345, -0.75, None
+    ratio = rng.uniform(1, 99, layers).tolist()
+    return {
+        "settings": dataclasses.asdict(ASKED),
+        "directory": "/here",
+        "tokens": 2044,
+        "rows": 4,
+        "full_precision": 3.25,
+        "quantized": 4.5,
+        "losses": {},
+        "costs": costs,
+        "outliers": {name: {"channel": [5] * layers, "ratio": ratio} for name in LINEAR_NAMES},
+        "survey": make_survey(layers),
+        "suggestion": {"rules": "a rule", "added": 3, "bits_before": 3.26, "bits_after": 3.36},
+        "versions": {"jax": "0.10.2"},
+        "seconds": 12.0,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +289,45 @@ def test_the_page_shows_what_was_measured(run: Path) -> None:
         "irqlora eval --run NEW_FOLDER --task mmlu --baseline --mmlu 'mmlu data'",
     ):
         assert sentence in words, sentence
+
+
+def test_the_page_about_sensitivity_names_the_worst() -> None:
+    found = make_sensitivity()
+    root = parse(sensitivity_page(found))
+    titles = ["Loss by matrix", "Rules", "Entropy of the codes", "Outlier channels", "Repeat it"]
+    assert sections(root) == titles
+    words = " ".join("".join(root.itertext()).split())
+    for sentence in (
+        "The worst is layers.7.mlp.gate_proj with +1.2345 nats.",
+        "quantizing everything adds +1.2500.",
+        "the 3 matrices that cost most per bit, and need 3.36 instead of 3.26 bits a weight.",
+        "a text.txt, 2,044 tokens in 4 rows",
+        "nf3 + ICQ, with rules",
+    ):
+        assert sentence in words, sentence
+    costs, shown = found["costs"], figures(root)["Loss by layer and projection"]
+    assert shown[0] == ["layer", *costs]
+    for layer, row in enumerate(shown[1:]):
+        values = [costs[name][layer] for name in costs]
+        assert row == [str(layer), *("-" if v is None else f"{v:+.6f}" for v in values)]
+    # A cell for each value, the darkest for the worst one, and blue below 0.
+    (picture,) = [
+        f for f in root.iter("figure") if f.findtext("figcaption") == "Loss by layer and projection"
+    ]
+    cells = list(picture.iter(f"{SVG}rect"))
+    assert len(cells) == 30 * 6 - 1
+    opacity = [float(cell.get("fill-opacity", 0)) for cell in cells]
+    assert max(opacity) == opacity[7 * 6 - 1 + 4] == 0.55
+    assert [cell.get("class") for cell in cells].index("f s0") <= 2 * 6
+    texts = [text.text for text in picture.iter(f"{SVG}text")]
+    assert "1234.5" in texts and "-750.0" in texts and max(map(len, map(str, texts))) <= 8
+    # The command has the settings that are not defaults.
+    commands = next(
+        iter("".join(pre.itertext()) for pre in root.iter("pre") if "cd " in str(pre.text))
+    )
+    flags = shlex.split(commands.split("\n")[1])[2:]
+    repeated = parse_flags(SensitivityConfig, flags, "irqlora sensitivity")
+    assert repeated == dataclasses.replace(ASKED, output_dir="NEW_FOLDER")
 
 
 def test_without_data_for_an_evaluation_the_training_loss_is_shown(run: Path) -> None:
@@ -493,10 +568,10 @@ def test_a_run_survives_a_page_that_cannot_be_written(
 @pytest.mark.skipif(
     not any(map(shutil.which, ("chromium", "google-chrome"))), reason="there is no browser"
 )
-def test_a_phone_shows_it_without_scrolling_sideways(run: Path, tmp_path: Path) -> None:
-    text = page(read_run_data(run)).replace(
-        "http-equiv", "data-was"
-    )  # or else this test could not look
+@pytest.mark.parametrize("about", ["run", "sensitivity"])
+def test_a_phone_shows_it_without_scrolling_sideways(run: Path, tmp_path: Path, about: str) -> None:
+    text = page(read_run_data(run)) if about == "run" else sensitivity_page(make_sensitivity())
+    text = text.replace("http-equiv", "data-was")  # or else this test could not look
     text = text.replace("<details", '<details open=""')
     frame = tag("iframe", " ", srcdoc=text, width=360, height=700, id="page")
     script = """<script>onload = () => {
@@ -518,4 +593,6 @@ def test_a_phone_shows_it_without_scrolling_sideways(run: Path, tmp_path: Path) 
     command += [f"--user-data-dir={tmp_path / 'profile'}", wrapper.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     title = done.stdout.split("<title>")[1].split("</title>")[0]
-    assert title in ("360 wide, 0 cut, 28 drawn", "345 wide, 0 cut, 28 drawn"), title
+    count = 28 if about == "run" else 10
+    expected = [f"{width} wide, 0 cut, {count} drawn" for width in (360, 345)]
+    assert title in expected, title
