@@ -244,6 +244,7 @@ def test_a_run_from_the_command_line_and_another_one_in_its_folder(case: Case, c
     ("flags", "words"),
     [
         (["--task=factworld"], ["run"]),
+        (["--model=m", "--task=factworld"], ["--model: unknown field; did you mean --run?"]),
         (["--run=nowhere", "--task=factworld"], ["nowhere", "config.json"]),
         (["--run=nowhere", "--task=mmmlu"], ["task", "mmmlu", "perplexity"]),
         (["--run=nowhere", "--task=lm-eval:"], ["task", "lm-eval:NAME,NAME"]),

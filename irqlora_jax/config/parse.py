@@ -137,6 +137,9 @@ def _split_flags(
         yield name, value
 
 
+_SOURCES = {"model", "run"}  # what a command reads; each command has one of these flags
+
+
 def _check_known(name: str, known: Mapping[str, Any], written: str, script: str) -> None:
     if name in known:
         return
@@ -146,6 +149,7 @@ def _check_known(name: str, known: Mapping[str, Any], written: str, script: str)
         by_last.setdefault(other.rpartition(".")[2], []).append(other)
     # A misspelled name, or the same or a similar one in another section.
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.8) or by_last.get(last, [])
+    near = near or [other for other in known if {name, other} == _SOURCES]
     if not near:
         similar = difflib.get_close_matches(last, by_last, n=1)
         near = [other for one in similar for other in by_last[one]]
