@@ -48,7 +48,7 @@ class SensitivityConfig:
     An interrupted command continues when it is given again."""
 
     model: str
-    """Folder with a Hugging Face LLaMA (safetensors), or its id on the hub."""
+    """Folder with a Hugging Face LLaMA (safetensors), its id on the hub, or a .gguf file."""
     text: str
     """A plain text file. Its first tokens are scored."""
     output_dir: str
@@ -142,7 +142,8 @@ def _cut(
 
 def _identity(asked: SensitivityConfig, rows: Int32[np.ndarray, "rows seq"]) -> dict[str, Any]:
     """Everything that the losses depend on, as plain values. Rounding aside, batches do not."""
-    files = sorted(snapshot(asked.model).glob("*.safetensors"))
+    path = snapshot(asked.model)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     found = {
         "model": asked.model,
         "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
