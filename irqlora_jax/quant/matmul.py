@@ -27,12 +27,10 @@ def _place(x: Array, weight: QTensor) -> tuple[str, tuple[int, int], int]:
     return weight.format, weight.shape, math.prod(x.shape[:-1])
 
 
-@jax.jit  # traced once for all weights of a shape
 def _xla_forward(x: Array, weight: QTensor) -> Array:
     return x @ weight.dequantize(x.dtype).T
 
 
-@jax.jit
 def _xla_backward(g: Array, weight: QTensor) -> Array:
     return g @ weight.dequantize(g.dtype)
 
