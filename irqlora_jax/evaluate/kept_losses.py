@@ -63,5 +63,5 @@ def _parse(line: str) -> dict[str, Any] | None:
     """The values of a line; None if it is damaged."""
     try:
         return check_seal(json.loads(line), "projection")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return None

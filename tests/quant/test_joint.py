@@ -58,17 +58,22 @@ def plain_errors(blocks, name, symmetric=False, valid=None, factor: Any = 1):
     return errors(blocks, name, scale, np.zeros_like(scale), valid, factor)
 
 
-def slow_errors(blocks, name):
-    """The prototype's way: 21 x 25 candidates as they stand, then 4 least-squares steps."""
+def slow_errors(blocks, name, factor: Any = 1):
+    """The prototype's way: 21 x 25 candidates as they stand, then 4 least-squares steps.
+
+    `factor` multiplies the squared errors, [n, block].
+    """
     levels = np.sort(get_format(name).table).astype(np.float64)
     middle, half = (levels[0] + levels[-1]) / 2, (levels[-1] - levels[0]) / 2
     blocks = blocks.astype(np.float64)
     median = np.sort(blocks, 1)[:, blocks.shape[1] // 2 - 1]
     spread = np.abs(blocks - median[:, None]).max(1)
     best = np.full(len(blocks), np.inf), np.zeros(len(blocks)), np.zeros(len(blocks))
+    share = np.broadcast_to(factor, blocks.shape)
+    share = share / share.sum(1, keepdims=True)
 
     def keep(scale, shift, best):
-        new = errors(blocks, name, scale, shift), scale, shift
+        new = errors(blocks, name, scale, shift, factor=factor), scale, shift
         return tuple(np.where(new[0] < best[0], a, b) for a, b in zip(new, best, strict=True))
 
     for move in np.linspace(-0.3, 0.3, 21) * 0.541087:
@@ -78,9 +83,10 @@ def slow_errors(blocks, name):
             best = keep(scale, center - middle * scale, best)
     for _ in range(4):
         level = levels[codes(blocks, name, *best[1:])]
-        off, out = level - level.mean(1, keepdims=True), blocks - blocks.mean(1, keepdims=True)
-        scale = (off * out).sum(1) / (off * off).sum(1)
-        best = keep(scale, blocks.mean(1) - scale * level.mean(1), best)
+        off = level - (share * level).sum(1, keepdims=True)
+        out = blocks - (share * blocks).sum(1, keepdims=True)
+        scale = (share * off * out).sum(1) / (share * off * off).sum(1)
+        best = keep(scale, (share * (blocks - scale[:, None] * level)).sum(1), best)
     return best[0]
 
 

@@ -9,7 +9,7 @@ from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.formats import get_format
 from tests.quant.test_icq import make_blocks, make_partial
-from tests.quant.test_joint import COUNT, FORMATS, codes, errors, plain_errors
+from tests.quant.test_joint import COUNT, FORMATS, errors, plain_errors, slow_errors
 
 
 def factors(blocks, valid=None):
@@ -30,34 +30,6 @@ def search(blocks, name, symmetric=False, valid=None, weigh=robust.weigh, inputs
     )
     scale, shift = (np.asarray(x, np.float64) for x in found)
     return scale, -shift * scale if get_format(name).integer else shift
-
-
-def slow_errors(blocks, name, factor):
-    """21 x 25 candidates as they stand, then 4 steps of weighted least squares."""
-    levels = np.sort(get_format(name).table).astype(np.float64)
-    middle, half = (levels[0] + levels[-1]) / 2, (levels[-1] - levels[0]) / 2
-    blocks = blocks.astype(np.float64)
-    median = np.sort(blocks, 1)[:, blocks.shape[1] // 2 - 1]
-    spread = np.abs(blocks - median[:, None]).max(1)
-    best = np.full(len(blocks), np.inf), np.zeros(len(blocks)), np.zeros(len(blocks))
-    share = factor / factor.sum(1, keepdims=True)
-
-    def keep(scale, shift, best):
-        new = errors(blocks, name, scale, shift, factor=factor), scale, shift
-        return tuple(np.where(new[0] < best[0], a, b) for a, b in zip(new, best, strict=True))
-
-    for move in np.linspace(-0.3, 0.3, 21) * 0.541087:
-        center = median + move * spread
-        for width in np.linspace(0.4, 1, 25):
-            scale = width * np.abs(blocks - center[:, None]).max(1) / half
-            best = keep(scale, center - middle * scale, best)
-    for _ in range(4):
-        level = levels[codes(blocks, name, *best[1:])]
-        off = level - (share * level).sum(1, keepdims=True)
-        out = blocks - (share * blocks).sum(1, keepdims=True)
-        scale = (share * off * out).sum(1) / (share * off * off).sum(1)
-        best = keep(scale, (share * (blocks - scale[:, None] * level)).sum(1), best)
-    return best[0]
 
 
 @pytest.mark.parametrize(
