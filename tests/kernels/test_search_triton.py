@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 from irqlora_jax.kernels.search_triton import Tiles, refusal, search_shift
 from irqlora_jax.kernels.search_triton_sort import bitonic_pairs, odd_even_pairs
 from irqlora_jax.quant.calibrations import icq
+from tests.arrays import read_arrays
 from tests.cuda.abstract_gpu import abstract_gpu
 from tests.quant.test_icq import both_forms, make_blocks, make_partial
 
@@ -97,7 +98,7 @@ def test_ends_of_float32():
 
 def test_golden_weights(golden):
     """Together with every kind of block. The last program is not full."""
-    reference = np.load(golden / "icq_nf4.npz")
+    reference = read_arrays(golden / "icq_nf4.npz")
     weights = reference["w"].reshape(-1, 64)
     shift = check(np.concatenate([weights, make_blocks(64, copies=64)[:-7]]), "nf4")
     assert (shift[: len(weights)] == reference["tau_exact"]).mean() > 0.98

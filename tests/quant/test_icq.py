@@ -8,6 +8,7 @@ from jax import lax
 from irqlora_jax.quant import entropy
 from irqlora_jax.quant.calibrations import icq, icq_integer
 from irqlora_jax.quant.formats import get_format
+from tests.arrays import read_arrays
 
 SHIFTED = ("nf4", "nf3", "nf2", "fp4")
 
@@ -178,7 +179,7 @@ def test_bad_arguments_are_named(call, message):
 
 def test_released_shift_search(golden):
     """Never below the released code, and below the best only where its float sums are noisy."""
-    reference = np.load(golden / "icq_nf4.npz")
+    reference = read_arrays(golden / "icq_nf4.npz")
     blocks = reference["w"].reshape(-1, 64)
     packed = reference["packed"]
     codes = np.stack([packed >> 4, packed & 15], -1).reshape(-1, 64)
@@ -263,7 +264,7 @@ def test_zero_point_is_the_first_best_representable_one(bits, width, steps):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_released_range_search(golden, bits, symmetric):
-    reference = np.load(golden / "icq_integer.npz")
+    reference = read_arrays(golden / "icq_integer.npz")
     prefix = f"int{bits}_{'sym' if symmetric else 'asym'}_"
     blocks = reference["w"].reshape(-1, 32)
     plain = icq_integer.plain_range(jnp.asarray(blocks), bits, symmetric)

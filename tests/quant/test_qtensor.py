@@ -16,6 +16,7 @@ from irqlora_jax.quant.encode import quantize, quantized_shape
 from irqlora_jax.quant.entropy import block_entropy
 from irqlora_jax.quant.formats import FORMATS
 from irqlora_jax.quant.qtensor import QTensor
+from tests.arrays import read_arrays
 from tests.models import assert_same
 
 EVERY_FORMAT = list(FORMATS)
@@ -33,7 +34,7 @@ def nibbles(q: QTensor) -> np.ndarray:
 
 def test_codes_and_bytes_of_the_released_code(golden) -> None:
     """Golden shifts, codes from the exact statistics: everything stored is identical."""
-    released = np.load(golden / "icq_nf4.npz")
+    released = read_arrays(golden / "icq_nf4.npz")
     weight = jnp.asarray(released["w"])
     exact = QuantConfig(codes_from="exact")
     q = quantize(weight, exact, shift=jnp.asarray(released["tau_exact"].reshape(256, 8)))
@@ -58,7 +59,7 @@ def test_codes_and_bytes_of_the_released_code(golden) -> None:
 def test_integer_codes_of_the_released_code(golden, bits: int, kind: str) -> None:
     """Codes of the range search, from exact statistics: identical wherever the same of several
     equally good ranges was chosen, and of the same entropy everywhere."""
-    released = np.load(golden / "icq_integer.npz")
+    released = read_arrays(golden / "icq_integer.npz")
     config = QuantConfig(
         format=f"int{bits}",  # type: ignore[arg-type]
         block_size=32,

