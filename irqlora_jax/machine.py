@@ -57,6 +57,17 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def free_memory() -> int:
+    """Memory of the host in bytes that programs can still take; where unknown, half of it."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux
+        return pages // 2
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return min([pages, *(1024 * int(kibibytes) for kibibytes in found)])
+
+
 def reaches_hub(seconds: float = 3.0) -> bool:
     """Whether the Hugging Face hub answers. False with HF_HUB_OFFLINE=1.
 

@@ -20,7 +20,7 @@ from irqlora_jax.evaluate.questions import load_questions, score_questions
 from irqlora_jax.generate.conversation import Style, decode_stream, encode_turns, find_style
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.messages import progress_bar, shows_messages
-from irqlora_jax.runs.load import Run, load_run, read_checkpoint
+from irqlora_jax.runs.load import Run, load_run, read_checkpoint, unpacked
 from irqlora_jax.text import aligned, read_text, shorten
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
     if asked.task == "mmlu" and asked.shots is None:
         asked = dataclasses.replace(asked, shots=5)
     with progress_bar("Loading the model", show=asked.progress):
-        run = load_run(asked.run, adapter=not asked.baseline, checkpoint=checkpoint)
+        run = unpacked(load_run(asked.run, adapter=not asked.baseline, checkpoint=checkpoint))
     path = results.result_path(run, _file_stem(asked), asked.output)
     if path is None:
         logger.info("the result is only shown and nothing is kept; --output FILE writes it")

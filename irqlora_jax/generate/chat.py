@@ -11,7 +11,7 @@ import jax
 from irqlora_jax.generate.conversation import Style, Turn, decode_stream, encode_turns, find_style
 from irqlora_jax.generate.decode import stream
 from irqlora_jax.messages import progress_bar
-from irqlora_jax.runs.load import Run, load_run
+from irqlora_jax.runs.load import Run, load_run, unpacked
 
 Write = Callable[[str], Any]
 _HELP = "/reset clears the conversation, /quit ends it, Ctrl-C stops an answer"
@@ -70,7 +70,8 @@ def chat(
     write = write or _print
     read = read or ((lambda _: input()) if piped else input)
     with progress_bar("Loading the model"):
-        run = load_run(config.run, adapter=not config.baseline, checkpoint=config.checkpoint)
+        loaded = load_run(config.run, adapter=not config.baseline, checkpoint=config.checkpoint)
+        run = unpacked(loaded)
     style = find_style(run.config, run.tokenizer)
     # Fail before the first message if the settings are invalid or the chat template does not work.
     encode_turns(style, run.tokenizer, "?", system=config.system)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from irqlora_jax.base.file import (
     is_fitted,
@@ -19,9 +20,11 @@ from irqlora_jax.files.checksums import check_seal
 from irqlora_jax.files.gguf import is_gguf
 from irqlora_jax.files.hub import is_hub_id, load_tokenizer, read_config, snapshot
 from irqlora_jax.files.small import parse_json, read_json
+from irqlora_jax.machine import free_memory
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.matmul import dense_weights
 from irqlora_jax.runs.checkpoint_files import check_end
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.folder import BASE_FILE, GENERATION, TOKENIZER, read_config_file
@@ -111,6 +114,21 @@ def load_run(
         like = jax.eval_shape(lambda: model.init_adapters(jax.random.key(0)))
         adapters = checkpoints.restore_adapters(step, like)
     return Run(folder, config, model, {"params": adapters, "base": base}, tokenizer, step, source)
+
+
+def unpacked(run: Run) -> Run:
+    """On a CPU, a run with dense weights in the type of its activations, if they fit.
+
+    They may take half of the free memory. Else, and on other devices, the run is unchanged.
+    """
+    dtype, base = jnp.dtype(run.model.compute_dtype), run.variables["base"]
+    if jax.default_backend() != "cpu":
+        return run
+    shapes = jax.eval_shape(lambda base: dense_weights(base, dtype), base)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    if size > free_memory() // 2:
+        return run
+    return dataclasses.replace(run, variables={**run.variables, "base": dense_weights(base, dtype)})
 
 
 def read_checkpoint(value: str | int) -> Which:

@@ -1,8 +1,12 @@
 """Damaged files of a run are named by whatever opens it."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from irqlora_jax import hf
@@ -10,7 +14,9 @@ from irqlora_jax.config import Config
 from irqlora_jax.evaluate.results import identity
 from irqlora_jax.files.small import read_json
 from irqlora_jax.plan.measure import read_base_shapes
-from irqlora_jax.runs.load import load_run, scores
+from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.runs import load
+from irqlora_jax.runs.load import load_run, scores, unpacked
 from tests.models import (
     TEMPLATE,
     assert_same,
@@ -85,3 +91,31 @@ def test_a_gguf_file_is_a_model_like_its_folder(tmp_path: Path) -> None:
     out = hf.export_merged(file, tmp_path / "merged")
     assert read_json(out / "generation_config.json")["eos_token_id"] == 1
     assert_same(load_run(out).variables, expected.variables)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dense_weights_compute_what_packed_ones_do(written: Path, dtype: str) -> None:
+    run = load_run(written, compute_dtype=dtype)
+    dense = unpacked(run)
+    leaves = jax.tree.leaves(dense.variables["base"], is_leaf=lambda x: isinstance(x, QTensor))
+    assert not any(isinstance(leaf, QTensor) for leaf in leaves)
+    layer = dense.variables["base"]["layers"]["mlp"]["up_proj"]["weight"]
+    assert layer.dtype == dtype and layer.ndim == 3
+    assert dense == dataclasses.replace(run, variables=dense.variables)
+    assert dense.variables["params"] is run.variables["params"]
+    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    one, other = (each.model.apply(each.variables, tokens) for each in (run, dense))
+    np.testing.assert_allclose(one, other, atol=1e-5 if dtype == "float32" else 0.02)
+
+
+def test_weights_stay_packed_without_memory_or_on_another_device(
+    written: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = load_run(written)
+    needed = sum(leaf.nbytes for leaf in jax.tree.leaves(unpacked(run).variables["base"]))
+    for memory, stays in ((2 * needed, False), (2 * needed - 2, True)):
+        monkeypatch.setattr(load, "free_memory", lambda memory=memory: memory)
+        assert (unpacked(run) is run) == stays
+    monkeypatch.setattr(load, "free_memory", lambda: 2**60)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert unpacked(run) is run
