@@ -1,13 +1,12 @@
-"""Two experiments with scales and shifts that the library does not have.
+"""Two experiments with calibrations over draws of blocks.
 
     python benchmarks/beyond.py outliers feedback [--stories MODEL VALID_TEXT TRAIN_TEXT]
 
 outliers: is joint still better than ICQ if one channel of each matrix is 8 times as large? In every
 layer, one channel grows in the inputs of each matrix, and the weights or norms that produce this
 input shrink, so that the model computes the same function.
-feedback: GPTQ (Frantar et al. 2022) with the scales and shifts that a calibration stores for the
-original weights. It rounds column after column, and later columns compensate for the error of the
-earlier ones. The inputs come from a few documents.
+feedback: GPTQ's rounding (`quantize` with `gram`), with the scales and shifts that a calibration
+stores for the original weights. The inputs come from a few documents.
 
 The models are Factworld's small base for all formats, its large base for 2 bits, and stories260K,
 each in several draws (testbeds.py). Tables show means (standard deviations), and paired differences
@@ -23,7 +22,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from testbeds import (
     Base,
     Testbed,
@@ -37,13 +35,11 @@ from testbeds import (
 )
 from timing import line, machine, table
 
-from irqlora_jax.model.attention import rope_frequencies
-from irqlora_jax.model.layer import AdaptedLinear, Layer
+from irqlora_jax.model.attention import rope_rotations
+from irqlora_jax.model.layer import AdaptedLinear, Context, Layer, Settings
 from irqlora_jax.quant.calibrations.joint import JointOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
-from irqlora_jax.quant.formats import get_format
-from irqlora_jax.quant.qtensor import QTensor
 
 HOWS: dict[str, Mapping[str, Any]] = {
     "none": {"calibration": "none"},
@@ -121,57 +117,13 @@ def layer_inputs(weights: Any, x: jax.Array, count: jax.Array, config: Any) -> t
             seen[str(context.module.name)] = rows.T @ rows
         return call(*args, **kwargs)
 
-    positions = jnp.arange(x.shape[1], dtype=jnp.float32)
-    angles = jnp.broadcast_to(
-        positions[None, :, None] * rope_frequencies(config)[None, None, :],
-        (*x.shape[:2], config.head_dim // 2),
-    )
-    rope = jnp.cos(angles), jnp.sin(angles)
+    positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape[:2])
+    context = Context(rope_rotations(config, positions), None, None)
     with nn.intercept_methods(note):
-        layer = Layer(config, None, None, "xla", True)
-        (after, _), _ = layer.apply(  # type: ignore[misc]
-            {"base": weights}, (x, None), jnp.int32(0), rope, None, None
-        )
+        layer = Layer(Settings(config, None, None, "xla", True))
+        own = jnp.int32(0), {}
+        (after, _), _ = layer.apply({"base": weights}, (x, None), own, context)  # type: ignore[misc]
     return after, seen
-
-
-@functools.partial(jax.jit, static_argnames="format")
-def fed_back(
-    weight: jax.Array,
-    squares: jax.Array,
-    scale: jax.Array,
-    shift: jax.Array,
-    format: str,
-    damping: float = 0.01,
-) -> jax.Array:
-    """Rounded weights [out, in]; each column compensates for the errors of earlier columns.
-
-    Args:
-        weight: [out, in].
-        squares: X^T X of the inputs, [in, in].
-        scale: one for each weight, [out, in].
-        shift: one for each weight, [out, in].
-        format: code book.
-        damping: fraction of the diagonal's mean that is added to the diagonal.
-    """
-    levels = jnp.asarray(np.sort(get_format(format).table))
-    size = weight.shape[1]
-    damped = squares + damping * jnp.trace(squares) / size * jnp.eye(size)
-    upper = jnp.linalg.cholesky(jnp.linalg.inv(damped)).T
-
-    def column(j: jax.Array, w: jax.Array) -> jax.Array:
-        unit = (w[:, j] - shift[:, j]) / jnp.where(scale[:, j] == 0, 1, scale[:, j])
-        nearest = jnp.abs(unit[:, None] - levels[None]).argmin(1)
-        rounded = levels[nearest] * scale[:, j] + shift[:, j]
-        later = jnp.where(jnp.arange(size) > j, upper[j], 0) / upper[j, j]
-        return (w - (w[:, j] - rounded)[:, None] * later[None]).at[:, j].set(rounded)
-
-    return jax.lax.fori_loop(0, size, column, weight)
-
-
-def of_each_weight(values: jax.Array, packed: QTensor) -> jax.Array:
-    """Repeats the scales or shifts of blocks for each weight: [..., out, in]."""
-    return jnp.repeat(values, packed.block_size, axis=-1)[..., : packed.shape[1]]
 
 
 def with_feedback(base: Base, testbed: Testbed, quant: QuantConfig) -> Base:
@@ -189,14 +141,8 @@ def with_feedback(base: Base, testbed: Testbed, quant: QuantConfig) -> Base:
         for group in ("self_attn", "mlp"):
             new[group] = {}
             for name, linear in weights[group].items():
-                packed = quantize(linear["weight"], quant)
-                scale, shift = packed.scale(), packed.shift()
-                grid = (
-                    of_each_weight(scale, packed),
-                    of_each_weight(jnp.zeros_like(scale) if shift is None else shift, packed),
-                )
-                rounded = fed_back(linear["weight"], squares[name], *grid, quant.format)
-                new[group][name] = {"weight": rounded}
+                packed = quantize(linear["weight"], quant, gram=squares[name])
+                new[group][name] = {"weight": packed.dequantize()}
         x = layer_inputs(new, x, count, testbed.config)[0]
         done.append(new)
     return base | {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves), *done)}

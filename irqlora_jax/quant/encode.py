@@ -6,13 +6,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from irqlora_jax.quant import packing, stats
 from irqlora_jax.quant.calibrations import CALIBRATIONS, Calibrated
 from irqlora_jax.quant.calibrations.plain import block_ends
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.entropy import quotient
+from irqlora_jax.quant.feedback import feedback_factor, round_with_feedback
 from irqlora_jax.quant.formats import Format, get_format
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.quant.slabs import map_slabs, rows_of, slab_rows
@@ -25,6 +26,8 @@ def quantize(
     *,
     shift: Float[Array, "out blocks"] | None = None,
     minus: tuple[Float[Array, "out rank"], Float[Array, "rank in"]] | None = None,
+    gram: Float[Array, "in in"] | None = None,
+    damping: float = 0.01,
 ) -> QTensor:
     """Quantizes a matrix (float32, bfloat16 or float16), or a matrix minus a low-rank product.
 
@@ -40,10 +43,15 @@ def quantize(
         config: format, block size and calibration.
         shift: exact shifts to use instead of a search (NormalFloat and FP4).
         minus: B and A, to quantize weight - B A, which is never materialized.
+        gram: X^T X of inputs X [tokens, in] of the layer. With it, the codes are computed with
+            error feedback (`feedback.py`), for the scales and shifts that the calibration chose.
+            The inputs with the largest moments come first.
+        damping: for the feedback, as a fraction of the mean diagonal of `gram`.
 
     Raises:
         ValueError: NaN or infinite weights, shifts or factors (the message says where the first one
-            is, and how many there are); format "none"; shifts for an integer format.
+            is, and how many there are); format "none"; shifts for an integer format; second moments
+            of another shape, or as in `feedback_factor`.
 
     Examples:
         >>> weight = jax.random.normal(jax.random.key(0), (32, 128))
@@ -63,7 +71,23 @@ def quantize(
     for name, matrix in given.items():
         if matrix is not None:
             _check_finite(name, matrix)
-    return _quantize(weight, shift, config, minus)
+    return _quantize(weight, shift, config, minus, _feedback(weight, gram, damping))
+
+
+class Feedback(NamedTuple):
+    """Order of the columns, and the `feedback_factor` of the inputs in this order."""
+
+    order: Int[Array, " in"]
+    factor: Float32[Array, "in in"]
+
+
+def _feedback(weight: Array, gram: Array | None, damping: float) -> Feedback | None:
+    if gram is None:
+        return None
+    columns = weight.shape[1]
+    require(gram.shape == (columns, columns), "gram", gram.shape, f"shape {(columns, columns)}")
+    order = jnp.argsort(-jnp.diagonal(gram))
+    return Feedback(order, feedback_factor(gram[order][:, order], damping))
 
 
 def _check_finite(name: str, matrix: Array) -> None:
@@ -105,6 +129,7 @@ def _quantize(
     shift: Array | None,
     config: QuantConfig,
     minus: tuple[Array, Array] | None = None,
+    feedback: Feedback | None = None,
 ) -> QTensor:
     fmt, size = get_format(config.format), config.block_size
     rows, columns = weight.shape
@@ -138,8 +163,13 @@ def _quantize(
     scale, zero, tau = jax.tree.map(lambda x: x.reshape(grid), statistics[1:])
 
     def encode(start: Array | int) -> Array:
-        own = jax.tree.map(lambda x: rows_of(x, start, count).ravel(), (scale, zero, tau))
-        codes = _encode_codes(blocks_from(start).astype(jnp.float32), fmt, *own)
+        own = jax.tree.map(lambda x: rows_of(x, start, count), (scale, zero, tau))
+        blocks = blocks_from(start).astype(jnp.float32)
+        codes = _encode_codes(blocks, fmt, *jax.tree.map(jnp.ravel, own))
+        if feedback is not None:
+            part = blocks.reshape(count, -1)[:, :columns]
+            better = _codes_with_feedback(part, fmt, size, feedback, *own)
+            codes = codes.reshape(count, -1).at[:, :columns].set(better).reshape(-1, size)
         return packing.pack(codes, fmt.bits).reshape(count, per_row, -1)
 
     stored = {
@@ -222,6 +252,29 @@ def _encode_codes(
     if fmt.order == tuple(range(len(fmt.order))):
         return rank
     return jnp.asarray(fmt.order, jnp.uint8)[rank]
+
+
+def _codes_with_feedback(
+    weight: Float32[Array, "out in"],
+    fmt: Format,
+    size: int,
+    feedback: Feedback,
+    scale: Float32[Array, "out blocks"],
+    zero: Float32[Array, "out blocks"] | None,
+    shift: Float32[Array, "out blocks"] | None,
+) -> UInt8[Array, "out in"]:
+    """Stage 3 with error feedback, for whole rows."""
+    if zero is not None:
+        shift = -zero * scale
+    levels = jnp.asarray(fmt.table)
+
+    def round_column(column: Array, index: Array) -> tuple[Array, Array]:
+        own = jax.tree.map(lambda x: x[:, index // size], (scale, zero, shift))
+        codes = _encode_codes(column[:, None], fmt, own[0], own[1], None if fmt.integer else own[2])
+        values = levels[codes[:, 0]] * own[0]
+        return codes[:, 0], values if own[2] is None else values + own[2]
+
+    return round_with_feedback(weight, feedback.factor, round_column, feedback.order)
 
 
 def _largest(low: Array, high: Array, shift: Array | None) -> Array:
