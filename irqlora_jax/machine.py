@@ -57,15 +57,33 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def free_memory() -> int:
-    """Memory of the host in bytes that programs can still take; where unknown, half of it."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+_CGROUPS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Limit and use of the memory of a container, versions 2 and 1, and the cache that it can drop."""
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Memory of the host in bytes that this process can still take; where unknown, half of all.
+
+    Args:
+        root: where `proc` and `sys` are.
+    """
+    everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:  # not Linux
-        return pages // 2
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return min([pages, *(1024 * int(kibibytes) for kibibytes in found)])
+        return everything // 2
+    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    folder = root / "sys/fs/cgroup"
+    for limit, used, droppable in _CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # another version; no limit ("max")
+            stats = (folder / limit).with_name("memory.stat").read_text(encoding="ascii")
+            cached = [int(line.split()[1]) for line in stats.splitlines() if droppable in line]
+            most, now = (int((folder / name).read_text(encoding="ascii")) for name in (limit, used))
+            free.append(max(most - now + max(cached, default=0), 0))
+    return min([everything, *free])
 
 
 def reaches_hub(seconds: float = 3.0) -> bool:

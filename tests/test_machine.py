@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import jax
+import pytest
 
-from irqlora_jax.machine import cache_programs, installed_version
+from irqlora_jax.machine import cache_programs, free_memory, installed_version
 
 RUN = """
 import jax, sys
@@ -80,3 +81,48 @@ def test_a_clone_that_is_not_installed_loses_a_line_and_not_the_run() -> None:
     """Training ended in PackageNotFoundError where the package was only on the path."""
     assert installed_version("jax") == importlib.metadata.version("jax")
     assert installed_version("no-such-package-of-ours") == "not installed"
+
+
+MEMINFO = "MemTotal: 900 kB\nMemFree: 5 kB\nMemAvailable: 800 kB\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 800 * 1024),
+        ({"memory.max": "max", "memory.current": "5", "memory.stat": ""}, 800 * 1024),
+        ({"memory.max": "9000", "memory.current": "5000", "memory.stat": "anon 3"}, 4000),
+        (
+            {
+                "memory.max": "9000",
+                "memory.current": "5000",
+                "memory.stat": "active_file 70\ninactive_file 300\n",
+            },
+            4300,
+        ),
+        (
+            {
+                "memory/memory.limit_in_bytes": "9000",
+                "memory/memory.usage_in_bytes": "9100",
+                "memory/memory.stat": "inactive_file 10\ntotal_inactive_file 50\n",
+            },
+            0,
+        ),
+    ],
+)
+def test_free_memory_heeds_the_limit_of_a_container(
+    tmp_path: Path, files: dict[str, str], expected: int
+) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "meminfo").write_text(MEMINFO)
+    for name, content in files.items():
+        file = tmp_path / "sys/fs/cgroup" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+    assert free_memory(tmp_path) == expected
+
+
+def test_free_memory_of_this_machine_and_of_an_unknown_one(tmp_path: Path) -> None:
+    everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < free_memory() <= everything
+    assert free_memory(tmp_path) == everything // 2
