@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Float32, Int, UInt8
 
 from irqlora_jax.text import require
@@ -22,6 +23,8 @@ RoundColumn = Callable[[Array, Array], tuple[Array, Array]]
 
 def feedback_factor(gram: Float[Array, "in in"], damping: float = 0.01) -> Float32[Array, "in in"]:
     """Upper Cholesky factor U of the inverse of the damped second moments: U^T U = (H + d I)^-1.
+
+    While JAX traces a function, the values are unknown, and moments are not refused.
 
     Args:
         gram: H, the sum or the mean of x x^T over the inputs x of the layer.
@@ -35,7 +38,8 @@ def feedback_factor(gram: Float[Array, "in in"], damping: float = 0.01) -> Float
     gram = gram.astype(jnp.float32)
     diagonal = jnp.diagonal(gram)
     fine = jnp.isfinite(gram).all() & (diagonal >= 0).all()
-    require(bool(fine), "gram", "a matrix with NaN, infinite or negative moments", "X^T X")
+    wrong = "a matrix with NaN, infinite or negative moments"
+    require(isinstance(fine, Tracer) or bool(fine), "gram", wrong, "X^T X")
     # An input that is always 0: its column has no effect, and must not make the matrix singular.
     diagonal = jnp.where(diagonal == 0, 1, diagonal)
     step = damping * diagonal.mean()
@@ -44,7 +48,8 @@ def feedback_factor(gram: Float[Array, "in in"], damping: float = 0.01) -> Float
     inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), identity)
     factor = jnp.linalg.cholesky(inverse, upper=True)
     accepted = "inputs of at least as many tokens as the layer has inputs, or more damping"
-    require(bool(jnp.isfinite(factor).all()), "damping", damping, accepted)
+    fine = jnp.isfinite(factor).all()
+    require(isinstance(fine, Tracer) or bool(fine), "damping", damping, accepted)
     return factor
 
 

@@ -177,6 +177,13 @@ def test_uncorrelated_inputs_and_slabs_change_nothing(monkeypatch) -> None:
     assert (parts.packed == whole.packed).all()
 
 
+def test_a_traced_call_gives_the_same_codes() -> None:
+    weight, gram = map(jnp.asarray, layer(8, 96, 300))
+    config = QuantConfig(format="nf3", calibration="none")
+    traced = jax.jit(lambda weight, gram: quantize(weight, config, gram=gram))(weight, gram)
+    assert (traced.packed == quantize(weight, config, gram=gram).packed).all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
