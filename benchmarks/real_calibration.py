@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
-from testbeds import dequantized, paired
+from testbeds import paired
 from timing import line, machine, table
 
 from irqlora_jax import hf
@@ -30,6 +31,7 @@ from irqlora_jax.evaluate.perplexity import row_nll, text_windows
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.calibrations.joint import JointOptions
 from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.matmul import dense_weights
 
 FORMATS = ("nf4", "nf3", "nf2", "int4", "int3", "int2", "fp4")
 CALIBRATIONS: dict[str, dict[str, Any]] = {
@@ -106,7 +108,7 @@ def main() -> None:
             continue
         start = time.perf_counter()
         quant = None if format == FULL else QuantConfig(format=format, **CALIBRATIONS[name])
-        base = dequantized(hf.load_base(args.model, quant)[0])
+        base = dense_weights(hf.load_base(args.model, quant)[0], jnp.float32)
         made = time.perf_counter()
         losses = window_losses(model, base, windows)
         seconds = {"quantize": made - start, "loss": time.perf_counter() - made}

@@ -23,7 +23,7 @@ from irqlora_jax.evaluate.perplexity import text_windows
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
-from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.quant.matmul import dense_weights
 
 sys.path.append(str(Path(__file__).parent.parent / "examples" / "factworld"))
 import world as factworld
@@ -117,22 +117,9 @@ def rescale(base: Base, config: LlamaConfig, factors: dict[str, jax.Array]) -> B
     }
 
 
-_dequantize = jax.jit(QTensor.dequantize)
-
-
-def is_packed(x: Any) -> bool:
-    """Whether a leaf of a base is quantized."""
-    return isinstance(x, QTensor)
-
-
-def dequantized(base: Base) -> Base:
-    """Replaces packed weights by float32 weights."""
-    return jax.tree.map(lambda x: _dequantize(x) if is_packed(x) else x, base, is_leaf=is_packed)
-
-
 def stored(base: Base, config: QuantConfig) -> Base:
     """The float32 weights that the quantized base represents."""
-    return dequantized(quantized(base, config))
+    return dense_weights(quantized(base, config), jnp.float32)
 
 
 def stories(

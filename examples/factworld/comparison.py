@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,10 +55,15 @@ Results = dict[Run, dict[str, Any]]
 # --------------------------------------------------------------------------------------- the file
 
 
-def resume(file: Path, settings: Settings) -> Results:
+def resume(file: Path, settings: Any, kind: Any = Run) -> dict[Any, dict[str, Any]]:
     """Starts the file, or reads its results.
 
     Removes half a line at the end, which is left if a run is killed while it writes.
+
+    Args:
+        file: the file of results.
+        settings: a dataclass; runs with other settings are refused.
+        kind: the named tuple that identifies a run.
 
     Raises:
         ValueError: the file has other settings; the message says which.
@@ -73,9 +78,9 @@ def resume(file: Path, settings: Settings) -> Results:
         os.truncate(file, whole)
     if whole == 0:
         file.unlink()
-        return resume(file, settings)
-    found, results = read(file)
-    for field in dataclasses.fields(Settings):
+        return resume(file, settings, kind)
+    found, results = read(file, type(settings), kind)
+    for field in dataclasses.fields(settings):
         old, new = (getattr(each, field.name) for each in (found, settings))
         if old != new:
             raise ValueError(
@@ -85,8 +90,15 @@ def resume(file: Path, settings: Settings) -> Results:
     return results
 
 
-def read(file: Path) -> tuple[Settings, Results]:
-    """All finished runs of a file.
+def read(
+    file: Path, settings: Any = Settings, kind: Any = Run
+) -> tuple[Any, dict[Any, dict[str, Any]]]:
+    """The settings of a file, and its finished runs.
+
+    Args:
+        file: the file of results.
+        settings: class of the settings.
+        kind: the named tuple that identifies a run.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -95,23 +107,23 @@ def read(file: Path) -> tuple[Settings, Results]:
     first, *lines = file.read_text().splitlines(keepends=True)
     try:
         fields = json.loads(first)["settings"]
-        settings = Settings(**(fields | {"rates": tuple(fields["rates"])}))
+        found = settings(**(fields | {"rates": tuple(fields["rates"])}))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: line 1 is not the settings: {error}") from error
-    results: Results = {}
-    for number, line in enumerate(lines, 2):
-        if not line.endswith("\n"):
+    results: dict[Any, dict[str, Any]] = {}
+    for number, text in enumerate(lines, 2):
+        if not text.endswith("\n"):
             break  # killed while writing it
         try:
-            row = json.loads(line)
-            run = Run(*(row.pop(name) for name in Run._fields))
+            row = json.loads(text)
+            run = kind(*(row.pop(name) for name in kind._fields))
         except (ValueError, KeyError) as error:
             raise ValueError(f"{file}: line {number} is not a run: {error}") from error
         results[run] = row
-    return settings, results
+    return found, results
 
 
-def append(file: Path, run: Run, figures: Mapping[str, Any]) -> None:
+def append(file: Path, run: Any, figures: Mapping[str, Any]) -> None:
     """Adds a finished run."""
     _write(file, run._asdict() | dict(figures))
 
@@ -244,9 +256,9 @@ def _preamble(settings: Settings, found: Mapping) -> str:
 
 def _table(settings: Settings, results: Results, found: Mapping, keys: Sequence) -> str:
     against = f"against {REFERENCE}"
-    head = ["format", "method", "seeds", "rate", "multiple choice (%)", against, "wins"]
-    head += ["recall (%)", against, "bits per fact", against, "loss", "entropy", "error"]
-    lines = _head(head)
+    columns = ["format", "method", "seeds", "rate", "multiple choice (%)", against, "wins"]
+    columns += ["recall (%)", against, "bits per fact", against, "loss", "entropy", "error"]
+    lines = table_head(columns)
     for format, method in keys:
         figures = found[format, method]
         rate = chosen_rate(results, settings, method, format)
@@ -256,36 +268,38 @@ def _table(settings: Settings, results: Results, found: Mapping, keys: Sequence)
             cells[-1] = f"({rate:g})" if end else f"{rate:g}"
         for name, digits in (("accuracy", 1), ("recall", 1), ("bits_per_fact", 3)):
             own = values(figures, name)
-            cells.append(_spread(list(own.values()), digits))
+            cells.append(spread(list(own.values()), digits))
             pair = None
             if method != REFERENCE and (format, REFERENCE) in found:
                 pair = difference(own, values(found[format, REFERENCE], name))
-            cells.append("" if pair is None else _interval(pair, digits + (digits == 1)))
+            cells.append("" if pair is None else interval(pair, digits + (digits == 1)))
             if name == "accuracy":
                 cells.append("" if pair is None else f"{pair.wins}/{pair.pairs}")
-        cells.append(_spread(list(values(figures, "loss").values()), 3))
+        cells.append(spread(list(values(figures, "loss").values()), 3))
         entropies = [f["entropy"] for f in figures.values() if f["entropy"] is not None]
         cells.append(f"{np.mean(entropies):.3f}" if entropies else "-")
         cells.append(f"{np.mean([f['error'] for f in figures.values()]):.4f}")
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return "\n".join(lines)
 
 
 def _subjects(found: Mapping, keys: Sequence) -> str:
     subjects = list(next(iter(found[keys[0]].values()))["test"]["by_subject"])
-    lines = _head(["format", "method", *(f"{subject} (%)" for subject in subjects)])
+    lines = table_head(["format", "method", *(f"{subject} (%)" for subject in subjects)])
     for format, method in keys:
         each = [f["test"]["by_subject"] for f in found[format, method].values()]
-        cells = [_spread([100 * one[subject] for one in each], 1) for subject in subjects]
-        lines.append(_line([format, method, *cells]))
+        cells = [spread([100 * one[subject] for one in each], 1) for subject in subjects]
+        lines.append(line([format, method, *cells]))
     return "\n".join(lines)
 
 
-def _head(columns: Sequence[str]) -> list[str]:
-    return [_line(columns), "|---" * len(columns) + "|"]
+def table_head(columns: Sequence[str]) -> list[str]:
+    """The first two lines of a table in Markdown."""
+    return [line(columns), "|---" * len(columns) + "|"]
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A row of a table in Markdown."""
     return "| " + " | ".join(cells) + " |"
 
 
@@ -310,20 +324,22 @@ def _claims(found: Mapping, formats: Sequence[str]) -> str:
             for name, digits in (("accuracy", 2), ("recall", 2), ("bits_per_fact", 3)):
                 own, other = (values(found[format, m], name) for m in (first, second))
                 pair = difference(own, other)
-                cells += [_interval(pair, digits), pair.verdict]
-            lines.append(_line(cells))
+                cells += [interval(pair, digits), pair.verdict]
+            lines.append(line(cells))
     head = "| format | pair | multiple choice (points) | | recall (points) | | bits per fact | |"
     rule = "|---" * 8 + "|"
     return "\n".join(["## The paper's order\n", head, rule, *lines]) if lines else ""
 
 
-def _spread(numbers: Sequence[float], digits: int) -> str:
+def spread(numbers: Sequence[float], digits: int) -> str:
+    """Mean and standard deviation."""
     if len(numbers) < 2:
         return f"{np.mean(numbers):.{digits}f}"
     return f"{np.mean(numbers):.{digits}f} ± {np.std(numbers, ddof=1):.{digits}f}"
 
 
-def _interval(pair: Difference, digits: int) -> str:
+def interval(pair: Difference, digits: int) -> str:
+    """Mean and interval of a difference; empty without pairs."""
     if pair.pairs < 2:
         return f"{pair.mean:+.{digits}f}" if pair.pairs else ""
     low, high = pair.mean - pair.half, pair.mean + pair.half
@@ -380,12 +396,16 @@ def plot(settings: Settings, results: Results, file: Path) -> None:
 
 def report(settings: Settings, results: Results, folder: Path) -> None:
     """Prints the tables; writes them to report.md, and the plot to report.svg."""
-    text = markdown(settings, results)
+    write_report(markdown(settings, results), lambda file: plot(settings, results, file), folder)
+
+
+def write_report(text: str, draw: Callable[[Path], None], folder: Path) -> None:
+    """Prints the tables; writes them to report.md, and what `draw` draws to report.svg."""
     print(text)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.md").write_text(text, encoding="utf-8")
     try:
-        plot(settings, results, folder / "report.svg")
+        draw(folder / "report.svg")
     except ImportError:
         print(
             'no plot: matplotlib is missing; install it with `pip install "irqlora-jax[notebook]"`'

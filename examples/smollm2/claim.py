@@ -19,8 +19,10 @@ from typing import Any
 
 import claim_tables
 import jax
+import jax.numpy as jnp
 import numpy as np
 from claim_tables import Results, Run, Settings, chosen_rate
+from comparison import append, read, resume
 from knowledge import write_questions
 from tqdm import tqdm
 
@@ -37,7 +39,7 @@ from irqlora_jax.evaluate.perplexity import text_windows
 from irqlora_jax.evaluate.scores import mean_entropy
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
-from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.quant.matmul import dense_weights
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
 from irqlora_jax.train.step import train_step
 
@@ -110,22 +112,14 @@ def load_data(args: argparse.Namespace, settings: Settings) -> Data:
 # ---------------------------------------------------------------------------------------- one run
 
 
-_dequantize = jax.jit(QTensor.dequantize)
-
-
 def prepare(model: str, quant: QuantConfig | None) -> tuple[Any, float | None]:
     """A base with the stored weights in float32, and the mean entropy of its codes (bits).
 
     `dequant_matmul` computes the same from packed weights, but this way one compiled program serves
-    all formats, and a step on a CPU does not unpack the weights again.
+    all formats.
     """
     base = hf.load_base(model, quant)[0]
-
-    def is_packed(x: Any) -> bool:
-        return isinstance(x, QTensor)
-
-    stored = jax.tree.map(lambda x: _dequantize(x) if is_packed(x) else x, base, is_leaf=is_packed)
-    return stored, mean_entropy(base)
+    return dense_weights(base, jnp.float32), mean_entropy(base)
 
 
 @functools.cache
@@ -272,7 +266,7 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parse(words)
     file = args.output / "results.jsonl"
     if args.report:
-        claim_tables.report(*claim_tables.read(file), args.output)
+        claim_tables.report(*read(file, Settings, Run), args.output)
         return
     if not args.alpaca:
         raise SystemExit("--alpaca: expected a file with the rows to train on")
@@ -287,7 +281,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if quick:
         settings = dataclasses.replace(settings, validation=20, answers=100, text_tokens=4096)
     args.output.mkdir(parents=True, exist_ok=True)
-    results = claim_tables.resume(file, settings)
+    results = resume(file, settings, Run)
     formats = args.formats or (("nf3",) if quick else FORMATS)
     ranks, seeds = args.ranks or ((16,) if quick else (16, 64)), args.seeds or (1 if quick else 3)
     bench = Bench(args.model, load_data(args, settings), settings)
@@ -297,7 +291,7 @@ def main(words: Sequence[str] | None = None) -> None:
             if run not in results:
                 bar.set_postfix_str(run.name)
                 results[run] = bench.run(run)
-                claim_tables.append(file, run, results[run])
+                append(file, run, results[run])
             bar.update()
     claim_tables.report(settings, results, args.output)
 

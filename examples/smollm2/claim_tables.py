@@ -1,9 +1,7 @@
-"""Results of claim.py: their file, tables and the plot."""
+"""Results of claim.py: their rows, tables and the plot."""
 
 import dataclasses
-import json
 import math
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent / "factworld"))
-from comparison import difference
+from comparison import difference, interval, line, spread, table_head, write_report
 
 REFERENCE = "qlora"
 
@@ -62,50 +60,6 @@ class Run(NamedTuple):
 
 
 Results = dict[Run, dict[str, Any]]
-
-
-# --------------------------------------------------------------------------------------- the file
-
-
-def resume(file: Path, settings: Settings) -> Results:
-    """Starts the file, or reads its results.
-
-    Raises:
-        ValueError: the file has other settings; the message says which.
-    """
-    if not file.is_file() or not file.read_bytes().count(b"\n"):
-        _write(file, dataclasses.asdict(settings), "w")
-        return {}
-    whole = file.read_bytes().rfind(b"\n") + 1
-    os.truncate(file, whole)  # half a line is left if a run is killed while it writes
-    found, results = read(file)
-    for field in dataclasses.fields(Settings):
-        old, new = (getattr(each, field.name) for each in (found, settings))
-        if old != new:
-            raise ValueError(
-                f"{file} was begun with {field.name} = {old!r}, not {new!r}: expected the "
-                "same, or another --output"
-            )
-    return results
-
-
-def read(file: Path) -> tuple[Settings, Results]:
-    """The settings and all finished runs of a file."""
-    first, *lines = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-    settings = Settings(**(first | {"rates": tuple(first["rates"])}))
-    return settings, {Run(*(row.pop(name) for name in Run._fields)): row for row in lines}
-
-
-def append(file: Path, run: Run, figures: Mapping[str, Any]) -> None:
-    """Adds a finished run."""
-    _write(file, run._asdict() | dict(figures), "a")
-
-
-def _write(file: Path, row: Mapping[str, Any], mode: str) -> None:
-    with file.open(mode, encoding="utf-8") as out:
-        out.write(json.dumps(row) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
 
 
 # --------------------------------------------------------------------------------------- the rows
@@ -172,7 +126,7 @@ def markdown(settings: Settings, results: Results) -> str:
 
 def _losses(settings: Settings, results: Results, found: Mapping[Row, Mapping]) -> str:
     head = ["format", "rank", "method", "seeds", "rate", "answers", f"against {REFERENCE}"]
-    lines = _head([*head, "text", f"against {REFERENCE}", "right (%)", "entropy"])
+    lines = table_head([*head, "text", f"against {REFERENCE}", "right (%)", "entropy"])
     for row in sorted(found, key=lambda row: _order(row, found)):
         format, method, rank = row
         figures = found[row]
@@ -183,7 +137,7 @@ def _losses(settings: Settings, results: Results, found: Mapping[Row, Mapping]) 
         reference = found.get((format, REFERENCE, rank), {})
         for name in ("answers", "text"):
             own = {seed: each[name] for seed, each in figures.items() if name in each}
-            cells.append(_spread(list(own.values())))
+            cells.append(spread(list(own.values()), 4) if own else "-")
             cells.append(_against(own, {s: each.get(name) for s, each in reference.items()}))
             if row == (format, REFERENCE, rank):
                 cells[-1] = ""
@@ -191,7 +145,7 @@ def _losses(settings: Settings, results: Results, found: Mapping[Row, Mapping]) 
         cells.append("{:.1f} ± {:.1f}".format(*share(figures.values(), tasks)) if tasks else "-")
         entropy = figures[min(figures)]["entropy"]
         cells.append("-" if entropy is None else f"{entropy:.3f}")
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return "\n".join(lines)
 
 
@@ -202,35 +156,19 @@ def _order(row: Row, found: Mapping[Row, Any]) -> tuple[bool, int, int]:
 
 
 def _tasks(found: Mapping[Row, Mapping], tasks: Sequence[str]) -> str:
-    lines = _head(["format", "rank", "method", *(f"{task} (%)" for task in tasks)])
+    lines = table_head(["format", "rank", "method", *(f"{task} (%)" for task in tasks)])
     for row in sorted(found, key=lambda row: _order(row, found)):
         format, method, rank = row
         cells = [format, "-" if rank is None else str(rank), method]
         for task in tasks:
             cells.append("{:.1f} ± {:.1f}".format(*share(found[row].values(), [task])))
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return "\n".join(lines)
 
 
-def _head(columns: Sequence[str]) -> list[str]:
-    return [_line(columns), "|---" * len(columns) + "|"]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _spread(numbers: Sequence[float]) -> str:
-    if len(numbers) < 2:
-        return f"{numbers[0]:.4f}" if numbers else "-"
-    return f"{np.mean(numbers):.4f} ± {np.std(numbers, ddof=1):.4f}"
-
-
 def _against(ours: Mapping[int, float], theirs: Mapping[int, Any]) -> str:
-    pair = difference(ours, {seed: value for seed, value in theirs.items() if value is not None})
-    if pair.pairs < 2:
-        return f"{pair.mean:+.4f}" if pair.pairs else ""
-    return f"{pair.mean:+.4f} [{pair.mean - pair.half:+.4f}, {pair.mean + pair.half:+.4f}]"
+    known = {seed: value for seed, value in theirs.items() if value is not None}
+    return interval(difference(ours, known), 4)
 
 
 # ----------------------------------------------------------------------------------------- the plot
@@ -277,13 +215,4 @@ def plot(results: Results, file: Path) -> None:
 
 def report(settings: Settings, results: Results, folder: Path) -> None:
     """Prints the tables; writes them to report.md, and the plot to report.svg."""
-    text = markdown(settings, results)
-    print(text)
-    (folder / "report.md").write_text(text, encoding="utf-8")
-    try:
-        plot(results, folder / "report.svg")
-    except ImportError:
-        print(
-            'no plot: matplotlib is missing; install it with `pip install "irqlora-jax[notebook]"`'
-        )
-    print(f"wrote {folder / 'report.md'}")
+    write_report(markdown(settings, results), lambda file: plot(results, file), folder)

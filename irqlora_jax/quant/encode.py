@@ -165,11 +165,12 @@ def _quantize(
     def encode(start: Array | int) -> Array:
         own = jax.tree.map(lambda x: rows_of(x, start, count), (scale, zero, tau))
         blocks = blocks_from(start).astype(jnp.float32)
-        codes = _encode_codes(blocks, fmt, *jax.tree.map(jnp.ravel, own))
-        if feedback is not None:
+        if feedback is None:
+            codes = _encode_codes(blocks, fmt, *jax.tree.map(jnp.ravel, own))
+        else:
             part = blocks.reshape(count, -1)[:, :columns]
-            better = _codes_with_feedback(part, fmt, size, feedback, *own)
-            codes = codes.reshape(count, -1).at[:, :columns].set(better).reshape(-1, size)
+            codes = _codes_with_feedback(part, fmt, size, feedback, *own)
+            codes = jnp.pad(codes, ((0, 0), (0, per_row * size - columns))).reshape(-1, size)
         return packing.pack(codes, fmt.bits).reshape(count, per_row, -1)
 
     stored = {

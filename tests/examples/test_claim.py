@@ -147,7 +147,7 @@ def test_a_small_run_resumes_and_reports(modules, tables, monkeypatch, tmp_path,
         file.write('{"format": "nf')
     claim.main(flags)
     assert len(made) == 7 and len(set(made)) == 6
-    _, results = tables.read(tmp_path / "out" / "results.jsonl")
+    _, results = claim.read(tmp_path / "out" / "results.jsonl", tables.Settings, tables.Run)
     loss = {key.format + " " + key.method: own["answers"] for key, own in results.items()}
     text = {key.format + " " + key.method: own["text"] for key, own in results.items()}
     assert loss["none full+lora"] < loss["none full"]

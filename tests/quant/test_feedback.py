@@ -62,9 +62,12 @@ def codes_of(golden, name: str, settings: dict, weight: np.ndarray, gram: np.nda
     return np.asarray(round_with_feedback(jnp.asarray(weight), factor, rounding, order))
 
 
-@pytest.mark.parametrize("name", SETTINGS["gptq"])
-def test_codes_of_the_released_code(golden, name: str) -> None:
-    settings, released = SETTINGS["gptq"][name], read_arrays(golden / "gptq.npz")
+@pytest.mark.parametrize(
+    ("ranges", "name"), [(part, name) for part in ("gptq", "gptq_icq") for name in SETTINGS[part]]
+)
+def test_codes_of_the_released_code(golden, ranges: str, name: str) -> None:
+    """With its own ranges, and with those of integer ICQ."""
+    settings, released = SETTINGS[ranges][name], read_arrays(golden / f"{ranges}.npz")
     gram = released["x"].T @ released["x"]
     found = codes_of(released, name, settings, released["w"], gram)
     np.testing.assert_array_equal(found, released[f"{name}_codes"])
@@ -79,14 +82,6 @@ def test_codes_with_inputs_that_are_always_zero(golden, name: str) -> None:
     weight = np.where(dead, 0, released["w"])
     # The scale of H matters, because the diagonal of a dead input becomes 1.
     found = codes_of(released, name, settings, weight, released["H"])
-    np.testing.assert_array_equal(found, released[f"{name}_codes"])
-
-
-@pytest.mark.parametrize("name", SETTINGS["gptq_icq"])
-def test_codes_with_the_ranges_of_integer_icq(golden, name: str) -> None:
-    settings, released = SETTINGS["gptq_icq"][name], read_arrays(golden / "gptq_icq.npz")
-    gram = released["x"].T @ released["x"]
-    found = codes_of(released, name, settings, released["w"], gram)
     np.testing.assert_array_equal(found, released[f"{name}_codes"])
 
 
