@@ -1,13 +1,14 @@
 """A real model on a CPU: this package, transformers in float32, and llama.cpp, in turns.
 
     pip install xllamacpp
-    python benchmarks/cpu_speed.py FILE.gguf --folder FOLDER [--parts generate prompt step quantize]
+    python benchmarks/cpu_speed.py FILE.gguf --folder FOLDER [--parts generate read ...]
 
 FOLDER is the same model, converted for transformers. Parts: greedy tokens after a short prompt; a
 prompt of 512 tokens and one answer token; a training step of LoRA (transformers with PEFT;
-llama.cpp does not train); seconds to quantize with each calibration (once, no peer). "Packed"
-computes with packed nf4 weights, "dense" with a dense copy, as `irqlora eval` and `irqlora chat`
-do if memory allows. llama.cpp uses the file's own 4-bit weights and rounds activations to 8 bits.
+llama.cpp does not train); how fast products of one row read their weights, which limits decoding;
+seconds to quantize with each calibration (once, no peer). "Packed" computes with packed nf4
+weights, "dense" with a dense copy, as `irqlora eval` and `irqlora chat` do if memory allows.
+llama.cpp uses the file's own 4-bit weights and rounds activations to 8 bits.
 """
 
 import argparse
@@ -30,11 +31,11 @@ from irqlora_jax.config import TrainConfig
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
-from irqlora_jax.quant.matmul import dense_weights
+from irqlora_jax.quant.matmul import dense_weights, dequant_matmul
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
 from irqlora_jax.train.step import train_step
 
-PARTS = ("generate", "prompt", "step", "quantize")
+PARTS = ("generate", "prompt", "step", "read", "quantize")
 NEW, PROMPT, BATCH, LENGTH, RANK = 32, 512, 4, 256, 16
 Calls = dict[str, Callable[[], Any]]
 
@@ -118,6 +119,23 @@ class Bench:
         return run
 
 
+def reading() -> Calls:
+    """Products of one row with 30 matrices of 18 MB in float32, or the same in bfloat16."""
+    weights, x = np.ones((30, 1536, 3000), np.float32), np.ones((1, 3000), np.float32)
+
+    def product(weights: jax.Array, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda _, w: (None, dequant_matmul(x, w)), None, weights)[1]
+
+    single = jax.jit(product)
+    return {
+        "NumPy, float32": lambda: weights @ x[0],
+        "XLA, float32": functools.partial(single, jnp.asarray(weights), jnp.asarray(x)),
+        "XLA, bfloat16": functools.partial(
+            single, jnp.asarray(weights, jnp.bfloat16), jnp.asarray(x)
+        ),
+    }
+
+
 def rows(times: Mapping[str, Timing], count: int) -> list[tuple[str, ...]]:
     """Tokens a second, and how many times as fast as each peer."""
     peers = [name for name in times if not name.startswith("here")]
@@ -138,7 +156,7 @@ def main() -> int:
     args = parser.parse_args()
     print(machine(), flush=True)
     counts = {"generate": NEW, "prompt": PROMPT, "step": BATCH * LENGTH}
-    shown = [part for part in args.parts if part != "quantize"]
+    shown = [part for part in args.parts if part in counts]
     if shown:
         bench = Bench(args.file, args.folder, args.port)
         for part in shown:
@@ -146,6 +164,10 @@ def main() -> int:
             peers = [f"to {name}" for name in times if not name.startswith("here")]
             print(f"\n{part}, {counts[part]} tokens\n")
             print(table(("who", "tokens/s", *peers), rows(times, counts[part])), flush=True)
+    if "read" in args.parts:
+        print("\nread, weights in 10^9 a second\n\n" + table(("product", "weights")), flush=True)
+        for name, taken in compare(reading(), args.repeats).items():
+            print(f"| {name} | {taken.rate(30 * 1536 * 3000 / 1e9)} |", flush=True)
     if "quantize" in args.parts:
         print("\nquantize to nf3\n\n" + table(("calibration", "seconds")), flush=True)
         for name in ("none", "icq", "joint", "robust"):
