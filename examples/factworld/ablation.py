@@ -29,6 +29,7 @@ from comparison import Results, Run, Settings, chosen_rate
 from draws import quantized
 from permute import permute
 from pretrain import RECIPES, pretrain, save_base
+from runs_file import append
 from tqdm import tqdm
 
 from irqlora_jax import hf
@@ -409,7 +410,7 @@ def main(words: Sequence[str] | None = None) -> None:
             bar.set_description(" ".join(str(part) for part in run if part is not None))
             if run not in results:
                 results[run] = bench.run(run)
-                comparison.append(file, run, results[run])
+                append(file, run, results[run])
             elif not bar.disable:
                 bar.initial += 1  # runs that are only read do not count for the time left
             bar.update()

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from claim_tables import Results, Run, Settings, chosen_rate
-from comparison import append, read, resume
 from knowledge import write_questions
+from runs_file import append, read, resume
 from tqdm import tqdm
 
 from irqlora_jax import hf

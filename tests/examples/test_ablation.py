@@ -97,14 +97,14 @@ def test_file_survives_a_kill_in_the_middle_of_a_line(comparison, tmp_path):
     file, chosen = tmp_path / "new" / "results.jsonl", settings(comparison)
     assert comparison.resume(file, chosen) == {}
     runs = [comparison.Run("plain", "nf3", 0, None), comparison.Run("qlora", "nf3", 0, 1e-3)]
-    comparison.append(file, runs[0], figures(0.5))
+    comparison.runs_file.append(file, runs[0], figures(0.5))
     whole = file.read_bytes()
     for torn in ('{"method": "ql', json.dumps({"method": "qlora"})):
         file.write_bytes(whole + torn.encode())
         assert list(comparison.read(file)[1]) == runs[:1]
         assert comparison.resume(file, chosen) == {runs[0]: figures(0.5)}
         assert file.read_bytes() == whole
-    comparison.append(file, runs[1], figures(0.6))
+    comparison.runs_file.append(file, runs[1], figures(0.6))
     assert comparison.read(file) == (chosen, {runs[0]: figures(0.5), runs[1]: figures(0.6)})
     file.write_bytes(b'{"sett')
     assert comparison.resume(file, chosen) == {}
