@@ -24,7 +24,7 @@ from calibration import FORMATS, Found, levels_of, ranks
 from timing import line, machine, table
 
 from irqlora_jax import hf
-from irqlora_jax.base.make import read_llama
+from irqlora_jax.base.source import read_llama
 from irqlora_jax.data.examples import encode_source
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.model.tree import LINEAR_NAMES

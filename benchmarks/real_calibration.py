@@ -24,7 +24,7 @@ from testbeds import paired
 from timing import line, machine, table
 
 from irqlora_jax import hf
-from irqlora_jax.base.make import read_llama
+from irqlora_jax.base.source import read_llama
 from irqlora_jax.data.batches import eval_batches
 from irqlora_jax.data.examples import encode_source
 from irqlora_jax.evaluate.perplexity import row_nll, text_windows

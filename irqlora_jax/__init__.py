@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 _MODULES = ("adapters", "data", "evaluate", "generate", "hf", "quant", "train")
 _NAMES = {
     "AdapterConfig": "adapters.config",
+    "CalibrateConfig": "data.calibrate",
+    "CalibrationRows": "data.calibrate",
     "Config": "config",
     "DataConfig": "data.config",
     "Llama": "model.llama",
@@ -38,6 +40,8 @@ _NAMES = {
 
 __all__ = [
     "AdapterConfig",
+    "CalibrateConfig",
+    "CalibrationRows",
     "Config",
     "DataConfig",
     "Llama",

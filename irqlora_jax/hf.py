@@ -3,6 +3,7 @@
 from irqlora_jax.base.make import load_base as load_base
 from irqlora_jax.base.make import load_fitted as load_fitted
 from irqlora_jax.base.make import load_loftq as load_loftq
+from irqlora_jax.data.calibrate import read_calibration as read_calibration
 from irqlora_jax.export.folder import ExportConfig as ExportConfig
 from irqlora_jax.export.folder import export as export
 from irqlora_jax.export.folder import export_adapter as export_adapter

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from irqlora_jax import hf
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.base.make import read_llama
+from irqlora_jax.base.source import read_llama
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.data import Batches, Example, load_examples
 from irqlora_jax.data.config import DataConfig

@@ -41,6 +41,8 @@ def loftq(
     iterations: int,
     key: PRNGKeyArray,
     dtype: DTypeLike = jnp.float32,
+    gram: Float[Array, "in in"] | None = None,
+    damping: float = 0.01,
 ) -> tuple[QTensor, Float[Array, "rank in"], Float[Array, "out rank"]]:
     """Computes Q, lora_A and lora_B with W ~ Q + scaling * lora_B lora_A.
 
@@ -57,6 +59,8 @@ def loftq(
         iterations: number of iterations.
         key: random key of `randomized_svd`; without effect on small layers.
         dtype: type of the pair. The next iteration also quantizes its rounding error.
+        gram: for `quantize`, if `config.needs_inputs`.
+        damping: for `quantize`.
 
     Raises:
         ValueError: fewer than 1 iteration, a rank below 1, or an error of `quantize`.
@@ -78,9 +82,11 @@ def loftq(
     out_features, in_features = weight.shape
     # The first update is 0, so that every iteration runs the same program.
     a, b = (jnp.zeros(shape, dtype) for shape in ((rank, in_features), (out_features, rank)))
+    gram = gram if config.needs_inputs else None
     best, least = None, jnp.inf
     for turn in range(iterations):
-        quantized = quantize(weight, config, minus=_factors(a, b, scale))
+        minus = _factors(a, b, scale)
+        quantized = quantize(weight, config, minus=minus, gram=gram, damping=damping)
         own = jax.random.fold_in(key, turn)
         a, b, norm = _fit(weight, quantized, scale, own, rank, jnp.dtype(dtype))
         if best is None or norm < least:
@@ -177,8 +183,8 @@ class LoftqOptions:
 LOFTQ = Initialization(
     name="loftq",
     title="LoftQ",
-    fit=lambda weight, quant, rank, scale, options, key, dtype: loftq(
-        weight, quant, rank, scale, options.iterations, key, dtype
+    fit=lambda weight, quant, rank, scale, options, key, dtype, gram, damping: loftq(
+        weight, quant, rank, scale, options.iterations, key, dtype, gram, damping
     ),
     options=LoftqOptions(),
 )

@@ -38,13 +38,14 @@ def save_base(
     source: str | None = None,
     *,
     fitted: bool = False,
+    calibrate: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a base, its architecture and its quantization settings to one safetensors file.
 
     Each array of a QTensor becomes one tensor (`NAME.packed`, `NAME.scale_codes`, ...). The
     metadata holds its shape, format, block size and layout, and checksums. `source` is the folder
     or hub id of the original model. `fitted` marks a base that is incomplete without the adapters
-    fitted to it.
+    fitted to it. `calibrate` says which text was used, and what the errors of the outputs are.
     """
     tensors: dict[str, np.ndarray] = {}
     static: dict[str, Any] = {}
@@ -64,6 +65,7 @@ def save_base(
         "quantized": json.dumps(static),
         "source": json.dumps(source),
         "loftq": json.dumps(fitted),
+        "calibrate": json.dumps(calibrate),
         "checksums": json.dumps({name: checksum(array) for name, array in tensors.items()}),
     }
     metadata = seal(metadata)
@@ -173,6 +175,15 @@ def read_source(path: Path) -> str | None:
         FileNotFoundError, ValueError: as `read_base`.
     """
     return json.loads(_read_metadata(path).get("source", "null"))
+
+
+def read_calibrate(path: Path) -> dict[str, Any] | None:
+    """Reads which text a base was calibrated with, and its errors; None without a text.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_base`.
+    """
+    return json.loads(_read_metadata(path).get("calibrate", "null"))
 
 
 def is_fitted(path: Path) -> bool:

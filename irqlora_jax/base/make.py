@@ -1,14 +1,16 @@
 """Reads and quantizes the weights of a LLaMA, from a Hugging Face folder or a GGUF file.
 
 Weights are quantized one tensor at a time while a thread reads the next one. So the host needs
-little more memory than the packed model. Only safetensors and GGUF are opened, never pickles.
+little more memory than the packed model. With a text for the calibration, they are quantized layer
+by layer (`layerwise.py`). Only safetensors and GGUF are opened, never pickles.
 """
 
 import contextlib
 import dataclasses
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path, PurePath
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,52 +20,32 @@ from jaxtyping import PRNGKeyArray
 
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.lora import LORA
-from irqlora_jax.adapters.method import Params
+from irqlora_jax.base.layerwise import FinishedLayers, Task, Watch, check_tokens, make_layers
+from irqlora_jax.base.source import open_weights
+from irqlora_jax.base.stacks import Made, Matrix, Stacks, to_device
 from irqlora_jax.base.storage import plan_stacks
-from irqlora_jax.files.gguf import is_gguf, read_gguf, tensor_headers
-from irqlora_jax.files.hub import read_config, snapshot
-from irqlora_jax.files.small import read_json
-from irqlora_jax.files.tensors import (
-    FLOATS,
-    Header,
-    aligned,
-    check_float,
-    equal_values,
-    read_ahead,
-    read_headers,
-    read_into,
-)
+from irqlora_jax.data.calibrate import CalibrationRows
+from irqlora_jax.files.hub import snapshot
+from irqlora_jax.files.tensors import FLOATS, Header, aligned, read_ahead, read_into
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.tree import (
-    INDEX,
-    LAYERS,
-    SINGLE,
-    Keys,
-    Tree,
-    insert,
-    matrix_name,
-    weight_name,
-    weight_shapes,
-)
+from irqlora_jax.model.tree import Tree, insert, matrix_name, weight_name, weight_shapes
 from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.formats import FORMATS
 from irqlora_jax.quant.qtensor import QTensor
-from irqlora_jax.sharding import LINEAR_NAMES, sharding
-from irqlora_jax.text import first_few, require, shorten
+from irqlora_jax.sharding import LINEAR_NAMES
+from irqlora_jax.text import require
 
-Watch = Callable[[int, str, jax.Array, QTensor, QuantConfig], None]
-"""Called for each quantized matrix with layer, projection, float32 weights, the QTensor and its
-configuration. The weights are overwritten after the call."""
-Maker = Callable[[Keys, int, jax.Array, QuantConfig], tuple[Any, Params]]
-"""Maps path, layer, weight and configuration of a matrix to the stored weight and its LoRA pair."""
+_TABLE = ("embed_tokens",)
 
 
 def load_base(
     source: str | Path,
     quant: QuantConfig | None,
     *,
+    calibrate: CalibrationRows | None = None,
+    keep: Path | None = None,
     mesh: Mesh | None = None,
     progress: bool = False,
     watch: Watch | None = None,
@@ -73,6 +55,10 @@ def load_base(
     Args:
         source: local folder, GGUF file or hub id.
         quant: quantization settings. None or format "none" keeps the type of the file.
+        calibrate: rows of text, needed if `quant.needs_inputs`. With them, the model is quantized
+            layer by layer, and the errors of the outputs are measured.
+        keep: folder for finished layers, so that an interrupted call goes on there. Only with
+            `calibrate`. The caller deletes it.
         mesh: devices to split the weights over (default: all on the first device).
         progress: show a bar.
         watch: called for each quantized matrix.
@@ -82,19 +68,18 @@ def load_base(
 
     Raises:
         FileNotFoundError, NotADirectoryError, ValueError: a file is missing or invalid (the message
-            names it), or a rule matches no matrix.
+            names it), a rule matches no matrix, or there is no text although it is needed.
     """
-
-    def make(
-        path: Keys, layer: int, weight: jax.Array, config: QuantConfig
-    ) -> tuple[QTensor, Params]:
-        packed = quantize(weight, config)
-        if watch is not None:
-            watch(layer, path[-1], weight, packed, config)
-        return packed, {}
-
     quant = QuantConfig(format=KEPT) if quant is None else quant
-    base, _, config = _load(source, quant, make, np.float32, mesh, progress)
+    check_text(quant, None, calibrate)
+    damping = 0.0 if calibrate is None else calibrate.config.damping
+
+    def make(matrix: Matrix, weight: jax.Array, gram: jax.Array | None) -> Made:
+        return Made(_packed(weight, matrix.quant, gram, damping), {})
+
+    finished = _finished(keep, source, calibrate, quant)
+    task = Task(quant, make, np.float32, calibrate, finished, watch)
+    base, _, config = _load(source, task, mesh, progress)
     return base, config
 
 
@@ -104,8 +89,11 @@ def load_fitted(
     adapter: AdapterConfig,
     key: PRNGKeyArray,
     *,
+    calibrate: CalibrationRows | None = None,
+    keep: Path | None = None,
     mesh: Mesh | None = None,
     progress: bool = False,
+    watch: Watch | None = None,
 ) -> tuple[Tree, Tree, LlamaConfig]:
     """Like `load_base`, but fits the targets of an adapter together with their LoRA pairs.
 
@@ -114,8 +102,11 @@ def load_fitted(
         quant: quantization settings.
         adapter: initialization, targets, rank, alpha and type of the pairs.
         key: random key, e.g. for a randomized SVD.
+        calibrate: rows of text, also needed if `adapter.start.needs` is "inputs".
+        keep: as for `load_base`.
         mesh: devices to split weights and pairs over (default: all on the first device).
         progress: show a bar.
+        watch: called for each quantized matrix.
 
     Returns:
         The frozen weights, the pairs lora_A and lora_B for `Llama.init_adapters`, both stacked over
@@ -129,23 +120,31 @@ def load_fitted(
     start, fit = adapter.start, adapter.start.fit
     if fit is None:
         raise ValueError(f"adapter.init = {start.name!r}: expected one fitted to the weights")
+    check_text(quant, adapter, calibrate)
     options = getattr(adapter, start.name, start.options)
+    damping = 0.0 if calibrate is None else calibrate.config.damping
 
-    def make(path: Keys, layer: int, weight: jax.Array, config: QuantConfig) -> tuple[Any, Params]:
-        if path[-1] not in adapter.targets:
-            return quantize(weight, config), {}
-        own = jax.random.fold_in(key, LINEAR_NAMES.index(path[-1]))
-        own = jax.random.fold_in(own, layer)
+    def make(matrix: Matrix, weight: jax.Array, gram: jax.Array | None) -> Made:
+        name, config = matrix.path[-1], matrix.quant
+        if name not in adapter.targets:
+            return Made(_packed(weight, config, gram, damping), {})
+        own = jax.random.fold_in(key, LINEAR_NAMES.index(name))
+        own = jax.random.fold_in(own, matrix.layer)
         if config.format == KEPT:
             # There is no quantization error to correct, so initialize the pair as in LoRA.
             rows, columns = weight.shape
-            return None, LORA.init(own, (rows, columns), adapter.rank, None, adapter.dtype)
-        dtype = adapter.dtype
-        packed, a, b = fit(weight, config, adapter.rank, adapter.scale, options, own, dtype)
-        return packed, {"lora_A": a, "lora_B": b}
+            return Made(None, LORA.init(own, (rows, columns), adapter.rank, None, adapter.dtype))
+        rank, scale, dtype = adapter.rank, adapter.scale, adapter.dtype
+        packed, a, b = fit(
+            weight, config, rank, scale, options, own, dtype, gram=gram, damping=damping
+        )
+        return Made(packed, {"lora_A": a, "lora_B": b})
 
+    seed = jax.random.key_data(key).tolist()
+    finished = _finished(keep, source, calibrate, quant, adapter, seed)
     # Keep the type of the file: each iteration reads the matrix again and widens it slab by slab.
-    return _load(source, quant, make, None, mesh, progress, adapter.targets)
+    task = Task(quant, make, None, calibrate, finished, watch, adapter.targets, adapter.scale)
+    return _load(source, task, mesh, progress)
 
 
 def load_loftq(
@@ -159,215 +158,116 @@ def load_loftq(
     return load_fitted(source, quant, dataclasses.replace(adapter, init="loftq"), key, **options)
 
 
-def _load(
-    source: str | Path,
-    quant: QuantConfig,
-    make: Maker,
-    dtype: Any,
-    mesh: Mesh | None,
-    progress: bool,
-    fitted: Sequence[str] = (),
-) -> tuple[Tree, Tree, LlamaConfig]:
-    """Returns the base, the pairs from `make`, and the architecture.
+def check_text(quant: QuantConfig, adapter: AdapterConfig | None, calibrate: object | None) -> None:
+    """Checks that there is a text for the calibration if the settings need one.
 
-    `make` gets each matrix that is quantized or belongs to a projection in `fitted`. The type of
-    the matrix is `dtype` (None: the type in the file).
+    Raises:
+        ValueError: there is none; the message names the setting that needs it.
     """
-    folder = snapshot(source)
-    config = read_config(folder)
-    found = tensor_headers(read_gguf(folder), config) if is_gguf(folder) else _find_weights(folder)
-    config = _untie(config, found)
-    _check_weights(folder, found, config)
+    if calibrate is not None:
+        return
+    needed = f"a text, needed by quant ({quant.label})" if quant.needs_inputs else None
+    if adapter is not None and adapter.start.needs == "inputs":
+        needed = f"a text, needed by adapter.init {adapter.init}"
+    require(needed is None, "calibrate.data", None, needed or "")
+
+
+def _packed(
+    weight: jax.Array, config: QuantConfig, gram: jax.Array | None, damping: float
+) -> QTensor:
+    return quantize(weight, config, gram=gram if config.needs_inputs else None, damping=damping)
+
+
+def _finished(
+    keep: Path | None, source: str | Path, calibrate: CalibrationRows | None, *settings: Any
+) -> FinishedLayers | None:
+    """Names all that the layers depend on."""
+    if keep is None or calibrate is None:
+        return None
+    path = snapshot(source)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    about = {
+        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "text": calibrate.describe(),
+        "settings": settings,
+    }
+    return FinishedLayers(keep, json.dumps(about, default=dataclasses.asdict))
+
+
+def _load(
+    source: str | Path, task: Task, mesh: Mesh | None, progress: bool
+) -> tuple[Tree, Tree, LlamaConfig]:
+    """Returns the base, the pairs that `task.make` fits, and the architecture."""
+    found, config = open_weights(snapshot(source))
     layered, single = weight_shapes(config)
+    stacks = Stacks(config.num_hidden_layers)
+    if task.calibrate is not None:
+        check_tokens(task.calibrate, config)
     total = sum(map(math.prod, single.values()))
     total += config.num_hidden_layers * sum(map(math.prod, layered.values()))
     with progress_bar("Loading", total, "weights", show=progress, unit_scale=True) as bar:
-        base, pairs = _load_layers(found, config, quant, make, dtype, mesh, bar, fitted)
+        matrices = _read_kept(found, config, task, stacks, bar)
+        outside = {}
+        if task.calibrate is None:
+            _make_each(found, matrices, task, stacks, bar)
+        else:
+            outside[_TABLE] = _read_single(found, _TABLE, single[_TABLE])
+            make_layers(found, config, matrices, task, stacks, outside[_TABLE], bar)
+        base, pairs = stacks.moved(mesh)
         for path, shape in single.items():
-            name = weight_name(path)
-            weight = aligned(shape, FLOATS[found[name].dtype])
-            read_into(weight, found[name], name)
-            insert(base, path, {"weight": _to_device([weight], mesh, path)})
+            arrays = [outside.pop(path) if path in outside else _read_single(found, path, shape)]
+            insert(base, path, {"weight": to_device(arrays, mesh, path)})
             bar.update(math.prod(shape))
     return base, pairs, config
 
 
-def _load_layers(
-    found: Mapping[str, Header],
-    config: LlamaConfig,
-    quant: QuantConfig,
-    make: Maker,
-    dtype: Any,
-    mesh: Mesh | None,
-    bar: Any,
-    fitted: Sequence[str],
-) -> tuple[Tree, Tree]:
-    """Fills stacked arrays of layers and pairs on the host, then moves them to the devices."""
-    depth, shapes = config.num_hidden_layers, weight_shapes(config)[0]
-    stacks: dict[Keys, list[np.ndarray]] = {}  # the leaves of a QTensor, or one float array
-    structures: dict[Keys, Any] = {}
-    made: list[tuple[Keys, int, range, QuantConfig]] = []
+def _read_single(found: Mapping[str, Header], path: Any, shape: tuple[int, ...]) -> np.ndarray:
+    name = weight_name(path)
+    weight = aligned(shape, FLOATS[found[name].dtype])
+    read_into(weight, found[name], name)
+    return weight
 
-    def put(place: Keys, tree: Any, index: int, count: int) -> None:
-        leaves, structures[place] = jax.tree.flatten(tree)
-        if place not in stacks:
-            stacks[place] = [aligned((count, *leaf.shape), leaf.dtype) for leaf in leaves]
-        for stack, leaf in zip(stacks[place], leaves, strict=True):
-            stack[index] = leaf  # waits for the result, so that the buffer can be reused
 
-    for name, layers in plan_stacks(config, quant).items():
+def _read_kept(
+    found: Mapping[str, Header], config: LlamaConfig, task: Task, stacks: Stacks, bar: Any
+) -> list[Matrix]:
+    """Reads the weights of the layers that are kept as they are, and lists the other ones."""
+    matrices, shapes = [], weight_shapes(config)[0]
+    for name, layers in plan_stacks(config, task.quant).items():
         for layer in layers:
             for path, shape in shapes.items():
-                linear, place = path[-1] in LINEAR_NAMES, (name, *path)
-                own = quant.for_matrix(matrix_name(path, layer))
+                own = task.quant.for_matrix(matrix_name(path, layer))
+                linear = path[-1] in LINEAR_NAMES
                 kept = not linear or own.format == KEPT
-                if linear and (not kept or path[-1] in fitted):
-                    made.append((place, layer, layers, own))
+                if linear and (not kept or path[-1] in task.fitted):
+                    matrices.append(Matrix(name, path, layer, layers, own))
                 if not kept:
                     continue
                 tensor = weight_name(path, layer)
-                if place not in stacks:
-                    stacks[place] = [aligned((len(layers), *shape), FLOATS[found[tensor].dtype])]
-                    structures[place] = jax.tree.structure(0)
-                read_into(stacks[place][0][layer - layers.start], found[tensor], tensor)
+                like = jax.ShapeDtypeStruct((len(layers), *shape), FLOATS[found[tensor].dtype])
+                space = stacks.space((name, *path), layer - layers.start, like)
+                read_into(space, found[tensor], tensor)
                 bar.update(math.prod(shape))
-    names = [weight_name(place[1:], layer) for place, layer, *_ in made]
-    with contextlib.closing(read_ahead(found, names, dtype)) as weights:
-        for (place, layer, layers, own), weight in zip(made, weights, strict=True):
+    return matrices
 
-            def step(weight: np.ndarray, place: Keys = place, layer: int = layer) -> None:
+
+def _make_each(
+    found: Mapping[str, Header], matrices: list[Matrix], task: Task, stacks: Stacks, bar: Any
+) -> None:
+    """Makes one matrix after the other, without a text."""
+    names = [weight_name(matrix.path, matrix.layer) for matrix in matrices]
+    with contextlib.closing(read_ahead(found, names, task.dtype)) as weights:
+        for matrix, weight in zip(matrices, weights, strict=True):
+
+            def step(weight: np.ndarray, matrix: Matrix = matrix) -> None:
                 """A function, so that its local arrays are freed before the next matrix is read."""
                 array = jax.device_put(weight, may_alias=True)
-                packed, pair = make(place[1:], layer, array, own)  # noqa: B023
-                if packed is not None:
-                    put(place, packed, layer - layers.start, len(layers))  # noqa: B023
+                made = task.make(matrix, array, None)
+                if made.weight is not None:
+                    if task.watch is not None:
+                        about = matrix.layer, matrix.path[-1], array, made.weight, matrix.quant
+                        task.watch(*about, None)
                     bar.update(weight.size)
-                for leaf, value in pair.items():
-                    put((LAYERS, *place[1:], leaf), value, layer, depth)
+                stacks.put(matrix, made)
 
             step(weight)
-
-    pair_leaves = ("lora_A", "lora_B")
-
-    def moved(place: Keys) -> Any:
-        path = place if place[-1] in pair_leaves else (*place, "weight")
-        arrays = [_to_device(stacks[place], mesh, path) for _ in range(len(stacks[place]))]
-        return jax.tree.unflatten(structures[place], arrays)
-
-    base: Tree = {}
-    pairs: Tree = {LAYERS: {}}
-    for place in list(stacks):
-        if place[-1] in pair_leaves:
-            insert(pairs, place, moved(place))
-        else:
-            insert(base, place, {"weight": moved(place)})
-    return base, pairs
-
-
-def _to_device(arrays: list[np.ndarray], mesh: Mesh | None, path: Keys) -> jax.Array:
-    """Pops the first array and puts it on the device. Frees the host copy unless it is aliased."""
-    array = arrays.pop(0)
-    where = None if mesh is None else sharding(mesh, path, array.shape)
-    return jax.block_until_ready(jax.device_put(array, where, may_alias=True))
-
-
-def _find_weights(folder: Path) -> dict[str, Header]:
-    """Reads the headers of all weights, from one file or from the shards listed in the index."""
-    if (folder / SINGLE).is_file():
-        return read_headers(folder / SINGLE)
-    if not (folder / INDEX).is_file():
-        suffixes = (".bin", ".pt", ".pth")
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in suffixes)
-        if pickles:
-            raise ValueError(
-                f"{folder}: pickles are never opened ({first_few(pickles)}); "
-                "convert them elsewhere with save_pretrained(folder, safe_serialization=True)"
-            )
-        raise FileNotFoundError(f"{folder}: no weights ({SINGLE} or {INDEX})")
-    shards = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
-        raise ValueError(f"{folder / INDEX}: no weight_map from tensors to files")
-    files = sorted(set(shards.values()))
-    for file in files:
-        if PurePath(file).is_absolute() or ".." in PurePath(file).parts:
-            raise ValueError(
-                f"{folder / INDEX}: lists {shorten(file)}: expected a file in its folder"
-            )
-        if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder / INDEX}: lists {file}, which does not exist")
-    found: dict[str, Header] = {}
-    for file in files:
-        for name, header in read_headers(folder / file).items():
-            if shards.get(name, file) != file:  # left over from another version of the model
-                continue
-            if name in found:
-                raise ValueError(
-                    f"{folder / INDEX}: {name} is in {found[name].file.name} and in {file}: "
-                    "expected weight_map to name one of them"
-                )
-            found[name] = header
-    return found
-
-
-def read_llama(folder: Path) -> LlamaConfig:
-    """Reads the architecture of a Hugging Face folder, from config.json and the weights, or of a
-    GGUF file.
-
-    A model that ties its head to the embeddings may still have a head in its files. If the two
-    differ, the head is used, and `tie_word_embeddings` is false. Apart from this comparison no
-    weights are read, and they may be missing.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_base`.
-    """
-    config = read_config(folder)
-    if not config.tie_word_embeddings or not any((folder / f).is_file() for f in (SINGLE, INDEX)):
-        return config
-    return _untie(config, _find_weights(folder))
-
-
-def _untie(config: LlamaConfig, found: Mapping[str, Header]) -> LlamaConfig:
-    """Unties the head from the embeddings if the files hold a head that differs from them."""
-    table, head = weight_name(("embed_tokens",)), weight_name(("lm_head",))
-    if not config.tie_word_embeddings or head not in found or table not in found:
-        return config
-    for name in (table, head):
-        check_float(found[name], name)
-    same = found[table].shape == found[head].shape and equal_values(found, table, head)
-    return config if same else dataclasses.replace(config, tie_word_embeddings=False)
-
-
-def _check_weights(folder: Path, found: Mapping[str, Header], config: LlamaConfig) -> None:
-    """Checks, before any weight is read, that the weights of a folder match `config`."""
-    layered, single = weight_shapes(config)
-    expected: dict[str, tuple[tuple[int, ...], str]] = {}
-    for path, shape in single.items():
-        expected[weight_name(path)] = shape, weight_name(path)
-    for path, shape in layered.items():
-        for layer in range(config.num_hidden_layers):
-            expected[weight_name(path, layer)] = shape, weight_name(path, 0)
-    described = "its header" if is_gguf(folder) else "config.json"
-    missing = [name for name in expected if name not in found]
-    if missing:
-        raise ValueError(f"{folder}: no tensor {first_few(missing)}")
-    for name, (shape, first) in expected.items():
-        header = found[name]
-        check_float(header, name)
-        if header.shape != shape:
-            raise ValueError(
-                f"{header.file}: {name} has shape {header.shape}: {described} says {shape}"
-            )
-        if header.dtype != found[first].dtype:
-            raise ValueError(
-                f"{header.file}: {name} has type {FLOATS[header.dtype]}, but {first} has "
-                f"{FLOATS[found[first].dtype]}: expected one type for all layers"
-            )
-    # Old files contain the rotary frequencies. A head equal to tied embeddings is not read.
-    spare = [name for name in found if name not in expected]
-    spare = [name for name in spare if not name.endswith("rotary_emb.inv_freq")]
-    spare = [name for name in spare if name != "lm_head.weight"]
-    if spare:
-        raise ValueError(
-            f"{found[spare[0]].file}: tensors that config.json does not account for: "
-            f"{first_few(spare)}"
-        )

@@ -7,7 +7,7 @@ runs only on the sample, which is about 1 % of the weights of a large model.
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -186,14 +186,33 @@ def summarize(found: Sequence[Surveyed], config: QuantConfig) -> dict[str, Any]:
     return summary
 
 
+def summarize_outputs(
+    errors: Mapping[tuple[int, str], tuple[float, float]],
+) -> dict[str, dict[str, list[float | None]]]:
+    """Lists the errors of the outputs over the layers, by projection: of the "plain" quantizer and
+    of the "own" one of this base.
+
+    Args:
+        errors: by layer and projection (`base.layerwise.OutputErrors`).
+    """
+    return {
+        kind: _by_place({place: pair[i] for place, pair in errors.items()})
+        for i, kind in enumerate(("plain", "own"))
+    }
+
+
 def _by_projection(
     values: Sequence[tuple[Surveyed, float]],
 ) -> dict[str, list[float | None]]:
+    return _by_place({(one.layer, one.name): value for one, value in values})
+
+
+def _by_place(values: Mapping[tuple[int, str], float]) -> dict[str, list[float | None]]:
     """Lists values over the layers by projection; None for a layer that is not quantized."""
-    places = {(one.name, one.layer): round(value, 6) for one, value in values}
-    names = dict.fromkeys(one.name for one, _ in values)
-    layers = range(max(one.layer for one, _ in values) + 1)
-    return {name: [places.get((name, layer)) for layer in layers] for name in names}
+    names = dict.fromkeys(name for _, name in values)
+    layers = range(max(layer for layer, _ in values) + 1)
+    found = {place: round(value, 6) for place, value in values.items()}
+    return {name: [found.get((layer, name)) for layer in layers] for name in names}
 
 
 def _sum(histograms: Sequence[Sequence[int]]) -> list[int]:

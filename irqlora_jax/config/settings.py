@@ -13,6 +13,7 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.file import read_base_config
 from irqlora_jax.config.base import fill_from_base, find_base
 from irqlora_jax.config.parse import Convert, parse, parse_flags
+from irqlora_jax.data.calibrate import CalibrateConfig
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.sharding import MeshConfig
@@ -155,6 +156,7 @@ class Config:
     seed: int = 0
     """Random seed of the adapters, the order of the data, and the dropout."""
     quant: QuantConfig = QuantConfig()
+    calibrate: CalibrateConfig = CalibrateConfig()
     adapter: AdapterConfig = AdapterConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
@@ -202,6 +204,7 @@ class QuantizeConfig:
     output_dir: str
     """New folder for the quantized base and its tokenizer."""
     quant: QuantConfig = QuantConfig()
+    calibrate: CalibrateConfig = CalibrateConfig()
     progress: bool = True
     """Show a progress bar."""
 

@@ -136,8 +136,9 @@ def baselines(
     if quantized and quant != quant.plain:
         others.append((quant.plain.label, quant.plain))
         if quant.calibration != ICQ.name:
-            paper = dataclasses.replace(quant, calibration=ICQ.name)
-            others.append((paper.label, paper))
+            paper = dataclasses.replace(quant, calibration=ICQ.name, rounding="nearest")
+            if not paper.needs_inputs:  # by a rule
+                others.append((paper.label, paper))
     if start is not None:
         others.append((quant.label, quant))
     rows = []

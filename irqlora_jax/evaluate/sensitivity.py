@@ -14,9 +14,10 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
-from irqlora_jax.base.make import load_base
+from irqlora_jax.base.make import check_text, load_base
 from irqlora_jax.base.storage import plan_stacks
 from irqlora_jax.config.base import quant_settings
+from irqlora_jax.data.calibrate import CalibrateConfig, CalibrationRows, read_calibration
 from irqlora_jax.data.encode import encode_source
 from irqlora_jax.evaluate.kept_losses import Losses, append_loss, read_losses
 from irqlora_jax.evaluate.suggested import Suggestion, suggest
@@ -54,6 +55,7 @@ class SensitivityConfig:
     output_dir: str
     """Folder for losses.jsonl, sensitivity.json and the page sensitivity.html."""
     quant: QuantConfig = QuantConfig()
+    calibrate: CalibrateConfig = CalibrateConfig()
     mode: Literal["one", "all_but_one"] = "one"
     """"one": a single matrix is quantized, all others are in full precision. "all_but_one": a
     single matrix is in full precision, all others are quantized."""
@@ -111,11 +113,13 @@ def measure_sensitivity(asked: SensitivityConfig) -> dict[str, Any]:
     plan_stacks(llama, asked.quant)  # refuses a rule that matches nothing
     tokens = np.array(encode_source(tokenizer, [read_text(Path(asked.text))])[0], np.int32)
     rows = _cut(tokens, asked, llama.max_position_embeddings)
+    check_text(asked.quant, None, asked.calibrate.data)
+    drawn = read_calibration(asked.calibrate, tokenizer, llama.max_position_embeddings)
     check_writable(folder)
     with locked(folder):
         file = folder / LOSSES_FILE
-        losses = read_losses(file, _identity(asked, rows))
-        result = _measure(asked, rows, file, losses)
+        losses = read_losses(file, _identity(asked, rows, drawn))
+        result = _measure(asked, rows, drawn, file, losses)
         result |= {"seconds": round(time.perf_counter() - started, 3)}
         write_text(folder / RESULT_FILE, json.dumps(seal(result), indent=1) + "\n")
     logger.info(f"written to {folder / RESULT_FILE}")
@@ -140,7 +144,9 @@ def _cut(
     return np.stack([tokens[i * step : i * step + length] for i in range(count)])
 
 
-def _identity(asked: SensitivityConfig, rows: Int32[np.ndarray, "rows seq"]) -> dict[str, Any]:
+def _identity(
+    asked: SensitivityConfig, rows: Int32[np.ndarray, "rows seq"], drawn: CalibrationRows | None
+) -> dict[str, Any]:
     """Everything that the losses depend on, as plain values. Rounding aside, batches do not."""
     path = snapshot(asked.model)
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
@@ -152,15 +158,22 @@ def _identity(asked: SensitivityConfig, rows: Int32[np.ndarray, "rows seq"]) -> 
         "length": asked.length,
         "mode": asked.mode,
         "compute_dtype": asked.compute_dtype,
+        "calibrate": None if drawn is None else drawn.describe(),
     } | quant_settings(asked.quant)
     return json.loads(json.dumps(found, default=dataclasses.asdict))
 
 
 def _measure(
-    asked: SensitivityConfig, rows: Int32[np.ndarray, "rows seq"], file: Path, losses: Losses
+    asked: SensitivityConfig,
+    rows: Int32[np.ndarray, "rows seq"],
+    drawn: CalibrationRows | None,
+    file: Path,
+    losses: Losses,
 ) -> dict[str, Any]:
     """Computes the losses that are not known yet, and puts everything together."""
-    packed, llama, survey = quantize_base(asked.model, asked.quant, progress=asked.progress)
+    packed, llama, survey = quantize_base(
+        asked.model, asked.quant, calibrate=drawn, progress=asked.progress
+    )
     base, _ = load_base(asked.model, None, progress=asked.progress)
     model = Llama(llama, compute_dtype=asked.compute_dtype)
     batches = [rows[i : i + asked.batch_size] for i in range(0, len(rows), asked.batch_size)]

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from irqlora_jax.model.attention import rope_rotations
+from irqlora_jax.model.alone import GROUPS, layer_moments, layer_outputs
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.layer import Context, Layer, Settings, rms_norm
+from irqlora_jax.model.layer import Settings, rms_norm
 from irqlora_jax.model.llama import Llama, head_weight
 from irqlora_jax.model.loss import row_cross_entropy
 from irqlora_jax.model.tree import LAYERS, find_stack, linear_path
@@ -25,7 +25,6 @@ from irqlora_jax.sharding import LINEAR_NAMES
 
 Batches = Sequence[Int[np.ndarray, "_ seq"]]
 """Rows without padding. All tokens of a row except the first one are scored."""
-_GROUPS = ("self_attn", "mlp")
 
 
 class Whole(NamedTuple):
@@ -84,12 +83,12 @@ def swapped_losses(
         for name in names:
             group, _ = linear_path(name)
             weights = own | {group: own[group] | {name: others[group][name]}}
-            outputs = [_layer(settings, weights, x) for x in hidden]
+            outputs = [layer_outputs(settings, weights, x) for x in hidden]
             for later in range(layer + 1, depth):
                 weights = _pick(model, base, later)
-                outputs = [_layer(settings, weights, x) for x in outputs]
+                outputs = [layer_outputs(settings, weights, x) for x in outputs]
             yield layer, name, _mean_loss(model, base, outputs, batches)
-        hidden = [_layer(settings, own, x) for x in hidden]
+        hidden = [layer_outputs(settings, own, x) for x in hidden]
 
 
 def _settings(model: Llama) -> Settings:
@@ -116,16 +115,9 @@ def _pick_from(stack: Mapping[str, Any], index: Int[Array, ""], dtype: str) -> d
 
     matrices = {
         group: {name: {"weight": dense(linear["weight"])} for name, linear in own[group].items()}
-        for group in _GROUPS
+        for group in GROUPS
     }
     return {**own, **matrices}
-
-
-@functools.partial(jax.jit, static_argnames="settings")
-def _layer(
-    settings: Settings, weights: Mapping[str, Any], x: Float[Array, "batch seq hidden"]
-) -> Float[Array, "batch seq hidden"]:
-    return _apply(settings, weights, x, mutable=False)[0][0]
 
 
 @functools.partial(jax.jit, static_argnames="settings")
@@ -133,16 +125,8 @@ def _measured_layer(
     settings: Settings, weights: Mapping[str, Any], x: Float[Array, "batch seq hidden"]
 ) -> tuple[Float[Array, "batch seq hidden"], dict[str, Float32[Array, " in"]]]:
     """Also the sum of the squares of each input channel, by projection."""
-    ((x, _), _), found = _apply(settings, weights, x, mutable=["stats"])
-    parts = (found["stats"][group] for group in _GROUPS)
-    return x, {name: jnp.diagonal(own["gram"]) for part in parts for name, own in part.items()}
-
-
-def _apply(settings: Settings, weights: Mapping[str, Any], x: Array, mutable: Any) -> Any:
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None, :], x.shape[:2])
-    context = Context(rope_rotations(settings.config, positions), None, None)
-    carry, own = (x, None), (jnp.int32(0), {})
-    return Layer(settings).apply({"base": weights}, carry, own, context, mutable=mutable)
+    x, moments = layer_moments(settings, weights, x)
+    return x, {name: jnp.diagonal(gram) for name, gram in moments.items()}
 
 
 def _mean_loss(

@@ -45,6 +45,7 @@ class Card:
         base: for adapters, folder or hub id of the weights they were trained on, if known.
         folded: for adapters, whether IEC is folded into the plain LoRA pair.
         scores: from `runs.load.scores`.
+        calibrate: the text that the base was calibrated with (`base.file.read_calibrate`).
     """
 
     name: str
@@ -58,6 +59,7 @@ class Card:
     base: str | None
     folded: bool
     scores: Mapping[str, Any]
+    calibrate: Mapping[str, Any] | None = None
 
     def text(self) -> str:
         """Text of README.md, with the hub's front matter. Folders appear by name, without path."""
@@ -97,6 +99,14 @@ class Card:
             quantized = f"quantized to {self.quant.format}"
             if self.quant != self.quant.plain:
                 quantized += f" with {CALIBRATIONS[self.quant.calibration].description}"
+            if self.quant.rounding == "feedback":
+                quantized += ", rounded with error feedback"
+            if self.calibrate is not None:
+                text = self.calibrate
+                quantized += (
+                    f" (calibrated with {text['rows']} rows of {text['length']} tokens of "
+                    f"{public_name(text['data']) if text['data'] else 'a text'})"
+                )
         method = LORA if self.config is None else self.config.adapter.chosen
         trained = method.description
         finetuned = f"{origin}, {quantized}, finetuned with {trained} by irqlora_jax"

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from irqlora_jax.base.file import read_base_config
+from irqlora_jax.base.file import read_base_config, read_calibrate
 from irqlora_jax.export.card import Card
 from irqlora_jax.export.model import parameters, save_model
 from irqlora_jax.export.peft import save_adapter
@@ -247,9 +247,10 @@ def _companions(
     run.tokenizer.save_pretrained(aside)
     if kind != "adapter":
         _write_generation(aside, run)
-    quant = None
+    quant = used = None
     if (run.folder / BASE_FILE).is_file():
         quant = read_base_config(run.folder / BASE_FILE)[1]
+        used = read_calibrate(run.folder / BASE_FILE)
     card = Card(
         name=name,
         kind=kind,
@@ -262,6 +263,7 @@ def _companions(
         base=base,
         folded=config.fold,
         scores=scores(run.folder),
+        calibrate=used,
     )
     (aside / "README.md").write_text(card.text(), encoding="utf-8")
 

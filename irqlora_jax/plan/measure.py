@@ -152,7 +152,7 @@ def read_base_shapes(config: Config) -> tuple[Base, LlamaConfig]:
     """Returns the base of a run with jax.ShapeDtypeStruct in place of arrays.
 
     Reads only config.json, or the header of a quantized base. (If config.json ties a head that a
-    local folder has, reads that too: `base.make.read_llama`.)
+    local folder has, reads that too: `base.source.read_llama`.)
 
     Raises:
         FileNotFoundError, ValueError: as `runs.check_model` and `runs.read_architecture`.

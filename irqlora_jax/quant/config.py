@@ -21,6 +21,7 @@ RENAMED = {
 """Fields of version 0.1.0, and the options that replace them."""
 KEPT = "none"
 """The value of `quant.format` that keeps the weights as they are."""
+Rounding = Literal["nearest", "feedback"]
 if TYPE_CHECKING:
     FormatName = str
     CalibrationName = str
@@ -43,6 +44,8 @@ class QuantRule:
     """Weights that share a scale and a shift."""
     calibration: CalibrationName | None = None
     """How scales and shifts are chosen."""
+    rounding: Rounding | None = None
+    """How codes are chosen."""
     symmetric: bool | None = None
     """Integers only: fix the zero point in the middle of the codes."""
 
@@ -67,7 +70,13 @@ class QuantConfig:
     or range (integers) that maximizes the entropy of each block's codes (IR-QLoRA, section 3.2).
     "joint": choose the scale and shift that maximize entropy - error_weight * error / variance.
     "robust": choose the scale and shift of least error, where the largest and the smallest weights
-    of a block count more."""
+    of a block count more. "importance": choose the scale and shift of least error, where weights
+    with larger inputs count more; needs `calibrate.data`. "gptq": as "none", with rounding
+    "feedback"."""
+    rounding: Rounding = "nearest"
+    """How codes are chosen, for all calibrations. "nearest": the level nearest to each weight.
+    "feedback": one column after the other, and the later columns correct the error of the earlier
+    ones for typical inputs (GPTQ); needs `calibrate.data`."""
     symmetric: bool = False
     """Integers only: fix the zero point in the middle of the codes."""
     codes_from: Literal["stored", "exact"] = "stored"
@@ -87,6 +96,8 @@ class QuantConfig:
         require(size > 0 and size % 8 == 0, "quant.block_size", size, "a positive multiple of 8")
         name = self.calibration
         require(name in calibrations, "quant.calibration", name, ", ".join(calibrations))
+        how = self.rounding
+        require(how in ("nearest", "feedback"), "quant.rounding", how, "nearest or feedback")
         source = self.codes_from
         require(source in ("stored", "exact"), "quant.codes_from", source, "stored or exact")
         format = FORMATS.get(self.format)
@@ -125,13 +136,29 @@ class QuantConfig:
 
     @property
     def plain(self) -> "QuantConfig":
-        """The same storage without a calibration."""
+        """The same storage without a calibration, rounded to the nearest levels."""
         # Keep a rule even if it only chose a calibration, because it shadows later rules.
         rules = tuple(
-            dataclasses.replace(rule, calibration=rule.calibration and PLAIN.name)
+            dataclasses.replace(
+                rule,
+                calibration=rule.calibration and PLAIN.name,
+                rounding=rule.rounding and "nearest",
+            )
             for rule in self.rules
         )
-        return dataclasses.replace(self, calibration=PLAIN.name, rules=rules)
+        return dataclasses.replace(self, calibration=PLAIN.name, rounding="nearest", rules=rules)
+
+    @property
+    def feedback(self) -> bool:
+        """Whether codes are computed with error feedback, where no rule says otherwise."""
+        return self.rounding == "feedback" or CALIBRATIONS[self.calibration].feedback
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether a matrix that is quantized needs the second moments of its inputs."""
+        own = self.feedback or CALIBRATIONS[self.calibration].needs == "inputs"
+        rules = (dataclasses.replace(self, rules=(), **rule.overrides) for rule in self.rules)
+        return (own and self.format != KEPT) or any(rule.needs_inputs for rule in rules)
 
     @property
     def quantizes(self) -> bool:
@@ -141,8 +168,11 @@ class QuantConfig:
     @property
     def label(self) -> str:
         """Format and calibration, as named in tables."""
-        title = CALIBRATIONS[self.calibration].title
-        label = f"{self.format} + {title}" if title else f"plain {self.format}"
+        chosen = CALIBRATIONS[self.calibration]
+        parts = [chosen.title] if chosen.title else []
+        if self.rounding == "feedback" and not chosen.feedback:
+            parts.append("feedback")
+        label = " + ".join([self.format, *parts]) if parts else f"plain {self.format}"
         return f"{label}, with rules" if self.rules else label
 
     def for_matrix(self, name: str) -> "QuantConfig":

@@ -13,7 +13,7 @@ from irqlora_jax.quant.calibrations import CALIBRATIONS, Calibrated
 from irqlora_jax.quant.calibrations.plain import block_ends
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.entropy import quotient
-from irqlora_jax.quant.feedback import feedback_factor, round_with_feedback
+from irqlora_jax.quant.feedback import check_moments, feedback_factor, round_with_feedback
 from irqlora_jax.quant.formats import Format, get_format
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.quant.slabs import map_slabs, rows_of, slab_rows
@@ -43,15 +43,16 @@ def quantize(
         config: format, block size and calibration.
         shift: exact shifts to use instead of a search (NormalFloat and FP4).
         minus: B and A, to quantize weight - B A, which is never materialized.
-        gram: X^T X of inputs X [tokens, in] of the layer. With it, the codes are computed with
-            error feedback (`feedback.py`), for the scales and shifts that the calibration chose.
-            The inputs with the largest moments come first.
+        gram: X^T X of inputs X [tokens, in] of the layer, needed if `config.needs_inputs`. Rounding
+            with error feedback (`feedback.py`) uses all of it, and begins with the columns that
+            have the largest moments. The calibration "importance" uses its diagonal.
         damping: for the feedback, as a fraction of the mean diagonal of `gram`.
 
     Raises:
         ValueError: NaN or infinite weights, shifts or factors (the message says where the first one
-            is, and how many there are); format "none"; shifts for an integer format; second moments
-            of another shape, or as in `feedback_factor`.
+            is, and how many there are); format "none"; shifts for an integer format; no second
+            moments although they are needed, or the reverse; second moments of another shape, or as
+            in `feedback_factor`.
 
     Examples:
         >>> weight = jax.random.normal(jax.random.key(0), (32, 128))
@@ -66,12 +67,22 @@ def quantize(
     fmt = get_format(config.format)
     if shift is not None and fmt.integer:
         raise ValueError(f"shift: not accepted with quant.format {fmt.name}")
+    needs = config.needs_inputs
+    if needs != (gram is not None):
+        what = "X^T X of the layer's inputs" if needs else "None"
+        require(False, "gram", "None" if needs else "a matrix", f"{what} with {config.label}")
     left, right = (None, None) if minus is None else minus
     given = {"weight": weight, "shift": shift, "minus[0]": left, "minus[1]": right}
     for name, matrix in given.items():
         if matrix is not None:
             _check_finite(name, matrix)
-    return _quantize(weight, shift, config, minus, _feedback(weight, gram, damping))
+    feedback = inputs = None
+    if gram is not None:
+        columns = weight.shape[1]
+        require(gram.shape == (columns, columns), "gram", gram.shape, f"shape {(columns, columns)}")
+        feedback = _feedback(gram, damping) if config.feedback else None
+        inputs = check_moments(gram)
+    return _quantize(weight, shift, config, minus, feedback, inputs)
 
 
 class Feedback(NamedTuple):
@@ -81,11 +92,7 @@ class Feedback(NamedTuple):
     factor: Float32[Array, "in in"]
 
 
-def _feedback(weight: Array, gram: Array | None, damping: float) -> Feedback | None:
-    if gram is None:
-        return None
-    columns = weight.shape[1]
-    require(gram.shape == (columns, columns), "gram", gram.shape, f"shape {(columns, columns)}")
+def _feedback(gram: Array, damping: float) -> Feedback:
     order = jnp.argsort(-jnp.diagonal(gram))
     return Feedback(order, feedback_factor(gram[order][:, order], damping))
 
@@ -130,6 +137,7 @@ def _quantize(
     config: QuantConfig,
     minus: tuple[Array, Array] | None = None,
     feedback: Feedback | None = None,
+    inputs: Array | None = None,
 ) -> QTensor:
     fmt, size = get_format(config.format), config.block_size
     rows, columns = weight.shape
@@ -151,8 +159,12 @@ def _quantize(
         ends = jnp.minimum(columns - jnp.arange(per_row) * size, size)
         valid = jnp.tile(ends, count)
 
+    moments = None
+    if inputs is not None:
+        moments = jnp.pad(inputs, (0, per_row * size - columns)).reshape(per_row, size)
+
     def calibrate(start: Array | int) -> Calibrated:
-        found = _calibrate(blocks_from(start), fmt, config, valid, shift is not None)
+        found = _calibrate(blocks_from(start), fmt, config, valid, shift is not None, moments)
         return jax.tree.map(lambda x: x.reshape(count, per_row), found)
 
     found = jax.tree.map(jnp.ravel, map_slabs(calibrate, rows, count))
@@ -187,14 +199,20 @@ def _quantize(
 
 
 def _calibrate(
-    blocks: Array, fmt: Format, config: QuantConfig, valid: Array | None, shift_is_given: bool
+    blocks: Array,
+    fmt: Format,
+    config: QuantConfig,
+    valid: Array | None,
+    shift_is_given: bool,
+    inputs: Array | None,
 ) -> Calibrated:
     """Stage 1: what the calibration chooses for each block."""
     if shift_is_given:
         low, high = block_ends(blocks, valid)
         return Calibrated(low=low, high=high)
-    search = CALIBRATIONS[config.calibration].search
-    return search(blocks, fmt, config.symmetric, config.options, valid)
+    chosen = CALIBRATIONS[config.calibration]
+    given = inputs if chosen.needs == "inputs" else None
+    return chosen.search(blocks, fmt, config.symmetric, config.options, valid, given)
 
 
 def _encode_statistics(found: Calibrated, fmt: Format, exact: bool) -> _Statistics:

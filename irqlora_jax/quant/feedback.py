@@ -21,6 +21,35 @@ RoundColumn = Callable[[Array, Array], tuple[Array, Array]]
 """(column [out], its index) -> its codes uint8 [out], and the values they stand for."""
 
 
+def check_moments(gram: Float[Array, "in in"]) -> Float32[Array, " in"]:
+    """The diagonal of the second moments: one number for each input.
+
+    Raises:
+        ValueError: NaN, infinite or negative second moments (not while JAX traces a function).
+    """
+    diagonal = jnp.diagonal(gram).astype(jnp.float32)
+    fine = jnp.isfinite(gram).all() & (diagonal >= 0).all()
+    wrong = "a matrix with NaN, infinite or negative moments"
+    require(isinstance(fine, Tracer) or bool(fine), "gram", wrong, "X^T X")
+    return diagonal
+
+
+def damped_moments(gram: Float[Array, "in in"], damping: float) -> Float32[Array, "in in"]:
+    """H + d I, where d is this fraction of the mean diagonal of H.
+
+    A moment of 0 counts as 1: such an input has no effect, and must not make the matrix singular.
+
+    Raises:
+        ValueError: negative damping, or as in `check_moments`.
+    """
+    require(damping >= 0, "damping", damping, "0 or more")
+    diagonal = check_moments(gram)
+    diagonal = jnp.where(diagonal == 0, 1, diagonal)
+    step = damping * diagonal.mean()
+    identity = jnp.eye(len(gram), dtype=bool)
+    return jnp.where(identity, diagonal + step, gram.astype(jnp.float32))
+
+
 def feedback_factor(gram: Float[Array, "in in"], damping: float = 0.01) -> Float32[Array, "in in"]:
     """Upper Cholesky factor U of the inverse of the damped second moments: U^T U = (H + d I)^-1.
 
@@ -34,16 +63,7 @@ def feedback_factor(gram: Float[Array, "in in"], damping: float = 0.01) -> Float
         ValueError: NaN, infinite or negative second moments, or too few different inputs: the
             damped matrix has no Cholesky factor.
     """
-    require(damping >= 0, "damping", damping, "0 or more")
-    gram = gram.astype(jnp.float32)
-    diagonal = jnp.diagonal(gram)
-    fine = jnp.isfinite(gram).all() & (diagonal >= 0).all()
-    wrong = "a matrix with NaN, infinite or negative moments"
-    require(isinstance(fine, Tracer) or bool(fine), "gram", wrong, "X^T X")
-    # An input that is always 0: its column has no effect, and must not make the matrix singular.
-    diagonal = jnp.where(diagonal == 0, 1, diagonal)
-    step = damping * diagonal.mean()
-    damped = jnp.where(jnp.eye(len(gram), dtype=bool), diagonal + step, gram)
+    damped = damped_moments(gram, damping)
     identity = jnp.eye(len(gram), dtype=jnp.float32)
     inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), identity)
     factor = jnp.linalg.cholesky(inverse, upper=True)

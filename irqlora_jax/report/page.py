@@ -77,6 +77,7 @@ _SECTIONS: tuple[tuple[str, Callable[[RunData], Markup]], ...] = (
     ("Evaluation", scored.evaluation),
     ("Entropy of the codes", quantized.entropy),
     ("Codes, shifts and errors", quantized.quantization),
+    ("Errors of the outputs", quantized.output_errors),
     ("Memory", sections.memory),
     ("Repeat it", sections.repeat),
 )

@@ -83,6 +83,31 @@ def quantization(found: RunData) -> Markup:
     return join(tag("p", note, class_="note"), tag("div", *plots, class_="grid2"))
 
 
+def output_errors(found: RunData) -> Markup:
+    """Plots the errors of the outputs by layer, if the base was calibrated with a text."""
+    used = (found.survey or {}).get("calibrate")
+    if used is None:
+        return Markup()
+    by_kind = {
+        name: {
+            part: [None if v is None else 100 * v for v in values]
+            for part, values in used["output_error"][key].items()
+        }
+        for name, key in (("plain", "plain"), ("this base", "own"))
+    }
+    axis = _shared_axis("relative squared error (%)", by_kind)
+    plots = [
+        _by_layer(part, axis, {kind: errors[part] for kind, errors in by_kind.items()})
+        for part in by_kind["plain"]
+    ]
+    note = (
+        "Squared error of the outputs of each matrix, divided by the squared outputs, for the "
+        f"inputs that {used['rows']} rows of {used['length']} tokens of {used['data']} give. A "
+        "fitted adapter is included. All plots have the same scale."
+    )
+    return join(tag("p", note, class_="note"), tag("div", *plots, class_="grid2"))
+
+
 def most_bits(survey: Mapping[str, Any]) -> int:
     """Bits of the largest format, which limit all entropies."""
     return max(FORMATS[name].bits for name in survey.get("formats") or [survey["format"]])

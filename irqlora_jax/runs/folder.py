@@ -11,6 +11,7 @@
     RUN/results.json       the scores
     RUN/checksums.json     checksums of the small files (`runs.recorded`)
     RUN/report.html        a page that shows all of this
+    RUN/calibration/       finished layers, only while a base is calibrated with a text
     RUN/train.lock         only while a process writes there
 
 Files are written under a temporary name and renamed when complete; metrics.jsonl is appended to.
@@ -41,7 +42,9 @@ TOKENIZER, GENERATION = "tokenizer", "generation_config.json"
 SURVEY_FILE = "quantization.json"
 ENVIRONMENT_FILE, RESULTS_FILE = "environment.json", "results.json"
 _CONFIG, _DATA = "config.json", "data.json"
-BASE_START = {TOKENIZER, f"{BASE_FILE}.part", LOCK_FILE}
+KEPT_LAYERS = "calibration"
+"""Folder for finished layers, while a base is calibrated with a text."""
+BASE_START = {TOKENIZER, KEPT_LAYERS, f"{BASE_FILE}.part", LOCK_FILE}
 BASE_START |= {f"{name}{end}" for name in (SURVEY_FILE, RECORD_FILE) for end in ("", ".part")}
 """Only these are there after an interrupted `irqlora quantize`, which writes the base last."""
 # Fields and sections that may change when a run is resumed. Its base and data.json tell whether
@@ -51,6 +54,7 @@ _MAY_CHANGE = (
     "data.train",
     "data.eval",
     "data.chat_template",
+    "calibrate.data",
     "output_dir",
     "log",
     "mesh",

@@ -13,7 +13,8 @@ from irqlora_jax.base.file import (
     read_base_config,
     read_source,
 )
-from irqlora_jax.base.make import load_base, read_llama
+from irqlora_jax.base.make import load_base
+from irqlora_jax.base.source import read_llama
 from irqlora_jax.config import Config, check_settings, quant_settings
 from irqlora_jax.data.chat import end_tokens
 from irqlora_jax.files.checksums import check_seal
@@ -197,7 +198,7 @@ def read_architecture(source: str | Path, quant: QuantConfig) -> LlamaConfig:
     """Reads the architecture of a quantized base, or of a model in any other form.
 
     Downloads only config.json. So for a model on the hub, `tie_word_embeddings` is as in that file
-    (`base.make.read_llama`).
+    (`base.source.read_llama`).
 
     Raises:
         FileNotFoundError: no such model.

@@ -11,10 +11,12 @@ import jax
 from jax.sharding import Mesh
 
 from irqlora_jax.base.file import Base, save_base
-from irqlora_jax.base.make import load_base
+from irqlora_jax.base.layerwise import OutputErrors
+from irqlora_jax.base.make import check_text, load_base
 from irqlora_jax.base.storage import abstract_base, measure_base
-from irqlora_jax.base.survey import Surveyed, summarize, survey
+from irqlora_jax.base.survey import Surveyed, summarize, summarize_outputs, survey
 from irqlora_jax.config import QuantizeConfig
+from irqlora_jax.data.calibrate import CalibrationRows, read_calibration
 from irqlora_jax.files.hub import load_tokenizer, read_config, snapshot
 from irqlora_jax.messages import progress_bar, shows_messages
 from irqlora_jax.model.config import LlamaConfig
@@ -24,6 +26,7 @@ from irqlora_jax.runs.folder import (
     BASE_FILE,
     BASE_START,
     GENERATION,
+    KEPT_LAYERS,
     SURVEY_FILE,
     TOKENIZER,
     check_space,
@@ -56,18 +59,51 @@ def link_base(source: str | Path, folder: Path) -> None:
     os.replace(aside, folder / BASE_FILE)
 
 
+Errors = dict[tuple[int, str], OutputErrors]
+"""Errors of the outputs by layer and projection."""
+
+
 def quantize_base(
-    source: str | Path, quant: QuantConfig, *, mesh: Mesh | None = None, progress: bool = False
+    source: str | Path,
+    quant: QuantConfig,
+    *,
+    calibrate: CalibrationRows | None = None,
+    keep: Path | None = None,
+    mesh: Mesh | None = None,
+    progress: bool = False,
 ) -> tuple[Base, LlamaConfig, dict[str, Any] | None]:
-    """Like `hf.load_base`, but also returns the survey of the weights (`base.survey.summarize`), or
-    None if nothing is quantized."""
+    """Like `hf.load_base`, but also returns the survey of the weights (`base.survey.summarize`,
+    with "calibrate" from `describe_errors`), or None if nothing is quantized."""
     found: list[Surveyed] = []
+    errors: Errors = {}
 
-    def watch(layer: int, name: str, weight: jax.Array, packed: QTensor, own: QuantConfig) -> None:
+    def watch(
+        layer: int,
+        name: str,
+        weight: jax.Array,
+        packed: QTensor,
+        own: QuantConfig,
+        outputs: OutputErrors | None,
+    ) -> None:
         found.append(survey(layer, name, weight, packed, own))
+        if outputs is not None:
+            errors[layer, name] = outputs
 
-    base, llama = load_base(source, quant, mesh=mesh, progress=progress, watch=watch)
-    return base, llama, summarize(found, quant) if found else None
+    options: dict[str, Any] = {"mesh": mesh, "progress": progress, "watch": watch}
+    base, llama = load_base(source, quant, calibrate=calibrate, keep=keep, **options)
+    if not found:
+        return base, llama, None
+    return base, llama, {**summarize(found, quant), **describe_errors(calibrate, errors)}
+
+
+def describe_errors(calibrate: CalibrationRows | None, errors: Errors) -> dict[str, Any]:
+    """For quantization.json and the metadata of a base: which text was used, and "output_error"
+    (`base.survey.summarize_outputs`). Empty without a text."""
+    if calibrate is None or not errors:
+        return {}
+    return {
+        "calibrate": {**calibrate.describe(), "output_error": summarize_outputs(errors)},
+    }
 
 
 def save_survey(folder: Path, summary: dict[str, Any] | None) -> None:
@@ -89,16 +125,24 @@ def quantize_model(config: QuantizeConfig) -> None:
     if folder.exists() and (not folder.is_dir() or not left <= BASE_START):
         raise FileExistsError(f"output_dir = '{folder}': exists; expected a new folder")
     check_writable(folder)
-    needed = measure_base(abstract_base(read_config(config.model), config.quant)).total
-    check_space(folder, needed)
+    architecture = read_config(config.model)
+    check_space(folder, measure_base(abstract_base(architecture, config.quant)).total)
     tokenizer = load_tokenizer(config.model)
+    check_text(config.quant, None, config.calibrate.data)
+    rows = read_calibration(config.calibrate, tokenizer, architecture.max_position_embeddings)
     with locked(folder):
-        base, llama, summary = quantize_base(config.model, config.quant, progress=config.progress)
+        keep, progress = folder / KEPT_LAYERS, config.progress
+        base, llama, summary = quantize_base(
+            config.model, config.quant, calibrate=rows, keep=keep, progress=progress
+        )
         save_tokenizer(tokenizer, config.model, folder)
         save_survey(folder, summary)
         # Write the base last: it marks a complete folder.
         with progress_bar("Writing the base", show=config.progress):
-            save_base(folder / BASE_FILE, base, llama, config.quant, config.model)
+            used = (summary or {}).get("calibrate")
+            file, source = folder / BASE_FILE, config.model
+            save_base(file, base, llama, config.quant, source, calibrate=used)
+        shutil.rmtree(keep, ignore_errors=True)
     size = readable_size((folder / BASE_FILE).stat().st_size)
     logger.info(
         f"{measure_base(base).bits:.2f} bits a weight, {size} in {folder}; next:\n"

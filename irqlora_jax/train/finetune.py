@@ -30,6 +30,7 @@ from irqlora_jax.runs.checkpoint_files import check_end, forget_end, record_end
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.folder import (
     BASE_FILE,
+    KEPT_LAYERS,
     RESULTS_FILE,
     Fingerprint,
     check_data,
@@ -45,7 +46,14 @@ from irqlora_jax.runs.load import (
     read_results,
 )
 from irqlora_jax.runs.lock import locked
-from irqlora_jax.runs.quantize import link_base, quantize_base, save_survey, save_tokenizer
+from irqlora_jax.runs.quantize import (
+    Errors,
+    describe_errors,
+    link_base,
+    quantize_base,
+    save_survey,
+    save_tokenizer,
+)
 from irqlora_jax.runs.recorded import write_recorded
 from irqlora_jax.runs.state import TrainState as TrainState
 from irqlora_jax.runs.state import init_state as init_state
@@ -262,19 +270,26 @@ def _finished(
 
 def _read_base(job: Job, source: str | Path) -> tuple[Base, Base | None, dict[str, Any] | None]:
     """Returns the base, the adapters that a new run starts from (None: new ones), and the survey
-    of the quantization (only if `quantize_base` makes the base)."""
+    of the quantization (only if this run makes the base)."""
     config, pairs, survey = job.config, None, None
     progress = config.log.progress
+    options: dict[str, Any] = {"mesh": job.mesh, "progress": progress}
+    options |= {"calibrate": job.calibrate, "keep": Path(config.output_dir) / KEPT_LAYERS}
     if is_base(source):
         with progress_bar("Loading the base", show=progress):
             base, _ = read_base(Path(source) / BASE_FILE, job.mesh)
     elif config.adapter.start.fit is not None:
-        key = jax.random.key(config.seed)
-        base, pairs, _ = load_fitted(
-            source, config.quant, config.adapter, key, mesh=job.mesh, progress=progress
-        )
+        errors: Errors = {}
+
+        def watch(layer: int, name: str, *rest: Any) -> None:
+            if rest[-1] is not None:
+                errors[layer, name] = rest[-1]
+
+        key, options["watch"] = jax.random.key(config.seed), watch
+        base, pairs, _ = load_fitted(source, config.quant, config.adapter, key, **options)
+        survey = describe_errors(job.calibrate, errors) or None
     else:
-        base, _, survey = quantize_base(source, config.quant, mesh=job.mesh, progress=progress)
+        base, _, survey = quantize_base(source, config.quant, **options)
     if config.adapter.source is not None and source == config.model:
         pairs = read_start(config, job.model)
     return *jax.block_until_ready((base, pairs)), survey
@@ -296,8 +311,11 @@ def _begin_folder(
         link_base(config.model, folder)
     else:
         file, fitted = folder / BASE_FILE, config.adapter.start.fit is not None
-        save_base(file, base, job.model.config, config.quant, config.model, fitted=fitted)
+        used, llama = (survey or {}).get("calibrate"), job.model.config
+        quant, source = config.quant, config.model
+        save_base(file, base, llama, quant, source, fitted=fitted, calibrate=used)
         save_survey(folder, survey)
+        shutil.rmtree(folder / KEPT_LAYERS, ignore_errors=True)
     if pairs is not None:
         _save_start(folder, job, pairs)
     save_data(folder, data)

@@ -8,10 +8,12 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from irqlora_jax.base.make import check_text
 from irqlora_jax.base.mesh import check_mesh
 from irqlora_jax.base.storage import abstract_base
 from irqlora_jax.config import Config
 from irqlora_jax.data import Example, hold_out, load_examples
+from irqlora_jax.data.calibrate import CalibrationRows, read_calibration
 from irqlora_jax.evaluate import Question, load_questions
 from irqlora_jax.files.hub import is_hub_id, read_config, snapshot
 from irqlora_jax.generate.samples import Samples, read_samples
@@ -38,6 +40,7 @@ class Job:
     eval_examples: list[Example]
     questions: list[Question]
     samples: Samples
+    calibrate: CalibrationRows | None
 
 
 def read_job(config: Config, source: str | Path) -> Job:
@@ -65,6 +68,7 @@ def read_job(config: Config, source: str | Path) -> Job:
     llama = with_end_tokens(llama, tokenizer, source)
     with progress_bar("Reading the data", show=config.log.progress):
         examples, eval_examples = _load_data(config, tokenizer, llama.max_position_embeddings)
+        rows = _load_calibration(config, source, tokenizer, llama.max_position_embeddings)
     if config.train.early_stopping and not eval_examples:
         raise ValueError(
             f"train.early_stopping = {config.train.early_stopping}: needs an evaluation loss; "
@@ -83,7 +87,16 @@ def read_job(config: Config, source: str | Path) -> Job:
         )
     model = make_model(llama, config.adapter, config.train)
     optimizer = make_optimizer(config.train)
-    return Job(config, mesh, model, optimizer, examples, eval_examples, questions, samples)
+    return Job(config, mesh, model, optimizer, examples, eval_examples, questions, samples, rows)
+
+
+def _load_calibration(
+    config: Config, source: str | Path, tokenizer: Any, max_length: int
+) -> CalibrationRows | None:
+    if is_base(source):
+        return None
+    check_text(config.quant, config.adapter, config.calibrate.data)
+    return read_calibration(config.calibrate, tokenizer, max_length)
 
 
 def _check_matmul(config: Config, llama: LlamaConfig) -> None:

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from irqlora_jax import hf, messages
-from irqlora_jax.base import make
+from irqlora_jax.base.source import _find_weights
 from irqlora_jax.files.tensors import read_ahead
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
@@ -209,7 +209,7 @@ def test_an_index_that_leaves_its_folder_is_refused(
     file = "other/model.safetensors"
     named = str(tmp_path / file) if form == "absolute" else f"{form}/{file}"
     edit_index(folder, **{Q1: named})
-    monkeypatch.setattr("irqlora_jax.base.make.read_headers", lambda file: pytest.fail("opened"))
+    monkeypatch.setattr("irqlora_jax.base.source.read_headers", lambda file: pytest.fail("opened"))
     with pytest.raises(ValueError) as error:
         hf.load_base(folder, None)
     assert f"index.json: lists '{named}': expected a file in its folder" in str(error.value)
@@ -412,7 +412,7 @@ def test_faults_without_a_quantizer_are_found_too(tmp_path: Path) -> None:
 def linear_weights(
     folder: Path, names: list[str], dtype: Any = np.float32
 ) -> Generator[np.ndarray, None, None]:
-    return read_ahead(make._find_weights(folder), names, dtype)
+    return read_ahead(_find_weights(folder), names, dtype)
 
 
 def truncate_all(folder: Path) -> None:
@@ -444,7 +444,7 @@ def test_an_error_in_the_reading_thread_names_the_tensor(tmp_path: Path, dtype: 
 def test_no_thread_is_left_when_the_quantizer_stops(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    def stop(*_: Any) -> None:
+    def stop(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr("irqlora_jax.base.make.quantize", stop)

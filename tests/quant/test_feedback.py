@@ -1,5 +1,7 @@
 """Error feedback against the released GPTQ code, a slow reference, and what it is for."""
 
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 
@@ -8,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from irqlora_jax.quant import encode, slabs
+from irqlora_jax.quant import slabs
 from irqlora_jax.quant.calibrations.icq_integer import plain_range
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.feedback import feedback_factor, round_with_feedback
 from irqlora_jax.quant.formats import FORMATS, get_format
 from tests.arrays import read_arrays
+
+FEEDBACK = QuantConfig(rounding="feedback")
 
 
 def integer_rounding(scale: np.ndarray, zero: np.ndarray, size: int, bits: int, place=None):
@@ -124,9 +128,9 @@ def output_error(weight: np.ndarray, q, gram: np.ndarray) -> float:
 def test_the_quantizer_rounds_as_the_slow_reference(format: str, columns: int) -> None:
     """Also where the last block and the last 128 columns are not full."""
     weight, gram = layer(6, columns, 400)
-    config = QuantConfig(format=format, calibration="none")  # type: ignore[arg-type]
+    config = QuantConfig(format=format, calibration="gptq")  # type: ignore[arg-type]
     found = quantize(jnp.asarray(weight), config, gram=jnp.asarray(gram))
-    plain = quantize(jnp.asarray(weight), config)
+    plain = quantize(jnp.asarray(weight), config.plain)
     for name in ("scale_codes", "scale_max", "scale_offset", "shift_codes"):
         one, other = getattr(found, name), getattr(plain, name)
         assert (one is None and other is None) or (one == other).all()
@@ -149,22 +153,24 @@ def test_the_quantizer_rounds_as_the_slow_reference(format: str, columns: int) -
     assert output_error(weight, found, gram) < 0.7 * output_error(weight, plain, gram)
 
 
-@pytest.mark.parametrize("calibration", ["none", "icq", "joint", "robust"])
+@pytest.mark.parametrize("calibration", ["none", "icq", "joint", "robust", "importance"])
 def test_every_calibration_gains(calibration: str) -> None:
     weight, gram = layer(64, 256, 1000)
-    config = QuantConfig(format="nf3", calibration=calibration)  # type: ignore[arg-type]
-    found, plain = (
-        quantize(jnp.asarray(weight), config, gram=given) for given in (jnp.asarray(gram), None)
+    config = QuantConfig(format="nf3", calibration=calibration, rounding="feedback")  # type: ignore[arg-type]
+    found = quantize(jnp.asarray(weight), config, gram=jnp.asarray(gram))
+    nearest = dataclasses.replace(config, rounding="nearest")
+    plain = quantize(
+        jnp.asarray(weight), nearest, gram=jnp.asarray(gram) if nearest.needs_inputs else None
     )
     assert output_error(weight, found, gram) < 0.7 * output_error(weight, plain, gram)
 
 
 def test_uncorrelated_inputs_and_slabs_change_nothing(monkeypatch) -> None:
     weight, gram = layer(40, 192, 500)
-    config = QuantConfig(format="nf3", calibration="none")
+    config = QuantConfig(format="nf3", calibration="gptq")
     alone = jnp.diag(jnp.diagonal(jnp.asarray(gram)))
     found = quantize(jnp.asarray(weight), config, gram=alone)
-    assert (found.packed == quantize(jnp.asarray(weight), config).packed).all()
+    assert (found.packed == quantize(jnp.asarray(weight), config.plain).packed).all()
     whole = quantize(jnp.asarray(weight), config, gram=jnp.asarray(gram))
     monkeypatch.setattr(slabs, "_CACHED", 7 * 192)
     jax.clear_caches()
@@ -174,7 +180,7 @@ def test_uncorrelated_inputs_and_slabs_change_nothing(monkeypatch) -> None:
 
 def test_a_traced_call_gives_the_same_codes() -> None:
     weight, gram = map(jnp.asarray, layer(8, 96, 300))
-    config = QuantConfig(format="nf3", calibration="none")
+    config = QuantConfig(format="nf3", calibration="gptq")
     traced = jax.jit(lambda weight, gram: quantize(weight, config, gram=gram))(weight, gram)
     assert (traced.packed == quantize(weight, config, gram=gram).packed).all()
 
@@ -190,18 +196,27 @@ def test_a_traced_call_gives_the_same_codes() -> None:
 def test_moments_that_cannot_be_are_refused(change, message: str) -> None:
     weight, gram = layer(4, 64, 100)
     with pytest.raises(ValueError, match=message):
-        quantize(jnp.asarray(weight), QuantConfig(), gram=change(jnp.asarray(gram)))
+        quantize(jnp.asarray(weight), FEEDBACK, gram=change(jnp.asarray(gram)))
 
 
 def test_moments_of_another_layer_are_refused() -> None:
     """Without the type checks of these tests, which users do not have."""
     weight, gram = layer(4, 64, 100)
     with pytest.raises(ValueError, match=r"gram = \(63, 63\): expected shape \(64, 64\)"):
-        encode._feedback(jnp.asarray(weight), jnp.asarray(gram[1:, 1:]), 0.01)
+        inspect.unwrap(quantize)(jnp.asarray(weight), FEEDBACK, gram=jnp.asarray(gram[1:, 1:]))
 
 
 def test_fewer_tokens_than_inputs_need_the_damping() -> None:
     weight, gram = layer(4, 64, 10)
-    quantize(jnp.asarray(weight), QuantConfig(), gram=jnp.asarray(gram))
+    quantize(jnp.asarray(weight), FEEDBACK, gram=jnp.asarray(gram))
     with pytest.raises(ValueError, match=r"damping = 0\.0: expected inputs of at least as many"):
-        quantize(jnp.asarray(weight), QuantConfig(), gram=jnp.asarray(gram), damping=0.0)
+        quantize(jnp.asarray(weight), FEEDBACK, gram=jnp.asarray(gram), damping=0.0)
+
+
+@pytest.mark.parametrize("calibration", ["gptq", "importance"])
+def test_moments_are_given_exactly_where_they_are_needed(calibration: str) -> None:
+    weight, gram = map(jnp.asarray, layer(4, 64, 100))
+    with pytest.raises(ValueError, match=r"gram = 'None': expected X\^T X .* with nf4"):
+        quantize(weight, QuantConfig(calibration=calibration))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"gram = 'a matrix': expected None with nf4 \+ ICQ"):
+        quantize(weight, QuantConfig(), gram=gram)

@@ -5,7 +5,7 @@ A calibration is one file that defines a `Calibration`, plus one entry in `CALIB
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Array
 
@@ -38,9 +38,12 @@ class Calibration:
         name: value of `quant.calibration`.
         title: short name for tables, such as "ICQ"; "" for the plain quantizer.
         description: the name for use in a sentence of a model card.
-        search: (blocks [n, block], format, symmetric, options, valid) -> `Calibrated`. `valid` [n]
-            is the number of real weights in each block (None: all). Padding must not affect the
-            result. jax.jit traces the function.
+        search: (blocks [n, block], format, symmetric, options, valid, inputs) -> `Calibrated`.
+            `valid` [n] is the number of real weights in each block (None: all). Padding must not
+            affect the result. `inputs` [period, block] are the second moments of the inputs, where
+            block i has row i % period; None with `needs` "nothing". jax.jit traces the function.
+        needs: "inputs" if the search needs the second moments of the layer's inputs.
+        feedback: whether the codes are always computed with error feedback (`quant/feedback.py`).
         options: default options, a frozen dataclass; None for a calibration without options. A
             calibration with options needs a field with its name in `QuantConfig`.
         refusal: (format, symmetric, options) -> a sentence that names the unsupported setting and
@@ -50,6 +53,8 @@ class Calibration:
     name: str
     title: str
     description: str
-    search: Callable[[Array, Format, bool, Any, Array | None], Calibrated]
+    search: Callable[[Array, Format, bool, Any, Array | None, Array | None], Calibrated]
+    needs: Literal["nothing", "inputs"] = "nothing"
+    feedback: bool = False
     options: Any = None
     refusal: Callable[[Format, bool, Any], str | None] = lambda format, symmetric, options: None

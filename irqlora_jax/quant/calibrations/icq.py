@@ -254,7 +254,12 @@ def _refusal(format: Format, symmetric: bool, options: IcqOptions) -> str | None
 
 
 def _calibrate(
-    blocks: Array, format: Format, symmetric: bool, options: IcqOptions, valid: Array | None
+    blocks: Array,
+    format: Format,
+    symmetric: bool,
+    options: IcqOptions,
+    valid: Array | None,
+    inputs: Array | None,
 ) -> Calibrated:
     width, steps = options.range, options.steps
     if not format.integer:

@@ -311,13 +311,22 @@ class JointOptions:
 
 
 def _calibrate(
-    blocks: Array, format: Format, symmetric: bool, options: JointOptions, valid: Array | None
+    blocks: Array,
+    format: Format,
+    symmetric: bool,
+    options: JointOptions,
+    valid: Array | None,
+    inputs: Array | None,
 ) -> Calibrated:
     weight, steps = options.error_weight, options.refine_steps
-    scale, place = search(blocks, format, symmetric, weight, steps, valid)
+    return calibrated(format, *search(blocks, format, symmetric, weight, steps, valid))
+
+
+def calibrated(format: Format, scale: Array, place: Array) -> Calibrated:
+    """The result of `search` as a `Calibrated`."""
     if format.integer:
         return Calibrated(scale=scale, zero=place)
     return Calibrated(scale=scale, shift=place)
 
 
-JOINT = Calibration("joint", "joint", "joint calibration", _calibrate, JointOptions())
+JOINT = Calibration("joint", "joint", "joint calibration", _calibrate, options=JointOptions())

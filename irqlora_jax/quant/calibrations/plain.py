@@ -23,7 +23,12 @@ def block_ends(
 
 
 def _calibrate(
-    blocks: Array, format: Format, symmetric: bool, options: Any, valid: Array | None
+    blocks: Array,
+    format: Format,
+    symmetric: bool,
+    options: Any,
+    valid: Array | None,
+    inputs: Array | None,
 ) -> Calibrated:
     if format.integer:
         scale, zero = plain_range(blocks, format.bits, symmetric, valid)
@@ -33,3 +38,4 @@ def _calibrate(
 
 
 PLAIN = Calibration("none", "", "no calibration", _calibrate)
+GPTQ = Calibration("gptq", "GPTQ", "GPTQ (rounding with error feedback)", _calibrate, feedback=True)

@@ -45,12 +45,15 @@ def weigh(
 
 
 def _calibrate(
-    blocks: Array, format: Format, symmetric: bool, options: Any, valid: Array | None
+    blocks: Array,
+    format: Format,
+    symmetric: bool,
+    options: Any,
+    valid: Array | None,
+    inputs: Array | None,
 ) -> Calibrated:
-    scale, place = joint.search(blocks, format, symmetric, float("inf"), valid=valid, weigh=weigh)
-    if format.integer:
-        return Calibrated(scale=scale, zero=place)
-    return Calibrated(scale=scale, shift=place)
+    found = joint.search(blocks, format, symmetric, float("inf"), valid=valid, weigh=weigh)
+    return joint.calibrated(format, *found)
 
 
 ROBUST = Calibration("robust", "robust", "robust calibration", _calibrate)

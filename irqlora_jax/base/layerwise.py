@@ -1,0 +1,326 @@
+"""Goes through a model layer by layer, with rows of text for the calibration.
+
+In front of each layer are the hidden states that the quantized layers before it give. With them the
+layer, still in full precision, shows the inputs of its linear layers. Their second moments X^T X
+are what calibrations need. Then the layer is quantized, and the hidden states move behind it. So
+memory is needed for the weights of one layer, its moments, and the hidden states, which are on the
+host.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32
+
+from irqlora_jax.base.file import Base, read_base, read_source, save_base
+from irqlora_jax.base.stacks import PAIR, Made, Maker, Matrix, Stacks
+from irqlora_jax.data.calibrate import CalibrationRows
+from irqlora_jax.files.tensors import FLOATS, Header, aligned, read_into
+from irqlora_jax.model.alone import layer_moments, layer_outputs
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.layer import Settings
+from irqlora_jax.model.tree import Tree, insert, matrix_name, weight_name, weight_shapes
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.encode import quantize
+from irqlora_jax.quant.qtensor import QTensor
+
+logger = logging.getLogger(__name__)
+
+SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""Projections with the inputs of another one."""
+Moments = dict[str, Float32[Array, "in in"]]
+"""X^T X of the inputs of each projection. Projections with the same inputs share one array."""
+
+
+class OutputErrors(NamedTuple):
+    """Errors of the outputs of one matrix: |X (W - W')^T|^2 / |X W^T|^2.
+
+    Attributes:
+        plain: error of the plain quantizer.
+        own: error of the quantizer of this base, and with a fitted adapter of both.
+    """
+
+    plain: float
+    own: float
+
+
+Watch = Callable[[int, str, Array, QTensor, QuantConfig, OutputErrors | None], None]
+"""Called for each quantized matrix with layer, projection, weights, the QTensor, its configuration
+and, if there is a text, the errors of its outputs. The weights are overwritten after the call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is made of the weights of a model.
+
+    Attributes:
+        quant: quantization settings.
+        make: makes one matrix. It gets each matrix that is quantized or whose projection is in
+            `fitted`.
+        dtype: type of the matrices for `make`; None: the type in the file.
+        calibrate: rows of text; None: one matrix after the other, without statistics.
+        finished: files of finished layers; None: they are not kept.
+        watch: called for each quantized matrix.
+        fitted: projections that get a pair.
+        scale: factor of the update of a pair.
+    """
+
+    quant: QuantConfig
+    make: Maker
+    dtype: Any
+    calibrate: CalibrationRows | None = None
+    finished: "FinishedLayers | None" = None
+    watch: Watch | None = None
+    fitted: Sequence[str] = ()
+    scale: float = 0.0
+
+
+class HiddenStates:
+    """The hidden states of the calibration rows in front of one layer after the other."""
+
+    def __init__(
+        self,
+        llama: LlamaConfig,
+        rows: CalibrationRows,
+        embeddings: Float[np.ndarray, "vocab hidden"],
+    ) -> None:
+        """Starts in front of the first layer.
+
+        Args:
+            llama: the architecture.
+            rows: the text.
+            embeddings: the table.
+        """
+        self._settings = Settings(llama, None, None, None, deterministic=True)
+        self._dtype, size = jnp.dtype(rows.config.activations), rows.config.batch_size
+        batches = [rows.tokens[i : i + size] for i in range(0, len(rows.tokens), size)]
+        self._parts = [self._kept(embeddings[batch]) for batch in batches]
+
+    def _kept(self, x: Any) -> np.ndarray:
+        return np.asarray(x).astype(self._dtype)
+
+    def moments(self, weights: Mapping[str, Any]) -> Moments:
+        """X^T X of the inputs of each projection of the next layer.
+
+        Args:
+            weights: of the layer, dense.
+
+        Raises:
+            ValueError: an input is NaN or infinite.
+        """
+        total: Any = None
+        for part in self._parts:
+            _, found = layer_moments(self._settings, weights, part.astype(np.float32))
+            found = {name: gram for name, gram in found.items() if name not in SAME_INPUTS}
+            total = found if total is None else jax.tree.map(jnp.add, total, found)
+        for name, gram in total.items():
+            # The extremes need no array of the size of the matrix. They are NaN if any value is.
+            if not np.isfinite([float(gram.min()), float(gram.max())]).all():
+                raise ValueError(
+                    f"{name}: an input is NaN or infinite for the calibration text; expected a "
+                    "model with finite activations"
+                )
+        return total | {name: total[same] for name, same in SAME_INPUTS.items()}
+
+    def advance(self, weights: Mapping[str, Any]) -> None:
+        """Moves behind the next layer. `weights` are those after the quantization, dense."""
+        for i, part in enumerate(self._parts):
+            x = layer_outputs(self._settings, weights, part.astype(np.float32))
+            self._parts[i] = self._kept(x)
+
+
+@jax.jit
+def output_error(
+    weight: Float[Array, "out in"], other: Float[Array, "out in"], gram: Float32[Array, "in in"]
+) -> Float32[Array, ""]:
+    """|X (W - W')^T|^2 / |X W^T|^2 in Frobenius norms, with gram = X^T X."""
+    weight = weight.astype(jnp.float32)
+
+    def size(x: Array) -> Array:
+        return jnp.sum(jnp.matmul(x, gram, precision="highest") * x)
+
+    whole = size(weight)
+    return size(weight - other) / jnp.where(whole > 0, whole, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedLayers:
+    """Files of the layers that are finished, so that an interrupted command goes on there.
+
+    Attributes:
+        folder: FOLDER/layer_INDEX.safetensors; deleted when the base is complete.
+        identity: everything that the layers depend on. Files with another identity are not used.
+    """
+
+    folder: Path
+    identity: str
+
+    def read(self, layer: int) -> tuple[Base, dict[str, OutputErrors]] | None:
+        """What `write` got for a layer; None if there is no such file.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        file = self._file(layer)
+        if not file.is_file():
+            return None
+        about = json.loads(read_source(file) or "{}")
+        if about.get("identity") != self.identity:
+            return None
+        errors = {name: OutputErrors(*pair) for name, pair in about["errors"].items()}
+        return read_base(file)[0], errors
+
+    def write(
+        self,
+        layer: int,
+        made: Base,
+        errors: Mapping[str, OutputErrors],
+        llama: LlamaConfig,
+        quant: QuantConfig,
+    ) -> None:
+        """Writes the packed weights and the pairs of a layer, and its errors by projection."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        about = {"identity": self.identity, "errors": errors}
+        save_base(self._file(layer), made, llama, quant, json.dumps(about))
+
+    def _file(self, layer: int) -> Path:
+        return self.folder / f"layer_{layer}.safetensors"
+
+
+def check_tokens(rows: CalibrationRows, llama: LlamaConfig) -> None:
+    """Says if there are fewer tokens than inputs of a layer, or tokens beyond the vocabulary.
+
+    Raises:
+        ValueError: a token is not in the vocabulary.
+    """
+    highest = int(rows.tokens.max())
+    if highest >= llama.vocab_size:
+        raise ValueError(
+            f"calibrate.data: token {highest}; expected tokens below vocab_size = "
+            f"{llama.vocab_size}, from the tokenizer of the model"
+        )
+    name, (_, widest) = max(llama.linear_shapes.items(), key=lambda item: item[1][1])
+    if rows.tokens.size < widest:
+        logger.warning(
+            f"calibrate: {rows.tokens.size:,} tokens are fewer than the {widest:,} inputs of "
+            f"{name}; more calibrate.rows, or more calibrate.damping, are better"
+        )
+
+
+def make_layers(
+    found: Mapping[str, Header],
+    llama: LlamaConfig,
+    matrices: Sequence[Matrix],
+    task: Task,
+    stacks: Stacks,
+    embeddings: Float[np.ndarray, "vocab hidden"],
+    bar: Any,
+) -> None:
+    """Makes all matrices, one layer after the other.
+
+    Args:
+        found: headers of the weights.
+        llama: the architecture.
+        matrices: those to make. The other weights of the layers are in `stacks`.
+        task: what to make of them; with `calibrate`.
+        stacks: gets the results.
+        embeddings: the table.
+        bar: the progress bar, which counts weights.
+
+    Raises:
+        ValueError: an input of a layer is NaN or infinite, or an error of `task.make`.
+    """
+    assert task.calibrate is not None
+    states, depth = HiddenStates(llama, task.calibrate, embeddings), llama.num_hidden_layers
+    for layer in range(depth):
+        own = {matrix.path: matrix for matrix in matrices if matrix.layer == layer}
+        weights = _read_layer(found, llama, layer, own, task.dtype, stacks)
+        kept = None if task.finished is None else task.finished.read(layer)
+        made, errors = _make_layer(states, weights, own, task) if kept is None else _unpack(kept)
+        if kept is None and task.finished is not None:
+            task.finished.write(layer, _pack(made), errors, llama, task.quant)
+        for path, matrix in own.items():
+            (group, name), one = path, made[path]
+            weight = weights[group][name]["weight"]
+            if one.weight is not None:
+                if task.watch is not None:
+                    task.watch(layer, name, weight, one.weight, matrix.quant, errors.get(name))
+                bar.update(weight.size)
+            stacks.put(matrix, one)
+            insert(weights, path, {"weight": one.dense(weight, task.scale)})
+        if layer + 1 < depth:
+            states.advance(weights)
+        if errors:
+            plain, now = (math.fsum(x) / len(errors) for x in zip(*errors.values(), strict=True))
+            error = f"output error {now:.2%} (plain quantizer {plain:.2%})"
+            bar.set_postfix_str(f"layer {layer + 1} of {depth}, {error}")
+
+
+def _read_layer(
+    found: Mapping[str, Header],
+    llama: LlamaConfig,
+    layer: int,
+    matrices: Mapping[Any, Matrix],
+    dtype: Any,
+    stacks: Stacks,
+) -> Tree:
+    """All weights of a layer: read from the file, or as they are in the stacks."""
+    weights: Tree = {}
+    for path, shape in weight_shapes(llama)[0].items():
+        if path in matrices:
+            name = weight_name(path, layer)
+            array = aligned(shape, FLOATS[found[name].dtype] if dtype is None else dtype)
+            read_into(array, found[name], name)
+        else:
+            array = stacks.kept(path, layer)
+        insert(weights, path, {"weight": jax.device_put(array, may_alias=True)})
+    return weights
+
+
+def _make_layer(
+    states: HiddenStates, weights: Tree, matrices: Mapping[Any, Matrix], task: Task
+) -> tuple[dict[Any, Made], dict[str, OutputErrors]]:
+    made: dict[Any, Made] = {}
+    errors: dict[str, OutputErrors] = {}
+    moments = states.moments(weights) if matrices else {}
+    for path, matrix in matrices.items():
+        (group, name), gram = path, moments[path[-1]]
+        weight = weights[group][name]["weight"]
+        try:
+            one = made[path] = task.make(matrix, weight, gram)
+        except ValueError as error:
+            raise ValueError(f"{matrix_name(path, matrix.layer)}: {error}") from error
+        if one.weight is not None:
+            plain = quantize(weight, matrix.quant.plain).dequantize()
+            both = plain, one.dense(weight, task.scale)
+            errors[name] = OutputErrors(*(float(output_error(weight, x, gram)) for x in both))
+    return made, errors
+
+
+def _pack(made: Mapping[Any, Made]) -> Base:
+    """The results of a layer as a tree for `save_base`."""
+    tree: Base = {}
+    for path, one in made.items():
+        weight = {} if one.weight is None else {"weight": one.weight}
+        insert(tree, path, {**weight, **one.pair})
+    return tree
+
+
+def _unpack(
+    kept: tuple[Base, dict[str, OutputErrors]],
+) -> tuple[dict[Any, Made], dict[str, OutputErrors]]:
+    """The reverse of `_pack`."""
+    tree, errors = kept
+    return {
+        (group, name): Made(one.get("weight"), {leaf: one[leaf] for leaf in PAIR if leaf in one})
+        for group, part in tree.items()
+        for name, one in part.items()
+    }, errors
