@@ -7,9 +7,13 @@ first tokens of the text; the weights are dequantized to float32, so that one co
 serves all formats. FILE gets one line of JSON per result as soon as it is known, with the loss of
 every window. A second call skips what FILE has. The table has the losses, and the paired difference
 to the plain quantizer with its standard error over the windows.
+
+Calibrations with a text get rows of TEXT from behind the evaluated part (--rows, --row_length).
+Names with "r N" have a LoRA pair of this rank, whose bits are not counted in those of the format.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -18,29 +22,71 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from testbeds import paired
 from timing import line, machine, table
 
 from irqlora_jax import hf
+from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.source import read_llama
 from irqlora_jax.data.batches import eval_batches
+from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.data.examples import encode_source
 from irqlora_jax.evaluate.perplexity import row_nll, text_windows
+from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.calibrations.joint import JointOptions
-from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.matmul import dense_weights
 
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to make a base: fields of QuantConfig, and the initialization and rank of a pair."""
+
+    quant: dict[str, Any]
+    init: str | None = None
+    rank: int = 0
+
+    @property
+    def adapter(self) -> AdapterConfig | None:
+        """The adapter; None without a pair."""
+        if self.init is None:
+            return None
+        alpha = float(self.rank)
+        return AdapterConfig(method="lora", rank=self.rank, alpha=alpha, init=self.init)  # type: ignore[arg-type]
+
+
+ERROR: dict[str, Any] = {"calibration": "joint", "joint": JointOptions(math.inf)}
+FEEDBACK = {"rounding": "feedback"}
 FORMATS = ("nf4", "nf3", "nf2", "int4", "int3", "int2", "fp4")
-CALIBRATIONS: dict[str, dict[str, Any]] = {
-    "none": {"calibration": "none"},
-    "icq": {"calibration": "icq"},
-    "joint 100": {"calibration": "joint"},
-    "joint inf": {"calibration": "joint", "joint": JointOptions(math.inf)},
-    "robust": {"calibration": "robust"},
+CALIBRATIONS: dict[str, Variant] = {
+    "none": Variant({"calibration": "none"}),
+    "icq": Variant({"calibration": "icq"}),
+    "joint 100": Variant({"calibration": "joint"}),
+    "joint inf": Variant(ERROR),
+    "robust": Variant({"calibration": "robust"}),
+    "importance": Variant({"calibration": "importance"}),
+    "gptq": Variant({"calibration": "gptq"}),
+    "icq + feedback": Variant({"calibration": "icq", **FEEDBACK}),
+    "joint inf + feedback": Variant(ERROR | FEEDBACK),
+    "robust + feedback": Variant({"calibration": "robust", **FEEDBACK}),
+    "importance + feedback": Variant({"calibration": "importance", **FEEDBACK}),
+    "loftq r 16": Variant(ERROR, "loftq", 16),
+    "cloq r 16": Variant(ERROR, "cloq", 16),
+    "cloq r 64": Variant(ERROR, "cloq", 64),
+    "importance + cloq r 16": Variant({"calibration": "importance"}, "cloq", 16),
+    "importance + cloq r 64": Variant({"calibration": "importance"}, "cloq", 64),
+    "importance + feedback + cloq r 16": Variant(
+        {"calibration": "importance", **FEEDBACK}, "cloq", 16
+    ),
+    "importance + feedback + cloq r 64": Variant(
+        {"calibration": "importance", **FEEDBACK}, "cloq", 64
+    ),
 }
+DATA_FREE = ("none", "icq", "joint 100", "joint inf", "robust")
 FULL = "full precision"
 
 
@@ -49,13 +95,28 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(row) for row in file.read_text().splitlines()] if file.is_file() else []
 
 
-def window_losses(model: Llama, base: Any, windows: Sequence[Any]) -> list[float]:
+def window_losses(model: Llama, variables: Any, windows: Sequence[Any]) -> list[float]:
     """Mean loss of a token in each window (nats)."""
     losses = []
     for batch in eval_batches(windows, 1):
-        total, count = row_nll(model, {"params": {}, "base": base}, batch)
+        total, count = row_nll(model, variables, batch)
         losses.append(float(total.sum() / count.sum()))
     return losses
+
+
+def make(
+    args: argparse.Namespace, config: LlamaConfig, quant: QuantConfig, own: Variant, rows: Any
+) -> tuple[Llama, dict[str, Any]]:
+    """The model and its variables, with dense weights."""
+    needs = quant.needs_inputs or (own.adapter and own.adapter.start.needs == "inputs")
+    given, key = rows if needs else None, jax.random.key(0)
+    model = Llama(config, adapter=own.adapter, matmul="xla")
+    if own.adapter is None:
+        base, pairs = hf.load_base(args.model, quant, calibrate=given)[0], {}
+    else:
+        base, fitted, _ = hf.load_fitted(args.model, quant, own.adapter, key, calibrate=given)
+        pairs = model.init_adapters(key, fitted)
+    return model, {"params": pairs, "base": dense_weights(base, jnp.float32)}
 
 
 def summary(rows: Sequence[dict[str, Any]], same: dict[str, Any]) -> None:
@@ -83,15 +144,20 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="text to evaluate on")
     parser.add_argument("--output", type=Path, required=True, help="file of results")
     parser.add_argument("--formats", nargs="*", default=FORMATS, choices=FORMATS)
-    parser.add_argument("--calibrations", nargs="+", default=[*CALIBRATIONS], choices=CALIBRATIONS)
+    parser.add_argument("--calibrations", nargs="+", default=DATA_FREE, choices=CALIBRATIONS)
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
+    parser.add_argument("--rows", type=int, default=32, help="rows for the calibration")
+    parser.add_argument("--row_length", type=int, default=512, help="tokens of such a row")
     args = parser.parse_args()
     print(machine())
     tokenizer, config = hf.load_tokenizer(args.model), read_llama(args.model)
+    scored, drawn = args.windows * args.length, args.rows * args.row_length
     with args.text.open(encoding="utf-8") as file:
-        text = file.read(16 * args.windows * args.length)
-    tokens = np.array(encode_source(tokenizer, [text])[0][: args.windows * args.length], np.int32)
+        text = file.read(16 * (scored + drawn))
+    both = np.array(encode_source(tokenizer, [text])[0][: scored + drawn], np.int32)
+    tokens, rest = both[:scored], both[scored:].reshape(args.rows, args.row_length)
+    rows = CalibrationRows(rest)
     windows = [text_windows(row, args.length)[0] for row in tokens.reshape(-1, args.length)]
     same = {
         "model": args.model.name,
@@ -99,21 +165,23 @@ def main() -> None:
         "windows": args.windows,
         "length": args.length,
     }
+    text_of = {"rows": args.rows, "row_length": args.row_length}
     known = [{k: row[k] for k in (*same, "format", "calibration")} for row in read(args.output)]
     wanted = [(FULL, "none"), *((f, c) for f in args.formats for c in args.calibrations)]
-    model = Llama(config, matmul="xla")
     for format, name in wanted:
         key = {**same, "format": format, "calibration": name}
         if key in known:
             continue
         start = time.perf_counter()
-        quant = None if format == FULL else QuantConfig(format=format, **CALIBRATIONS[name])
-        base = dense_weights(hf.load_base(args.model, quant)[0], jnp.float32)
+        own = CALIBRATIONS[name]
+        quant = QuantConfig(**{"format": KEPT if format == FULL else format, **own.quant})
+        model, variables = make(args, config, quant, own, rows)
         made = time.perf_counter()
-        losses = window_losses(model, base, windows)
+        losses = window_losses(model, variables, windows)
         seconds = {"quantize": made - start, "loss": time.perf_counter() - made}
         with args.output.open("a") as file:
-            file.write(json.dumps({**key, "losses": losses, "seconds": seconds}) + "\n")
+            result = {**key, **text_of, "losses": losses, "seconds": seconds}
+            file.write(json.dumps(result) + "\n")
         print(format, name, f"{np.mean(losses):.4f}", seconds, file=sys.stderr, flush=True)
     summary(read(args.output), same)
 

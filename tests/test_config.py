@@ -196,7 +196,7 @@ def test_a_key_may_be_in_several_sections(tmp_path: Path) -> None:
 def test_an_empty_section_has_its_defaults(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     sections = [f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)]
-    assert len(sections) == 7
+    assert len(sections) == 8
     values = {"model": "m", "output_dir": "o"} | dict.fromkeys(sections)
     nested = values | {"quant": {"icq": None, "block_size": 32}, "adapter": {"iec": None}}
     for given, expected in (

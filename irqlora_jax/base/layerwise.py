@@ -1,10 +1,7 @@
-"""Goes through a model layer by layer, with rows of text for the calibration.
+"""Quantizes a model layer by layer, with statistics from rows of text (`statistics.py`).
 
-In front of each layer are the hidden states that the quantized layers before it give. With them the
-layer, still in full precision, shows the inputs of its linear layers. Their second moments X^T X
-are what calibrations need. Then the layer is quantized, and the hidden states move behind it. So
-memory is needed for the weights of one layer, its moments, and the hidden states, which are on the
-host.
+Memory is needed for the weights of one layer and its statistics, and on the host for the hidden
+states. Finished layers can be kept in files, so that an interrupted call goes on there.
 """
 
 import dataclasses
@@ -22,11 +19,10 @@ from jaxtyping import Array, Float, Float32
 
 from irqlora_jax.base.file import Base, read_base, read_source, save_base
 from irqlora_jax.base.stacks import PAIR, Made, Maker, Matrix, Stacks
+from irqlora_jax.base.statistics import Gradients, Inputs, Statistics
 from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.files.tensors import FLOATS, Header, aligned, read_into
-from irqlora_jax.model.alone import layer_moments, layer_outputs
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.layer import Settings
 from irqlora_jax.model.tree import Tree, insert, matrix_name, weight_name, weight_shapes
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
@@ -34,14 +30,10 @@ from irqlora_jax.quant.qtensor import QTensor
 
 logger = logging.getLogger(__name__)
 
-SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-"""Projections with the inputs of another one."""
-Moments = dict[str, Float32[Array, "in in"]]
-"""X^T X of the inputs of each projection. Projections with the same inputs share one array."""
-
 
 class OutputErrors(NamedTuple):
-    """Errors of the outputs of one matrix: |X (W - W')^T|^2 / |X W^T|^2.
+    """Errors of the outputs of one matrix: |X (W - W')^T|^2 / |X W^T|^2. With `calibrate.metric`
+    gradients, X^T X is the sum of G^T G over the rows.
 
     Attributes:
         plain: error of the plain quantizer.
@@ -81,60 +73,6 @@ class Task:
     watch: Watch | None = None
     fitted: Sequence[str] = ()
     scale: float = 0.0
-
-
-class HiddenStates:
-    """The hidden states of the calibration rows in front of one layer after the other."""
-
-    def __init__(
-        self,
-        llama: LlamaConfig,
-        rows: CalibrationRows,
-        embeddings: Float[np.ndarray, "vocab hidden"],
-    ) -> None:
-        """Starts in front of the first layer.
-
-        Args:
-            llama: the architecture.
-            rows: the text.
-            embeddings: the table.
-        """
-        self._settings = Settings(llama, None, None, None, deterministic=True)
-        self._dtype, size = jnp.dtype(rows.config.activations), rows.config.batch_size
-        batches = [rows.tokens[i : i + size] for i in range(0, len(rows.tokens), size)]
-        self._parts = [self._kept(embeddings[batch]) for batch in batches]
-
-    def _kept(self, x: Any) -> np.ndarray:
-        return np.asarray(x).astype(self._dtype)
-
-    def moments(self, weights: Mapping[str, Any]) -> Moments:
-        """X^T X of the inputs of each projection of the next layer.
-
-        Args:
-            weights: of the layer, dense.
-
-        Raises:
-            ValueError: an input is NaN or infinite.
-        """
-        total: Any = None
-        for part in self._parts:
-            _, found = layer_moments(self._settings, weights, part.astype(np.float32))
-            found = {name: gram for name, gram in found.items() if name not in SAME_INPUTS}
-            total = found if total is None else jax.tree.map(jnp.add, total, found)
-        for name, gram in total.items():
-            # The extremes need no array of the size of the matrix. They are NaN if any value is.
-            if not np.isfinite([float(gram.min()), float(gram.max())]).all():
-                raise ValueError(
-                    f"{name}: an input is NaN or infinite for the calibration text; expected a "
-                    "model with finite activations"
-                )
-        return total | {name: total[same] for name, same in SAME_INPUTS.items()}
-
-    def advance(self, weights: Mapping[str, Any]) -> None:
-        """Moves behind the next layer. `weights` are those after the quantization, dense."""
-        for i, part in enumerate(self._parts):
-            x = layer_outputs(self._settings, weights, part.astype(np.float32))
-            self._parts[i] = self._kept(x)
 
 
 @jax.jit
@@ -221,7 +159,7 @@ def make_layers(
     matrices: Sequence[Matrix],
     task: Task,
     stacks: Stacks,
-    embeddings: Float[np.ndarray, "vocab hidden"],
+    outside: Mapping[str, Float[np.ndarray, "..."]],
     bar: Any,
 ) -> None:
     """Makes all matrices, one layer after the other.
@@ -232,21 +170,36 @@ def make_layers(
         matrices: those to make. The other weights of the layers are in `stacks`.
         task: what to make of them; with `calibrate`.
         stacks: gets the results.
-        embeddings: the table.
+        outside: weights outside of the layers: "embed_tokens", and for gradients "norm" and, if it
+            is not tied, "lm_head".
         bar: the progress bar, which counts weights.
 
     Raises:
-        ValueError: an input of a layer is NaN or infinite, or an error of `task.make`.
+        ValueError: a statistic of a layer is NaN or infinite, or an error of `task.make`.
     """
     assert task.calibrate is not None
-    states, depth = HiddenStates(llama, task.calibrate, embeddings), llama.num_hidden_layers
-    for layer in range(depth):
-        own = {matrix.path: matrix for matrix in matrices if matrix.layer == layer}
-        weights = _read_layer(found, llama, layer, own, task.dtype, stacks)
+    depth = llama.num_hidden_layers
+    by_layer: list[dict[Any, Matrix]] = [{} for _ in range(depth)]
+    for matrix in matrices:
+        by_layer[matrix.layer][matrix.path] = matrix
+
+    def read(layer: int) -> Tree:
+        return _read_layer(found, llama, layer, by_layer[layer], task.dtype, stacks)
+
+    if task.calibrate.config.metric == "gradients":
+        statistics: Statistics = Gradients(llama, task.calibrate, outside, read)
+    else:
+        statistics = Inputs(llama, task.calibrate, outside["embed_tokens"])
+    for count, layer in enumerate(statistics.order):
+        own, weights = by_layer[layer], read(layer)
         kept = None if task.finished is None else task.finished.read(layer)
-        made, errors = _make_layer(states, weights, own, task) if kept is None else _unpack(kept)
+        if kept is None:
+            made, errors = _make_layer(statistics, weights, own, task)
+        else:
+            made, errors = _unpack(kept)
         if kept is None and task.finished is not None:
             task.finished.write(layer, _pack(made), errors, llama, task.quant)
+        new = weights
         for path, matrix in own.items():
             (group, name), one = path, made[path]
             weight = weights[group][name]["weight"]
@@ -255,13 +208,14 @@ def make_layers(
                     task.watch(layer, name, weight, one.weight, matrix.quant, errors.get(name))
                 bar.update(weight.size)
             stacks.put(matrix, one)
-            insert(weights, path, {"weight": one.dense(weight, task.scale)})
-        if layer + 1 < depth:
-            states.advance(weights)
+            changed = {name: {"weight": one.dense(weight, task.scale)}}
+            new = {**new, group: {**new[group], **changed}}
+        if count + 1 < depth:
+            statistics.advance(weights, new)
         if errors:
             plain, now = (math.fsum(x) / len(errors) for x in zip(*errors.values(), strict=True))
             error = f"output error {now:.2%} (plain quantizer {plain:.2%})"
-            bar.set_postfix_str(f"layer {layer + 1} of {depth}, {error}")
+            bar.set_postfix_str(f"layer {count + 1} of {depth}, {error}")
 
 
 def _read_layer(
@@ -286,11 +240,11 @@ def _read_layer(
 
 
 def _make_layer(
-    states: HiddenStates, weights: Tree, matrices: Mapping[Any, Matrix], task: Task
+    statistics: Statistics, weights: Tree, matrices: Mapping[Any, Matrix], task: Task
 ) -> tuple[dict[Any, Made], dict[str, OutputErrors]]:
     made: dict[Any, Made] = {}
     errors: dict[str, OutputErrors] = {}
-    moments = states.moments(weights) if matrices else {}
+    moments = statistics.moments(weights) if matrices else {}
     for path, matrix in matrices.items():
         (group, name), gram = path, moments[path[-1]]
         weight = weights[group][name]["weight"]

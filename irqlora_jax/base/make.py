@@ -211,8 +211,11 @@ def _load(
         if task.calibrate is None:
             _make_each(found, matrices, task, stacks, bar)
         else:
-            outside[_TABLE] = _read_single(found, _TABLE, single[_TABLE])
-            make_layers(found, config, matrices, task, stacks, outside[_TABLE], bar)
+            wanted = single if task.calibrate.config.metric == "gradients" else [_TABLE]
+            outside = {path: _read_single(found, path, single[path]) for path in wanted}
+            named = {name: array for (name,), array in outside.items()}
+            make_layers(found, config, matrices, task, stacks, named, bar)
+            del named
         base, pairs = stacks.moved(mesh)
         for path, shape in single.items():
             arrays = [outside.pop(path) if path in outside else _read_single(found, path, shape)]

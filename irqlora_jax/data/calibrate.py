@@ -31,8 +31,12 @@ class CalibrateConfig:
     seed: int = 0
     """Random seed of the draw."""
     damping: float = 0.01
-    """Added to the second moments of the inputs, as a fraction of their mean. With few tokens, more
-    damping is better."""
+    """Added to the second moments, as a fraction of their mean. With few tokens, more damping is
+    better."""
+    metric: Literal["inputs", "gradients"] = "inputs"
+    """Of what the second moments are taken. "inputs": of the inputs of each linear layer (GPTQ).
+    "gradients": of the gradients of the loss (OAC). This takes several times as long, and the
+    memory of the host must hold the hidden states of all layers."""
     batch_size: int = 8
     """Rows of a forward pass."""
     activations: Literal["float32", "bfloat16"] = "float32"
@@ -44,6 +48,10 @@ class CalibrateConfig:
             accepted = f"a whole number of at least {least}"
             require(value >= least, f"calibrate.{name}", value, accepted)
         require(0 <= self.damping < 1, "calibrate.damping", self.damping, "0 <= value < 1")
+        metric = self.metric
+        require(
+            metric in ("inputs", "gradients"), "calibrate.metric", metric, "inputs or gradients"
+        )
         kind = self.activations
         known = kind in ("float32", "bfloat16")
         require(known, "calibrate.activations", kind, "float32 or bfloat16")
@@ -69,6 +77,7 @@ class CalibrationRows:
             "length": self.tokens.shape[1],
             "seed": self.config.seed,
             "damping": self.config.damping,
+            "metric": self.config.metric,
             "activations": self.config.activations,
             "batch_size": self.config.batch_size,
             "sha256": hashlib.sha256(self.tokens.tobytes()).hexdigest(),

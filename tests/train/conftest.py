@@ -15,5 +15,5 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base that is quantized once for all runs."""
     folder = tmp_path_factory.mktemp("base") / "nf3"
     quant = QuantConfig(format="nf3", calibration="none")
-    quantize_model(QuantizeConfig(str(WORLD / "base-small"), str(folder), quant, False))
+    quantize_model(QuantizeConfig(str(WORLD / "base-small"), str(folder), quant, progress=False))
     return folder

@@ -1,0 +1,228 @@
+"""Statistics of the linear layers for rows of text, one layer after the other.
+
+`Inputs`: X^T X of the inputs X of each linear layer (GPTQ). In front of a layer are the hidden
+states that the quantized layers before it give. The layer itself is in full precision.
+
+`Gradients`: the sum of G^T G over the rows, where G [out, in] is the gradient of the row's
+cross-entropy (OAC, arXiv 2405.15025). It says how much the loss, and not only the output of the
+layer, depends on the weights. The whole model is in full precision, and the layers come from the
+last to the first. We could not check the paper's closed form: this is our reading.
+
+Calibrations do not depend on the size of these matrices, so each is divided by its mean diagonal.
+"""
+
+import abc
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+from irqlora_jax.data.calibrate import CalibrationRows
+from irqlora_jax.model.alone import GROUPS, layer_moments, layer_outputs
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.layer import Settings, rms_norm
+from irqlora_jax.model.loss import row_cross_entropy
+from irqlora_jax.model.tree import Tree
+
+SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""Projections with the inputs of another one."""
+Moments = dict[str, Float32[Array, "in in"]]
+"""A matrix for each projection, with a mean diagonal of 1."""
+
+
+class Statistics(abc.ABC):
+    """Goes through the layers in the order of `order`.
+
+    Attributes:
+        order: indices of the layers.
+    """
+
+    order: Sequence[int]
+
+    @abc.abstractmethod
+    def moments(self, weights: Tree) -> Moments:
+        """The statistics of the next layer.
+
+        Args:
+            weights: of the layer, in full precision.
+
+        Raises:
+            ValueError: a value is NaN or infinite.
+        """
+
+    @abc.abstractmethod
+    def advance(self, weights: Tree, quantized: Tree) -> None:
+        """Moves behind the next layer.
+
+        Args:
+            weights: of the layer, in full precision.
+            quantized: the weights that the layer has now, dense.
+        """
+
+
+class Inputs(Statistics):
+    """X^T X of the inputs, from the first layer to the last."""
+
+    def __init__(
+        self,
+        llama: LlamaConfig,
+        rows: CalibrationRows,
+        embeddings: Float[np.ndarray, "vocab hidden"],
+    ) -> None:
+        self.order = range(llama.num_hidden_layers)
+        self._settings, self._dtype = _settings(llama), jnp.dtype(rows.config.activations)
+        self._states = [_kept(embeddings[batch], self._dtype) for batch in _batches(rows)]
+
+    def moments(self, weights: Tree) -> Moments:
+        total: Any = None
+        for x in self._states:
+            found = _input_moments(self._settings, weights, x.astype(np.float32))
+            total = found if total is None else jax.tree.map(jnp.add, total, found)
+        total = _relative(total)
+        return total | {name: total[same] for name, same in SAME_INPUTS.items()}
+
+    def advance(self, weights: Tree, quantized: Tree) -> None:
+        for i, x in enumerate(self._states):
+            x = layer_outputs(self._settings, quantized, x.astype(np.float32))
+            self._states[i] = _kept(x, self._dtype)
+
+
+class Gradients(Statistics):
+    """Sums of G^T G, from the last layer to the first.
+
+    The hidden states in front of all layers are on the host.
+    """
+
+    def __init__(
+        self,
+        llama: LlamaConfig,
+        rows: CalibrationRows,
+        outside: Mapping[str, Float[np.ndarray, "..."]],
+        read: Callable[[int], Tree],
+    ) -> None:
+        """Computes the hidden states, and the gradients behind the last layer.
+
+        Args:
+            llama: the architecture.
+            rows: the text.
+            outside: "embed_tokens", "norm", and "lm_head" if it is not tied.
+            read: the weights of a layer in full precision.
+        """
+        self._settings, self._dtype = _settings(llama), jnp.dtype(rows.config.activations)
+        depth = llama.num_hidden_layers
+        self.order = range(depth - 1, -1, -1)
+        batches = _batches(rows)
+        self._states = [[_kept(outside["embed_tokens"][batch], self._dtype) for batch in batches]]
+        for layer in range(depth):
+            weights = read(layer)
+            outputs = (
+                layer_outputs(self._settings, weights, x.astype(np.float32))
+                for x in self._states[-1]
+            )
+            self._states.append([_kept(x, self._dtype) for x in outputs])
+        head = outside.get("lm_head", outside["embed_tokens"])
+        self._gradients = [
+            _loss_gradient(llama, outside["norm"], head, x.astype(np.float32), batch)
+            for x, batch in zip(self._states.pop(), batches, strict=True)
+        ]
+        self._next: list[Array] = []
+
+    def moments(self, weights: Tree) -> Moments:
+        total: Any = None
+        self._next = []
+        for x, g in zip(self._states[-1], self._gradients, strict=True):
+            before, found = _gradient_moments(self._settings, weights, x.astype(np.float32), g)
+            self._next.append(before)
+            total = found if total is None else jax.tree.map(jnp.add, total, found)
+        return _relative(total)
+
+    def advance(self, weights: Tree, quantized: Tree) -> None:
+        if not self._next:  # the layer was finished already
+            self.moments(weights)
+        self._gradients, self._next = self._next, []
+        self._states.pop()
+
+
+def _settings(llama: LlamaConfig) -> Settings:
+    return Settings(llama, None, None, None, deterministic=True)
+
+
+def _batches(rows: CalibrationRows) -> list[Int[np.ndarray, "batch length"]]:
+    size = rows.config.batch_size
+    return [rows.tokens[i : i + size] for i in range(0, len(rows.tokens), size)]
+
+
+def _kept(x: Any, dtype: Any) -> np.ndarray:
+    return np.asarray(x).astype(dtype)
+
+
+def _relative(total: Moments) -> Moments:
+    """Divides each matrix by its mean diagonal, and checks it."""
+    for name, gram in total.items():
+        # The extremes need no array of the size of the matrix. They are NaN if any value is.
+        if not np.isfinite([float(gram.min()), float(gram.max())]).all():
+            raise ValueError(
+                f"{name}: an input or gradient is NaN or infinite for the calibration text; "
+                "expected a model with finite activations"
+            )
+    means = {name: jnp.diagonal(gram).mean() for name, gram in total.items()}
+    return {name: gram / jnp.where(means[name] > 0, means[name], 1) for name, gram in total.items()}
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _input_moments(
+    settings: Settings, weights: Tree, x: Float32[Array, "batch seq hidden"]
+) -> Moments:
+    found = layer_moments(settings, weights, x)[1]
+    return {name: gram for name, gram in found.items() if name not in SAME_INPUTS}
+
+
+@functools.partial(jax.jit, static_argnames="llama")
+def _loss_gradient(
+    llama: LlamaConfig,
+    norm: Float[Array, " hidden"],
+    head: Float[Array, "vocab hidden"],
+    x: Float32[Array, "batch seq hidden"],
+    tokens: Int[Array, "batch seq"],
+) -> Float32[Array, "batch seq hidden"]:
+    """The gradient of the sum of the rows' cross-entropies."""
+
+    def loss(x: Array) -> Array:
+        features = rms_norm(x, norm, llama.rms_norm_eps)
+        return row_cross_entropy(features, head, tokens, jnp.ones(tokens.shape, bool))[0].sum()
+
+    return jax.grad(loss)(x)
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _gradient_moments(
+    settings: Settings,
+    weights: Tree,
+    x: Float32[Array, "batch seq hidden"],
+    gradient: Float32[Array, "batch seq hidden"],
+) -> tuple[Float32[Array, "batch seq hidden"], Moments]:
+    """The gradient in front of the layer, and the sum of G^T G over the rows."""
+    linear = {group: weights[group] for group in GROUPS}
+
+    def row_moments(total: Moments, row: tuple[Array, Array]) -> tuple[Moments, Array]:
+        x, g = (part[None] for part in row)
+
+        def outputs(linear: Tree, x: Array) -> Array:
+            return layer_outputs(settings, weights | linear, x)
+
+        wide = jax.tree.map(lambda w: w.astype(jnp.float32), linear)
+        own, before = jax.vjp(outputs, wide, x)[1](g)
+        for group in GROUPS:
+            for name, part in own[group].items():
+                gram = jnp.matmul(part["weight"].T, part["weight"], precision="highest")
+                total = total | {name: total[name] + gram}
+        return total, before[0]
+
+    sizes = {name: part["weight"].shape[1] for g in GROUPS for name, part in linear[g].items()}
+    start = {name: jnp.zeros((size, size), jnp.float32) for name, size in sizes.items()}
+    total, before = jax.lax.scan(row_moments, start, (x, gradient))
+    return before, total

@@ -1,0 +1,95 @@
+"""Statistics of layers against golden results and whole-model gradients."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from irqlora_jax import hf
+from irqlora_jax.base.statistics import Gradients
+from irqlora_jax.data.calibrate import CalibrateConfig, CalibrationRows
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.quant.config import QuantConfig
+from tests.arrays import read_arrays
+from tests.models import LLAMA, assert_same, write_model
+
+GRADIENTS = CalibrateConfig(metric="gradients", batch_size=3)
+TOKENS = np.random.default_rng(3).integers(0, LLAMA.vocab_size, (5, 9)).astype(np.int32)
+
+
+def moments_of(base: Any, llama: LlamaConfig, rows: CalibrationRows) -> dict[int, dict[str, Any]]:
+    """The statistics of all layers, which stay in full precision."""
+    outside = {name: np.asarray(base[name]["weight"]) for name in base if name != "layers"}
+
+    def read(layer: int) -> Any:
+        return jax.tree.map(lambda x: x[layer], base["layers"])
+
+    statistics, found = Gradients(llama, rows, outside, read), {}
+    for layer in statistics.order:
+        found[layer] = statistics.moments(read(layer))
+        if layer:
+            statistics.advance(read(layer), read(layer))
+    return found
+
+
+def assert_close(found: Any, expected: Any, rtol: float) -> None:
+    """Relative to the largest value; `found` has a mean diagonal of 1."""
+    expected = np.asarray(expected, np.float64)
+    expected = expected / np.diag(expected).mean()
+    assert np.abs(np.asarray(found) - expected).max() <= rtol * np.abs(expected).max()
+
+
+def test_the_hessians_are_the_golden_ones(golden: Path) -> None:
+    reference = golden / "irqlora_reference"
+    base, llama = hf.load_base(reference / "base", None)
+    tokens = np.load(reference / "tokens.npy").reshape(-1, 64)[:8].astype(np.int32)
+    found = moments_of(base, llama, CalibrationRows(tokens, GRADIENTS))
+    for name, expected in read_arrays(golden / "oac_hessian.npz").items():
+        layer, _, projection, *_ = name.split(".")
+        assert_close(found[int(layer)][projection], expected, 1e-5)
+
+
+def test_the_hessians_are_those_of_whole_gradients(tmp_path: Path) -> None:
+    """One row at a time through the whole model, for every matrix."""
+    base, llama = hf.load_base(write_model(tmp_path, LLAMA), None)
+    model = Llama(llama)
+
+    def loss(layers: Any, row: jax.Array) -> jax.Array:
+        logits = model.apply({"params": {}, "base": base | {"layers": layers}}, row[None])
+        chosen = jax.nn.log_softmax(logits[0, :-1])  # type: ignore[index]
+        return -jnp.take_along_axis(chosen, row[1:, None], 1).sum()
+
+    total: Any = None
+    for row in TOKENS:
+        gradient = jax.grad(loss)(base["layers"], jnp.asarray(row))
+        part = jax.tree.map(
+            lambda g: jnp.einsum("loi,loj->lij", g, g) if g.ndim == 3 else g, gradient
+        )
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+    found = moments_of(base, llama, CalibrationRows(TOKENS, GRADIENTS))
+    for group in ("self_attn", "mlp"):
+        for name, part in total[group].items():
+            for layer in range(llama.num_hidden_layers):
+                assert_close(found[layer][name], part["weight"][layer], 1e-4)
+
+
+def test_a_base_from_gradients_lowers_their_error_and_resumes(tmp_path: Path) -> None:
+    folder, rows = write_model(tmp_path, LLAMA), CalibrationRows(TOKENS, GRADIENTS)
+    quant = QuantConfig(format="nf2", calibration="gptq")
+    errors: list[Any] = []
+    options: dict[str, Any] = {"calibrate": rows, "keep": tmp_path / "keep"}
+    whole = hf.load_base(folder, quant, watch=lambda *x: errors.append(x[-1]), **options)[0]
+    assert np.mean([e.own for e in errors]) < 0.8 * np.mean([e.plain for e in errors])
+    (tmp_path / "keep" / "layer_0.safetensors").unlink()  # the last one that was made
+    assert_same(hf.load_base(folder, quant, **options)[0], whole)
+    inputs = CalibrationRows(TOKENS, dataclasses.replace(GRADIENTS, metric="inputs"))
+    other = hf.load_base(folder, quant, calibrate=inputs)[0]
+    one, two = (b["layers"]["mlp"]["gate_proj"]["weight"].packed for b in (whole, other))
+    assert not bool((one == two).all())
+    with pytest.raises(ValueError, match=r"calibrate\.metric = 'hessian': expected inputs or"):
+        CalibrateConfig(metric="hessian")  # type: ignore[arg-type]
