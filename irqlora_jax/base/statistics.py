@@ -74,13 +74,13 @@ class Inputs(Statistics):
         embeddings: Float[np.ndarray, "vocab hidden"],
     ) -> None:
         self.order = range(llama.num_hidden_layers)
-        self._settings, self._dtype = _settings(llama), jnp.dtype(rows.config.activations)
+        self._settings, self._dtype = alone(llama), jnp.dtype(rows.config.activations)
         self._states = [_kept(embeddings[batch], self._dtype) for batch in _batches(rows)]
 
     def moments(self, weights: Tree) -> Moments:
         total: Any = None
         for x in self._states:
-            found = _input_moments(self._settings, weights, x.astype(np.float32))
+            found = input_moments(self._settings, weights, x.astype(np.float32))
             total = found if total is None else jax.tree.map(jnp.add, total, found)
         total = _relative(total)
         return total | {name: total[same] for name, same in SAME_INPUTS.items()}
@@ -112,7 +112,7 @@ class Gradients(Statistics):
             outside: "embed_tokens", "norm", and "lm_head" if it is not tied.
             read: the weights of a layer in full precision.
         """
-        self._settings, self._dtype = _settings(llama), jnp.dtype(rows.config.activations)
+        self._settings, self._dtype = alone(llama), jnp.dtype(rows.config.activations)
         depth = llama.num_hidden_layers
         self.order = range(depth - 1, -1, -1)
         batches = _batches(rows)
@@ -135,7 +135,7 @@ class Gradients(Statistics):
         total: Any = None
         self._next = []
         for x, g in zip(self._states[-1], self._gradients, strict=True):
-            before, found = _gradient_moments(self._settings, weights, x.astype(np.float32), g)
+            before, found = gradient_moments(self._settings, weights, x.astype(np.float32), g)
             self._next.append(before)
             total = found if total is None else jax.tree.map(jnp.add, total, found)
         return _relative(total)
@@ -147,7 +147,8 @@ class Gradients(Statistics):
         self._states.pop()
 
 
-def _settings(llama: LlamaConfig) -> Settings:
+def alone(llama: LlamaConfig) -> Settings:
+    """The settings of a layer without adapters."""
     return Settings(llama, None, None, None, deterministic=True)
 
 
@@ -174,9 +175,10 @@ def _relative(total: Moments) -> Moments:
 
 
 @functools.partial(jax.jit, static_argnames="settings")
-def _input_moments(
+def input_moments(
     settings: Settings, weights: Tree, x: Float32[Array, "batch seq hidden"]
 ) -> Moments:
+    """X^T X of the inputs of each projection, without those in `SAME_INPUTS`."""
     found = layer_moments(settings, weights, x)[1]
     return {name: gram for name, gram in found.items() if name not in SAME_INPUTS}
 
@@ -199,7 +201,7 @@ def _loss_gradient(
 
 
 @functools.partial(jax.jit, static_argnames="settings")
-def _gradient_moments(
+def gradient_moments(
     settings: Settings,
     weights: Tree,
     x: Float32[Array, "batch seq hidden"],

@@ -233,7 +233,7 @@ def measure(
         options = {"xla_backend_optimization_level": 0} if on_cpu else target.options
         with progress_bar(f"Compiling the training step for {rows} rows"):
             lowered = step.trace(state, base, batch).lower()
-            with _silent_stderr():
+            with silent_stderr():
                 program = lowered.compile(compiler_options=options)
     found = program.memory_analysis()
     extra = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
@@ -241,7 +241,7 @@ def measure(
 
 
 @contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
+def silent_stderr() -> Iterator[None]:
     """Hides the output of the compiler, which warns if a program exceeds the memory.
 
     What Python writes there is still shown.

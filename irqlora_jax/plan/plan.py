@@ -9,6 +9,7 @@ from irqlora_jax.base.file import Base
 from irqlora_jax.config import Config, with_base_settings
 from irqlora_jax.messages import shows_messages
 from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.plan.calibration import CalibrationNeed, measure_calibration
 from irqlora_jax.plan.gpus import find_device
 from irqlora_jax.plan.measure import (
     MAX_SPLIT,
@@ -19,6 +20,7 @@ from irqlora_jax.plan.measure import (
     measure,
     read_base_shapes,
 )
+from irqlora_jax.runs.load import is_base
 from irqlora_jax.text import aligned, readable_size
 
 _TIGHT = 0.95  # above this fraction of the usable memory, fragmentation may fail an allocation
@@ -52,19 +54,24 @@ def plan(config: Config, name: str | None = None) -> bool:
     target = find_plan_device(name, device_count(config))
     need = measure(config, base, llama, target)
     logger.info(_table(config, need, target))
+    calibrated = True
+    if config.calibrate.data is not None and not is_base(config.model):
+        needed = measure_calibration(config, llama, target)
+        logger.info(_calibration(needed, target))
+        calibrated = needed.device <= target.memory
     room = target.memory - need.peak
     if need.peak <= _TIGHT * target.memory:
         logger.info(f"fits, with {readable_size(room)} to spare")
         rows, most = _most_rows(config, base, llama, target, need)
         if rows > need.rows:
             logger.info(f"up to {rows} rows at a time fit (tried: peak {readable_size(most.peak)})")
-        return True
+        return calibrated
     if room >= 0:
         logger.info(f"fits, but tightly: {readable_size(room)} to spare")
     else:
         logger.info(f"does not fit: {readable_size(-room)} too much")
     _advise(config, base, llama, target, need)
-    return room >= 0
+    return room >= 0 and calibrated
 
 
 def _table(config: Config, need: MemoryNeed, target: PlanDevice) -> str:
@@ -98,6 +105,19 @@ def _table(config: Config, need: MemoryNeed, target: PlanDevice) -> str:
             "\nThe base, the adapters and the optimizer are exact. The gradients, activations and "
             "temporaries are\nestimated with the compiler for CPUs. In our checks the peak was 4 % "
             "too low to 9 % too high.\nInstall jax-cuda13-plugin to compile for GPUs."
+        )
+    return text
+
+
+def _calibration(need: CalibrationNeed, target: PlanDevice) -> str:
+    text = (
+        f"calibration with a text, before the training: {_gib(need.device)} GiB on one device, "
+        f"{_gib(need.host)} GiB of hidden states on the host, {need.work / 1e12:,.1f} TFLOP"
+    )
+    if need.device > target.memory:
+        text += (
+            f"\nThis does not fit: {readable_size(need.device - target.memory)} too much; a smaller "
+            "calibrate.batch_size or calibrate.length needs less"
         )
     return text
 

@@ -65,6 +65,7 @@ def test_a_base_is_the_same_after_an_interruption(
         assert len(errors) == len(plain) and sum(errors) < sum(plain)
 
 
+@pytest.mark.usefixtures("optimizer_promotion")
 def test_a_run_tells_how_its_base_was_made_and_resumes_without_the_text(
     tmp_path: Path, text: Path
 ) -> None:

@@ -1,0 +1,90 @@
+"""What a calibration with a text needs, from shapes alone (`base/layerwise.py`)."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from irqlora_jax.base.statistics import SAME_INPUTS, alone, gradient_moments, input_moments
+from irqlora_jax.config import Config
+from irqlora_jax.messages import progress_bar
+from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.tree import Tree, insert, weight_shapes
+from irqlora_jax.plan.measure import PlanDevice, silent_stderr
+
+_FACTOR = 6
+"""Matrices [in, in] that the Cholesky factor of the feedback needs at the same time."""
+_ROUNDING = 3
+"""Copies of a matrix [out, in] while it is rounded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationNeed:
+    """What the calibration needs, before the training.
+
+    Attributes:
+        device: peak memory of the device, in bytes: a layer in float32, its statistics, the
+            activations of `calibrate.batch_size` rows.
+        host: bytes of the hidden states on the host.
+        work: floating-point operations of the products.
+    """
+
+    device: int
+    host: int
+    work: float
+
+
+def measure_calibration(config: Config, llama: LlamaConfig, target: PlanDevice) -> CalibrationNeed:
+    """Compiles the program for the statistics of a layer, from shapes alone.
+
+    Args:
+        config: of the run; with `calibrate.data`.
+        llama: the architecture.
+        target: the device to compile for.
+    """
+    asked, shapes = config.calibrate, llama.linear_shapes
+    where = jax.sharding.SingleDeviceSharding(target.devices[0])
+    like = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32, sharding=where)
+    x = like((asked.batch_size, asked.length, llama.hidden_size))
+    weights: Tree = {}
+    for path, shape in weight_shapes(llama)[0].items():
+        insert(weights, path, {"weight": like(shape)})
+    layer = sum(4 * leaf.size for leaf in jax.tree.leaves(weights))
+    program, given = input_moments, (alone(llama), weights, x)
+    if asked.metric == "gradients":
+        program, given = gradient_moments, (*given, x)
+    with progress_bar("Compiling the calibration of a layer"), silent_stderr():
+        lowered = program.trace(*given).lower()
+        found = lowered.compile(compiler_options=target.options).memory_analysis()
+    moments = {
+        name: 4 * columns**2
+        for name, (_, columns) in shapes.items()
+        if asked.metric == "gradients" or name not in SAME_INPUTS
+    }
+    collected = layer + 4 * x.size + found.temp_size_in_bytes + 2 * sum(moments.values())
+    rounding = max(
+        4 * (_FACTOR * columns**2 + _ROUNDING * rows * columns) for rows, columns in shapes.values()
+    )
+    rounded = 2 * layer + sum(moments.values()) + rounding
+    size = jnp.dtype(asked.activations).itemsize
+    states = asked.rows * asked.length * llama.hidden_size * size
+    depth = llama.num_hidden_layers
+    return CalibrationNeed(
+        device=max(collected, rounded),
+        host=states * (depth + 1 if asked.metric == "gradients" else 1),
+        work=depth * _work(config, llama),
+    )
+
+
+def _work(config: Config, llama: LlamaConfig) -> float:
+    """Operations of the products of one layer."""
+    asked, shapes = config.calibrate, llama.linear_shapes
+    tokens = asked.rows * asked.length
+    forward = 2.0 * tokens * sum(map(math.prod, shapes.values()))
+    feedback = sum(2.0 * rows * columns**2 for rows, columns in shapes.values())
+    if asked.metric == "gradients":  # two passes forward, one backward
+        return 4 * forward + asked.rows * feedback + feedback
+    inputs = {columns for name, (_, columns) in shapes.items() if name not in SAME_INPUTS}
+    return 2 * forward + tokens * sum(2.0 * columns**2 for columns in inputs) + feedback
