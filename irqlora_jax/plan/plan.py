@@ -115,10 +115,9 @@ def _calibration(need: CalibrationNeed, target: PlanDevice) -> str:
         f"{_gib(need.host)} GiB of hidden states on the host, {need.work / 1e12:,.1f} TFLOP"
     )
     if need.device > target.memory:
-        text += (
-            f"\nThis does not fit: {readable_size(need.device - target.memory)} too much; a smaller "
-            "calibrate.batch_size or calibrate.length needs less"
-        )
+        over = readable_size(need.device - target.memory)
+        advice = "a smaller calibrate.batch_size or calibrate.length needs less"
+        text += f"\nThis does not fit: {over} too much; {advice}"
     return text
 
 

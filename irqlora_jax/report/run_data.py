@@ -138,6 +138,13 @@ def _sentence(error: Exception) -> str:
 
 def _read_survey(file: Path) -> Mapping[str, Any]:
     found = read_json(file)
+    if "calibrate" in found:
+        errors = found["calibrate"]
+        errors = errors.get("output_error") if isinstance(errors, dict) else None
+        if not isinstance(errors, dict) or not {"plain", "own"} <= errors.keys():
+            raise ValueError("not the errors of outputs")
+    if found.keys() == {"calibrate"}:  # of a base that was fitted together with its adapter
+        return found
     needed = {"mean_entropy", "entropy", "error", "codes"}
     kinds = [found.get("plain"), found.get("calibrated", found.get("plain"))]
     ok = all(isinstance(kind, dict) and needed <= kind.keys() for kind in kinds)

@@ -34,9 +34,10 @@ def test_memory_holds_a_layer_and_grows_as_it_should(metric: str) -> None:
     assert (twice.device, twice.host) == (first.device, 2 * first.host)
     assert 1.5 * first.work < twice.work < 2 * first.work
     assert need(activations="bfloat16").host == first.host // 2
-    assert need(batch_size=16).device > first.device
+    assert need(batch_size=512).device > first.device
 
 
+@pytest.mark.usefixtures("optimizer_promotion")
 def test_the_command_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_config(tmp_path, LLAMA)
     flags = ["train", "--plan", "--model", str(model), "--output_dir", str(tmp_path / "new")]
