@@ -5,7 +5,7 @@ An adapter is one file that defines a `Method`, plus one entry in `METHODS`.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -79,16 +79,20 @@ class Initialization:
     Attributes:
         name: value of `adapter.init`.
         title: short name for tables; "" for the method's own `init`.
-        fit: (weight [out, in], QuantConfig, rank, scale, options, key, dtype) -> the quantized
-            weight, lora_A and lora_B, fitted to the weight together. A fitted base belongs to one
-            run. None: uses the method's own `init`, and the quantizer alone.
+        fit: (weight [out, in], QuantConfig, rank, scale, options, key, dtype, gram=, damping=) ->
+            the quantized weight, lora_A and lora_B, fitted to the weight together. `gram` is
+            X^T X [in, in] of inputs of the layer, or None if neither the initialization nor the
+            quantizer needs it; `damping` is its damping. A fitted base belongs to one run. None:
+            uses the method's own `init`, and the quantizer alone.
         options: default options; None for an initialization without options.
+        needs: "inputs" if `fit` needs `gram`.
     """
 
     name: str
     title: str
     fit: Callable[..., tuple[Any, Float[Array, "rank in"], Float[Array, "out rank"]]] | None = None
     options: Any = None
+    needs: Literal["nothing", "inputs"] = "nothing"
 
 
 DEFAULT = Initialization("default", "")

@@ -139,6 +139,11 @@ class QuantConfig:
         return any(name != KEPT for name in (self.format, *(rule.format for rule in self.rules)))
 
     @property
+    def needs_inputs(self) -> bool:
+        """Whether `quantize` needs the second moments of the inputs (`gram`)."""
+        return False
+
+    @property
     def label(self) -> str:
         """Format and calibration, as named in tables."""
         title = CALIBRATIONS[self.calibration].title

@@ -34,12 +34,9 @@ def feedback_factor(gram: Float[Array, "in in"], damping: float = 0.01) -> Float
         ValueError: NaN, infinite or negative second moments, or too few different inputs: the
             damped matrix has no Cholesky factor.
     """
-    require(damping >= 0, "damping", damping, "0 or more")
+    check_moments(gram, damping)
     gram = gram.astype(jnp.float32)
     diagonal = jnp.diagonal(gram)
-    fine = jnp.isfinite(gram).all() & (diagonal >= 0).all()
-    wrong = "a matrix with NaN, infinite or negative moments"
-    require(isinstance(fine, Tracer) or bool(fine), "gram", wrong, "X^T X")
     # An input that is always 0: its column has no effect, and must not make the matrix singular.
     diagonal = jnp.where(diagonal == 0, 1, diagonal)
     step = damping * diagonal.mean()
@@ -47,10 +44,32 @@ def feedback_factor(gram: Float[Array, "in in"], damping: float = 0.01) -> Float
     identity = jnp.eye(len(gram), dtype=jnp.float32)
     inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), identity)
     factor = jnp.linalg.cholesky(inverse, upper=True)
-    accepted = "inputs of at least as many tokens as the layer has inputs, or more damping"
-    fine = jnp.isfinite(factor).all()
-    require(isinstance(fine, Tracer) or bool(fine), "damping", damping, accepted)
+    check_factor(factor, damping)
     return factor
+
+
+def check_moments(gram: Float[Array, "in in"], damping: float) -> None:
+    """Refuses NaN, infinite or negative second moments, and a negative damping.
+
+    Raises:
+        ValueError: one of these. While JAX traces a function, the values are unknown, and moments
+            are not refused.
+    """
+    require(damping >= 0, "damping", damping, "0 or more")
+    fine = jnp.isfinite(gram).all() & (jnp.diagonal(gram) >= 0).all()
+    wrong = "a matrix with NaN, infinite or negative moments"
+    require(isinstance(fine, Tracer) or bool(fine), "gram", wrong, "X^T X")
+
+
+def check_factor(factor: Float32[Array, "in in"], damping: float) -> None:
+    """Refuses a Cholesky factor that does not exist.
+
+    Raises:
+        ValueError: NaN in the factor, unless JAX traces a function.
+    """
+    fine = jnp.isfinite(factor).all()
+    accepted = "inputs of at least as many tokens as the layer has inputs, or more damping"
+    require(isinstance(fine, Tracer) or bool(fine), "damping", damping, accepted)
 
 
 def round_with_feedback(
