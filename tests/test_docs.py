@@ -34,6 +34,7 @@ SHOWN = {
     "adapters.lora": ("init", "apply", "fold"),
     "adapters.iec": ("init", "spread", "apply", "fold"),
     "adapters.loftq": ("loftq",),
+    "adapters.cloq": ("cloq",),
     "config.settings": ("Config.load",),
     "evaluate.suggested": ("larger_format", "rules_text"),
 }

@@ -1,5 +1,6 @@
 """Adapters: one file per method (`method.py` is the contract), and their initializations."""
 
+from irqlora_jax.adapters.cloq import CLOQ
 from irqlora_jax.adapters.iec import IEC
 from irqlora_jax.adapters.loftq import LOFTQ
 from irqlora_jax.adapters.lora import LORA
@@ -7,4 +8,4 @@ from irqlora_jax.adapters.method import DEFAULT, Initialization
 from irqlora_jax.adapters.method import Method as Method
 
 METHODS: dict[str, Method] = {one.name: one for one in (LORA, IEC)}
-INITIALIZATIONS: dict[str, Initialization] = {one.name: one for one in (DEFAULT, LOFTQ)}
+INITIALIZATIONS: dict[str, Initialization] = {one.name: one for one in (DEFAULT, LOFTQ, CLOQ)}

@@ -5,6 +5,7 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from irqlora_jax.adapters import INITIALIZATIONS, METHODS
+from irqlora_jax.adapters.cloq import CloqOptions
 from irqlora_jax.adapters.iec import IecOptions
 from irqlora_jax.adapters.loftq import LoftqOptions
 from irqlora_jax.adapters.method import Initialization, Method
@@ -45,14 +46,16 @@ class AdapterConfig:
     """Type of the adapters and the optimizer state."""
     init: InitializationName = "default"
     """Initial adapter. "default": the update is 0. "loftq": fit the quantized weights and the pair
-    to the weights together (LoftQ), so that the update corrects most of the quantization error.
-    The base then belongs to this run alone. In Python: `hf.load_loftq`."""
+    to the weights together (LoftQ), so that the update corrects most of the quantization error. In
+    Python: `hf.load_loftq`. "cloq": the same for the outputs of the layer, on calibration text
+    (CLoQ). With both, the base belongs to this run alone."""
     init_from: str | None = None
     """Start from a trained adapter: the folder of a run (its newest checkpoint) or of a PEFT
     adapter, with the same base, method, rank, alpha and targets. The optimizer starts anew.
     "new": `model` is a run, of which only the base is used. Also written adapter.from."""
     iec: IecOptions = IecOptions()
     loftq: LoftqOptions = LoftqOptions()
+    cloq: CloqOptions = CloqOptions()
 
     def __post_init__(self) -> None:
         require(self.method in METHODS, "adapter.method", self.method, ", ".join(METHODS))

@@ -41,8 +41,10 @@ def loftq(
     iterations: int,
     key: PRNGKeyArray,
     dtype: DTypeLike = jnp.float32,
+    *,
     gram: Float[Array, "in in"] | None = None,
     damping: float = 0.01,
+    root: Float32[Array, "in in"] | None = None,
 ) -> tuple[QTensor, Float[Array, "rank in"], Float[Array, "out rank"]]:
     """Computes Q, lora_A and lora_B with W ~ Q + scaling * lora_B lora_A.
 
@@ -59,8 +61,10 @@ def loftq(
         iterations: number of iterations.
         key: random key of `randomized_svd`; without effect on small layers.
         dtype: type of the pair. The next iteration also quantizes its rounding error.
-        gram: for `quantize`, if `config.needs_inputs`.
-        damping: for `quantize`.
+        gram: X^T X of the layer's inputs, for a quantizer that needs it.
+        damping: as for `quantize`.
+        root: R, lower triangular, not singular. The error is then the norm of (W - Q - s B A) R,
+            and each row of A has the norm of its column of B. CLoQ gives R; LoftQ has none.
 
     Raises:
         ValueError: fewer than 1 iteration, a rank below 1, or an error of `quantize`.
@@ -80,15 +84,15 @@ def loftq(
             raise ValueError(f"{name} = {value}: expected a whole number of at least 1")
     scale = jnp.float32(scaling)
     out_features, in_features = weight.shape
+    gram = gram if config.needs_inputs else None
     # The first update is 0, so that every iteration runs the same program.
     a, b = (jnp.zeros(shape, dtype) for shape in ((rank, in_features), (out_features, rank)))
-    gram = gram if config.needs_inputs else None
     best, least = None, jnp.inf
     for turn in range(iterations):
         minus = _factors(a, b, scale)
         quantized = quantize(weight, config, minus=minus, gram=gram, damping=damping)
         own = jax.random.fold_in(key, turn)
-        a, b, norm = _fit(weight, quantized, scale, own, rank, jnp.dtype(dtype))
+        a, b, norm = _fit(weight, quantized, scale, own, rank, jnp.dtype(dtype), root)
         if best is None or norm < least:
             best, least = (quantized, a, b), float(norm)
         del quantized  # keeps only two in memory: the best and the next
@@ -98,10 +102,16 @@ def loftq(
 
 @functools.partial(jax.jit, static_argnames=("rank", "dtype"))
 def _fit(
-    weight: Array, quantized: QTensor, scale: Array, key: Array, rank: int, dtype: DTypeLike
+    weight: Array,
+    quantized: QTensor,
+    scale: Array,
+    key: Array,
+    rank: int,
+    dtype: DTypeLike,
+    root: Array | None = None,
 ) -> tuple[Array, Array, Float32[Array, ""]]:
-    """The best pair for W - Q, each factor with the square roots of the singular values, and the
-    Frobenius norm of W - Q - s B A."""
+    """The best pair for W - Q, each row of A as long as its column of B, and the Frobenius norm of
+    (W - Q - s B A) R."""
     rows, columns = weight.shape
     count, dequantized = slab_rows((rows, columns)), quantized.dequantize_rows()
 
@@ -109,19 +119,29 @@ def _fit(
         return rows_of(weight, start, count).astype(jnp.float32) - dequantized(start, count)
 
     if min(weight.shape) <= max(EXACT_UP_TO, 8 * rank):
-        u, s, v = exact_svd(map_slabs(error, rows, count), rank)
+        u, s, v = exact_svd(_times(map_slabs(error, rows, count), root), rank)
     else:
-        u, s, v = randomized_svd(error, (rows, columns), count, rank, key)
-    root, spare = jnp.sqrt(s / scale), rank - s.size
-    a = jnp.pad(root[:, None] * v, ((0, spare), (0, 0))).astype(dtype)
-    b = jnp.pad(u * root[None, :], ((0, 0), (0, spare))).astype(dtype)
+        u, s, v = randomized_svd(error, (rows, columns), count, rank, key, root)
+    if root is not None:
+        # V R^-1. The inverse itself would be less accurate.
+        v = jax.scipy.linalg.solve_triangular(root, v.T, trans="T", lower=True).T
+        lengths = jnp.linalg.norm(v, axis=1)
+        s, v = s * lengths, v / lengths[:, None]
+    size, spare = jnp.sqrt(s / scale), rank - s.size
+    a = jnp.pad(size[:, None] * v, ((0, spare), (0, 0))).astype(dtype)
+    b = jnp.pad(u * size[None, :], ((0, 0), (0, spare))).astype(dtype)
     left, right = _factors(a, b, scale)
 
     def square(start: Array | int, new: Bool[Array, "count 1"]) -> Array:
-        remaining = error(start) - _wide(rows_of(left, start, count), right)
+        remaining = _times(error(start) - _wide(rows_of(left, start, count), right), root)
         return jnp.sum(jnp.where(new, remaining, 0) ** 2)
 
     return a, b, jnp.sqrt(sum_slabs(square, rows, count))
+
+
+def _times(x: Array, root: Array | None) -> Array:
+    """x R."""
+    return x if root is None else _wide(x, root)
 
 
 def _factors(a: Array, b: Array, scale: Array) -> tuple[Array, Array]:
@@ -136,7 +156,12 @@ def exact_svd(x: Float32[Array, "m n"], rank: int) -> tuple[Array, Array, Array]
 
 
 def randomized_svd(
-    some: Some, shape: tuple[int, int], count: int, rank: int, key: PRNGKeyArray
+    some: Some,
+    shape: tuple[int, int],
+    count: int,
+    rank: int,
+    key: PRNGKeyArray,
+    root: Float32[Array, "n n"] | None = None,
 ) -> tuple[Array, Array, Array]:
     """Like `exact_svd`, with a residual up to 1 % larger (Halko et al. 2011, 4.4 and 5.1).
 
@@ -151,18 +176,31 @@ def randomized_svd(
         count: rows in a slab.
         rank: number of singular values.
         key: random key of the directions.
+        root: decompose x R instead, for an R with the columns of x as rows. x R is not computed: R
+            is multiplied with the basis, which is much smaller.
     """
     rows, columns = shape
+
+    def outward(basis: Array) -> Array:
+        return basis if root is None else _wide(root, basis)
+
+    def turned(basis: Array) -> Array:
+        """(x R)^T (x R) basis."""
+        directions = outward(basis)
+
+        def own(start: Array | int, new: Bool[Array, "count 1"]) -> Array:
+            x = some(start)
+            return _wide(x.T, jnp.where(new, _wide(x, directions), 0))
+
+        found = sum_slabs(own, rows, count)
+        return found if root is None else _wide(root.T, found)
+
     basis = jax.random.normal(key, (columns, min(rank + OVERSAMPLING, *shape)))
     for _ in range(POWER_ITERATIONS):
-
-        def turned(start: Array | int, new: Bool[Array, "count 1"], basis: Array = basis) -> Array:
-            x = some(start)
-            return _wide(x.T, jnp.where(new, _wide(x, basis), 0))
-
-        basis, _ = jnp.linalg.qr(sum_slabs(turned, rows, count))
-    # x in the basis of its inputs: [m, size]. A second QR leaves a square matrix to decompose.
-    inside = map_slabs(lambda start: _wide(some(start), basis), rows, count)
+        basis, _ = jnp.linalg.qr(turned(basis))
+    # x R in the basis of its inputs: [m, size]. A second QR leaves a square matrix to decompose.
+    directions = outward(basis)
+    inside = map_slabs(lambda start: _wide(some(start), directions), rows, count)
     left, square = jnp.linalg.qr(inside)
     u, s, v = jnp.linalg.svd(square)
     return _wide(left, u[:, :rank]), s[:rank], _wide(v[:rank], basis.T)
@@ -180,11 +218,20 @@ class LoftqOptions:
         require(turns >= 1, field, turns, "a whole number of at least 1")
 
 
-LOFTQ = Initialization(
-    name="loftq",
-    title="LoftQ",
-    fit=lambda weight, quant, rank, scale, options, key, dtype, gram, damping: loftq(
-        weight, quant, rank, scale, options.iterations, key, dtype, gram, damping
-    ),
-    options=LoftqOptions(),
-)
+def _fit_layer(
+    weight: Array,
+    quant: QuantConfig,
+    rank: int,
+    scale: float,
+    options: LoftqOptions,
+    key: PRNGKeyArray,
+    dtype: DTypeLike,
+    *,
+    gram: Array | None = None,
+    damping: float = 0.01,
+) -> tuple[QTensor, Array, Array]:
+    turns = options.iterations
+    return loftq(weight, quant, rank, scale, turns, key, dtype, gram=gram, damping=damping)
+
+
+LOFTQ = Initialization(name="loftq", title="LoftQ", fit=_fit_layer, options=LoftqOptions())

@@ -80,18 +80,19 @@ class Initialization:
         name: value of `adapter.init`.
         title: short name for tables; "" for the method's own `init`.
         fit: (weight [out, in], QuantConfig, rank, scale, options, key, dtype, gram=, damping=) ->
-            the quantized weight, lora_A and lora_B, fitted to the weight together. `gram` is X^T X
-            of the inputs of the layer (None without a text), `damping` the damping for it. A fitted
-            base belongs to one run. None: uses the method's own `init`, and the quantizer alone.
-        needs: "inputs" if `fit` needs the second moments of the layer's inputs.
+            the quantized weight, lora_A and lora_B, fitted to the weight together. `gram` is
+            X^T X [in, in] of inputs of the layer, or None if neither the initialization nor the
+            quantizer needs it; `damping` is its damping. A fitted base belongs to one run. None:
+            uses the method's own `init`, and the quantizer alone.
         options: default options; None for an initialization without options.
+        needs: "inputs" if `fit` needs `gram`.
     """
 
     name: str
     title: str
     fit: Callable[..., tuple[Any, Float[Array, "rank in"], Float[Array, "out rank"]]] | None = None
-    needs: Literal["nothing", "inputs"] = "nothing"
     options: Any = None
+    needs: Literal["nothing", "inputs"] = "nothing"
 
 
 DEFAULT = Initialization("default", "")

@@ -67,10 +67,19 @@ def feedback_factor(gram: Float[Array, "in in"], damping: float = 0.01) -> Float
     identity = jnp.eye(len(gram), dtype=jnp.float32)
     inverse = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), identity)
     factor = jnp.linalg.cholesky(inverse, upper=True)
-    accepted = "inputs of at least as many tokens as the layer has inputs, or more damping"
-    fine = jnp.isfinite(factor).all()
-    require(isinstance(fine, Tracer) or bool(fine), "damping", damping, accepted)
+    check_factor(factor, damping)
     return factor
+
+
+def check_factor(factor: Float32[Array, "in in"], damping: float) -> None:
+    """Refuses a Cholesky factor that does not exist.
+
+    Raises:
+        ValueError: NaN in the factor, unless JAX traces a function.
+    """
+    fine = jnp.isfinite(factor).all()
+    accepted = "inputs of at least as many tokens as the layer has inputs, or more damping"
+    require(isinstance(fine, Tracer) or bool(fine), "damping", damping, accepted)
 
 
 def round_with_feedback(

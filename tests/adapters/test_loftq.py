@@ -119,7 +119,7 @@ def test_the_first_turn_is_kept_where_it_is_the_best(monkeypatch: pytest.MonkeyP
     """A quantizer that becomes worse from call to call: Q and its pair still belong together."""
     calls: list[Any] = []
 
-    def worse(weight: jax.Array, config: QuantConfig, minus: Any, **_: Any) -> QTensor:
+    def worse(weight: jax.Array, config: QuantConfig, minus: Any, **inputs: Any) -> QTensor:
         calls.append(quantize(weight * (1.0 + len(calls)), config, minus=minus))
         return calls[-1]
 

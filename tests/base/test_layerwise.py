@@ -201,23 +201,39 @@ def test_a_damaged_layer_is_named(folder: Path, tmp_path: Path) -> None:
         hf.load_base(folder, NF2, calibrate=ROWS, keep=tmp_path)
 
 
-def test_loftq_with_feedback_lowers_the_error_of_the_outputs(folder: Path) -> None:
-    adapter, key = AdapterConfig(method="lora", rank=4, init="loftq"), jax.random.key(0)
-    quant = QuantConfig(format="nf2", calibration="none", rounding="feedback")
-    seen: dict[bool, float] = {}
-    for fitted in (False, True):
+def test_fitted_pairs_lower_the_error_of_the_outputs(folder: Path) -> None:
+    """LoftQ fits them to the weights, and CLoQ to the outputs."""
+    key, quant = jax.random.key(0), QuantConfig(format="nf2", calibration="none")
+    quant = dataclasses.replace(quant, rounding="feedback")
+    seen: list[float] = []
+    for init in (None, "loftq", "cloq"):
         errors: list[float] = []
 
         def watch(*about: Any, errors: list[float] = errors) -> None:
             errors.append(about[-1].own)
 
-        if fitted:
+        if init is None:
+            hf.load_base(folder, quant, calibrate=ROWS, watch=watch)
+        else:
+            adapter = AdapterConfig(method="lora", rank=4, init=init)  # type: ignore[arg-type]
             _, pairs, _ = hf.load_fitted(folder, quant, adapter, key, calibrate=ROWS, watch=watch)
             assert pairs["layers"]["mlp"]["up_proj"]["lora_A"].shape == (2, 4, LLAMA.hidden_size)
-        else:
-            hf.load_base(folder, quant, calibrate=ROWS, watch=watch)
-        seen[fitted] = float(np.mean(errors))
-    assert seen[True] < seen[False]
+        seen.append(float(np.mean(errors)))
+    assert seen[0] > seen[1] > seen[2]
+
+
+def test_a_fitted_model_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
+    adapter, key = AdapterConfig(method="lora", rank=4, init="cloq"), jax.random.key(0)
+    options: dict[str, Any] = {"calibrate": ROWS, "keep": tmp_path}
+    quant = QuantConfig(format="nf2", calibration="none")
+    with pytest.raises(ValueError, match=r"calibrate\.data = None: .* by adapter\.init cloq"):
+        hf.load_fitted(folder, quant, adapter, key)
+    whole = hf.load_fitted(folder, quant, adapter, key, **options)
+    (tmp_path / "layer_1.safetensors").unlink()
+    again = hf.load_fitted(folder, quant, adapter, key, **options)
+    assert_same(whole[:2], again[:2])
+    other = hf.load_fitted(folder, quant, adapter, jax.random.key(1), **options)
+    assert_same(whole[0], other[0])
 
 
 @pytest.mark.parametrize(
