@@ -341,12 +341,7 @@ def test_the_error_is_never_materialized() -> None:
 # --------------------------------------------------------------------------------------- contract
 
 
-class WithFeedback(QuantConfig):
-    """Stands for a configuration whose quantizer uses the moments too."""
-
-    @property
-    def needs_inputs(self) -> bool:
-        return True
+FEEDBACK = QuantConfig(format="nf3", calibration="gptq")
 
 
 @pytest.mark.parametrize("start", [CLOQ, LOFTQ])
@@ -356,15 +351,12 @@ def test_the_quantizer_gets_the_moments_if_it_needs_them(start: Any) -> None:
         weight, config, 6, SCALING, start.options, KEY, jnp.float32, gram=gram, damping=0.1
     )
     one = type(start.options)(iterations=1)
-    for config, given in ((NF3, None), (WithFeedback("nf3", calibration="none"), gram)):
+    for config, given in ((NF3, None), (FEEDBACK, gram)):
         packed, *_ = start.fit(
             weight, config, 6, SCALING, one, KEY, jnp.float32, gram=gram, damping=0.1
         )
-        assert_same(packed, quantize(weight, NF3, gram=given, damping=0.1))
-    plain, fed = (
-        left(weight, *fit(config), metric(gram))
-        for config in (NF3, WithFeedback("nf3", calibration="none"))
-    )
+        assert_same(packed, quantize(weight, config, gram=given, damping=0.1))
+    plain, fed = (left(weight, *fit(config), metric(gram)) for config in (NF3, FEEDBACK))
     assert fed < 0.95 * plain
 
 
