@@ -214,8 +214,8 @@ class BlockOptions:
         if "zero" not in leaves:
             return Numbers(leaves["weight"], leaves["scale"], leaves.get("shift"))
         bits, zero = get_format(stored.format).bits, leaves["zero"]
-        limited = jnp.clip(zero, 0, 255 / 2 ** (8 - bits))
-        zero = straight_through(zero, stats.decode_zero(stats.encode_zero(limited, bits), bits))
+        codes = stats.encode_zero(jnp.clip(zero, 0, 255 / 2 ** (8 - bits)).ravel(), bits)
+        zero = straight_through(zero, stats.decode_zero(codes, bits).reshape(zero.shape))
         smallest = jnp.finfo(jnp.float32).tiny
         scale = straight_through(leaves["scale"], jnp.maximum(leaves["scale"], smallest))
         return Numbers(leaves["weight"], scale, zero)
