@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Array, Float32
 
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.fit_layer import (
@@ -128,8 +128,8 @@ def _check(
     settings: Settings,
     configs: Mapping[str, QuantConfig],
     start: Mapping[str, StoredLinear],
-    inputs: Rows,
-    full_inputs: Rows,
+    inputs: np.ndarray | Array,
+    full_inputs: np.ndarray | Array,
 ) -> None:
     accepted = f"shape {full_inputs.shape}, as in full precision"
     require(inputs.shape == full_inputs.shape, f"{name}: inputs", inputs.shape, accepted)
