@@ -17,9 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
+from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.file import Base, read_base, read_source, save_base
+from irqlora_jax.base.fit_layer import StoredLinear
 from irqlora_jax.base.stacks import PAIR, Made, Maker, Matrix, Stacks
-from irqlora_jax.base.statistics import Gradients, Inputs, Statistics
+from irqlora_jax.base.statistics import Gradients, Inputs, Statistics, alone
+from irqlora_jax.base.train_layer import train_layer
 from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.files.tensors import FLOATS, Header, aligned, read_into
 from irqlora_jax.model.config import LlamaConfig
@@ -27,6 +30,7 @@ from irqlora_jax.model.tree import Tree, insert, matrix_name, weight_name, weigh
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.sharding import LINEAR_NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +60,12 @@ class Task:
     Attributes:
         quant: quantization settings.
         make: makes one matrix. It gets each matrix that is quantized or whose projection is in
-            `fitted`.
+            `targets`.
         dtype: type of the matrices for `make`; None: the type in the file.
         calibrate: rows of text; None: one matrix after the other, without statistics.
         finished: files of finished layers; None: they are not kept.
         watch: called for each quantized matrix.
-        fitted: projections that get a pair.
-        scale: factor of the update of a pair.
+        adapter: of the fitted pairs; None: there are none.
     """
 
     quant: QuantConfig
@@ -71,8 +74,17 @@ class Task:
     calibrate: CalibrationRows | None = None
     finished: "FinishedLayers | None" = None
     watch: Watch | None = None
-    fitted: Sequence[str] = ()
-    scale: float = 0.0
+    adapter: AdapterConfig | None = None
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The projections that get a pair."""
+        return () if self.adapter is None else self.adapter.targets
+
+    @property
+    def scale(self) -> float:
+        """The factor of the update of a pair."""
+        return 0.0 if self.adapter is None else self.adapter.scale
 
 
 @jax.jit
@@ -189,12 +201,13 @@ def make_layers(
     if task.calibrate.config.metric == "gradients":
         statistics: Statistics = Gradients(llama, task.calibrate, outside, read)
     else:
-        statistics = Inputs(llama, task.calibrate, outside["embed_tokens"])
+        both = task.quant.training != "none"
+        statistics = Inputs(llama, task.calibrate, outside["embed_tokens"], both)
     for count, layer in enumerate(statistics.order):
         own, weights = by_layer[layer], read(layer)
         kept = None if task.finished is None else task.finished.read(layer)
         if kept is None:
-            made, errors = _make_layer(statistics, weights, own, task)
+            made, errors = _make_layer(statistics, weights, own, task, layer, llama)
         else:
             made, errors = _unpack(kept)
         if kept is None and task.finished is not None:
@@ -240,23 +253,56 @@ def _read_layer(
 
 
 def _make_layer(
-    statistics: Statistics, weights: Tree, matrices: Mapping[Any, Matrix], task: Task
+    statistics: Statistics,
+    weights: Tree,
+    matrices: Mapping[Any, Matrix],
+    task: Task,
+    layer: int,
+    llama: LlamaConfig,
 ) -> tuple[dict[Any, Made], dict[str, OutputErrors]]:
     made: dict[Any, Made] = {}
     errors: dict[str, OutputErrors] = {}
     moments = statistics.moments(weights) if matrices else {}
     for path, matrix in matrices.items():
         (group, name), gram = path, moments[path[-1]]
-        weight = weights[group][name]["weight"]
         try:
-            one = made[path] = task.make(matrix, weight, gram)
+            made[path] = task.make(matrix, weights[group][name]["weight"], gram)
         except ValueError as error:
-            raise ValueError(f"{matrix_name(path, matrix.layer)}: {error}") from error
+            raise ValueError(f"{matrix_name(path, layer)}: {error}") from error
+    if matrices and task.quant.training != "none":
+        assert isinstance(statistics, Inputs)
+        made = _train(statistics, weights, made, task, layer, llama)
+    for (group, name), matrix in matrices.items():
+        one, weight = made[group, name], weights[group][name]["weight"]
         if one.weight is not None:
             plain = quantize(weight, matrix.quant.plain).dequantize()
             both = plain, one.dense(weight, task.scale)
-            errors[name] = OutputErrors(*(float(output_error(weight, x, gram)) for x in both))
+            found = (float(output_error(weight, x, moments[name])) for x in both)
+            errors[name] = OutputErrors(*found)
     return made, errors
+
+
+def _train(
+    statistics: Inputs,
+    weights: Tree,
+    made: Mapping[Any, Made],
+    task: Task,
+    layer: int,
+    llama: LlamaConfig,
+) -> dict[Any, Made]:
+    """Trains the matrices of a layer together, and logs the error of its output."""
+    options, full = task.quant.trainer, statistics.full
+    assert options is not None and full is not None
+    start = {name: StoredLinear(None, {}) for name in LINEAR_NAMES}
+    start |= {name: StoredLinear(*one) for (_, name), one in made.items()}
+    settings = dataclasses.replace(alone(llama), adapter=task.adapter)
+    states = statistics.states.astype(np.float32), full.astype(np.float32)
+    found = train_layer(settings, task.quant, layer, weights, start, *states, options)
+    logger.info(
+        f"layer {layer}: mean squared error of the output {found.loss_before:.3g} before its "
+        f"training, {found.loss_after:.3g} after"
+    )
+    return {path: Made(*found.linears[path[-1]]) for path in made}
 
 
 def _pack(made: Mapping[Any, Made]) -> Base:

@@ -55,7 +55,7 @@ def load_base(
     Args:
         source: local folder, GGUF file or hub id.
         quant: quantization settings. None or format "none" keeps the type of the file.
-        calibrate: rows of text, needed if `quant.needs_inputs`. With them, the model is quantized
+        calibrate: rows of text, needed if `quant.needs_text`. With them, the model is quantized
             layer by layer, and the errors of the outputs are measured.
         keep: folder for finished layers, so that an interrupted call goes on there. Only with
             `calibrate`. The caller deletes it.
@@ -77,6 +77,7 @@ def load_base(
     def make(matrix: Matrix, weight: jax.Array, gram: jax.Array | None) -> Made:
         return Made(_packed(weight, matrix.quant, gram, damping), {})
 
+    check_training(quant, calibrate)
     finished = _finished(keep, source, calibrate, quant)
     task = Task(quant, make, np.float32, calibrate, finished, watch)
     base, _, config = _load(source, task, mesh, progress)
@@ -140,10 +141,11 @@ def load_fitted(
         )
         return Made(packed, {"lora_A": a, "lora_B": b})
 
+    check_training(quant, calibrate)
     seed = jax.random.key_data(key).tolist()
     finished = _finished(keep, source, calibrate, quant, adapter, seed)
     # Keep the type of the file: each iteration reads the matrix again and widens it slab by slab.
-    task = Task(quant, make, None, calibrate, finished, watch, adapter.targets, adapter.scale)
+    task = Task(quant, make, None, calibrate, finished, watch, adapter)
     return _load(source, task, mesh, progress)
 
 
@@ -166,10 +168,21 @@ def check_text(quant: QuantConfig, adapter: AdapterConfig | None, calibrate: obj
     """
     if calibrate is not None:
         return
-    needed = f"a text, needed by quant ({quant.label})" if quant.needs_inputs else None
+    needed = f"a text, needed by quant ({quant.label})" if quant.needs_text else None
     if adapter is not None and adapter.start.needs == "inputs":
         needed = f"a text, needed by adapter.init {adapter.init}"
     require(needed is None, "calibrate.data", None, needed or "")
+
+
+def check_training(quant: QuantConfig, calibrate: CalibrationRows | None) -> None:
+    """Checks that the layers can be trained with these statistics.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if calibrate is not None and quant.training != "none":
+        metric, accepted = calibrate.config.metric, f"inputs with quant.training {quant.training}"
+        require(metric == "inputs", "calibrate.metric", metric, accepted)
 
 
 def _packed(
@@ -242,7 +255,7 @@ def _read_kept(
                 own = task.quant.for_matrix(matrix_name(path, layer))
                 linear = path[-1] in LINEAR_NAMES
                 kept = not linear or own.format == KEPT
-                if linear and (not kept or path[-1] in task.fitted):
+                if linear and (not kept or path[-1] in task.targets):
                     matrices.append(Matrix(name, path, layer, layers, own))
                 if not kept:
                     continue

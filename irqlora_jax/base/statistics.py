@@ -13,7 +13,7 @@ Calibrations do not depend on the size of these matrices, so each is divided by 
 
 import abc
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,30 +65,41 @@ class Statistics(abc.ABC):
 
 
 class Inputs(Statistics):
-    """X^T X of the inputs, from the first layer to the last."""
+    """X^T X of the inputs, from the first layer to the last.
+
+    Attributes:
+        states: hidden states in front of the next layer, behind the quantized layers.
+        full: the same behind the layers in full precision; None: not asked for.
+    """
 
     def __init__(
         self,
         llama: LlamaConfig,
         rows: CalibrationRows,
         embeddings: Float[np.ndarray, "vocab hidden"],
+        both: bool = False,
     ) -> None:
         self.order = range(llama.num_hidden_layers)
-        self._settings, self._dtype = alone(llama), jnp.dtype(rows.config.activations)
-        self._states = [_kept(embeddings[batch], self._dtype) for batch in _batches(rows)]
+        self._settings, self._size = alone(llama), rows.config.batch_size
+        self.states = _kept(embeddings[rows.tokens], rows.config.activations)
+        self.full = self.states.copy() if both else None
 
     def moments(self, weights: Tree) -> Moments:
         total: Any = None
-        for x in self._states:
-            found = input_moments(self._settings, weights, x.astype(np.float32))
+        for part in self._parts(self.states):
+            found = input_moments(self._settings, weights, part.astype(np.float32))
             total = found if total is None else jax.tree.map(jnp.add, total, found)
         total = _relative(total)
         return total | {name: total[same] for name, same in SAME_INPUTS.items()}
 
     def advance(self, weights: Tree, quantized: Tree) -> None:
-        for i, x in enumerate(self._states):
-            x = layer_outputs(self._settings, quantized, x.astype(np.float32))
-            self._states[i] = _kept(x, self._dtype)
+        for states, own in ((self.states, quantized), (self.full, weights)):
+            if states is not None:
+                for part in self._parts(states):  # views, so that no second array is needed
+                    part[:] = layer_outputs(self._settings, own, part.astype(np.float32))
+
+    def _parts(self, states: np.ndarray) -> Iterator[np.ndarray]:
+        return (states[i : i + self._size] for i in range(0, len(states), self._size))
 
 
 class Gradients(Statistics):
@@ -112,7 +123,7 @@ class Gradients(Statistics):
             outside: "embed_tokens", "norm", and "lm_head" if it is not tied.
             read: the weights of a layer in full precision.
         """
-        self._settings, self._dtype = alone(llama), jnp.dtype(rows.config.activations)
+        self._settings, self._dtype = alone(llama), rows.config.activations
         depth = llama.num_hidden_layers
         self.order = range(depth - 1, -1, -1)
         batches = _batches(rows)
@@ -157,8 +168,8 @@ def _batches(rows: CalibrationRows) -> list[Int[np.ndarray, "batch length"]]:
     return [rows.tokens[i : i + size] for i in range(0, len(rows.tokens), size)]
 
 
-def _kept(x: Any, dtype: Any) -> np.ndarray:
-    return np.asarray(x).astype(dtype)
+def _kept(x: Any, dtype: str) -> np.ndarray:
+    return np.asarray(x).astype(jnp.dtype(dtype))
 
 
 def _relative(total: Moments) -> Moments:

@@ -9,6 +9,7 @@ from irqlora_jax.quant.calibrations import CALIBRATIONS, PLAIN
 from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.calibrations.joint import JointOptions
 from irqlora_jax.quant.formats import FORMATS
+from irqlora_jax.quant.trained import ApiqOptions, BlockOptions
 from irqlora_jax.text import require, shorten, with_current_names
 
 RENAMED = {
@@ -22,6 +23,9 @@ RENAMED = {
 KEPT = "none"
 """The value of `quant.format` that keeps the weights as they are."""
 Rounding = Literal["nearest", "feedback"]
+Training = Literal["none", "apiq", "block"]
+TITLES = {"none": "", "apiq": "ApiQ", "block": "block training"}
+"""Short names of the trainings, for tables."""
 if TYPE_CHECKING:
     FormatName = str
     CalibrationName = str
@@ -77,6 +81,10 @@ class QuantConfig:
     """How codes are chosen, for all calibrations. "nearest": the level nearest to each weight.
     "feedback": one column after the other, and the later columns correct the error of the earlier
     ones for typical inputs (GPTQ); needs `calibrate.data`."""
+    training: Training = "none"
+    """Train each decoder layer, so that its outputs come close to those in full precision; needs
+    `calibrate.data`, and takes long. "apiq": the range of every block (ApiQ). "block": weights,
+    scales and shifts (EfficientQAT). Both also train the pairs of `adapter.init`."""
     symmetric: bool = False
     """Integers only: fix the zero point in the middle of the codes."""
     codes_from: Literal["stored", "exact"] = "stored"
@@ -84,6 +92,8 @@ class QuantConfig:
     "exact": before rounding, as in the released code (for parity only)."""
     icq: IcqOptions = IcqOptions()
     joint: JointOptions = JointOptions()
+    apiq: ApiqOptions = ApiqOptions()
+    block: BlockOptions = BlockOptions()
     rules: tuple[QuantRule, ...] = ()
     """Overrides for some matrices. The first rule that matches a matrix applies. Consecutive layers
     with equal formats run in one compiled loop; each change of format between layers costs compile
@@ -98,6 +108,8 @@ class QuantConfig:
         require(name in calibrations, "quant.calibration", name, ", ".join(calibrations))
         how = self.rounding
         require(how in ("nearest", "feedback"), "quant.rounding", how, "nearest or feedback")
+        known = tuple(TITLES)
+        require(self.training in known, "quant.training", self.training, ", ".join(known))
         source = self.codes_from
         require(source in ("stored", "exact"), "quant.codes_from", source, "stored or exact")
         format = FORMATS.get(self.format)
@@ -125,6 +137,9 @@ class QuantConfig:
             for one in CALIBRATIONS.values()
             if one.options is not None and one.name in values
         }
+        for name, options in (("apiq", ApiqOptions), ("block", BlockOptions)):
+            if name in values:
+                nested[name] = options(**values[name])
         rules = tuple(QuantRule(**rule) for rule in values.get("rules", ()))
         return cls(**{**values, **nested, "rules": rules})
 
@@ -146,7 +161,9 @@ class QuantConfig:
             )
             for rule in self.rules
         )
-        return dataclasses.replace(self, calibration=PLAIN.name, rounding="nearest", rules=rules)
+        return dataclasses.replace(
+            self, calibration=PLAIN.name, rounding="nearest", training="none", rules=rules
+        )
 
     @property
     def feedback(self) -> bool:
@@ -161,6 +178,16 @@ class QuantConfig:
         return (own and self.format != KEPT) or any(rule.needs_inputs for rule in rules)
 
     @property
+    def needs_text(self) -> bool:
+        """Whether a text is needed to quantize a model."""
+        return self.needs_inputs or (self.quantizes and self.training != "none")
+
+    @property
+    def trainer(self) -> ApiqOptions | BlockOptions | None:
+        """The options of the training; None without one."""
+        return {"none": None, "apiq": self.apiq, "block": self.block}[self.training]
+
+    @property
     def quantizes(self) -> bool:
         """Whether any matrix may be quantized."""
         return any(name != KEPT for name in (self.format, *(rule.format for rule in self.rules)))
@@ -172,6 +199,8 @@ class QuantConfig:
         parts = [chosen.title] if chosen.title else []
         if self.rounding == "feedback" and not chosen.feedback:
             parts.append("feedback")
+        if self.training != "none":
+            parts.append(TITLES[self.training])
         label = " + ".join([self.format, *parts]) if parts else f"plain {self.format}"
         return f"{label}, with rules" if self.rules else label
 

@@ -85,6 +85,58 @@ def quantize(
     return _quantize(weight, shift, config, minus, feedback, inputs)
 
 
+def encode_with(
+    weight: Float[Array, "out in"],
+    config: QuantConfig,
+    scale: Float[Array, "out blocks"],
+    place: Float[Array, "out blocks"] | None = None,
+) -> QTensor:
+    """Packs a matrix with given scales and shifts, e.g. trained ones.
+
+    They are second-level quantized, and the codes are computed with the stored values.
+
+    Args:
+        weight: the matrix.
+        config: format and block size. The calibration is not used.
+        scale: the scale of every block.
+        place: the shift of every block (NormalFloat and FP4; None: no shifts), or its zero point
+            (integers), which is rounded to 8 bits.
+
+    Raises:
+        ValueError: NaN, infinite or missing values, another shape, format "none", or a zero point
+            outside of [0, 2**bits).
+
+    Examples:
+        >>> weight = jnp.array([[-0.4, 0.1, 0.5, 1.0, 1.4, 1.9, 2.4, 3.0]])
+        >>> config = QuantConfig(format="int2", block_size=8)
+        >>> encode_with(weight, config, jnp.array([[1.0]]), jnp.array([[0.0]])).codes().tolist()
+        [[0, 0, 0, 1, 1, 2, 2, 3]]
+    """
+    require(not config.rules, "quant.rules", config.rules, "none here: use config.for_matrix(NAME)")
+    fmt = get_format(config.format)
+    grid = weight.shape[0], -(-weight.shape[1] // config.block_size)
+    kind = "zero point" if fmt.integer else "shift"
+    require(place is not None or not fmt.integer, kind, place, f"one per block of {fmt.name}")
+    for name, values in {"weight": weight, "scale": scale, kind: place}.items():
+        if values is None:
+            continue
+        if name != "weight":
+            require(values.shape == grid, name, values.shape, f"shape {grid}")
+        _check_finite(name, values)
+    flat = scale.astype(jnp.float32).ravel()
+    if place is None:
+        return _quantize(weight, None, config, given=Calibrated(scale=flat))
+    place = place.astype(jnp.float32).ravel()
+    if not fmt.integer:
+        return _quantize(weight, None, config, given=Calibrated(scale=flat, shift=place))
+    fine = (place.min() >= 0) & (jnp.round(place.max() * 2 ** (8 - fmt.bits)) <= 255)
+    accepted = f"0 to {255 / 2 ** (8 - fmt.bits)}"
+    if not isinstance(fine, Tracer):
+        require(bool(fine), kind, (float(place.min()), float(place.max())), accepted)
+    zero = stats.decode_zero(stats.encode_zero(place, fmt.bits), fmt.bits)
+    return _quantize(weight, None, config, given=Calibrated(scale=flat, zero=zero))
+
+
 class Feedback(NamedTuple):
     """Order of the columns, and the `feedback_factor` of the inputs in this order."""
 
@@ -138,6 +190,7 @@ def _quantize(
     minus: tuple[Array, Array] | None = None,
     feedback: Feedback | None = None,
     inputs: Array | None = None,
+    given: Calibrated | None = None,
 ) -> QTensor:
     fmt, size = get_format(config.format), config.block_size
     rows, columns = weight.shape
@@ -167,7 +220,7 @@ def _quantize(
         found = _calibrate(blocks_from(start), fmt, config, valid, shift is not None, moments)
         return jax.tree.map(lambda x: x.reshape(count, per_row), found)
 
-    found = jax.tree.map(jnp.ravel, map_slabs(calibrate, rows, count))
+    found = given or jax.tree.map(jnp.ravel, map_slabs(calibrate, rows, count))
     if shift is not None:
         found = found._replace(shift=shift.astype(jnp.float32).reshape(-1))
     statistics = _encode_statistics(found, fmt, exact=config.codes_from == "exact")

@@ -1,0 +1,84 @@
+"""Layers that are trained while a base is made (`quant.training`)."""
+
+import dataclasses
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from irqlora_jax import hf
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.data.calibrate import CalibrateConfig, CalibrationRows
+from irqlora_jax.model.llama import Llama
+from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.trained import ApiqOptions, BlockOptions
+from tests.models import LLAMA, assert_same, write_model
+
+pytestmark = pytest.mark.usefixtures("optimizer_promotion")
+TOKENS = np.random.default_rng(3).integers(0, LLAMA.vocab_size, (6, 12)).astype(np.int32)
+ROWS = CalibrationRows(TOKENS, CalibrateConfig(batch_size=4))
+BLOCK = BlockOptions(epochs=6, batch=3, weight_lr=1e-3, scale_lr=1e-3, pair_lr=1e-3)
+TRAINED = {
+    "apiq": QuantConfig("nf2", calibration="none", training="apiq", apiq=ApiqOptions(epochs=4)),
+    "block": QuantConfig("int2", calibration="none", training="block", block=BLOCK),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("trained"), LLAMA)
+
+
+def last_error(folder: Path, base: Any, pairs: Any = None, adapter: Any = None) -> float:
+    """Mean squared change of the last hidden states."""
+    whole, model = hf.load_base(folder, None)[0], Llama(LLAMA, adapter)
+    params = {} if pairs is None else model.init_adapters(jax.random.key(0), pairs)
+    ours, theirs = (
+        model.apply({"params": params, "base": base}, jnp.asarray(TOKENS), method="features"),
+        Llama(LLAMA).apply({"params": {}, "base": whole}, jnp.asarray(TOKENS), method="features"),
+    )
+    return float(np.mean((np.asarray(ours) - np.asarray(theirs)) ** 2))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_lowers_the_error_of_every_layer_and_of_the_model(
+    folder: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        trained = hf.load_base(folder, TRAINED[name], calibrate=ROWS)[0]
+    found = re.findall(r"layer \d: .* (\S+) before its training, (\S+) after", caplog.text)
+    assert len(found) == LLAMA.num_hidden_layers
+    assert all(float(after) < float(before) for before, after in found)
+    plain = hf.load_base(folder, TRAINED[name].plain)[0]
+    assert last_error(folder, trained) < last_error(folder, plain)
+    stored = [base["layers"]["mlp"]["up_proj"]["weight"] for base in (trained, plain)]
+    assert stored[0].nbytes == stored[1].nbytes
+
+
+def test_the_pairs_of_cloq_are_trained_too_and_it_goes_on_where_it_was(
+    folder: Path, tmp_path: Path
+) -> None:
+    adapter, key = AdapterConfig(method="lora", rank=4, init="cloq"), jax.random.key(0)
+    quant = dataclasses.replace(TRAINED["block"], rounding="feedback")
+    options: dict[str, Any] = {"calibrate": ROWS, "keep": tmp_path}
+    base, pairs, _ = hf.load_fitted(folder, quant, adapter, key, **options)
+    start = dataclasses.replace(quant, training="none")
+    before = hf.load_fitted(folder, start, adapter, key, calibrate=ROWS)
+    errors = [last_error(folder, b, p, adapter) for b, p in ((base, pairs), before[:2])]
+    assert errors[0] < errors[1]
+    (tmp_path / "layer_1.safetensors").unlink()
+    assert_same(hf.load_fitted(folder, quant, adapter, key, **options)[:2], (base, pairs))
+
+
+def test_gradients_cannot_serve_and_a_text_is_needed(folder: Path) -> None:
+    gradients = CalibrationRows(TOKENS, CalibrateConfig(metric="gradients"))
+    message = r"calibrate\.metric = 'gradients': expected inputs with quant\.training apiq"
+    with pytest.raises(ValueError, match=message):
+        hf.load_base(folder, TRAINED["apiq"], calibrate=gradients)
+    with pytest.raises(ValueError, match=r"calibrate\.data = None: .*nf2 \+ ApiQ"):
+        hf.load_base(folder, TRAINED["apiq"])
