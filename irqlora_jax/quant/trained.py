@@ -67,8 +67,8 @@ def _require_common(options: "ApiqOptions | BlockOptions", section: str) -> None
     for name in ("epochs", "batch"):
         value = getattr(options, name)
         require(value >= 1, f"{section}.{name}", value, "a whole number of at least 1")
-    accepted = ("layer", "linear")
-    require(options.match in accepted, f"{section}.match", options.match, "layer or linear")
+    match = options.match
+    require(match in ("layer", "linear"), f"{section}.match", match, "layer or linear")
     for field in dataclasses.fields(options):
         if field.name.endswith(("_lr", "_decay")):
             value = getattr(options, field.name)
@@ -105,9 +105,9 @@ class ApiqOptions:
     """Start of the clip factors, before the sigmoid: a range of 98 %."""
 
     def __post_init__(self) -> None:
-        _require_common(self, "apiq")
+        _require_common(self, "calibrate.apiq")
         ok = math.isfinite(self.clip_start)
-        require(ok, "apiq.clip_start", self.clip_start, "a finite number")
+        require(ok, "calibrate.apiq.clip_start", self.clip_start, "a finite number")
 
     @property
     def rates(self) -> dict[str, tuple[float, float]]:
@@ -174,9 +174,9 @@ class BlockOptions:
     """The learning rates fall along a cosine to this fraction of themselves."""
 
     def __post_init__(self) -> None:
-        _require_common(self, "block")
+        _require_common(self, "calibrate.block")
         ok = 0 <= self.last_factor <= 1
-        require(ok, "block.last_factor", self.last_factor, "a number from 0 to 1")
+        require(ok, "calibrate.block.last_factor", self.last_factor, "a number from 0 to 1")
 
     @property
     def rates(self) -> dict[str, tuple[float, float]]:
