@@ -29,7 +29,11 @@ SHOWN = {
     "quant.calibrations.joint": ("search",),
     "quant.calibrations.robust": ("weigh",),
     "quant.qtensor": ("QTensor",),
-    "quant.encode": ("quantize",),
+    "quant.encode": ("quantize", "encode_with"),
+    "quant.straight_through": (
+        *("straight_through", "round_to_levels", "round_to_integers"),
+        *("clipped_integers", "clipped_levels"),
+    ),
     "quant.matmul": ("dequant_matmul",),
     "adapters.lora": ("init", "apply", "fold"),
     "adapters.iec": ("init", "spread", "apply", "fold"),

@@ -45,7 +45,8 @@ class TrainedLayer(NamedTuple):
 
     Attributes:
         linears: the linear layers by projection.
-        loss_before: mean squared error of the layer's output for the start, over all rows.
+        loss_before: mean squared error of the layer's output for the start, over all rows. With
+            `same_inputs` it is the sum of both errors.
         loss_after: the same for `linears`, as they are stored.
         kept: projections that kept their start, because training or storing made them worse.
         losses: the training loss before each step.

@@ -12,7 +12,7 @@ from irqlora_jax.quant import packing, stats
 from irqlora_jax.quant.calibrations import CALIBRATIONS, Calibrated
 from irqlora_jax.quant.calibrations.plain import block_ends
 from irqlora_jax.quant.config import QuantConfig
-from irqlora_jax.quant.entropy import quotient
+from irqlora_jax.quant.entropy import FLOAT_MAX, FLOAT_TINY, quotient
 from irqlora_jax.quant.feedback import check_moments, feedback_factor, round_with_feedback
 from irqlora_jax.quant.formats import Format, get_format
 from irqlora_jax.quant.qtensor import QTensor
@@ -103,8 +103,8 @@ def encode_with(
             (integers), which is rounded to 8 bits.
 
     Raises:
-        ValueError: NaN, infinite or missing values, another shape, format "none", or a zero point
-            outside of [0, 2**bits).
+        ValueError: NaN, infinite or missing values, another shape, format "none"; for integers, a
+            zero point that 8 bits cannot store, or a scale that is not positive.
 
     Examples:
         >>> weight = jnp.array([[-0.4, 0.1, 0.5, 1.0, 1.4, 1.9, 2.4, 3.0]])
@@ -117,24 +117,27 @@ def encode_with(
     grid = weight.shape[0], -(-weight.shape[1] // config.block_size)
     kind = "zero point" if fmt.integer else "shift"
     require(place is not None or not fmt.integer, kind, place, f"one per block of {fmt.name}")
-    for name, values in {"weight": weight, "scale": scale, kind: place}.items():
-        if values is None:
-            continue
-        if name != "weight":
-            require(values.shape == grid, name, values.shape, f"shape {grid}")
+    given = {"scale": scale} if place is None else {"scale": scale, kind: place}
+    for name, values in given.items():
+        require(values.shape == grid, name, values.shape, f"shape {grid}")
+    for name, values in {"weight": weight, **given}.items():
         _check_finite(name, values)
-    flat = scale.astype(jnp.float32).ravel()
-    if place is None:
-        return _quantize(weight, None, config, given=Calibrated(scale=flat))
-    place = place.astype(jnp.float32).ravel()
-    if not fmt.integer:
-        return _quantize(weight, None, config, given=Calibrated(scale=flat, shift=place))
-    fine = (place.min() >= 0) & (jnp.round(place.max() * 2 ** (8 - fmt.bits)) <= 255)
-    accepted = f"0 to {255 / 2 ** (8 - fmt.bits)}"
+    flat = {name: values.astype(jnp.float32).ravel() for name, values in given.items()}
+    found = Calibrated(scale=flat["scale"], shift=flat.get("shift"))
+    if fmt.integer:
+        zero, largest = flat[kind], 255 / 2 ** (8 - fmt.bits)
+        _check_range("scale", flat["scale"], FLOAT_TINY, FLOAT_MAX)
+        _check_range(kind, zero, 0.0, largest)
+        zero = stats.decode_zero(stats.encode_zero(zero, fmt.bits), fmt.bits)
+        found = Calibrated(scale=flat["scale"], zero=zero)
+    return _quantize(weight, None, config, given=found)
+
+
+def _check_range(name: str, values: Array, low: float, high: float) -> None:
+    fine = (values.min() >= low) & (values.max() <= high)
     if not isinstance(fine, Tracer):
-        require(bool(fine), kind, (float(place.min()), float(place.max())), accepted)
-    zero = stats.decode_zero(stats.encode_zero(place, fmt.bits), fmt.bits)
-    return _quantize(weight, None, config, given=Calibrated(scale=flat, zero=zero))
+        ends = float(values.min()), float(values.max())
+        require(bool(fine), f"{name} (least, largest)", ends, f"numbers from {low:g} to {high:g}")
 
 
 class Feedback(NamedTuple):

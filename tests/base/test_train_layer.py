@@ -228,14 +228,15 @@ def test_a_result_that_is_worse_than_its_start_is_dropped() -> None:
 
 
 def test_pairs_alone_leave_the_packed_weights() -> None:
-    """The pairs of a float16 base keep their type."""
+    """Pairs and inputs in bfloat16 keep their type."""
     quant = QuantConfig(format="nf2", calibration="joint")
     given = random_layer(quant)
     start = {
         name: StoredLinear(weight, jax.tree.map(lambda x: x.astype(jnp.bfloat16), pair))
         for name, (weight, pair) in given.start.items()
     }
-    given = given._replace(start=start)
+    inputs = [x.astype(jnp.bfloat16) for x in given[2:]]
+    given = Given(given.weights, start, *inputs)
     found = run(quant, given, dataclasses.replace(FAST, weight_lr=0.0, scale_lr=0.0))
     assert found.kept == () and found.loss_after < 0.9 * found.loss_before
     for name, (weight, pair) in found.linears.items():
