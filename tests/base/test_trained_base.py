@@ -64,7 +64,8 @@ def test_the_pairs_of_cloq_are_trained_too_and_it_goes_on_where_it_was(
     folder: Path, tmp_path: Path
 ) -> None:
     adapter, key = AdapterConfig(method="lora", rank=4, init="cloq"), jax.random.key(0)
-    quant = dataclasses.replace(TRAINED["block"], rounding="feedback")
+    block = BlockOptions(epochs=6, batch=3, weight_lr=0.0, scale_lr=0.0, pair_lr=3e-3)
+    quant = dataclasses.replace(TRAINED["block"], rounding="feedback", block=block)
     options: dict[str, Any] = {"calibrate": ROWS, "keep": tmp_path}
     base, pairs, _ = hf.load_fitted(folder, quant, adapter, key, **options)
     start = dataclasses.replace(quant, training="none")
