@@ -95,10 +95,10 @@ class QuantConfig:
         require(size > 0 and size % 8 == 0, "quant.block_size", size, "a positive multiple of 8")
         name = self.calibration
         require(name in calibrations, "quant.calibration", name, ", ".join(calibrations))
-        share, rule = self.outliers, self.outlier_rule
+        share, by = self.outliers, self.outlier_rule
         require(0 <= share < 0.5, "quant.outliers", share, "a number from 0 to below 0.5")
-        rules = ("magnitude", "sensitivity")
-        require(rule in rules, "quant.outlier_rule", rule, " or ".join(rules))
+        accepted = "magnitude or sensitivity"
+        require(by in ("magnitude", "sensitivity"), "quant.outlier_rule", by, accepted)
         source = self.codes_from
         require(source in ("stored", "exact"), "quant.codes_from", source, "stored or exact")
         format = FORMATS.get(self.format)

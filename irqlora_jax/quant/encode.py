@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float, Float32, Int, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from irqlora_jax.quant import packing, stats
 from irqlora_jax.quant.calibrations import CALIBRATIONS, Calibrated
@@ -15,6 +15,7 @@ from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.entropy import quotient
 from irqlora_jax.quant.feedback import feedback_factor, round_with_feedback
 from irqlora_jax.quant.formats import Format, get_format
+from irqlora_jax.quant.outliers import check_outliers, find_largest, outlier_count, split
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.quant.slabs import map_slabs, rows_of, slab_rows
 from irqlora_jax.text import require
@@ -31,7 +32,8 @@ def quantize(
 ) -> QTensor:
     """Quantizes a matrix (float32, bfloat16 or float16), or a matrix minus a low-rank product.
 
-    There are three stages. The calibration chooses scales and shifts, these are second-level
+    Outliers (`quant.outliers`) are taken out first; 0 takes their places. For the rest there are
+    three stages. The calibration chooses scales and shifts, these are second-level
     quantized, and the codes are computed with the stored values. So the weights are read twice: a
     search cannot write codes, because stored values depend on 256 blocks and on the matrix mean.
 
@@ -42,16 +44,18 @@ def quantize(
         weight: the matrix.
         config: format, block size and calibration.
         shift: exact shifts to use instead of a search (NormalFloat and FP4).
-        minus: B and A, to quantize weight - B A, which is never materialized.
+        minus: B and A, to quantize weight - B A, which is never materialized without outliers.
         gram: X^T X of inputs X [tokens, in] of the layer. With it, the codes are computed with
             error feedback (`feedback.py`), for the scales and shifts that the calibration chose.
-            The inputs with the largest moments come first.
+            The inputs with the largest moments come first. An outlier receives no errors, and
+            passes on those that reach it.
         damping: for the feedback, as a fraction of the mean diagonal of `gram`.
 
     Raises:
         ValueError: NaN or infinite weights, shifts or factors (the message says where the first one
             is, and how many there are); format "none"; shifts for an integer format; second moments
-            of another shape, or as in `feedback_factor`.
+            of another shape, or as in `feedback_factor`; outliers beyond float16, or chosen by
+            sensitivity without second moments.
 
     Examples:
         >>> weight = jax.random.normal(jax.random.key(0), (32, 128))
@@ -71,6 +75,11 @@ def quantize(
     for name, matrix in given.items():
         if matrix is not None:
             _check_finite(name, matrix)
+    if config.outliers:
+        by, accepted = config.outlier_rule, "magnitude without second moments of the inputs"
+        require(by == "magnitude" or gram is not None, "quant.outlier_rule", by, accepted)
+        largest = jnp.maximum(weight.max(), -weight.min())
+        check_outliers(weight.shape, None if isinstance(largest, Tracer) else float(largest))
     return _quantize(weight, shift, config, minus, _feedback(weight, gram, damping))
 
 
@@ -135,15 +144,21 @@ def _quantize(
     rows, columns = weight.shape
     per_row = -(-columns // size)
     count = slab_rows((rows, columns))
+    kept, sparse = None, {}
+    some = outlier_count((rows, columns), config.outliers)
+    if some:
+        if minus is not None:
+            weight = map_slabs(functools.partial(_rows, weight, minus, count), rows, count)
+            minus = None
+        by_inputs = config.outlier_rule == "sensitivity" and feedback is not None
+        kept = find_largest(_saliency(weight, feedback if by_inputs else None), some)
+        parts = split(weight, kept, some)._asdict()
+        sparse = {f"outlier_{name}": value for name, value in parts.items()}
+        weight = jnp.where(kept, 0, weight)
 
     def blocks_from(start: Array | int) -> Array:
         """The blocks of a slab in the type of the weight, to avoid a float32 copy."""
-        part = rows_of(weight, start, count)
-        if minus is not None:
-            left, right = minus
-            # Accelerators would otherwise multiply float32 with reduced precision.
-            update = jnp.matmul(rows_of(left, start, count), right, precision="highest")
-            part = part.astype(jnp.float32) - update
+        part = _rows(weight, minus, count, start)
         return jnp.pad(part, ((0, 0), (0, per_row * size - columns))).reshape(-1, size)
 
     valid = None
@@ -169,7 +184,8 @@ def _quantize(
             codes = _encode_codes(blocks, fmt, *jax.tree.map(jnp.ravel, own))
         else:
             part = blocks.reshape(count, -1)[:, :columns]
-            codes = _codes_with_feedback(part, fmt, size, feedback, *own)
+            own_kept = None if kept is None else rows_of(kept, start, count)
+            codes = _codes_with_feedback(part, own_kept, fmt, size, feedback, *own)
             codes = jnp.pad(codes, ((0, 0), (0, per_row * size - columns))).reshape(-1, size)
         return packing.pack(codes, fmt.bits).reshape(count, per_row, -1)
 
@@ -180,10 +196,36 @@ def _quantize(
     return QTensor(
         packed=map_slabs(encode, rows, count),
         **stored,  # type: ignore[arg-type]
+        **sparse,
         shape=(rows, columns),
         format=fmt.name,
         block_size=size,
     )
+
+
+def _rows(
+    weight: Array, minus: tuple[Array, Array] | None, count: int, start: Array | int
+) -> Array:
+    """Rows of a matrix in its type, or of its difference to a low-rank product in float32."""
+    part = rows_of(weight, start, count)
+    if minus is None:
+        return part
+    left, right = minus
+    # Accelerators would otherwise multiply float32 with reduced precision.
+    update = jnp.matmul(rows_of(left, start, count), right, precision="highest")
+    return part.astype(jnp.float32) - update
+
+
+def _saliency(weight: Array, feedback: Feedback | None) -> Array:
+    """What the outliers have most of: size or, with inputs, harm to the outputs without them.
+
+    The loss grows by w^2 / U_cc^2 if a weight becomes 0 and the columns behind it make up for it.
+    """
+    size = jnp.abs(weight)
+    if feedback is None:
+        return size
+    diagonal = jnp.zeros(weight.shape[1]).at[feedback.order].set(jnp.diagonal(feedback.factor))
+    return size.astype(jnp.float32) / diagonal[None]
 
 
 def _calibrate(
@@ -257,6 +299,7 @@ def _encode_codes(
 
 def _codes_with_feedback(
     weight: Float32[Array, "out in"],
+    kept: Bool[Array, "out in"] | None,
     fmt: Format,
     size: int,
     feedback: Feedback,
@@ -264,16 +307,19 @@ def _codes_with_feedback(
     zero: Float32[Array, "out blocks"] | None,
     shift: Float32[Array, "out blocks"] | None,
 ) -> UInt8[Array, "out in"]:
-    """Stage 3 with error feedback, for whole rows."""
+    """Stage 3 with error feedback, for whole rows. Outliers pass on what reaches them."""
     if zero is not None:
         shift = -zero * scale
     levels = jnp.asarray(fmt.table)
 
     def round_column(column: Array, index: Array) -> tuple[Array, Array]:
         own = jax.tree.map(lambda x: x[:, index // size], (scale, zero, shift))
+        if kept is not None:
+            column = jnp.where(kept[:, index], weight[:, index], column)
         codes = _encode_codes(column[:, None], fmt, own[0], own[1], None if fmt.integer else own[2])
         values = levels[codes[:, 0]] * own[0]
-        return codes[:, 0], values if own[2] is None else values + own[2]
+        values = values if own[2] is None else values + own[2]
+        return codes[:, 0], values if kept is None else jnp.where(kept[:, index], column, values)
 
     return round_with_feedback(weight, feedback.factor, round_column, feedback.order)
 
