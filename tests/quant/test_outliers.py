@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from irqlora_jax import dequant_matmul, hf
 from irqlora_jax.adapters.loftq import loftq
@@ -258,6 +261,27 @@ def test_a_mesh_computes_the_same() -> None:
     with jax.set_mesh(mesh):
         found = jax.jit(lambda base: model.apply({"params": {}, "base": base}, tokens))(split)
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["up_proj", "down_proj"])
+def test_no_device_of_a_mesh_holds_a_whole_matrix(name: str) -> None:
+    """Though all of them hold all outliers."""
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=4), 4)
+    weight = quantize(jnp.asarray(heavy(256, 512)), settings(0.02))
+    tree = {"layers": {"mlp": {name: {"weight": jax.tree.map(lambda x: x[None], weight)}}}}
+    split = jax.device_put(tree, tree_shardings(mesh, tree))["layers"]["mlp"][name]["weight"]
+    split_inputs = NamedSharding(mesh, P(None, "tensor" if name == "down_proj" else None))
+    x = jax.device_put(jax.random.normal(jax.random.key(0), (16, 512)), split_inputs)
+
+    @jax.jit
+    def product(x: jax.Array, stacked: QTensor) -> jax.Array:
+        return dequant_matmul(x, jax.tree.map(lambda leaf: leaf[0], stacked))
+
+    with jax.set_mesh(mesh):
+        program = product.lower(x, split).compile().as_text()
+        found = product(x, split)
+    assert not re.search(r"f(32|16)\[256,512\]", program)
+    np.testing.assert_allclose(found, x @ weight.dequantize().T, rtol=1e-4, atol=1e-3)
 
 
 def test_the_survey_counts_the_error_with_outliers() -> None:
