@@ -65,7 +65,7 @@ class Outliers(NamedTuple):
         return places.set(self.values.astype(weight.dtype), mode="drop")
 
 
-def outlier_count(shape: tuple[int, int], share: float) -> int:
+def outlier_count(shape: tuple[int, ...], share: float) -> int:
     """The number of outliers of a matrix: the share of its weights, rounded."""
     return round(share * shape[0] * shape[1])
 
@@ -120,7 +120,7 @@ def split(weight: Float[Array, "out in"], chosen: Bool[Array, "out in"], count: 
     )
 
 
-def check_outliers(shape: tuple[int, int], largest: float | None) -> None:
+def check_outliers(shape: tuple[int, ...], largest: float | None) -> None:
     """Checks that the sparse part can hold outliers of a matrix.
 
     Args:

@@ -116,6 +116,7 @@ class QTensor:
         """The sparse part; None if there is none."""
         if self.outlier_values is None:
             return None
+        assert self.outlier_columns is not None and self.outlier_counts is not None
         return Outliers(self.outlier_values, self.outlier_columns, self.outlier_counts)
 
     def codes(self) -> UInt8[Array, "*lead out in"]:
