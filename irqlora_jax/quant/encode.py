@@ -1,5 +1,6 @@
 """From a float matrix to a QTensor."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -150,8 +151,10 @@ def _quantize(
         if minus is not None:
             weight = map_slabs(functools.partial(_rows, weight, minus, count), rows, count)
             minus = None
-        by_inputs = config.outlier_rule == "sensitivity" and feedback is not None
-        kept = find_largest(_saliency(weight, feedback if by_inputs else None), some)
+        size_or_harm = jnp.abs(weight)
+        if config.outlier_rule == "sensitivity" and feedback is not None:
+            size_or_harm = _harm(weight, feedback, config, some)
+        kept = find_largest(size_or_harm, some)
         parts = split(weight, kept, some)._asdict()
         sparse = {f"outlier_{name}": value for name, value in parts.items()}
         weight = jnp.where(kept, 0, weight)
@@ -216,16 +219,32 @@ def _rows(
     return part.astype(jnp.float32) - update
 
 
-def _saliency(weight: Array, feedback: Feedback | None) -> Array:
-    """What the outliers have most of: size or, with inputs, harm to the outputs without them.
+def _harm(weight: Array, feedback: Feedback, config: QuantConfig, some: int) -> Array:
+    """|w - q| / U_cc: how much each weight would harm the outputs if it were no outlier (SpQR).
 
-    The loss grows by w^2 / U_cc^2 if a weight becomes 0 and the columns behind it make up for it.
+    q has the scales of the plain quantizer without likely outliers, the weights of largest |w| /
+    U_cc. With all weights, the largest weight of a block would fit its scale, and have no error.
     """
-    size = jnp.abs(weight)
-    if feedback is None:
-        return size
-    diagonal = jnp.zeros(weight.shape[1]).at[feedback.order].set(jnp.diagonal(feedback.factor))
-    return size.astype(jnp.float32) / diagonal[None]
+    fmt, size = get_format(config.format), config.block_size
+    rows, columns = weight.shape
+    count = slab_rows((rows, columns))
+    diagonal = jnp.zeros(columns).at[feedback.order].set(jnp.diagonal(feedback.factor))[None]
+    likely = find_largest(jnp.abs(weight).astype(jnp.float32) / diagonal, some)
+    plain = dataclasses.replace(config.plain, outliers=0.0)
+    core = _quantize(jnp.where(likely, 0, weight), None, plain)
+    zero = stats.decode_zero(core.shift_codes, fmt.bits) if fmt.integer else None
+
+    def error(start: Array | int) -> Array:
+        part = rows_of(weight, start, count).astype(jnp.float32)
+        stored = jax.tree.map(lambda x: rows_of(x, start, count), (core.scale(), zero))
+        scale, own_zero = jax.tree.map(jnp.ravel, stored)
+        blocks = jnp.pad(part, ((0, 0), (0, -columns % size))).reshape(-1, size)
+        codes = _encode_codes(blocks, fmt, scale, own_zero, None)
+        levels = jnp.asarray(fmt.table)[codes]
+        levels = levels if own_zero is None else levels - own_zero[:, None]
+        return jnp.abs((levels * scale[:, None]).reshape(count, -1)[:, :columns] - part)
+
+    return map_slabs(error, rows, count) / diagonal
 
 
 def _calibrate(

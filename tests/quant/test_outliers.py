@@ -18,6 +18,7 @@ from irqlora_jax.adapters.loftq import loftq
 from irqlora_jax.base.file import base_shapes, read_base, save_base
 from irqlora_jax.base.storage import abstract_base, measure_base
 from irqlora_jax.base.survey import survey
+from irqlora_jax.config import parse_config
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant import slabs
 from irqlora_jax.quant.config import QuantConfig, QuantRule
@@ -212,14 +213,33 @@ def test_error_feedback_knows_the_outliers(format: str) -> None:
     assert output_error(weight, found, gram) < 0.7 * output_error(weight, plain, gram)
 
 
-def test_inputs_choose_the_outliers_that_harm_most() -> None:
-    weight, gram = layer(32, 128, 500)
-    by_size, by_harm = (
-        quantize(jnp.asarray(weight), settings(0.02, outlier_rule=rule), gram=jnp.asarray(gram))
-        for rule in ("magnitude", "sensitivity")
-    )
-    assert by_size.nbytes == by_harm.nbytes
-    assert output_error(weight, by_harm, gram) < 0.93 * output_error(weight, by_size, gram)
+@pytest.mark.parametrize("format", ["nf3", "int3"])
+def test_inputs_choose_the_outliers_that_harm_most(format: str) -> None:
+    """Against SpQR's rule in float64; one input is far larger than the others."""
+    weight, gram = layer(32, 200, 600)
+    large = np.where(np.arange(200) == 70, 30.0, 1.0)
+    gram = (gram * large * large[:, None]).astype(np.float32)
+    config = settings(0.02, format, outlier_rule="sensitivity")
+    found = quantize(jnp.asarray(weight), config, gram=jnp.asarray(gram))
+    order = np.argsort(-np.diag(gram), kind="stable")
+    damped = np.float64(gram) + 0.01 * np.diag(gram).mean(dtype=np.float64) * np.eye(200)
+    diagonal = np.zeros(200)
+    upper = np.linalg.cholesky(np.linalg.inv(damped[order][:, order])).T
+    diagonal[order] = np.diag(upper)
+    likely = largest(weight / diagonal, 0.02)
+    core = quantize(jnp.asarray(np.where(likely, 0, weight)), settings(0, format))
+    scale, shift = core.scale(), core.shift()
+    shift = jnp.zeros_like(scale) if shift is None else shift
+    scale, shift = (np.repeat(np.float64(x), 64, 1)[:, :200] for x in (scale, shift))
+    levels = np.asarray(get_format(format).table, np.float64)
+    error = np.abs(scale[..., None] * levels + shift[..., None] - weight[..., None]).min(-1)
+    outliers, marked = found.outliers, np.zeros(weight.shape, bool)
+    assert outliers is not None
+    marked[outliers.rows(), outliers.columns] = True
+    np.testing.assert_array_equal(marked, largest(error / diagonal, 0.02))
+    by_size = quantize(jnp.asarray(weight), settings(0.02, format), gram=jnp.asarray(gram))
+    assert by_size.nbytes == found.nbytes
+    assert output_error(weight, found, gram) < 0.9 * output_error(weight, by_size, gram)
 
 
 # --------------------------------------------------------------------------- in the whole product
@@ -302,6 +322,10 @@ def test_refusals() -> None:
             settings(share)
     with pytest.raises(ValueError, match=r"quant\.rules\[0\].*quant\.outliers = 2"):
         QuantConfig(rules=(QuantRule("*", outliers=2.0),))
+    with pytest.raises(
+        ValueError, match=r"quant\.outlier_rule = 'size': expected magnitude or sen"
+    ):
+        parse_config(["--model=m", "--output_dir=o", "--quant.outlier_rule=size"])
     weight = jnp.asarray(heavy(8, 64))
     with pytest.raises(ValueError, match=r"outlier_rule = 'sensitivity': expected magnitude with"):
         quantize(weight, settings(0.1, outlier_rule="sensitivity"))
