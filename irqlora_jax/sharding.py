@@ -3,8 +3,8 @@
 The rows of a batch are split over data and fsdp together. The axis tensor splits a linear layer
 along its outputs (q, k, v, gate, up) or its inputs (o, down), so that attention and MLP each need
 one all-reduce. The axis fsdp splits a linear layer along its outputs; its parts are gathered in
-packed form before use. Scales and shifts are split like their blocks. Second-level scales, norms
-and scalars are replicated on all devices.
+packed form before use. Scales and shifts are split like their blocks. Second-level scales,
+outliers, norms and scalars are replicated on all devices.
 """
 
 import dataclasses

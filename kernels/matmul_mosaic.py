@@ -44,6 +44,8 @@ def refusal(x: Array, weight: QTensor, device: Any = None) -> str | None:
         return (
             f"it takes layout 'fragments', not {weight.layout!r}: weight.with_layout('fragments')"
         )
+    if weight.outliers is not None:
+        return "it takes no weights with outliers"
     if weight.packed.ndim != 3:
         return f"it takes one weight, this one has leading axes {weight.packed.shape[:-3]}"
     return _missing()

@@ -25,7 +25,7 @@ BASE_FILE = "base.safetensors"
 """Name of the file in the folder of a run or of `irqlora quantize`."""
 _VERSION = "2"
 _ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if "Array" in str(f.type))
-_TYPES = {"U8": "uint8", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_TYPES = {"U8": "uint8", "U16": "uint16", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _ADVICE = "copy the file again, or quantize the model again"
 _STATIC = ("shape", "format", "block_size", "layout")
 

@@ -36,6 +36,7 @@ class Storage:
         shifts: shifts or zero points, with their second level.
         rest: embeddings, output matrix and norms.
         weights: number of weights of the linear layers, without padding.
+        outliers: weights of the linear layers that keep 16 bits, and their places.
     """
 
     codes: int
@@ -43,11 +44,12 @@ class Storage:
     shifts: int
     rest: int
     weights: int
+    outliers: int = 0
 
     @property
     def total(self) -> int:
         """All bytes: the size of base.safetensors without its header."""
-        return self.codes + self.scales + self.shifts + self.rest
+        return self.codes + self.scales + self.shifts + self.outliers + self.rest
 
     @property
     def bits(self) -> float:
@@ -61,7 +63,7 @@ def measure_base(base: Base) -> Storage:
     Args:
         base: arrays or their shapes (jax.ShapeDtypeStruct).
     """
-    parts = dict.fromkeys(("codes", "scales", "shifts"), 0)
+    parts = dict.fromkeys(("codes", "scales", "shifts", "outliers"), 0)
     linears = [weight for _, weight in linear_stacks(base)]
     for weight in linears:
         if not isinstance(weight, QTensor):
@@ -71,6 +73,7 @@ def measure_base(base: Base) -> Storage:
         scales = weight.scale_codes, weight.scale_max, weight.scale_offset
         parts["scales"] += device_bytes(scales)
         parts["shifts"] += device_bytes((weight.shift_codes, weight.shift_max))
+        parts["outliers"] += device_bytes(weight.outliers)
     rest = device_bytes(base) - sum(parts.values())
     return Storage(**parts, rest=rest, weights=sum(map(_logical, linears)))
 

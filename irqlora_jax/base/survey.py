@@ -123,7 +123,12 @@ def _measure(
     if shift is not None:
         weights = weights + shift[rows][..., None]
     real = codes.reshape(len(rows), -1)[:, :width]
-    off = weights.reshape(len(rows), -1)[:, :width] - part
+    weights = weights.reshape(len(rows), -1)[:, :width]
+    if packed.outliers is not None:
+        count = len(rows)
+        place = jnp.full(packed.shape[0], count).at[rows].set(jnp.arange(count))
+        weights = packed.outliers.put_rows(weights, place)
+    off = weights - part
     norm = jnp.sqrt(jnp.square(part).sum())
     error = jnp.sqrt(jnp.square(off).sum()) / jnp.where(norm > 0, norm, 1)
     counts = jnp.stack([(real == code).sum(dtype=jnp.int32) for code in range(2**fmt.bits)])

@@ -136,7 +136,7 @@ def baselines(
     if quantized and quant != quant.plain:
         others.append((quant.plain.label, quant.plain))
         if quant.calibration != ICQ.name:
-            paper = dataclasses.replace(quant, calibration=ICQ.name, rounding="nearest")
+            paper = dataclasses.replace(quant.plain, calibration=ICQ.name, rules=quant.rules)
             if not paper.needs_inputs:  # by a rule
                 others.append((paper.label, paper))
     if start is not None:

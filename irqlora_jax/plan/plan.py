@@ -78,11 +78,14 @@ def _table(config: Config, need: MemoryNeed, target: PlanDevice) -> str:
     stored, where = need.base, "" if need.host == 0 else " on the device"
     bits = lambda size: f"{8 * size / stored.weights:.3f}" if need.devices == 1 else ""  # noqa: E731
     kept = "weights" if not config.quant.quantizes else "codes"
+    outliers = [("base: outliers", _gib(stored.outliers), bits(stored.outliers))]
+    outliers = outliers if stored.outliers else []
     rows = [
         ("on each device" if need.devices > 1 else "", "GiB", "bits a weight"),
         (f"base: {kept}", _gib(stored.codes), bits(stored.codes)),
         ("base: scales", _gib(stored.scales), bits(stored.scales)),
         ("base: shifts", _gib(stored.shifts), bits(stored.shifts)),
+        *outliers,
         ("base: embeddings, output matrix, norms", _gib(stored.rest), ""),
         ("adapters", _gib(need.adapters), ""),
         (f"optimizer state{where}", _gib(need.optimizer), ""),

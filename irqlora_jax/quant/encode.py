@@ -1,12 +1,13 @@
 """From a float matrix to a QTensor."""
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float, Float32, Int, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
 
 from irqlora_jax.quant import packing, stats
 from irqlora_jax.quant.calibrations import CALIBRATIONS, Calibrated
@@ -15,6 +16,7 @@ from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.entropy import FLOAT_MAX, FLOAT_TINY, quotient
 from irqlora_jax.quant.feedback import check_moments, feedback_factor, round_with_feedback
 from irqlora_jax.quant.formats import Format, get_format
+from irqlora_jax.quant.outliers import check_outliers, find_largest, outlier_count, split
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.quant.slabs import map_slabs, rows_of, slab_rows
 from irqlora_jax.text import require
@@ -31,7 +33,8 @@ def quantize(
 ) -> QTensor:
     """Quantizes a matrix (float32, bfloat16 or float16), or a matrix minus a low-rank product.
 
-    There are three stages. The calibration chooses scales and shifts, these are second-level
+    Outliers (`quant.outliers`) are taken out first; 0 takes their places. For the rest there are
+    three stages. The calibration chooses scales and shifts, these are second-level
     quantized, and the codes are computed with the stored values. So the weights are read twice: a
     search cannot write codes, because stored values depend on 256 blocks and on the matrix mean.
 
@@ -42,17 +45,18 @@ def quantize(
         weight: the matrix.
         config: format, block size and calibration.
         shift: exact shifts to use instead of a search (NormalFloat and FP4).
-        minus: B and A, to quantize weight - B A, which is never materialized.
+        minus: B and A, to quantize weight - B A, which is never materialized without outliers.
         gram: X^T X of inputs X [tokens, in] of the layer, needed if `config.needs_inputs`. Rounding
             with error feedback (`feedback.py`) uses all of it, and begins with the columns that
-            have the largest moments. The calibration "importance" uses its diagonal.
+            have the largest moments. An outlier receives no errors, and passes on those that reach
+            it. The calibration "importance" uses the diagonal.
         damping: for the feedback, as a fraction of the mean diagonal of `gram`.
 
     Raises:
         ValueError: NaN or infinite weights, shifts or factors (the message says where the first one
             is, and how many there are); format "none"; shifts for an integer format; no second
             moments although they are needed, or the reverse; second moments of another shape, or as
-            in `feedback_factor`.
+            in `feedback_factor`; outliers beyond float16.
 
     Examples:
         >>> weight = jax.random.normal(jax.random.key(0), (32, 128))
@@ -80,8 +84,11 @@ def quantize(
     if gram is not None:
         columns = weight.shape[1]
         require(gram.shape == (columns, columns), "gram", gram.shape, f"shape {(columns, columns)}")
-        feedback = _feedback(gram, damping) if config.feedback else None
+        feedback = _feedback(gram, damping) if config.needs_factor else None
         inputs = check_moments(gram)
+    if config.outliers:
+        largest = jnp.maximum(weight.max(), -weight.min())
+        check_outliers(weight.shape, None if isinstance(largest, Tracer) else float(largest))
     return _quantize(weight, shift, config, minus, feedback, inputs)
 
 
@@ -199,15 +206,23 @@ def _quantize(
     rows, columns = weight.shape
     per_row = -(-columns // size)
     count = slab_rows((rows, columns))
+    kept, sparse = None, {}
+    some = outlier_count((rows, columns), config.outliers)
+    if some:
+        if minus is not None:
+            weight = map_slabs(functools.partial(_rows, weight, minus, count), rows, count)
+            minus = None
+        size_or_harm = jnp.abs(weight)
+        if config.outlier_rule == "sensitivity" and feedback is not None:
+            size_or_harm = _harm(weight, feedback, config, some)
+        kept = find_largest(size_or_harm, some)
+        parts = split(weight, kept, some)._asdict()
+        sparse = {f"outlier_{name}": value for name, value in parts.items()}
+        weight = jnp.where(kept, 0, weight)
 
     def blocks_from(start: Array | int) -> Array:
         """The blocks of a slab in the type of the weight, to avoid a float32 copy."""
-        part = rows_of(weight, start, count)
-        if minus is not None:
-            left, right = minus
-            # Accelerators would otherwise multiply float32 with reduced precision.
-            update = jnp.matmul(rows_of(left, start, count), right, precision="highest")
-            part = part.astype(jnp.float32) - update
+        part = _rows(weight, minus, count, start)
         return jnp.pad(part, ((0, 0), (0, per_row * size - columns))).reshape(-1, size)
 
     valid = None
@@ -233,11 +248,12 @@ def _quantize(
     def encode(start: Array | int) -> Array:
         own = jax.tree.map(lambda x: rows_of(x, start, count), (scale, zero, tau))
         blocks = blocks_from(start).astype(jnp.float32)
-        if feedback is None:
+        if feedback is None or not config.feedback:
             codes = _encode_codes(blocks, fmt, *jax.tree.map(jnp.ravel, own))
         else:
             part = blocks.reshape(count, -1)[:, :columns]
-            codes = _codes_with_feedback(part, fmt, size, feedback, *own)
+            own_kept = None if kept is None else rows_of(kept, start, count)
+            codes = _codes_with_feedback(part, own_kept, fmt, size, feedback, *own)
             codes = jnp.pad(codes, ((0, 0), (0, per_row * size - columns))).reshape(-1, size)
         return packing.pack(codes, fmt.bits).reshape(count, per_row, -1)
 
@@ -248,10 +264,52 @@ def _quantize(
     return QTensor(
         packed=map_slabs(encode, rows, count),
         **stored,  # type: ignore[arg-type]
+        **sparse,
         shape=(rows, columns),
         format=fmt.name,
         block_size=size,
     )
+
+
+def _rows(
+    weight: Array, minus: tuple[Array, Array] | None, count: int, start: Array | int
+) -> Array:
+    """Rows of a matrix in its type, or of its difference to a low-rank product in float32."""
+    part = rows_of(weight, start, count)
+    if minus is None:
+        return part
+    left, right = minus
+    # Accelerators would otherwise multiply float32 with reduced precision.
+    update = jnp.matmul(rows_of(left, start, count), right, precision="highest")
+    return part.astype(jnp.float32) - update
+
+
+def _harm(weight: Array, feedback: Feedback, config: QuantConfig, some: int) -> Array:
+    """|w - q| / U_cc: how much each weight would harm the outputs if it were no outlier (SpQR).
+
+    q has the scales of the plain quantizer without likely outliers, the weights of largest |w| /
+    U_cc. With all weights, the largest weight of a block would fit its scale, and have no error.
+    """
+    fmt, size = get_format(config.format), config.block_size
+    rows, columns = weight.shape
+    count = slab_rows((rows, columns))
+    diagonal = jnp.zeros(columns).at[feedback.order].set(jnp.diagonal(feedback.factor))[None]
+    likely = find_largest(jnp.abs(weight).astype(jnp.float32) / diagonal, some)
+    plain = dataclasses.replace(config.plain, outliers=0.0)
+    core = _quantize(jnp.where(likely, 0, weight), None, plain)
+    zero = stats.decode_zero(core.shift_codes, fmt.bits) if fmt.integer else None
+
+    def error(start: Array | int) -> Array:
+        part = rows_of(weight, start, count).astype(jnp.float32)
+        stored = jax.tree.map(lambda x: rows_of(x, start, count), (core.scale(), zero))
+        scale, own_zero = jax.tree.map(jnp.ravel, stored)
+        blocks = jnp.pad(part, ((0, 0), (0, -columns % size))).reshape(-1, size)
+        codes = _encode_codes(blocks, fmt, scale, own_zero, None)
+        levels = jnp.asarray(fmt.table)[codes]
+        levels = levels if own_zero is None else levels - own_zero[:, None]
+        return jnp.abs((levels * scale[:, None]).reshape(count, -1)[:, :columns] - part)
+
+    return map_slabs(error, rows, count) / diagonal
 
 
 def _calibrate(
@@ -331,6 +389,7 @@ def _encode_codes(
 
 def _codes_with_feedback(
     weight: Float32[Array, "out in"],
+    kept: Bool[Array, "out in"] | None,
     fmt: Format,
     size: int,
     feedback: Feedback,
@@ -338,16 +397,19 @@ def _codes_with_feedback(
     zero: Float32[Array, "out blocks"] | None,
     shift: Float32[Array, "out blocks"] | None,
 ) -> UInt8[Array, "out in"]:
-    """Stage 3 with error feedback, for whole rows."""
+    """Stage 3 with error feedback, for whole rows. Outliers pass on what reaches them."""
     if zero is not None:
         shift = -zero * scale
     levels = jnp.asarray(fmt.table)
 
     def round_column(column: Array, index: Array) -> tuple[Array, Array]:
         own = jax.tree.map(lambda x: x[:, index // size], (scale, zero, shift))
+        if kept is not None:
+            column = jnp.where(kept[:, index], weight[:, index], column)
         codes = _encode_codes(column[:, None], fmt, own[0], own[1], None if fmt.integer else own[2])
         values = levels[codes[:, 0]] * own[0]
-        return codes[:, 0], values if own[2] is None else values + own[2]
+        values = values if own[2] is None else values + own[2]
+        return codes[:, 0], values if kept is None else jnp.where(kept[:, index], column, values)
 
     return round_with_feedback(weight, feedback.factor, round_column, feedback.order)
 

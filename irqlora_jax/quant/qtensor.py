@@ -8,11 +8,12 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float16, Float32, UInt8, UInt16
 
 from irqlora_jax.quant import packing, stats
 from irqlora_jax.quant.entropy import block_entropy
 from irqlora_jax.quant.formats import get_format
+from irqlora_jax.quant.outliers import Outliers
 from irqlora_jax.quant.slabs import rows_of
 
 
@@ -22,6 +23,7 @@ from irqlora_jax.quant.slabs import rows_of
     data_fields=(
         *("packed", "scale_codes", "scale_max", "scale_offset"),
         *("shift_codes", "shift_max"),
+        *("outlier_values", "outlier_columns", "outlier_counts"),
     ),
     meta_fields=("shape", "format", "block_size", "layout"),
 )
@@ -35,6 +37,8 @@ class QTensor:
       shift is 0. For integer formats shift = -zero * scale.
     - Scales, and the shifts of NormalFloat and FP4, are second-level quantized over groups of 256
       blocks counted row by row (`stats.py`); zero points are 8-bit fixed point.
+    - Outliers (`outliers.py`) replace what their codes stand for. They are a list in row order.
+      Without outliers there are no such arrays.
     - `layout` names the arrangement of the codes in `packed` (`packing.py`).
     - All arrays may have the same leading axes (layers under scan). `shape` never includes them.
 
@@ -49,6 +53,9 @@ class QTensor:
         format: name of the code book.
         block_size: weights that share a scale and a shift.
         layout: arrangement of the packed codes.
+        outlier_values: [*lead, n] weights, or None.
+        outlier_columns: [*lead, n] columns of the outliers, or None.
+        outlier_counts: [*lead, out] number of outliers in every row, or None.
 
     Examples:
         >>> from irqlora_jax import QuantConfig, quantize
@@ -72,10 +79,19 @@ class QTensor:
     format: str
     block_size: int
     layout: str = packing.LAYOUT
+    outlier_values: Float16[Array, "*lead n"] | None = None
+    outlier_columns: UInt16[Array, "*lead n"] | None = None
+    outlier_counts: UInt16[Array, "*lead out"] | None = None
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*lead out in"]:
         """The weights, computed in float32 and rounded to `dtype` at the end."""
-        return self._weights(self.packed, self.scale(), self.shift(), dtype)
+        weights = self._weights(self.packed, self.scale(), self.shift(), dtype)
+        if self.outliers is None:
+            return weights
+        put = Outliers.put
+        for _ in range(self.scale_offset.ndim):
+            put = jax.vmap(put)
+        return put(self.outliers, weights)
 
     def dequantize_rows(self) -> Callable[[Array | int, int], Float32[Array, "count in"]]:
         """Returns a function (first row, number of rows) -> these rows of `dequantize()`.
@@ -87,12 +103,24 @@ class QTensor:
         def rows(start: Array | int, count: int) -> Array:
             stored = self.packed, scale, shift
             packed, own, moved = jax.tree.map(lambda x: rows_of(x, start, count), stored)
-            return self._weights(packed, own, moved, jnp.float32)
+            weights = self._weights(packed, own, moved, jnp.float32)
+            if self.outliers is None:
+                return weights
+            place = jnp.arange(self.shape[0], dtype=jnp.int32) - start
+            return self.outliers.put_rows(weights, jnp.where(place < 0, count, place))
 
         return rows
 
+    @property
+    def outliers(self) -> Outliers | None:
+        """The sparse part; None if there is none."""
+        if self.outlier_values is None:
+            return None
+        assert self.outlier_columns is not None and self.outlier_counts is not None
+        return Outliers(self.outlier_values, self.outlier_columns, self.outlier_counts)
+
     def codes(self) -> UInt8[Array, "*lead out in"]:
-        """The codes in logical order."""
+        """The codes in logical order. An outlier has the code of what took its place."""
         bits = get_format(self.format).bits
         return self._as_rows(packing.unpack(self.packed, bits, self.layout))
 

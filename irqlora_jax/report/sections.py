@@ -199,6 +199,7 @@ def memory(found: RunData) -> Markup:
             ("base: codes", stored.codes),
             ("base: scales", stored.scales),
             ("base: shifts", stored.shifts),
+            ("base: outliers", stored.outliers),
             ("base: embeddings, head and norms", stored.rest),
         ]
     if found.trained is not None:
