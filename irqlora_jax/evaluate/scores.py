@@ -13,6 +13,7 @@ from irqlora_jax.base.make import load_base
 from irqlora_jax.base.storage import measure_base
 from irqlora_jax.config import Config
 from irqlora_jax.data import Example
+from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.evaluate import Question, evaluation_loss, score_questions
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.llama import Llama
@@ -114,6 +115,7 @@ def baselines(
     scorer: Scorer,
     quantize_seconds: float | None,
     start: dict[str, Any] | None = None,
+    calibrate: CalibrationRows | None = None,
 ) -> list[Row]:
     """Scores the model before its finetune: in full precision, and quantized.
 
@@ -129,6 +131,7 @@ def baselines(
         scorer: data and settings of the scores.
         quantize_seconds: time for reading and quantizing, if that was done.
         start: the initial adapters of the training if they are not new (LoftQ, `init_from`).
+        calibrate: the text of the calibration, needed for the quantizer alone.
     """
     quant, bare = config.quant, model.clone(adapter=None)
     quantized = quant.quantizes
@@ -145,7 +148,8 @@ def baselines(
     for name, how in others:
         started = time.perf_counter()
         with progress_bar(f"Loading {name}", show=config.log.progress):
-            other, _ = load_base(config.model, how, mesh=mesh)
+            text = calibrate if how is not None and how.needs_text else None
+            other, _ = load_base(config.model, how, mesh=mesh, calibrate=text)
             jax.block_until_ready(other)
         seconds = time.perf_counter() - started
         rows.append(scorer.row(name, bare, {"params": {}, "base": other}, seconds))

@@ -220,7 +220,8 @@ def _finetune(
             start = None
             if config.adapter.start_title:
                 start = checkpoints.restore(0, state).adapters
-            rows = baselines(config, model, base, job.mesh, scorer, quantize_seconds, start)
+            given = quantize_seconds, start, job.calibrate
+            rows = baselines(config, model, base, job.mesh, scorer, *given)
         name = f"{rows[-1].model}, finetuned" if rows else "finetuned"
         variables = {"params": state.adapters, "base": base}
         row = scorer.row(name, model, variables, seconds, loss)

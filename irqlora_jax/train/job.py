@@ -93,7 +93,8 @@ def read_job(config: Config, source: str | Path) -> Job:
 def _load_calibration(
     config: Config, source: str | Path, tokenizer: Any, max_length: int
 ) -> CalibrationRows | None:
-    if is_base(source):
+    again = config.evaluate.baselines and config.quant.needs_text and not is_base(config.model)
+    if is_base(source) and not again:  # a resumed run has its base, but may make baselines
         return None
     check_text(config.quant, config.adapter, config.calibrate.data)
     return read_calibration(config.calibrate, tokenizer, max_length)

@@ -191,7 +191,8 @@ def test_error_feedback_knows_the_outliers(format: str) -> None:
     weight, gram = layer(6, 200, 400)
     weight = weight * heavy(6, 200)
     marked, order = largest(weight, 0.05), np.argsort(-np.diag(gram), kind="stable")
-    found = quantize(jnp.asarray(weight), settings(0.05, format), gram=jnp.asarray(gram))
+    config = settings(0.05, format, rounding="feedback")
+    found = quantize(jnp.asarray(weight), config, gram=jnp.asarray(gram))
     core = np.where(marked, 0, weight)
     of_column = np.repeat(np.arange(found.scale().shape[1]), 64)[:200]
     levels = np.asarray(get_format(format).table, np.float64)
@@ -219,7 +220,7 @@ def test_inputs_choose_the_outliers_that_harm_most(format: str) -> None:
     weight, gram = layer(32, 200, 600)
     large = np.where(np.arange(200) == 70, 30.0, 1.0)
     gram = (gram * large * large[:, None]).astype(np.float32)
-    config = settings(0.02, format, outlier_rule="sensitivity")
+    config = settings(0.02, format, outlier_rule="sensitivity", rounding="feedback")
     found = quantize(jnp.asarray(weight), config, gram=jnp.asarray(gram))
     order = np.argsort(-np.diag(gram), kind="stable")
     damped = np.float64(gram) + 0.01 * np.diag(gram).mean(dtype=np.float64) * np.eye(200)
@@ -237,7 +238,12 @@ def test_inputs_choose_the_outliers_that_harm_most(format: str) -> None:
     assert outliers is not None
     marked[outliers.rows(), outliers.columns] = True
     np.testing.assert_array_equal(marked, largest(error / diagonal, 0.02))
-    by_size = quantize(jnp.asarray(weight), settings(0.02, format), gram=jnp.asarray(gram))
+    by_size = settings(0.02, format, rounding="feedback")
+    by_size = quantize(jnp.asarray(weight), by_size, gram=jnp.asarray(gram))
+    nearest = settings(0.02, format, outlier_rule="sensitivity")
+    nearest = quantize(jnp.asarray(weight), nearest, gram=jnp.asarray(gram))
+    assert (nearest.outliers.columns == found.outliers.columns).all()
+    assert (nearest.packed != found.packed).any()
     assert by_size.nbytes == found.nbytes
     assert output_error(weight, found, gram) < 0.9 * output_error(weight, by_size, gram)
 
@@ -327,7 +333,7 @@ def test_refusals() -> None:
     ):
         parse_config(["--model=m", "--output_dir=o", "--quant.outlier_rule=size"])
     weight = jnp.asarray(heavy(8, 64))
-    with pytest.raises(ValueError, match=r"outlier_rule = 'sensitivity': expected magnitude with"):
+    with pytest.raises(ValueError, match=r"gram = 'None': expected X\^T X .* 10 % outliers"):
         quantize(weight, settings(0.1, outlier_rule="sensitivity"))
     with pytest.raises(ValueError, match=r"largest weight = 70000\.0: expected 65504 or less"):
         quantize(weight.at[0, 0].set(-70000), settings(0.1))

@@ -350,7 +350,7 @@ class Named(Scorer):
 def test_baselines_show_the_papers_calibration_too(
     monkeypatch, calibration: str, quantized: list[str]
 ) -> None:
-    monkeypatch.setattr(scores, "load_base", lambda source, quant, mesh: ({}, quant))
+    monkeypatch.setattr(scores, "load_base", lambda source, quant, **_: ({}, quant))
     config = config_for(WORLD / "base-small", Path("run"), quant__calibration=calibration)
     model = make_model(read_config(WORLD / "base-small"), config.adapter, config.train)
     mesh = make_mesh(config.mesh, config.train.batch_size)
