@@ -268,7 +268,7 @@ def layer_outputs(
 
     # XLA leaves out what no captured output depends on.
     options: dict[str, Any] = {"capture_intermediates": linear, "mutable": ["intermediates"]}
-    _, found = Layer(job.settings).apply({"base": base}, *given, **options)
+    found: Any = Layer(job.settings).apply({"base": base}, *given, **options)[1]
     captured = found["intermediates"]
     places = [linear_path(name) for name in job.outputs]
     return [captured[group][name]["__call__"][0] for group, name in places]

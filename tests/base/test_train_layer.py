@@ -107,8 +107,8 @@ def test_steps_of_the_released_code(run: str) -> None:
                 expected = released[f"{name}.{theirs.get(leaf, leaf)}"].reshape(own[leaf].shape)
                 np.testing.assert_allclose(own[leaf], expected, atol=1e-5)
         outputs = own_tensors(load_file(acts), block)
-        np.testing.assert_allclose(full, outputs["fp_out"], atol=1e-5)
-        np.testing.assert_allclose(found, outputs["quant_out"], atol=1e-5)
+        np.testing.assert_allclose(full, outputs["fp_out"], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found, outputs["quant_out"], rtol=1e-5, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------- what it promises
