@@ -262,7 +262,10 @@ def _make_layer(
 ) -> tuple[dict[Any, Made], dict[str, OutputErrors]]:
     made: dict[Any, Made] = {}
     errors: dict[str, OutputErrors] = {}
-    moments = statistics.moments(weights) if matrices else {}
+    try:
+        moments = statistics.moments(weights) if matrices else {}
+    except ValueError as error:
+        raise ValueError(f"layer {layer}: {error}") from error
     for path, matrix in matrices.items():
         (group, name), gram = path, moments[path[-1]]
         try:

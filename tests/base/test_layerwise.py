@@ -264,5 +264,7 @@ def test_an_infinite_activation_names_the_projection(tmp_path: Path) -> None:
     tensors = random_tensors(LLAMA, np.float32)
     tensors["model.layers.0.mlp.up_proj.weight"] *= np.float32(1e38)
     huge = write_model(tmp_path, LLAMA, tensors)
-    with pytest.raises(ValueError, match="down_proj: an input or gradient is NaN or infinite"):
+    with pytest.raises(
+        ValueError, match="layer 0: down_proj: an input or gradient is NaN or infinite"
+    ):
         hf.load_base(huge, NF2, calibrate=ROWS)
