@@ -3,10 +3,10 @@
     python benchmarks/feedback_speed.py [--shapes 4096x4096] [--repeats 3]
 
 Both get the weights and X^T X, make the Cholesky factor with the largest inputs first, find the
-plain quantizer's ranges of int4 in blocks of 64, and round the columns within parts of 128. The peer
-is written here with torch operations in the order of GPTQ's paper (arXiv 2210.17323, algorithm 1).
-The codes of both are compared. Both run in turns. The first call, which compiles ours, is not
-counted but printed.
+plain quantizer's ranges of int4 in blocks of 64, and round the columns within parts of 128. The
+peer is written here with torch operations in the order of GPTQ's paper (arXiv 2210.17323,
+algorithm 1). The codes of both are compared. Both run in turns. The first call, which compiles
+ours, is not counted but printed.
 """
 
 import argparse
