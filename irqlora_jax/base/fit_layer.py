@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array, Float, Float32
 
 from irqlora_jax.adapters.method import Params
+from irqlora_jax.model.alone import GROUPS
 from irqlora_jax.model.attention import rope_rotations
 from irqlora_jax.model.layer import AdaptedLinear, Context, Layer, Settings
 from irqlora_jax.model.tree import Tree, insert, linear_path
@@ -27,7 +28,6 @@ Weights = Mapping[str, Any]
 WHOLE = ("",)
 """Stands for the output of the decoder layer."""
 _FINITE = "finite numbers; try lower learning rates"
-_GROUPS = ("self_attn", "mlp")
 
 
 class StoredLinear(NamedTuple):
@@ -123,8 +123,8 @@ def fit(
     others = {one: linear for one, linear in linears.items() if packed.get(one) is None}
     base = dense_weights(weights, others)
     pairs = {one: linear.pair for one, linear in linears.items()}
-    accepted = "a rate above 0 for something that the layer has"
-    require(any(trained.values()), f"{where}: learning rates", options.rates, accepted)
+    accepted = "a learning rate above 0 for a part that the layer has"
+    require(any(trained.values()), f"{where}: {type(options).__name__}", options.rates, accepted)
     state = optax.scale_by_adam().init(trained)
     curve: list[Array] = []
     for step in range(options.epochs * len(steps)):
@@ -171,7 +171,7 @@ def trained_leaves(options: ApiqOptions | BlockOptions, leaves: Iterable[str]) -
 
 def dense_weights(weights: Weights, linears: Mapping[str, StoredLinear]) -> Tree:
     """The norms, and the matrices of these linear layers as they are in the quantized model."""
-    tree: Tree = {name: part for name, part in weights.items() if name not in _GROUPS}
+    tree: Tree = {name: part for name, part in weights.items() if name not in GROUPS}
     for name, linear in linears.items():
         packed = linear.weight
         dense = _weight(weights, name) if packed is None else packed.dequantize()

@@ -114,19 +114,19 @@ class FinishedLayers:
     identity: str
 
     def read(self, layer: int) -> tuple[Base, dict[str, OutputErrors]] | None:
-        """What `write` got for a layer; None if there is no such file.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
+        """What `write` got for a layer; None if there is no such file, or it is damaged."""
         file = self._file(layer)
         if not file.is_file():
             return None
-        about = json.loads(read_source(file) or "{}")
+        try:
+            about, (base, _) = json.loads(read_source(file) or "{}"), read_base(file)
+        except ValueError as error:
+            logger.warning(f"{error}; layer {layer} is quantized again")
+            return None
         if about.get("identity") != self.identity:
             return None
         errors = {name: OutputErrors(*pair) for name, pair in about["errors"].items()}
-        return read_base(file)[0], errors
+        return base, errors
 
     def write(
         self,
@@ -299,7 +299,7 @@ def _train(
     start = {name: StoredLinear(None, {}) for name in LINEAR_NAMES}
     start |= {name: StoredLinear(*one) for (_, name), one in made.items()}
     settings = dataclasses.replace(alone(llama), adapter=task.adapter)
-    states = statistics.states.astype(np.float32), full.astype(np.float32)
+    states = (x.astype(np.float32, copy=False) for x in (statistics.states, full))
     found = train_layer(settings, task.quant, layer, weights, start, *states, options)
     logger.info(
         f"layer {layer}: mean squared error of the output {found.loss_before:.3g} before its "

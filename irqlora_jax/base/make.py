@@ -24,9 +24,10 @@ from irqlora_jax.base.layerwise import FinishedLayers, Task, Watch, check_tokens
 from irqlora_jax.base.source import open_weights
 from irqlora_jax.base.stacks import Made, Matrix, Stacks, to_device
 from irqlora_jax.base.storage import plan_stacks
-from irqlora_jax.data.calibrate import CalibrationRows
-from irqlora_jax.files.hub import snapshot
+from irqlora_jax.data.calibrate import CalibrateConfig, CalibrationRows
+from irqlora_jax.files.hub import file_marks, read_config, snapshot
 from irqlora_jax.files.tensors import FLOATS, Header, aligned, read_ahead, read_into
+from irqlora_jax.machine import installed_version
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.tree import Tree, insert, matrix_name, weight_name, weight_shapes
@@ -71,13 +72,11 @@ def load_base(
             names it), a rule matches no matrix, or there is no text although it is needed.
     """
     quant = QuantConfig(format=KEPT) if quant is None else quant
-    check_text(quant, None, calibrate)
-    damping = 0.0 if calibrate is None else calibrate.config.damping
+    damping = _check_rows(quant, None, calibrate)
 
     def make(matrix: Matrix, weight: jax.Array, gram: jax.Array | None) -> Made:
         return Made(_packed(weight, matrix.quant, gram, damping), {})
 
-    check_training(quant, calibrate)
     finished = _finished(keep, source, calibrate, quant)
     task = Task(quant, make, np.float32, calibrate, finished, watch)
     base, _, config = _load(source, task, mesh, progress)
@@ -121,9 +120,8 @@ def load_fitted(
     start, fit = adapter.start, adapter.start.fit
     if fit is None:
         raise ValueError(f"adapter.init = {start.name!r}: expected one fitted to the weights")
-    check_text(quant, adapter, calibrate)
+    damping = _check_rows(quant, adapter, calibrate)
     options = getattr(adapter, start.name, start.options)
-    damping = 0.0 if calibrate is None else calibrate.config.damping
 
     def make(matrix: Matrix, weight: jax.Array, gram: jax.Array | None) -> Made:
         name, config = matrix.path[-1], matrix.quant
@@ -141,7 +139,6 @@ def load_fitted(
         )
         return Made(packed, {"lora_A": a, "lora_B": b})
 
-    check_training(quant, calibrate)
     seed = jax.random.key_data(key).tolist()
     finished = _finished(keep, source, calibrate, quant, adapter, seed)
     # Keep the type of the file: each iteration reads the matrix again and widens it slab by slab.
@@ -160,29 +157,30 @@ def load_loftq(
     return load_fitted(source, quant, dataclasses.replace(adapter, init="loftq"), key, **options)
 
 
-def check_text(quant: QuantConfig, adapter: AdapterConfig | None, calibrate: object | None) -> None:
-    """Checks that there is a text for the calibration if the settings need one.
+def check_text(quant: QuantConfig, adapter: AdapterConfig | None, given: CalibrateConfig) -> None:
+    """Checks that the settings of the text are what the other settings need.
 
     Raises:
-        ValueError: there is none; the message names the setting that needs it.
+        ValueError: there is no text although one is needed, or layers cannot be trained with
+            gradients; the message names the settings.
     """
-    if calibrate is not None:
-        return
     needed = f"a text, needed by quant ({quant.label})" if quant.needs_text else None
     if adapter is not None and adapter.start.needs == "inputs":
         needed = f"a text, needed by adapter.init {adapter.init}"
-    require(needed is None, "calibrate.data", None, needed or "")
+    require(needed is None or given.data is not None, "calibrate.data", None, needed or "")
+    ok = quant.training == "none" or given.metric == "inputs"
+    accepted = f"inputs with quant.training {quant.training}"
+    require(ok, "calibrate.metric", given.metric, accepted)
 
 
-def check_training(quant: QuantConfig, calibrate: CalibrationRows | None) -> None:
-    """Checks that the layers can be trained with these statistics.
-
-    Raises:
-        ValueError: they cannot.
-    """
-    if calibrate is not None and quant.training != "none":
-        metric, accepted = calibrate.config.metric, f"inputs with quant.training {quant.training}"
-        require(metric == "inputs", "calibrate.metric", metric, accepted)
+def _check_rows(
+    quant: QuantConfig, adapter: AdapterConfig | None, calibrate: CalibrationRows | None
+) -> float:
+    """Checks as `check_text`, for rows that need not come from a file. Returns the damping."""
+    given = CalibrateConfig() if calibrate is None else calibrate.config
+    source = None if calibrate is None else given.data or "rows"
+    check_text(quant, adapter, dataclasses.replace(given, data=source))
+    return given.damping
 
 
 def _packed(
@@ -198,9 +196,10 @@ def _finished(
     if keep is None or calibrate is None:
         return None
     path = snapshot(source)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     about = {
-        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "files": file_marks(path),
+        "llama": read_config(path).to_dict(),
+        "version": installed_version("irqlora-jax"),
         "text": calibrate.describe(),
         "settings": settings,
     }

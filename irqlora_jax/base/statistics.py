@@ -105,7 +105,7 @@ class Inputs(Statistics):
 class Gradients(Statistics):
     """Sums of G^T G, from the last layer to the first.
 
-    The hidden states in front of all layers are on the host.
+    The hidden states in front of all layers, and the gradients, are on the host.
     """
 
     def __init__(
@@ -137,17 +137,17 @@ class Gradients(Statistics):
             self._states.append([_kept(x, self._dtype) for x in outputs])
         head = outside.get("lm_head", outside["embed_tokens"])
         self._gradients = [
-            _loss_gradient(llama, outside["norm"], head, x.astype(np.float32), batch)
+            np.asarray(_loss_gradient(llama, outside["norm"], head, x.astype(np.float32), batch))
             for x, batch in zip(self._states.pop(), batches, strict=True)
         ]
-        self._next: list[Array] = []
+        self._next: list[np.ndarray] = []
 
     def moments(self, weights: Tree) -> Moments:
         total: Any = None
         self._next = []
         for x, g in zip(self._states[-1], self._gradients, strict=True):
             before, found = gradient_moments(self._settings, weights, x.astype(np.float32), g)
-            self._next.append(before)
+            self._next.append(np.asarray(before))
             total = found if total is None else jax.tree.map(jnp.add, total, found)
         return _relative(total)
 

@@ -99,7 +99,9 @@ def train_layer(
     whole = Job(_lora(settings), options, symmetric, WHOLE)
     groups = [(whole, LINEAR_NAMES)]
     if options.match == "linear":
-        groups = [(dataclasses.replace(whole, outputs=each), each) for each in _ORDER]
+        trained = [name for name, (weight, pair) in start.items() if weight is not None or pair]
+        parts = (tuple(name for name in each if name in trained) for each in _ORDER)
+        groups = [(dataclasses.replace(whole, outputs=part), part) for part in parts if part]
     data = Data(inputs, full_inputs, options.batch)
     wanted = data.wanted(whole, weights)
     before = mean_losses(whole, weights, start, data, wanted)

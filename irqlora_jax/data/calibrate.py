@@ -9,7 +9,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from irqlora_jax.data.config import DataConfig, DataFormat
+from irqlora_jax.data.encode import encode_source
 from irqlora_jax.data.examples import load_examples
+from irqlora_jax.data.rows import read_documents
 from irqlora_jax.text import require
 
 logger = logging.getLogger(__name__)
@@ -17,13 +19,15 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class CalibrateConfig:
-    """The text for calibrations that need the inputs of the layers: quant.calibration importance or
-    gptq, quant.rounding feedback, adapter.init cloq."""
+    """The text for a quantizer that looks at the inputs of the layers: quant.calibration importance
+    or gptq, quant.rounding feedback, quant.training, quant.outlier_rule sensitivity, adapter.init
+    cloq."""
 
     data: str | None = None
     """Local file or data set on the hub, given like `data.train`."""
     format: DataFormat = "text"
-    """Format of `data`, as for `data.format`."""
+    """Format of `data`, as for `data.format`. "text": its documents or rows are joined by blank
+    lines."""
     rows: int = 128
     """Number of rows, drawn at random from all the text. More rows take longer and are better."""
     length: int = 512
@@ -36,7 +40,8 @@ class CalibrateConfig:
     metric: Literal["inputs", "gradients"] = "inputs"
     """Of what the second moments are taken. "inputs": of the inputs of each linear layer (GPTQ).
     "gradients": of the gradients of the loss (OAC). This takes several times as long, and the
-    memory of the host must hold the hidden states of all layers."""
+    memory of the host must hold the hidden states of all layers. `adapter.init` cloq then fits the
+    pairs to these gradients, not to the outputs of the layers."""
     batch_size: int = 8
     """Rows of a forward pass."""
     activations: Literal["float32", "bfloat16"] = "float32"
@@ -103,9 +108,7 @@ def read_calibration(
         return None
     accepted = f"at most max_position_embeddings = {max_length}"
     require(config.length <= max_length, "calibrate.length", config.length, accepted)
-    data = DataConfig(format=config.format, sequence_length=config.length)
-    examples = load_examples(config.data, data, tokenizer, max_length)
-    stream = np.concatenate([example.tokens for example in examples])
+    stream = _read_stream(config.data, config.format, tokenizer, max_length)
     count = len(stream) // config.length
     if count == 0:
         raise ValueError(
@@ -120,3 +123,20 @@ def read_calibration(
     drawn = np.random.default_rng(config.seed).permutation(count)[: config.rows]
     rows = stream[: count * config.length].reshape(count, config.length)
     return CalibrationRows(np.ascontiguousarray(rows[np.sort(drawn)], np.int32), config)
+
+
+def _read_stream(
+    source: str, format: DataFormat, tokenizer: Any, max_length: int
+) -> Int32[np.ndarray, " tokens"]:
+    """All tokens of a text, or of the examples one after the other."""
+    try:
+        if format == "text":
+            text = "\n\n".join(read_documents(source))
+            return np.array(encode_source(tokenizer, [text])[0], np.int32)
+        lengths = {"source_length": max_length, "target_length": max_length}
+        data = DataConfig(format=format, **lengths)
+        examples = load_examples(source, data, tokenizer, max_length)
+    except ValueError as error:
+        message = str(error).replace("data.format", "calibrate.format")
+        raise ValueError(f"calibrate.data: {message}") from error
+    return np.concatenate([example.tokens for example in examples])

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from irqlora_jax.evaluate.kept_losses import Losses, append_loss, read_losses
 from irqlora_jax.evaluate.suggested import Suggestion, suggest
 from irqlora_jax.evaluate.swapped import Batches, Whole, measure_whole, swapped_losses
 from irqlora_jax.files.checksums import seal
-from irqlora_jax.files.hub import load_tokenizer, read_config, snapshot
+from irqlora_jax.files.hub import file_marks, load_tokenizer, read_config, snapshot
 from irqlora_jax.files.small import write_text
 from irqlora_jax.machine import installed_version
 from irqlora_jax.messages import progress_bar, shows_messages
@@ -31,7 +32,7 @@ from irqlora_jax.model.llama import Llama
 from irqlora_jax.model.tree import linear_path, linear_stacks, matrix_name
 from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.formats import FORMATS
-from irqlora_jax.runs.folder import check_writable
+from irqlora_jax.runs.folder import KEPT_LAYERS, check_writable
 from irqlora_jax.runs.load import is_base
 from irqlora_jax.runs.lock import locked
 from irqlora_jax.runs.quantize import quantize_base
@@ -113,7 +114,7 @@ def measure_sensitivity(asked: SensitivityConfig) -> dict[str, Any]:
     plan_stacks(llama, asked.quant)  # refuses a rule that matches nothing
     tokens = np.array(encode_source(tokenizer, [read_text(Path(asked.text))])[0], np.int32)
     rows = _cut(tokens, asked, llama.max_position_embeddings)
-    check_text(asked.quant, None, asked.calibrate.data)
+    check_text(asked.quant, None, asked.calibrate)
     drawn = read_calibration(asked.calibrate, tokenizer, llama.max_position_embeddings)
     check_writable(folder)
     with locked(folder):
@@ -122,6 +123,7 @@ def measure_sensitivity(asked: SensitivityConfig) -> dict[str, Any]:
         result = _measure(asked, rows, drawn, file, losses)
         result |= {"seconds": round(time.perf_counter() - started, 3)}
         write_text(folder / RESULT_FILE, json.dumps(seal(result), indent=1) + "\n")
+        shutil.rmtree(folder / KEPT_LAYERS, ignore_errors=True)
     logger.info(f"written to {folder / RESULT_FILE}")
     return result
 
@@ -149,10 +151,10 @@ def _identity(
 ) -> dict[str, Any]:
     """Everything that the losses depend on, as plain values. Rounding aside, batches do not."""
     path = snapshot(asked.model)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     found = {
         "model": asked.model,
-        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "files": file_marks(path),
+        "llama": read_config(path).to_dict(),
         "text": hashlib.sha256(rows.tobytes()).hexdigest(),
         "rows": len(rows),
         "length": asked.length,
@@ -171,8 +173,9 @@ def _measure(
     losses: Losses,
 ) -> dict[str, Any]:
     """Computes the losses that are not known yet, and puts everything together."""
+    keep = file.parent / KEPT_LAYERS  # deleted with the result
     packed, llama, survey = quantize_base(
-        asked.model, asked.quant, calibrate=drawn, progress=asked.progress
+        asked.model, asked.quant, calibrate=drawn, keep=keep, progress=asked.progress
     )
     base, _ = load_base(asked.model, None, progress=asked.progress)
     model = Llama(llama, compute_dtype=asked.compute_dtype)

@@ -40,7 +40,7 @@ class EvalConfig:
     "lm-eval:NAMES": tasks of lm-evaluation-harness, e.g. lm-eval:arc_easy,piqa (needs the extra
     `eval`)."""
     baseline: bool = False
-    """Leave the finetuned adapter out. With LoftQ, use its initial adapter."""
+    """Leave the finetuned adapter out. With LoftQ or CLoQ, use the initial one."""
     checkpoint: Literal["last", "best"] | int = "last"
     """Checkpoint of the adapter: "last", "best" (lowest evaluation loss), or a step number."""
     output: str | None = None

@@ -8,8 +8,8 @@ from typing import Any
 from irqlora_jax.adapters.lora import LORA
 from irqlora_jax.config import Config
 from irqlora_jax.files.hub import is_hub_id
-from irqlora_jax.quant.calibrations import CALIBRATIONS
-from irqlora_jax.quant.config import QuantConfig, QuantRule
+from irqlora_jax.quant.calibrations import CALIBRATIONS, PLAIN
+from irqlora_jax.quant.config import TITLES, QuantConfig, QuantRule
 
 _LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -83,7 +83,7 @@ class Card:
 
     def _front(self) -> str:
         quantized = [] if self.quant is None else [self.quant.format]
-        if self.quant is not None and self.quant != self.quant.plain:
+        if self.quant is not None and self.quant.calibration != PLAIN.name:
             quantized.append(self.quant.calibration)
         method = [] if self.config is None else ["lora", self.config.adapter.method]
         tags = list(dict.fromkeys(["llama", "ir-qlora", *method, *quantized]))
@@ -97,10 +97,14 @@ class Card:
         quantized = "in full precision"
         if self.quant is not None:
             quantized = f"quantized to {self.quant.format}"
-            if self.quant != self.quant.plain:
+            if self.quant.calibration != PLAIN.name or self.quant.rules:
                 quantized += f" with {CALIBRATIONS[self.quant.calibration].description}"
             if self.quant.rounding == "feedback":
                 quantized += ", rounded with error feedback"
+            if self.quant.training != "none":
+                quantized += f", trained layer by layer ({TITLES[self.quant.training]})"
+            if self.quant.outliers:
+                quantized += f", {100 * self.quant.outliers:.3g} % of the weights in 16 bits"
             if self.calibrate is not None:
                 text = self.calibrate
                 quantized += (

@@ -162,3 +162,13 @@ def read_values(source: str | Path) -> Mapping[str, Any]:
 
     fetch = functools.partial(huggingface_hub.hf_hub_download, filename="config.json")
     return read_json(_fetch(source, fetch))
+
+
+def file_marks(model: Path) -> list[list[Any]]:
+    """Name, size and time of change of the files with the weights, to notice another model.
+
+    Args:
+        model: folder or GGUF file.
+    """
+    files = [model] if model.is_file() else sorted(model.glob("*.safetensors"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -24,7 +24,7 @@ class ChatConfig:
     run: str
     """Folder of a run, of irqlora quantize, or of a Hugging Face LLaMA, or a .gguf file."""
     baseline: bool = False
-    """Leave the finetuned adapter out. With LoftQ, use its initial adapter."""
+    """Leave the finetuned adapter out. With LoftQ or CLoQ, use the initial one."""
     checkpoint: Literal["last", "best"] | int = "last"
     """Checkpoint of the adapter: "last", "best" (lowest evaluation loss), or a step number."""
     system: str = ""

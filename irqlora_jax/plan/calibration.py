@@ -69,13 +69,13 @@ def measure_calibration(config: Config, llama: LlamaConfig, target: PlanDevice) 
     )
     rounded = 2 * layer + sum(moments.values()) + rounding
     size = jnp.dtype(asked.activations).itemsize
-    states = asked.rows * asked.length * llama.hidden_size * size
-    depth = llama.num_hidden_layers
-    return CalibrationNeed(
-        device=max(collected, rounded),
-        host=states * (depth + 1 if asked.metric == "gradients" else 1),
-        work=depth * _work(config, llama),
-    )
+    values, depth = asked.rows * asked.length * llama.hidden_size, llama.num_hidden_layers
+    host, trainer = values * size, config.quant.trainer
+    if asked.metric == "gradients":  # states of all layers, gradients behind and in front of one
+        host = values * (size * (depth + 1) + 8)
+    elif trainer is not None:  # also in full precision, in float32 and the outputs to reach
+        host = values * (2 * size * (size < 4) + 8 + 4 * (1 + trainer.same_inputs))
+    return CalibrationNeed(max(collected, rounded), host, depth * _work(config, llama))
 
 
 def _work(config: Config, llama: LlamaConfig) -> float:
@@ -86,5 +86,7 @@ def _work(config: Config, llama: LlamaConfig) -> float:
     feedback = sum(2.0 * rows * columns**2 for rows, columns in shapes.values())
     if asked.metric == "gradients":  # two passes forward, one backward
         return 4 * forward + asked.rows * feedback + feedback
+    trainer = config.quant.trainer
+    training = 0.0 if trainer is None else 3 * trainer.epochs * forward
     inputs = {columns for name, (_, columns) in shapes.items() if name not in SAME_INPUTS}
-    return 2 * forward + tokens * sum(2.0 * columns**2 for columns in inputs) + feedback
+    return training + 2 * forward + tokens * sum(2.0 * columns**2 for columns in inputs) + feedback

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from irqlora_jax.base.file import Base
+from irqlora_jax.base.make import check_text
 from irqlora_jax.config import Config, with_base_settings
 from irqlora_jax.messages import shows_messages
 from irqlora_jax.model.config import LlamaConfig
@@ -52,12 +53,14 @@ def plan(config: Config, name: str | None = None) -> bool:
     config = with_base_settings(config)
     base, llama = read_base_shapes(config)
     target = find_plan_device(name, device_count(config))
+    if not is_base(config.model):
+        check_text(config.quant, config.adapter, config.calibrate)
     need = measure(config, base, llama, target)
     logger.info(_table(config, need, target))
     calibrated = True
     if config.calibrate.data is not None and not is_base(config.model):
         needed = measure_calibration(config, llama, target)
-        logger.info(_calibration(needed, target))
+        logger.info(_calibration(config, needed, target))
         calibrated = needed.device <= target.memory
     room = target.memory - need.peak
     if need.peak <= _TIGHT * target.memory:
@@ -112,11 +115,13 @@ def _table(config: Config, need: MemoryNeed, target: PlanDevice) -> str:
     return text
 
 
-def _calibration(need: CalibrationNeed, target: PlanDevice) -> str:
+def _calibration(config: Config, need: CalibrationNeed, target: PlanDevice) -> str:
     text = (
         f"calibration with a text, before the training: {_gib(need.device)} GiB on one device, "
         f"{_gib(need.host)} GiB of hidden states on the host, {need.work / 1e12:,.1f} TFLOP"
     )
+    if config.quant.training != "none":
+        text += "\nThe memory of the device for quant.training is not counted."
     if need.device > target.memory:
         over = readable_size(need.device - target.memory)
         advice = "a smaller calibrate.batch_size or calibrate.length needs less"

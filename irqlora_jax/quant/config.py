@@ -229,6 +229,7 @@ class QuantConfig:
         label = " + ".join([self.format, *parts]) if parts else f"plain {self.format}"
         if self.outliers:
             label += f", {100 * self.outliers:.3g} % outliers"
+            label += " by sensitivity" * (self.outlier_rule == "sensitivity")
         return f"{label}, with rules" if self.rules else label
 
     def for_matrix(self, name: str) -> "QuantConfig":

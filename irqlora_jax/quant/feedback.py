@@ -78,7 +78,8 @@ def check_factor(factor: Float32[Array, "in in"], damping: float) -> None:
         ValueError: NaN in the factor, unless JAX traces a function.
     """
     fine = jnp.isfinite(factor).all()
-    accepted = "inputs of at least as many tokens as the layer has inputs, or more damping"
+    more = "more tokens (calibrate.rows) than the layer has inputs"
+    accepted = f"more damping (calibrate.damping), or {more}"
     require(isinstance(fine, Tracer) or bool(fine), "damping", damping, accepted)
 
 

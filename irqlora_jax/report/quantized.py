@@ -1,6 +1,7 @@
 """Makes the sections about the quantization: entropy, codes, shifts, errors."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from irqlora_jax.base.survey import bin_edges
@@ -100,10 +101,12 @@ def output_errors(found: RunData) -> Markup:
         _by_layer(part, axis, {kind: errors[part] for kind, errors in by_kind.items()})
         for part in by_kind["plain"]
     ]
+    what = "Squared error of the outputs of each matrix, divided by the squared outputs, for"
+    if used.get("metric") == "gradients":
+        what = "Squared error of each matrix, weighed by the gradients of the loss, for"
     note = (
-        "Squared error of the outputs of each matrix, divided by the squared outputs, for the "
-        f"inputs that {used['rows']} rows of {used['length']} tokens of {used['data']} give. A "
-        "fitted adapter is included. All plots have the same scale."
+        f"{what} {used['rows']} rows of {used['length']} tokens of {Path(str(used['data'])).name}. "
+        "A fitted adapter is included. All plots have the same scale."
     )
     return join(tag("p", note, class_="note"), tag("div", *plots, class_="grid2"))
 

@@ -181,7 +181,7 @@ def check_model(config: Config) -> None:
         )
     if is_fitted(file) and config.adapter.source is None:
         raise ValueError(
-            f"model = '{config.model}': this base was fitted to the adapter of its run (LoftQ) "
+            f"model = '{config.model}': this base was fitted to the adapter of its run "
             f"and is incomplete without it; expected adapter.init_from = '{config.model}', "
             f"{origin}, or a folder of irqlora quantize"
         )

@@ -126,9 +126,11 @@ def quantize_model(config: QuantizeConfig) -> None:
         raise FileExistsError(f"output_dir = '{folder}': exists; expected a new folder")
     check_writable(folder)
     architecture = read_config(config.model)
-    check_space(folder, measure_base(abstract_base(architecture, config.quant)).total)
+    stored = measure_base(abstract_base(architecture, config.quant))
+    kept = 0 if config.calibrate.data is None else stored.total - stored.rest
+    check_space(folder, stored.total + kept)
     tokenizer = load_tokenizer(config.model)
-    check_text(config.quant, None, config.calibrate.data)
+    check_text(config.quant, None, config.calibrate)
     rows = read_calibration(config.calibrate, tokenizer, architecture.max_position_embeddings)
     with locked(folder):
         keep, progress = folder / KEPT_LAYERS, config.progress

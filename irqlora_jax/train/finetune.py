@@ -136,7 +136,9 @@ def _run_locked(config: Config, folder: Path, resume_from: int | None) -> RunRes
     if resumed:
         check_data(folder, config, data)
     elif not is_base(config.model):
-        check_space(folder, measure_base(abstract_base(job.model.config, config.quant)).total)
+        stored = measure_base(abstract_base(job.model.config, config.quant))
+        kept = 0 if job.calibrate is None else stored.total - stored.rest
+        check_space(folder, stored.total + kept)
     with jax.set_mesh(job.mesh):
         started = time.perf_counter()
         base, pairs, survey = _read_base(job, folder if resumed else config.model)
@@ -316,12 +318,12 @@ def _begin_folder(
         quant, source = config.quant, config.model
         save_base(file, base, llama, quant, source, fitted=fitted, calibrate=used)
         save_survey(folder, survey)
-        shutil.rmtree(folder / KEPT_LAYERS, ignore_errors=True)
     if pairs is not None:
         _save_start(folder, job, pairs)
     save_data(folder, data)
     # Write the configuration last: it marks a folder that can be resumed.
     save_config(folder, config)
+    shutil.rmtree(folder / KEPT_LAYERS, ignore_errors=True)
 
 
 def _save_start(folder: Path, job: Job, pairs: Base) -> None:

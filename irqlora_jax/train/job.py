@@ -1,6 +1,7 @@
 """What a run needs besides its weights, read and checked before anything that takes long."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs.load import is_base, read_architecture, read_tokenizer, with_end_tokens
 from irqlora_jax.runs.state import make_model, make_optimizer
 from irqlora_jax.sharding import make_mesh
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +96,14 @@ def read_job(config: Config, source: str | Path) -> Job:
 def _load_calibration(
     config: Config, source: str | Path, tokenizer: Any, max_length: int
 ) -> CalibrationRows | None:
-    again = config.evaluate.baselines and config.quant.needs_text and not is_base(config.model)
-    if is_base(source) and not again:  # a resumed run has its base, but may make baselines
+    # A resumed run has its base, but may make the quantizer alone, for a row of its table.
+    alone = config.evaluate.baselines and bool(config.adapter.start_title)
+    again = alone and config.quant.needs_text and not is_base(config.model)
+    if is_base(source) and not again:
+        if is_base(config.model) and config.calibrate.data is not None:
+            logger.info(f"calibrate: not used; the base in '{config.model}' is quantized already")
         return None
-    check_text(config.quant, config.adapter, config.calibrate.data)
+    check_text(config.quant, config.adapter, config.calibrate)
     return read_calibration(config.calibrate, tokenizer, max_length)
 
 

@@ -388,7 +388,7 @@ def test_bases_that_do_not_go_with_loftq_are_refused(finished: Path, tmp_path: P
         with pytest.raises(ValueError) as refused:
             action(config(tmp_path / "new", finished, adapter__init="default"))
         assert str(refused.value) == (
-            f"model = '{finished}': this base was fitted to the adapter of its run (LoftQ) "
+            f"model = '{finished}': this base was fitted to the adapter of its run "
             f"and is incomplete without it; expected adapter.init_from = '{finished}', "
             f"{origin.removeprefix('expected ')}or a folder of irqlora quantize"
         )

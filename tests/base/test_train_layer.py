@@ -22,7 +22,6 @@ from irqlora_jax.model.layer import Context, Layer, Settings
 from irqlora_jax.model.tree import insert, linear_path
 from irqlora_jax.quant.config import QuantConfig, QuantRule
 from irqlora_jax.quant.encode import quantize
-from irqlora_jax.quant.formats import FORMATS
 from irqlora_jax.quant.trained import ApiqOptions, BlockOptions, round_matrix
 from irqlora_jax.sharding import LINEAR_NAMES
 from tests.models import assert_same, random_base, tiny_llama
@@ -173,8 +172,8 @@ def output_error(given: Given, linears: dict[str, StoredLinear], adapter: Any = 
     return float(np.mean((outputs[0] - outputs[1]) ** 2))
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_block_training_gains_with_every_format(format: str) -> None:
+@pytest.mark.parametrize("format", ["nf3", "fp4", "int2"])
+def test_block_training_gains_with_every_kind_of_format(format: str) -> None:
     quant = QuantConfig(format=format, calibration="joint")
     given = random_layer(quant)
     found = run(quant, given, FAST)
