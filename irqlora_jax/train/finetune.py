@@ -136,9 +136,9 @@ def _run_locked(config: Config, folder: Path, resume_from: int | None) -> RunRes
     if resumed:
         check_data(folder, config, data)
     elif not is_base(config.model):
-        stored = measure_base(abstract_base(job.model.config, config.quant))
-        kept = 0 if job.calibrate is None else stored.total - stored.rest
-        check_space(folder, stored.total + kept)
+        size = measure_base(abstract_base(job.model.config, config.quant))
+        kept = 0 if job.calibrate is None else size.total - size.rest
+        check_space(folder, size.total + kept)
     with jax.set_mesh(job.mesh):
         started = time.perf_counter()
         base, pairs, survey = _read_base(job, folder if resumed else config.model)

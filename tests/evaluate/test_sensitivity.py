@@ -15,11 +15,12 @@ from irqlora_jax import cli, hf
 from irqlora_jax.base.storage import measure_base
 from irqlora_jax.config import QuantizeConfig, parse_flags
 from irqlora_jax.data import Example
-from irqlora_jax.evaluate import evaluation_loss, sensitivity, swapped
+from irqlora_jax.evaluate import evaluation_loss, sensitivity
 from irqlora_jax.evaluate.sensitivity import SensitivityConfig, measure_sensitivity
 from irqlora_jax.evaluate.suggested import larger_format, suggest
 from irqlora_jax.evaluate.swapped import measure_whole, swapped_losses
 from irqlora_jax.files.checksums import check_seal
+from irqlora_jax.model import alone
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.model.tree import find_stack, linear_path, matrix_name
 from irqlora_jax.quant.config import QuantConfig, QuantRule
@@ -108,13 +109,13 @@ def test_one_compiled_layer_serves_all(model: Path, monkeypatch) -> None:
     full, _ = hf.load_base(model, None)
     packed, _ = hf.load_base(model, NF2)
     traced: list[Any] = []
-    apply = swapped._apply
+    apply = alone._apply
 
     def counting(*args: Any, **options: Any) -> Any:
         traced.append(args)
         return apply(*args, **options)
 
-    monkeypatch.setattr(swapped, "_apply", counting)
+    monkeypatch.setattr(alone, "_apply", counting)
     jax.clear_caches()
     for pair in ((full, packed), (packed, full)):
         assert len(list(swapped_losses(Llama(NARROW), *pair, [ROWS], PLACES))) == 14
