@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.calibrations.joint import JointOptions
 from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.matmul import dense_weights
+from irqlora_jax.quant.trained import BlockOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Variant:
     quant: dict[str, Any]
     init: str | None = None
     rank: int = 0
+    metric: Literal["inputs", "gradients"] = "inputs"
 
     @property
     def adapter(self) -> AdapterConfig | None:
@@ -74,18 +76,18 @@ CALIBRATIONS: dict[str, Variant] = {
     "joint inf + feedback": Variant(ERROR | FEEDBACK),
     "robust + feedback": Variant({"calibration": "robust", **FEEDBACK}),
     "importance + feedback": Variant({"calibration": "importance", **FEEDBACK}),
-    "loftq r 16": Variant(ERROR, "loftq", 16),
-    "cloq r 16": Variant(ERROR, "cloq", 16),
-    "cloq r 64": Variant(ERROR, "cloq", 64),
-    "importance + cloq r 16": Variant({"calibration": "importance"}, "cloq", 16),
-    "importance + cloq r 64": Variant({"calibration": "importance"}, "cloq", 64),
-    "importance + feedback + cloq r 16": Variant(
-        {"calibration": "importance", **FEEDBACK}, "cloq", 16
-    ),
-    "importance + feedback + cloq r 64": Variant(
-        {"calibration": "importance", **FEEDBACK}, "cloq", 64
-    ),
+    "oac": Variant({"calibration": "gptq"}, metric="gradients"),
 }
+IMPORTANCE: dict[str, Any] = {"calibration": "importance"}
+TRAINED = {"training": "block", "block": BlockOptions(4, 8, weight_lr=1e-4, scale_lr=1e-3)}
+PAIRS: dict[str, Variant] = {
+    "loftq": Variant(ERROR, "loftq"),
+    "cloq": Variant(ERROR, "cloq"),
+    "importance + cloq": Variant(IMPORTANCE, "cloq"),
+    "importance + feedback + cloq": Variant(IMPORTANCE | FEEDBACK, "cloq"),
+    "importance + cloq + block training": Variant(IMPORTANCE | TRAINED, "cloq"),
+}
+"""Initializations of a pair, for the ranks that are asked for."""
 DATA_FREE = ("none", "icq", "joint 100", "joint inf", "robust")
 FULL = "full precision"
 
@@ -108,8 +110,10 @@ def make(
     args: argparse.Namespace, config: LlamaConfig, quant: QuantConfig, own: Variant, rows: Any
 ) -> tuple[Llama, dict[str, Any]]:
     """The model and its variables, with dense weights."""
-    needs = quant.needs_inputs or (own.adapter and own.adapter.start.needs == "inputs")
-    given, key = rows if needs else None, jax.random.key(0)
+    needs = quant.needs_text or (own.adapter and own.adapter.start.needs == "inputs")
+    settings = dataclasses.replace(rows.config, metric=own.metric)
+    given = CalibrationRows(rows.tokens, settings) if needs else None
+    key = jax.random.key(0)
     model = Llama(config, adapter=own.adapter, matmul="xla")
     if own.adapter is None:
         base, pairs = hf.load_base(args.model, quant, calibrate=given)[0], {}
@@ -123,7 +127,7 @@ def summary(rows: Sequence[dict[str, Any]], same: dict[str, Any]) -> None:
     """Prints the table of the results whose fields agree with `same`."""
     rows = [row for row in rows if same.items() <= row.items()]
     losses = {(row["format"], row["calibration"]): row["losses"] for row in rows}
-    names = [name for name in CALIBRATIONS if any(name == key[1] for key in losses)]
+    names = list(dict.fromkeys(row["calibration"] for row in rows))
     print(f"\nfull precision: {np.mean(losses[FULL, 'none']):.4f}\n")
     print(table(("format", *names)))
     for format in FORMATS:
@@ -144,7 +148,9 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="text to evaluate on")
     parser.add_argument("--output", type=Path, required=True, help="file of results")
     parser.add_argument("--formats", nargs="*", default=FORMATS, choices=FORMATS)
-    parser.add_argument("--calibrations", nargs="+", default=DATA_FREE, choices=CALIBRATIONS)
+    parser.add_argument("--calibrations", nargs="*", default=DATA_FREE, choices=CALIBRATIONS)
+    parser.add_argument("--pairs", nargs="*", default=[], choices=PAIRS)
+    parser.add_argument("--ranks", nargs="*", type=int, default=[16])
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--rows", type=int, default=32, help="rows for the calibration")
@@ -167,13 +173,20 @@ def main() -> None:
     }
     text_of = {"rows": args.rows, "row_length": args.row_length}
     known = [{k: row[k] for k in (*same, "format", "calibration")} for row in read(args.output)]
-    wanted = [(FULL, "none"), *((f, c) for f in args.formats for c in args.calibrations)]
+    pairs = {
+        f"{name} r {rank}": dataclasses.replace(PAIRS[name], rank=rank)
+        for name in args.pairs
+        for rank in args.ranks
+    }
+    variants = CALIBRATIONS | pairs
+    names = [*args.calibrations, *pairs]
+    wanted = [(FULL, "none"), *((f, c) for f in args.formats for c in names)]
     for format, name in wanted:
         key = {**same, "format": format, "calibration": name}
         if key in known:
             continue
         start = time.perf_counter()
-        own = CALIBRATIONS[name]
+        own = variants[name]
         quant = QuantConfig(**{"format": KEPT if format == FULL else format, **own.quant})
         model, variables = make(args, config, quant, own, rows)
         made = time.perf_counter()
