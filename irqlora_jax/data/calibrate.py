@@ -133,8 +133,7 @@ def _read_stream(
         if format == "text":
             text = "\n\n".join(read_documents(source))
             return np.array(encode_source(tokenizer, [text])[0], np.int32)
-        lengths = {"source_length": max_length, "target_length": max_length}
-        data = DataConfig(format=format, **lengths)
+        data = DataConfig(format=format, source_length=max_length, target_length=max_length)
         examples = load_examples(source, data, tokenizer, max_length)
     except ValueError as error:
         message = str(error).replace("data.format", "calibrate.format")

@@ -58,6 +58,7 @@ def measure_calibration(config: Config, llama: LlamaConfig, target: PlanDevice) 
     with progress_bar("Compiling the calibration of a layer"), silent_stderr():
         lowered = program.trace(*given).lower()
         found = lowered.compile(compiler_options=target.options).memory_analysis()
+    assert found is not None
     moments = {
         name: 4 * columns**2
         for name, (_, columns) in shapes.items()
