@@ -1,5 +1,6 @@
 """Makes the page about `irqlora sensitivity`: which matrices quantization hurts most."""
 
+import dataclasses
 import json
 import logging
 import shlex
@@ -161,8 +162,14 @@ def _given(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The settings that are not defaults, as flags."""
     quant = quant_settings(QuantConfig.from_dict(settings["quant"]))
     for name, field in SensitivityConfig.__dataclass_fields__.items():
-        value = settings[name]
-        if name == "quant":
+        value = settings.get(name, field.default)  # earlier versions had fewer settings
+        if name == "calibrate":
+            given = value if isinstance(value, dict) else {}
+            defaults = dataclasses.asdict(field.default)
+            for key, one in given.items():
+                if one != defaults.get(key):
+                    yield f"calibrate.{key}", str(one)
+        elif name == "quant":
             defaults = quant_settings(QuantConfig())
             for key, one in quant.items():
                 if one != defaults[key]:

@@ -122,7 +122,7 @@ for make, value in (
     assert done.stdout.splitlines() == [
         "adapter.method = 'dora': expected lora, iec",
         "adapter.init = 'pissa': expected default, loftq, cloq",
-        "quant.calibration = 'iqc': expected none, icq, joint, robust",
+        "quant.calibration = 'iqc': expected none, icq, joint, robust, importance, gptq",
         "quant.format = 'nf5': expected nf4, nf3, nf2, fp4, int4, int3, int2, none",
     ]
 

@@ -294,7 +294,11 @@ def test_steps_that_give_no_numbers_name_the_layer() -> None:
     [
         ({"inputs": np.zeros((8, 11, 48), np.float32)}, FAST, r"layers.3: inputs = \(8, 11, 48\)"),
         ({"start": {}}, FAST, r"layers.3: start = \[\]: expected q_proj"),
-        ({}, BlockOptions(weight_lr=0.0, scale_lr=0.0, pair_lr=0.0), "layers.3: learning rates"),
+        (
+            {},
+            BlockOptions(weight_lr=0.0, scale_lr=0.0, pair_lr=0.0),
+            "layers.3: BlockOptions = .*a learning rate above 0",
+        ),
     ],
 )
 def test_input_that_cannot_be_is_refused(change, options, message: str) -> None:

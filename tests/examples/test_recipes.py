@@ -32,6 +32,7 @@ RECIPES = {
     "flan-v2-65b": ("30b", "65b"),
     "llama3-8b": ("llama3", "llama3.1"),
     "qlora-alpaca-7b": ("7b",),
+    "gptq-alpaca-7b": ("7b",),
     "guanaco-7b": ("7b", "65b"),
 }
 
