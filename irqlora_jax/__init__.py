@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from irqlora_jax import adapters, data, evaluate, generate, hf, quant, train
     from irqlora_jax.adapters.config import AdapterConfig
     from irqlora_jax.config import Config, TrainConfig
+    from irqlora_jax.data.calibrate import CalibrateConfig, CalibrationRows
     from irqlora_jax.data.config import DataConfig
     from irqlora_jax.model.config import LlamaConfig
     from irqlora_jax.model.llama import Llama

@@ -299,8 +299,8 @@ def _train(
     start = {name: StoredLinear(None, {}) for name in LINEAR_NAMES}
     start |= {name: StoredLinear(*one) for (_, name), one in made.items()}
     settings = dataclasses.replace(alone(llama), adapter=task.adapter)
-    states = (x.astype(np.float32, copy=False) for x in (statistics.states, full))
-    found = train_layer(settings, task.quant, layer, weights, start, *states, options)
+    states, full = (x.astype(np.float32, copy=False) for x in (statistics.states, full))
+    found = train_layer(settings, task.quant, layer, weights, start, states, full, options)
     logger.info(
         f"layer {layer}: mean squared error of the output {found.loss_before:.3g} before its "
         f"training, {found.loss_after:.3g} after"
