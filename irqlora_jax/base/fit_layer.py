@@ -14,9 +14,8 @@ import optax
 from jaxtyping import Array, Float, Float32
 
 from irqlora_jax.adapters.method import Params
-from irqlora_jax.model.alone import GROUPS
-from irqlora_jax.model.attention import rope_rotations
-from irqlora_jax.model.layer import AdaptedLinear, Context, Layer, Settings
+from irqlora_jax.model.alone import GROUPS, apply_alone
+from irqlora_jax.model.layer import AdaptedLinear, Settings
 from irqlora_jax.model.tree import Tree, insert, linear_path
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.quant.trained import ApiqOptions, BlockOptions, Leaves, round_matrix
@@ -256,11 +255,8 @@ def layer_outputs(
         if pair:
             insert(adapters, linear_path(name), pair)
     base = jax.tree.map(lambda leaf: leaf.astype(x.dtype), base)
-    positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None, :], x.shape[:2])
-    context = Context(rope_rotations(job.settings.config, positions), None, None)
-    given = (x, None), (jnp.int32(0), adapters), context
     if job.outputs == WHOLE:
-        (y, _), _ = Layer(job.settings).apply({"base": base}, *given)
+        (y, _), _ = apply_alone(job.settings, base, x, adapters)
         return [y]
 
     def linear(module: nn.Module, method: str) -> bool:
@@ -268,7 +264,7 @@ def layer_outputs(
 
     # XLA leaves out what no captured output depends on.
     options: dict[str, Any] = {"capture_intermediates": linear, "mutable": ["intermediates"]}
-    found: Any = Layer(job.settings).apply({"base": base}, *given, **options)[1]
+    found = apply_alone(job.settings, base, x, adapters, **options)[1]
     captured = found["intermediates"]
     places = [linear_path(name) for name in job.outputs]
     return [captured[group][name]["__call__"][0] for group, name in places]

@@ -30,7 +30,7 @@ def layer_outputs(
         weights: the base of the layer, without the axis of stacked layers.
         x: the hidden states in front of the layer, in rows without padding.
     """
-    return _apply(settings, weights, x, mutable=False)[0][0]
+    return apply_alone(settings, weights, x, mutable=False)[0][0]
 
 
 @functools.partial(jax.jit, static_argnames="settings")
@@ -38,13 +38,28 @@ def layer_moments(
     settings: Settings, weights: Mapping[str, Any], x: Float[Array, "batch seq hidden"]
 ) -> tuple[Float[Array, "batch seq hidden"], dict[str, Float32[Array, "in in"]]]:
     """`layer_outputs`, and for each projection the sum of x x^T over its inputs x."""
-    ((x, _), _), found = _apply(settings, weights, x, mutable=["stats"])
+    ((x, _), _), found = apply_alone(settings, weights, x, mutable=["stats"])
     parts = (found["stats"][group] for group in GROUPS)
     return x, {name: own["gram"] for part in parts for name, own in part.items()}
 
 
-def _apply(settings: Settings, weights: Mapping[str, Any], x: Array, mutable: Any) -> Any:
+def apply_alone(
+    settings: Settings,
+    weights: Mapping[str, Any],
+    x: Float[Array, "batch seq hidden"],
+    adapters: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """`Layer.apply` for rows without padding.
+
+    Args:
+        settings: of the model.
+        weights: the base of the layer.
+        x: the hidden states in front of it.
+        adapters: its adapters by group and projection; None: there are none.
+        options: of `apply`.
+    """
     positions = jnp.broadcast_to(jnp.arange(x.shape[1])[None, :], x.shape[:2])
     context = Context(rope_rotations(settings.config, positions), None, None)
-    carry, own = (x, None), (jnp.int32(0), {})
-    return Layer(settings).apply({"base": weights}, carry, own, context, mutable=mutable)
+    carry, own = (x, None), (jnp.int32(0), adapters or {})
+    return Layer(settings).apply({"base": weights}, carry, own, context, **options)

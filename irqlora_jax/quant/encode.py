@@ -7,14 +7,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
+from jaxtyping import Array, Float
 
 from irqlora_jax.quant import packing, stats
 from irqlora_jax.quant.calibrations import CALIBRATIONS, Calibrated
 from irqlora_jax.quant.calibrations.plain import block_ends
+from irqlora_jax.quant.codes import Feedback, codes_with_feedback, encode_codes
 from irqlora_jax.quant.config import QuantConfig
-from irqlora_jax.quant.entropy import FLOAT_MAX, FLOAT_TINY, quotient
-from irqlora_jax.quant.feedback import check_moments, feedback_factor, round_with_feedback
+from irqlora_jax.quant.entropy import FLOAT_MAX, FLOAT_TINY
+from irqlora_jax.quant.feedback import check_moments, feedback_factor
 from irqlora_jax.quant.formats import Format, get_format
 from irqlora_jax.quant.outliers import check_outliers, find_largest, outlier_count, split
 from irqlora_jax.quant.qtensor import QTensor
@@ -147,13 +148,6 @@ def _check_range(name: str, values: Array, low: float, high: float) -> None:
         require(bool(fine), f"{name} (least, largest)", ends, f"numbers from {low:g} to {high:g}")
 
 
-class Feedback(NamedTuple):
-    """Order of the columns, and the `feedback_factor` of the inputs in this order."""
-
-    order: Int[Array, " in"]
-    factor: Float32[Array, "in in"]
-
-
 def _feedback(gram: Array, damping: float) -> Feedback:
     order = jnp.argsort(-jnp.diagonal(gram))
     return Feedback(order, feedback_factor(gram[order][:, order], damping))
@@ -249,11 +243,11 @@ def _quantize(
         own = jax.tree.map(lambda x: rows_of(x, start, count), (scale, zero, tau))
         blocks = blocks_from(start).astype(jnp.float32)
         if feedback is None or not config.feedback:
-            codes = _encode_codes(blocks, fmt, *jax.tree.map(jnp.ravel, own))
+            codes = encode_codes(blocks, fmt, *jax.tree.map(jnp.ravel, own))
         else:
             part = blocks.reshape(count, -1)[:, :columns]
             own_kept = None if kept is None else rows_of(kept, start, count)
-            codes = _codes_with_feedback(part, own_kept, fmt, size, feedback, *own)
+            codes = codes_with_feedback(part, own_kept, fmt, size, feedback, *own)
             codes = jnp.pad(codes, ((0, 0), (0, per_row * size - columns))).reshape(-1, size)
         return packing.pack(codes, fmt.bits).reshape(count, per_row, -1)
 
@@ -304,7 +298,7 @@ def _harm(weight: Array, feedback: Feedback, config: QuantConfig, some: int) -> 
         stored = jax.tree.map(lambda x: rows_of(x, start, count), (core.scale(), zero))
         scale, own_zero = jax.tree.map(jnp.ravel, stored)
         blocks = jnp.pad(part, ((0, 0), (0, -columns % size))).reshape(-1, size)
-        codes = _encode_codes(blocks, fmt, scale, own_zero, None)
+        codes = encode_codes(blocks, fmt, scale, own_zero, None)
         levels = jnp.asarray(fmt.table)[codes]
         levels = levels if own_zero is None else levels - own_zero[:, None]
         return jnp.abs((levels * scale[:, None]).reshape(count, -1)[:, :columns] - part)
@@ -359,59 +353,6 @@ def _encode_statistics(found: Calibrated, fmt: Format, exact: bool) -> _Statisti
         "shift_max": shift_max,
     }
     return _Statistics(stored, scale, found.zero, shift)
-
-
-def _encode_codes(
-    blocks: Float32[Array, "n size"],
-    fmt: Format,
-    scale: Float32[Array, " n"],
-    zero: Float32[Array, " n"] | None,
-    shift: Float32[Array, " n"] | None,
-) -> UInt8[Array, "n size"]:
-    """Stage 3: finds the code of the level nearest to each weight."""
-    centered = blocks if shift is None else blocks - shift[:, None]
-    safe = jnp.where(scale == 0, 1, scale)[:, None]
-    if fmt.integer:
-        assert zero is not None
-        # Adds a whole zero point after rounding, as in the released code, which affects ties.
-        whole = jnp.floor(zero)[:, None]
-        codes = jnp.round(quotient(centered, safe) + (zero[:, None] - whole)) + whole
-        return jnp.clip(codes, 0, 2**fmt.bits - 1).astype(jnp.uint8)
-    # Multiplies by the reciprocal like bitsandbytes; integers divide. This affects ties.
-    scaled = centered * (1 / safe)
-    rank = jnp.zeros(scaled.shape, jnp.uint8)
-    for midpoint in fmt.midpoints:
-        rank += (scaled > midpoint).astype(jnp.uint8)
-    if fmt.order == tuple(range(len(fmt.order))):
-        return rank
-    return jnp.asarray(fmt.order, jnp.uint8)[rank]
-
-
-def _codes_with_feedback(
-    weight: Float32[Array, "out in"],
-    kept: Bool[Array, "out in"] | None,
-    fmt: Format,
-    size: int,
-    feedback: Feedback,
-    scale: Float32[Array, "out blocks"],
-    zero: Float32[Array, "out blocks"] | None,
-    shift: Float32[Array, "out blocks"] | None,
-) -> UInt8[Array, "out in"]:
-    """Stage 3 with error feedback, for whole rows. Outliers pass on what reaches them."""
-    if zero is not None:
-        shift = -zero * scale
-    levels = jnp.asarray(fmt.table)
-
-    def round_column(column: Array, index: Array) -> tuple[Array, Array]:
-        own = jax.tree.map(lambda x: x[:, index // size], (scale, zero, shift))
-        if kept is not None:
-            column = jnp.where(kept[:, index], weight[:, index], column)
-        codes = _encode_codes(column[:, None], fmt, own[0], own[1], None if fmt.integer else own[2])
-        values = levels[codes[:, 0]] * own[0]
-        values = values if own[2] is None else values + own[2]
-        return codes[:, 0], values if kept is None else jnp.where(kept[:, index], column, values)
-
-    return round_with_feedback(weight, feedback.factor, round_column, feedback.order)
 
 
 def _largest(low: Array, high: Array, shift: Array | None) -> Array:

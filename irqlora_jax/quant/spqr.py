@@ -34,11 +34,11 @@ STATISTIC_ROWS = 16
 
 
 class Spqr(NamedTuple):
-    """A matrix from `spqr`: scale * (code - zero), but for outliers.
+    """A matrix from `spqr`: scale * (code - zero), except outliers.
 
     Attributes:
         weight: the dequantized matrix, with its outliers.
-        codes: the code of an outlier is that of 0.
+        codes: an outlier has the code of 0.
         outliers: where `weight` holds an outlier.
         scale: of each row and group. Group g has the columns at the places g * group to (g + 1) *
             group - 1 of the order in which they are rounded.

@@ -27,7 +27,7 @@ from irqlora_jax.text import require
 
 Leaves = dict[str, Array]
 Match = Literal["layer", "linear"]
-_PAIR = ("lora_A", "lora_B")
+PAIR = ("lora_A", "lora_B")
 
 
 class Numbers(NamedTuple):
@@ -78,7 +78,7 @@ def _require_common(options: "ApiqOptions | BlockOptions", section: str) -> None
 
 @dataclasses.dataclass(frozen=True)
 class ApiqOptions:
-    """Options of ApiQ (arXiv 2402.05147). Defaults are those of its released code.
+    """Options of ApiQ (arXiv 2402.05147). Its released code has the same defaults.
 
     It trains the clip factors of every block, and the LoRA pairs. Weights stay as they are.
     """
@@ -113,7 +113,7 @@ class ApiqOptions:
     def rates(self) -> dict[str, tuple[float, float]]:
         """Learning rate and weight decay by leaf. Other leaves are not trained."""
         clip, pair = (self.clip_lr, self.clip_decay), (self.pair_lr, self.pair_decay)
-        return {"down": clip, "up": clip} | dict.fromkeys(_PAIR, pair)
+        return {"down": clip, "up": clip} | dict.fromkeys(PAIR, pair)
 
     def factor(self, progress: float) -> float:
         """The factor of the learning rates after this fraction of the steps."""
@@ -183,14 +183,14 @@ class BlockOptions:
         """Learning rate and weight decay by leaf. Other leaves are not trained."""
         scale, pair = (self.scale_lr, self.weight_decay), (self.pair_lr, self.pair_decay)
         own = {"weight": (self.weight_lr, self.weight_decay)}
-        return own | dict.fromkeys(("scale", "shift", "zero"), scale) | dict.fromkeys(_PAIR, pair)
+        return own | dict.fromkeys(("scale", "shift", "zero"), scale) | dict.fromkeys(PAIR, pair)
 
     def factor(self, progress: float) -> float:
         """The factor of the learning rates after this fraction of the steps."""
         return self.last_factor + (1 - self.last_factor) * (1 + math.cos(math.pi * progress)) / 2
 
     def start(self, weight: Float32[Array, "out in"], stored: QTensor) -> Leaves:
-        """The leaves of a matrix. Their values are those of `stored`.
+        """The leaves of a matrix. They start with the values of `stored`.
 
         A weight that would get another code than it has in `stored` (e.g. after error feedback)
         starts at its stored value.

@@ -109,13 +109,13 @@ def test_one_compiled_layer_serves_all(model: Path, monkeypatch) -> None:
     full, _ = hf.load_base(model, None)
     packed, _ = hf.load_base(model, NF2)
     traced: list[Any] = []
-    apply = alone._apply
+    apply = alone.apply_alone
 
     def counting(*args: Any, **options: Any) -> Any:
         traced.append(args)
         return apply(*args, **options)
 
-    monkeypatch.setattr(alone, "_apply", counting)
+    monkeypatch.setattr(alone, "apply_alone", counting)
     jax.clear_caches()
     for pair in ((full, packed), (packed, full)):
         assert len(list(swapped_losses(Llama(NARROW), *pair, [ROWS], PLACES))) == 14
