@@ -29,7 +29,8 @@ SPLIT_INPUTS = ("o_proj", "down_proj")
 
 Axes = tuple[str, ...]
 Splits = Mapping[str, tuple[str | None, ...]]
-"""By leaf of an adapter, for each dimension: "out", "in", or None if it is not split."""
+"""By leaf of an adapter, for each dimension: "out" or "in"; "blocks" for inputs of a leaf that also
+follows the outputs; None if it is not split."""
 PAIR: Splits = {"lora_A": (None, "in"), "lora_B": ("out", None)}
 """How a LoRA pair is split."""
 
@@ -106,7 +107,7 @@ def spec(mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...], splits: 
         return P()
     out, into = _linear_axes(linear)
     if "weight" not in path:
-        axes = {"out": out, "in": (*into, "fsdp"), None: ()}
+        axes = {"out": out, "in": (*into, "fsdp"), "blocks": into, None: ()}
         roles = splits.get(path[-1], (None,) * len(shape[1:]))
         sizes = zip(shape[1:], roles, strict=True)
         return P(None, *(_fitting(mesh, size, axes[role]) for size, role in sizes))

@@ -46,6 +46,8 @@ def refusal(x: Array, weight: QTensor, device: Any = None) -> str | None:
         )
     if weight.outliers is not None:
         return "it takes no weights with outliers"
+    if weight.scale_update is not None:
+        return "it takes no weights with updates of their scales"
     if weight.packed.ndim != 3:
         return f"it takes one weight, this one has leading axes {weight.packed.shape[:-3]}"
     return _missing()

@@ -278,6 +278,8 @@ def _unfit(x: Array, weight: QTensor, interpret: bool) -> str | None:
         return f"it takes blocks of {sizes} weights, not {weight.block_size}"
     if weight.outliers is not None:
         return "it takes no weights with outliers"
+    if weight.scale_update is not None:
+        return "it takes no weights with updates of their scales"
     if weight.packed.ndim != 3:
         return f"it takes one matrix, not {weight.packed.shape[:-3]} of them"
     return None

@@ -6,6 +6,12 @@ from irqlora_jax.adapters.loftq import LOFTQ
 from irqlora_jax.adapters.lora import LORA
 from irqlora_jax.adapters.method import DEFAULT, Initialization
 from irqlora_jax.adapters.method import Method as Method
+from irqlora_jax.adapters.qahira import QAHIRA
+from irqlora_jax.adapters.qalora import QALORA
+from irqlora_jax.adapters.qalora_iec import QALORA_IEC
+from irqlora_jax.adapters.qbara import QBARA
 
-METHODS: dict[str, Method] = {one.name: one for one in (LORA, IEC)}
+METHODS: dict[str, Method] = {
+    one.name: one for one in (LORA, IEC, QALORA, QALORA_IEC, QBARA, QAHIRA)
+}
 INITIALIZATIONS: dict[str, Initialization] = {one.name: one for one in (DEFAULT, LOFTQ, CLOQ)}

@@ -8,8 +8,13 @@ from irqlora_jax.adapters import INITIALIZATIONS, METHODS
 from irqlora_jax.adapters.cloq import CloqOptions
 from irqlora_jax.adapters.iec import IecOptions
 from irqlora_jax.adapters.loftq import LoftqOptions
-from irqlora_jax.adapters.method import Initialization, Method
-from irqlora_jax.sharding import LINEAR_NAMES
+from irqlora_jax.adapters.method import Initialization, Method, Shape
+from irqlora_jax.adapters.qahira import QahiraOptions
+from irqlora_jax.adapters.qalora import QaloraOptions
+from irqlora_jax.adapters.qalora_iec import QaloraIecOptions
+from irqlora_jax.adapters.qbara import QbaraOptions
+from irqlora_jax.adapters.scales import SPLITS
+from irqlora_jax.sharding import LINEAR_NAMES, Splits
 from irqlora_jax.text import require
 
 RENAMED: dict[str, tuple[str, ...]] = {
@@ -33,7 +38,10 @@ class AdapterConfig:
     """The trained update of the frozen layers."""
 
     method: MethodName = "iec"
-    """"lora": low-rank pair (QLoRA). "iec": LoRA with IR-QLoRA's parameter-free connections."""
+    """"lora": low-rank pair (QLoRA). "iec": LoRA with IR-QLoRA's parameter-free connections.
+    Methods with pooled inputs, which can be merged into the quantized base without loss: "qalora"
+    (QA-LoRA), "qalora_iec" (QA-LoRA with IEC, IR-QLoRA's code for integers), "qbara" (Q-BaRA),
+    "qahira" (QA-HiRA)."""
     rank: int = 64
     """Rank r of the update."""
     alpha: float = 16.0
@@ -53,9 +61,16 @@ class AdapterConfig:
     """Start from a trained adapter: the folder of a run (its newest checkpoint) or of a PEFT
     adapter, with the same base, method, rank, alpha and targets. The optimizer starts anew.
     "new": `model` is a run, of which only the base is used. Also written adapter.from."""
+    scales: int = 0
+    """Also train the scale and the shift of every block of the targets. Give quant.block_size; 0:
+    they stay as quantized. In EfficientQAT, training of the scales is the second phase."""
     iec: IecOptions = IecOptions()
     loftq: LoftqOptions = LoftqOptions()
     cloq: CloqOptions = CloqOptions()
+    qalora: QaloraOptions = QaloraOptions()
+    qalora_iec: QaloraIecOptions = QaloraIecOptions()
+    qbara: QbaraOptions = QbaraOptions()
+    qahira: QahiraOptions = QahiraOptions()
 
     def __post_init__(self) -> None:
         require(self.method in METHODS, "adapter.method", self.method, ", ".join(METHODS))
@@ -67,6 +82,10 @@ class AdapterConfig:
         require(self.dtype in known, "adapter.dtype", self.dtype, " or ".join(known))
         starts = ", ".join(INITIALIZATIONS)
         require(self.init in INITIALIZATIONS, "adapter.init", self.init, starts)
+        accepted = f"default with adapter.method {self.method}, which has no pair to fit"
+        ok = self.start.fit is None or self.chosen.takes_pair
+        require(ok, "adapter.init", self.init, accepted)
+        require(self.scales >= 0, "adapter.scales", self.scales, "quant.block_size, or 0")
         ok = self.init_from is None or self.init == "default"
         accepted = "default with adapter.init_from, which gives the adapter"
         require(ok, "adapter.init", self.init, accepted)
@@ -105,5 +124,14 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """The factor of the update: alpha / rank."""
+        """alpha / rank."""
         return self.alpha / self.rank
+
+    def scale_for(self, shape: Shape) -> float:
+        """The factor of the update of a layer [out, in]."""
+        return self.scale * self.chosen.gain(self.options, shape)
+
+    @property
+    def splits(self) -> Splits:
+        """How a mesh splits each leaf."""
+        return {**self.chosen.splits, **SPLITS} if self.scales else self.chosen.splits

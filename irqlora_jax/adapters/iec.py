@@ -128,7 +128,7 @@ IEC = Method(
     apply=lambda params, x, dropped, scale, weight: apply(params, x, dropped, scale),
     # The names of the scalars in released IR-QLoRA adapters.
     files=lora.LORA.files | {"beta1": "lora_A_scale", "beta2": "lora_B_scale"},  # type: ignore[operator]
-    fold=fold,
+    fold=lambda params, shape: fold(params),
     frozen=lambda options: {"both": (), "u1": ("beta2",), "u2": ("beta1",)}[options.connections],
     options=IecOptions(),
 )

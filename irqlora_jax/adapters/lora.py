@@ -92,5 +92,5 @@ LORA = Method(
     init=lambda key, shape, rank, options, dtype: init(key, shape[1], shape[0], rank, dtype),
     apply=lambda params, x, dropped, scale, weight: apply(params, x, dropped, scale),
     files={"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"},
-    fold=fold,
+    fold=lambda params, shape: fold(params),
 )

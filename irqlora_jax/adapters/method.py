@@ -33,10 +33,20 @@ class Method:
             `weight` is the frozen weight, a QTensor or a float array [out, in].
         files: name of every leaf in a PEFT file, after the name of the layer. If a file has only
             lora_A and lora_B, the other leaves keep their values from `init`.
-        fold: parameters -> the pair {"lora_A": [rank, in], "lora_B": [out, rank]} with exactly the
-            same update; None if there is no such pair.
-        delta: (parameters, (out, in)) -> the update of the weight [out, in] at scale 1; None:
-            lora_B lora_A of `fold`. Required for a method without `fold`.
+        fold: (parameters, (out, in)) -> the pair {"lora_A": [r, in], "lora_B": [out, r]} with
+            exactly the same update, of any rank r; None if there is no such pair.
+        delta: (parameters, (out, in)) -> the update of the weight [out, in] at scale 1; None: from
+            `reduced` or `fold`. A method needs at least one of the three.
+        reduced: (parameters, (out, in)) -> the update [out, in / k] at scale 1, for a method whose
+            update is the same for each k consecutive inputs. Then `absorb.py` can put it into the
+            shifts of a quantized weight.
+        gain: (options, (out, in)) -> factor of the update besides `adapter.scale`.
+        peft_fields: options -> fields of PEFT's adapter_config.json, for a method with tensors that
+            PEFT knows besides a plain pair.
+        file_factor: (options, (out, in)) -> factor of lora_B in such a file, where PEFT scales the
+            update differently.
+        takes_pair: the parameters contain a LoRA pair lora_A [rank, in] and lora_B [out, rank], so
+            an initialization can fit it.
         frozen: options -> the leaves that get no gradient.
         splits: how a mesh splits each leaf (default: LoRA's pair). "out" or "in" for a dimension
             that follows the outputs or inputs of the layer, None for one that is not split. Leaves
@@ -51,23 +61,31 @@ class Method:
     init: Callable[[PRNGKeyArray, Shape, int, Any, DTypeLike], Params]
     apply: Callable[[Params, Array, Array, float, Any], Array]
     files: Mapping[str, str]
-    fold: Callable[[Params], Params] | None = None
+    fold: Callable[[Params, Shape], Params] | None = None
     delta: Callable[[Params, Shape], Array] | None = None
+    reduced: Callable[[Params, Shape], Array] | None = None
+    gain: Callable[[Any, Shape], float] = lambda options, shape: 1.0
+    peft_fields: Callable[[Any], dict[str, Any]] = lambda options: {}
+    file_factor: Callable[[Any, Shape], float] = lambda options, shape: 1.0
+    takes_pair: bool = True
     frozen: Callable[[Any], tuple[str, ...]] = lambda options: ()
     splits: Splits = dataclasses.field(default_factory=lambda: PAIR)
     options: Any = None
 
     def __post_init__(self) -> None:
-        if self.fold is None and self.delta is None:
-            raise ValueError(f"adapter {self.name!r}: needs fold or delta, has neither")
+        if self.fold is None and self.delta is None and self.reduced is None:
+            raise ValueError(f"adapter {self.name!r}: needs fold, delta or reduced, has none")
 
     def weight_update(self, params: Params, shape: Shape) -> Float32[Array, "out in"]:
         """The update of the weight at scale 1, computed in float32."""
         wide = {name: value.astype(jnp.float32) for name, value in params.items()}
         if self.delta is not None:
             return self.delta(wide, shape)
+        if self.reduced is not None:
+            update = self.reduced(wide, shape)
+            return jnp.repeat(update, shape[1] // update.shape[1], axis=1)
         assert self.fold is not None
-        pair = self.fold(wide)
+        pair = self.fold(wide, shape)
         # Accelerators would otherwise multiply float32 with reduced precision.
         return jnp.matmul(pair["lora_B"], pair["lora_A"], precision="highest")
 

@@ -32,8 +32,8 @@ class Storage:
 
     Attributes:
         codes: codes of the linear layers, or their weights if they are not quantized.
-        scales: scales with their second level.
-        shifts: shifts or zero points, with their second level.
+        scales: scales with their second level, and their updates.
+        shifts: shifts or zero points with their second level, and their updates.
         rest: embeddings, output matrix and norms.
         weights: number of weights of the linear layers, without padding.
         outliers: weights of the linear layers that keep 16 bits, and their places.
@@ -70,9 +70,10 @@ def measure_base(base: Base) -> Storage:
             parts["codes"] += device_bytes(weight)
             continue
         parts["codes"] += device_bytes(weight.packed)
-        scales = weight.scale_codes, weight.scale_max, weight.scale_offset
+        scales = weight.scale_codes, weight.scale_max, weight.scale_offset, weight.scale_update
         parts["scales"] += device_bytes(scales)
-        parts["shifts"] += device_bytes((weight.shift_codes, weight.shift_max))
+        shifts = weight.shift_codes, weight.shift_max, weight.shift_update
+        parts["shifts"] += device_bytes(shifts)
         parts["outliers"] += device_bytes(weight.outliers)
     rest = device_bytes(base) - sum(parts.values())
     return Storage(**parts, rest=rest, weights=sum(map(_logical, linears)))

@@ -28,6 +28,12 @@ _LOAD_SCALARS = """import irqlora_jax as irq
 adapters = irq.hf.load_adapter("{adapter}", model)  # model: irq.Llama with the base below
 """
 
+_QUANTIZED = """```sh
+irqlora chat --run {name}
+irqlora eval --run {name}
+irqlora train --config FILE --model {name}
+```"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Card:
@@ -114,6 +120,11 @@ class Card:
         method = LORA if self.config is None else self.config.adapter.chosen
         trained = method.description
         finetuned = f"{origin}, {quantized}, finetuned with {trained} by irqlora_jax"
+        if self.kind == "quantized":
+            return (
+                f"{finetuned}. The adapter is part of the scales and shifts of the quantized base, "
+                f"exactly but for their rounding to {self.dtype}. The codes did not change."
+            )
         if self.kind == "merged":
             if self.config is None:
                 return f"{origin}, {quantized} and dequantized to {self.dtype} by irqlora_jax."
@@ -132,6 +143,8 @@ class Card:
         return f"{about} {form}" if own else about
 
     def _use(self) -> str:
+        if self.kind == "quantized":
+            return _QUANTIZED.format(name=self.name)
         if self.kind == "merged" or self.config is None:
             return _python(_LOAD.format(name=self.name))
         if not self.folded:

@@ -1,4 +1,5 @@
-"""Exports runs for transformers and PEFT: adapter, merged model or dequantized base."""
+"""Exports runs: an adapter, a merged model or a dequantized base for transformers and PEFT, or a
+quantized base with the adapter inside."""
 
 import contextlib
 import dataclasses
@@ -17,6 +18,7 @@ from irqlora_jax.base.file import read_base_config, read_calibrate
 from irqlora_jax.export.card import Card
 from irqlora_jax.export.model import parameters, save_model
 from irqlora_jax.export.peft import save_adapter
+from irqlora_jax.export.quantized import save_quantized, with_scales
 from irqlora_jax.files.hub import is_hub_id
 from irqlora_jax.files.small import read_json
 from irqlora_jax.messages import progress_bar, shows_messages
@@ -31,17 +33,22 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Writes a run as a folder that transformers and PEFT load."""
+    """Writes a run as a folder that transformers and PEFT load, or as a quantized base."""
 
     run: str
     """Folder of a run, of `irqlora quantize`, or of a Hugging Face LLaMA, or a .gguf file."""
     output_dir: str
     """New folder."""
-    kind: Literal["adapter", "merged", "dequantized"] = "merged"
+    kind: Literal["adapter", "merged", "dequantized", "quantized"] = "merged"
     """"merged": a model that includes the adapter. "dequantized": the dequantized base as a model,
-    with the adapter for PEFT in its folder adapter/. "adapter": only this adapter."""
+    with the adapter for PEFT in its folder adapter/. "adapter": only this adapter. "quantized": a
+    base like that of irqlora quantize, with the adapter in the shifts of its blocks. Only methods
+    with pooled inputs (adapter.method) and trained scales (adapter.scales) can be merged like
+    this."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of all weights. Null: the original file's type for models, float32 for adapters."""
+    """Type of all weights. Null: the original file's type for models, float32 for adapters. With
+    kind quantized, the type of what training changed in scales and shifts: float16 (null) keeps a
+    change to 0.05 %, float32 exactly."""
     checkpoint: Literal["last", "best"] | int = "last"
     """Checkpoint of the run: the newest, the one with the best evaluation loss, or a step."""
     fold: bool = True
@@ -61,8 +68,10 @@ class ExportConfig:
         require(ok, "shard_size", self.shard_size, "a positive number")
         ok = self.fold or self.kind == "adapter"
         require(ok, "fold", self.fold, f"true with kind {self.kind}")
-        ok = self.base_model is None or self.kind != "merged"
-        require(ok, "base_model", self.base_model, "null with kind merged")
+        ok = self.base_model is None or self.kind in ("adapter", "dequantized")
+        require(ok, "base_model", self.base_model, f"null with kind {self.kind}")
+        ok = self.dtype != "bfloat16" or self.kind != "quantized"
+        require(ok, "dtype", self.dtype, "float16 or float32 with kind quantized")
 
 
 @shows_messages
@@ -94,7 +103,11 @@ def _write(config: ExportConfig) -> Path:
         with progress_bar("Loading the model", show=config.progress):
             run = load_run(config.run, checkpoint=config.checkpoint)
         _check(config, run, aside, folder)
-        if config.kind == "adapter":
+        if config.kind == "quantized":
+            with progress_bar("Writing the base", show=config.progress):
+                save_quantized(aside, run, config.dtype or "float16")
+            _companions(aside, folder.name, run, config, "quantized", config.dtype or "float16")
+        elif config.kind == "adapter":
             base = config.base_model or _original(run)
             _adapter_folder(aside, folder.name, run, config, base)
         else:
@@ -178,18 +191,26 @@ def _renamed(aside: Path, folder: Path) -> Iterator[None]:
 
 def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:
     """Checks that the export is possible before it starts."""
-    if config.kind == "adapter" and run.step is None:
+    if config.kind in ("adapter", "quantized") and run.step is None:
         raise ValueError(
             f"run = '{config.run}': has no adapter; expected the folder of a run, or kind merged"
         )
     adapter = run.model.adapter
-    if config.kind != "merged" and config.fold and adapter and adapter.chosen.fold is None:
+    for_peft = config.kind in ("adapter", "dequantized")
+    if config.kind == "adapter" and adapter and adapter.scales:
+        raise ValueError(
+            "kind = 'adapter': adapter.scales changed the base, for which PEFT has no place; "
+            "expected merged, dequantized or quantized"
+        )
+    if for_peft and config.fold and adapter and adapter.chosen.fold is None:
         raise ValueError(
             f"kind = {config.kind!r}: no LoRA pair computes the update of {adapter.chosen.title}; "
             "expected merged"
         )
     size = sum(leaf.nbytes for leaf in _leaves(run.variables["params"]))
-    if config.kind != "adapter":
+    if config.kind == "quantized":
+        size += sum(leaf.nbytes for leaf in _leaves(run.variables["base"]))
+    elif config.kind != "adapter":
         size += parameters(run.model.config) * np.dtype(_dtype(config, run)).itemsize
     free = shutil.disk_usage(aside).free
     if size > free:
@@ -209,13 +230,16 @@ def _dtype(config: ExportConfig, run: Run) -> str:
 
 
 def _model_folder(aside: Path, name: str, run: Run, config: ExportConfig) -> None:
-    merged = config.kind == "merged"
-    model = run.model if merged else run.model.clone(adapter=None)
+    model, variables = run.model, run.variables
+    if config.kind == "dequantized":
+        if model.adapter is not None and model.adapter.scales:
+            variables = {**variables, "base": with_scales(model, variables)}
+        model = model.clone(adapter=None)
     dtype = _dtype(config, run)
     save_model(
         aside,
         model,
-        run.variables,
+        variables,
         dtype=dtype,
         shard_size=config.shard_size,
         progress=config.progress,
@@ -244,8 +268,9 @@ def _companions(
 ) -> None:
     """Writes the tokenizer with its chat template, generation settings and the model card."""
 
-    run.tokenizer.save_pretrained(aside)
-    if kind != "adapter":
+    if kind != "quantized":
+        run.tokenizer.save_pretrained(aside)
+    if kind in ("merged", "dequantized"):
         _write_generation(aside, run)
     quant = used = None
     if (run.folder / BASE_FILE).is_file():

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float32, Int
 
-from irqlora_jax.adapters import METHODS
+from irqlora_jax.adapters import scales
+from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.method import Params
 from irqlora_jax.files.tensors import write_tensors
 from irqlora_jax.messages import progress_bar
@@ -130,31 +131,36 @@ def _weight(
         tree = tree[name]
     adapter = model.adapter
     if adapter is None or path[-1] not in adapter.targets:
-        return np.asarray(_dense(tree["weight"], place))
+        return np.asarray(_one_dense(tree["weight"], place))
     params = adapters[LAYERS][path[0]][path[1]]
-    scale = jnp.float32(adapter.scale)
-    return np.asarray(_merged(tree["weight"], place, params, layer, scale, adapter.method))
+    return np.asarray(_merged(tree["weight"], place, params, layer, adapter))
 
 
 @jax.jit
-def _dense(stack: Any, place: Int[ArrayLike, ""]) -> Float32[Array, "..."]:
-    one: Any = jax.tree.map(lambda x: x[place], stack)
+def _one_dense(stack: Any, place: Int[ArrayLike, ""]) -> Float32[Array, "..."]:
+    return _dense(jax.tree.map(lambda x: x[place], stack))
+
+
+def _dense(one: Any) -> Float32[Array, "..."]:
     return one.dequantize() if isinstance(one, QTensor) else one.astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames="method")
+@functools.partial(jax.jit, static_argnames="adapter")
 def _merged(
     stack: Any,
     place: Int[ArrayLike, ""],
     params: Params,
     layer: Int[ArrayLike, ""],
-    scale: Float32[Array, ""],
-    method: str,
+    adapter: AdapterConfig,
 ) -> Float32[Array, "out in"]:
-    weight = _dense(stack, place)
-    own = {name: leaf[layer] for name, leaf in params.items()}
+    weight: Any = jax.tree.map(lambda x: x[place], stack)
+    moved, own = scales.split({name: leaf[layer] for name, leaf in params.items()})
+    if moved:
+        weight = scales.put(moved, weight)
+    weight = _dense(weight)
     rows, columns = weight.shape
-    return weight + scale * METHODS[method].weight_update(own, (rows, columns))
+    scale = jnp.float32(adapter.scale_for((rows, columns)))
+    return weight + scale * adapter.chosen.weight_update(own, (rows, columns))
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

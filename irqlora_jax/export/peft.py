@@ -13,7 +13,8 @@ from jaxtyping import Array, ArrayLike, Int
 from irqlora_jax.adapters import METHODS
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.lora import LORA
-from irqlora_jax.adapters.method import Method, Params
+from irqlora_jax.adapters.method import Method, Params, Shape
+from irqlora_jax.adapters.scales import split
 from irqlora_jax.files.small import read_json
 from irqlora_jax.files.tensors import Header, check_float, read_headers, read_into, write_tensors
 from irqlora_jax.model.llama import Llama
@@ -49,8 +50,9 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
     if adapter is None:
         raise ValueError("model.adapter = None: expected the AdapterConfig of the adapter")
     file = _adapter_file(Path(source).expanduser())
+    as_peft = False
     if file.name == ADAPTER and file.with_name(ADAPTER_CONFIG).is_file():
-        _check_adapter_config(file.with_name(ADAPTER_CONFIG), adapter)
+        as_peft = _check_adapter_config(file.with_name(ADAPTER_CONFIG), adapter)
     headers = read_headers(file)
     # PEFT has the name of the adapter in its layers, but not in its files. The released IR-QLoRA
     # code has it in the names of the scalars (lora_default_A_scale).
@@ -107,14 +109,18 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
                     f"{file}: {'.'.join((*path, part))} changes the update, so this adapter needs "
                     f"adapter.method {other.name}, not {method.name}"
                 )
+        factor = method.file_factor(adapter.options, shape) if as_peft else 1.0
+        if factor != 1:
+            parts["lora_B"] = parts["lora_B"] / np.float32(factor)
         dtype = jnp.dtype(adapter.dtype)
         insert(adapters, (LAYERS, *path), {k: jnp.asarray(v, dtype) for k, v in parts.items()})
         if len(own) < len(fresh):
-            _check_neutral(file, method, {leaf: value[0] for leaf, value in parts.items()})
+            one = {leaf: value[0] for leaf, value in parts.items()}
+            _check_neutral(file, method, one, shape)
     return adapters
 
 
-def _fresh(method: str, shape: tuple[int, int], adapter: AdapterConfig) -> dict[str, np.ndarray]:
+def _fresh(method: str, shape: Shape, adapter: AdapterConfig) -> dict[str, np.ndarray]:
     """The initial leaves of one layer for a method, in float32."""
     chosen = METHODS[method]
     options = getattr(adapter, method, chosen.options)
@@ -122,10 +128,10 @@ def _fresh(method: str, shape: tuple[int, int], adapter: AdapterConfig) -> dict[
     return {leaf: np.asarray(value) for leaf, value in made.items()}
 
 
-def _check_neutral(file: Path, method: Method, params: dict[str, np.ndarray]) -> None:
+def _check_neutral(file: Path, method: Method, params: dict[str, np.ndarray], shape: Shape) -> None:
     """Checks that leaves missing in a file, at their initial values, do not change the update."""
     pair = {leaf: params[leaf] for leaf in LORA.files}
-    folded = method.fold and method.fold({k: jnp.asarray(v) for k, v in params.items()})
+    folded = method.fold and method.fold(jax.tree.map(jnp.asarray, params), shape)
     if folded is None or any((folded[leaf] != value).any() for leaf, value in pair.items()):
         raise ValueError(
             f"{file}: holds only a LoRA pair; adapter.method {method.name} cannot start from it"
@@ -166,16 +172,23 @@ def save_adapter(
         if name in adapter.targets
     ]
 
+    if adapter.scales:  # they belong to the base
+        adapters = jax.tree.map(
+            lambda own: split(own)[1], adapters, is_leaf=lambda x: "block_scale" in x
+        )
     method = adapter.chosen
     files = LORA.files if fold else method.files
 
     def leaves(path: Keys, layer: int | Array) -> dict[str, Array]:
         params = adapters[LAYERS][path[0]][path[1]]
         if fold:
-            params = folded(params, layer, method.name)
+            params = folded(params, layer, adapter, model.config.linear_shapes[path[-1]])
         else:
             # Files store a scalar with shape [1].
             params = {leaf: jnp.atleast_1d(stack[layer]) for leaf, stack in params.items()}
+            factor = method.file_factor(adapter.options, model.config.linear_shapes[path[-1]])
+            if factor != 1:
+                params["lora_B"] = params["lora_B"].astype(jnp.float32) * factor
         return {files[leaf]: value for leaf, value in params.items()}
 
     if fold and method.fold is None:
@@ -191,13 +204,21 @@ def save_adapter(
         for part, value in sorted(leaves(path, layer).items())  # the order of `shapes`
     )
     write_tensors(folder / ADAPTER, shapes, dtype, parts)
-    alpha = adapter.alpha
+    ranks = dict.fromkeys(adapter.targets, adapter.rank)
+    if fold:  # a folded pair may have another rank
+        ranks = {
+            path[-1]: shapes[adapter_name(path, layer, LORA.files["lora_A"])][0]
+            for path, layer in places
+        }
+    rank = next(iter(ranks.values()))
+    alphas = {name: _number(adapter.alpha * own / adapter.rank) for name, own in ranks.items()}
+    others = [name for name, own in ranks.items() if own != rank]
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "r": adapter.rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "r": rank,
+        "lora_alpha": next(iter(alphas.values())),
         "lora_dropout": adapter.dropout,
         # Without this list PEFT chooses the layers itself and silently drops the other tensors.
         "target_modules": list(adapter.targets),
@@ -205,15 +226,30 @@ def save_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
+    if others:
+        values["rank_pattern"] = {name: ranks[name] for name in others}
+        values["alpha_pattern"] = {name: alphas[name] for name in others}
+    if not fold:
+        values |= method.peft_fields(adapter.options)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-@functools.partial(jax.jit, static_argnames="method")
-def folded(params: Params, layer: Int[ArrayLike, ""], method: str) -> Params:
-    """Folds one layer of a stacked adapter into a plain LoRA pair, in float32."""
-    fold = METHODS[method].fold
+def _number(value: float) -> float | int:
+    """A whole number without its decimal point, as in files of PEFT."""
+    return int(value) if value == int(value) else value
+
+
+@functools.partial(jax.jit, static_argnames=("adapter", "shape"))
+def folded(
+    params: Params, layer: Int[ArrayLike, ""], adapter: AdapterConfig, shape: Shape
+) -> Params:
+    """Folds one layer of a stacked adapter into a plain LoRA pair of scale alpha / rank, in
+    float32."""
+    fold = adapter.chosen.fold
     assert fold is not None
-    return fold({leaf: stack[layer].astype(jnp.float32) for leaf, stack in params.items()})
+    pair = fold({leaf: stack[layer].astype(jnp.float32) for leaf, stack in params.items()}, shape)
+    gain = adapter.chosen.gain(adapter.options, shape)
+    return pair if gain == 1 else pair | {"lora_B": pair["lora_B"] * gain}
 
 
 def _adapter_file(source: Path) -> Path:
@@ -240,15 +276,25 @@ _PLAIN_LORA: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "use_rslora": (False,),
     "use_dora": (False,),
+    "use_qalora": (False,),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
 
 
-def _check_adapter_config(file: Path, adapter: AdapterConfig) -> None:
+def _check_adapter_config(file: Path, adapter: AdapterConfig) -> bool:
+    """Checks that the file describes `adapter`.
+
+    Returns:
+        Whether it has the fields of PEFT for the method (`Method.peft_fields`). Files of the
+        authors' codes do not.
+    """
     values = read_json(file)
-    for name, accepted in _PLAIN_LORA.items():
+    fields = adapter.chosen.peft_fields(adapter.options)
+    as_peft = any(values.get(name) for name in fields)
+    known = _PLAIN_LORA | ({name: (value,) for name, value in fields.items()} if as_peft else {})
+    for name, accepted in known.items():
         value = values.get(name, accepted[0])
         if value not in accepted:
             raise ValueError(f"{file}: {name} = {shorten(value)}: expected {shorten(accepted[0])}")
@@ -268,6 +314,7 @@ def _check_adapter_config(file: Path, adapter: AdapterConfig) -> None:
                 f"{file}: target_modules = {', '.join(sorted(names))}, but adapter.targets = "
                 + ", ".join(sorted(adapter.targets))
             )
+    return as_peft
 
 
 def _read_adapter(

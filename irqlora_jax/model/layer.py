@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from irqlora_jax.adapters import scales
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.model.attention import attend, einsum_f32, rotate
 from irqlora_jax.model.config import LlamaConfig
@@ -113,18 +114,23 @@ class AdaptedLinear(nn.Module):
             gram = einsum_f32("bti,btj->ij", x, x)
             self.sow("stats", "gram", gram, init_fn=lambda: 0.0, reduce_fn=jnp.add)
         weight = gather(_frozen(self, self.shape), self.name)
+        if params is None:
+            y = dequant_matmul(x, weight, self.settings.matmul)
+            return split_activation(y, not split_inputs)
+        adapter = self.settings.adapter
+        assert adapter is not None
+        frozen = adapter.chosen.frozen(adapter.options)
+        leaves = {
+            name: jax.lax.stop_gradient(leaf) if name in frozen else leaf
+            for name, leaf in params.items()
+        }
+        own, leaves = scales.split(gather(leaves, self.name, adapter.splits))
+        if own:
+            weight = scales.put(own, weight)
         y = dequant_matmul(x, weight, self.settings.matmul)
-        if params is not None:
-            adapter = self.settings.adapter
-            assert adapter is not None
-            method, frozen = adapter.chosen, adapter.chosen.frozen(adapter.options)
-            dropped = nn.Dropout(adapter.dropout)(x, deterministic=self.settings.deterministic)
-            leaves = {
-                name: jax.lax.stop_gradient(leaf) if name in frozen else leaf
-                for name, leaf in params.items()
-            }
-            leaves = gather(leaves, self.name, method.splits)
-            y = y + method.apply(leaves, x, dropped, adapter.scale, weight)
+        dropped = nn.Dropout(adapter.dropout)(x, deterministic=self.settings.deterministic)
+        scale = adapter.scale_for(self.shape)
+        y = y + adapter.chosen.apply(leaves, x, dropped, scale, weight)
         return split_activation(y, not split_inputs)
 
 

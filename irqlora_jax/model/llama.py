@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int, PRNGKeyArray
 
+from irqlora_jax.adapters import scales
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.model.attention import einsum_f32, rope_rotations, segment_positions
 from irqlora_jax.model.config import LlamaConfig
@@ -164,7 +165,10 @@ class Llama(nn.Module):
             def fresh(layer: Array, module_key: Array = module_key, shape: Any = shape) -> Any:
                 key = jax.random.fold_in(module_key, layer)
                 options, dtype = adapter.options, adapter.dtype
-                return adapter.chosen.init(key, shape, adapter.rank, options, dtype)
+                own = adapter.chosen.init(key, shape, adapter.rank, options, dtype)
+                if adapter.scales:
+                    own |= scales.init(shape, adapter.scales, dtype)
+                return own
 
             group, _ = linear_path(name)
             start = {} if pairs is None else pairs[LAYERS][group][name]

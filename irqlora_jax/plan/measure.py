@@ -212,7 +212,7 @@ def measure(
         step = make_step(places, state, model=model, optimizer=optimizer, config=train)
         state = _with_shardings(
             state,
-            state_shardings(places, state, train.offload_optimizer, config.adapter.chosen.splits),
+            state_shardings(places, state, train.offload_optimizer, config.adapter.splits),
         )
         away = [x for x in jax.tree.leaves(state) if _is_on_host(x)] if not target.shared else []
         host = device_bytes(away)

@@ -20,6 +20,8 @@ class Implementation:
         backward: computes the gradient; None if jax derives it.
         is_faster: takes the operation and the operands. Returns whether this implementation was
             measured to be faster than XLA's. If not, it is used only on request.
+        takes_updates: for products: it applies `QTensor.shift_update` itself. Else the product
+            with sums of x over blocks is added to its result.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Implementation:
     forward: Callable[..., Any]
     backward: Callable[..., Any] | None = None
     is_faster: Callable[..., bool] = lambda *_: True
+    takes_updates: bool = False
 
 
 def serves_all(*_: Any) -> None:

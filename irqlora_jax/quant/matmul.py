@@ -5,22 +5,23 @@ scales, shifts and casts. It serves all weights and devices, and is the referenc
 implementations.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from irqlora_jax.quant import packing
 from irqlora_jax.quant.choose import Implementation, choose, kernel, serves_all
+from irqlora_jax.quant.formats import get_format
 from irqlora_jax.quant.qtensor import QTensor
 
 MatmulName = Literal["xla", "mosaic", "triton"]
-Product = Callable[[Array, QTensor], Array]
 FORWARD, BACKWARD = "matmul", "matmul_transposed"
 """y = x W^T, and the gradient of x, g W."""
 
@@ -39,7 +40,7 @@ def _xla_backward(g: Array, weight: QTensor) -> Array:
 
 MOSAIC = kernel("mosaic", "matmul_mosaic", FORWARD, BACKWARD, place=_place)
 TRITON = kernel("triton", "matmul_triton", FORWARD, BACKWARD, place=_place)
-XLA = Implementation("xla", serves_all, _xla_forward, _xla_backward)
+XLA = Implementation("xla", serves_all, _xla_forward, _xla_backward, takes_updates=True)
 IMPLEMENTATIONS = (MOSAIC, TRITON, XLA)
 """The preferred ones first."""
 
@@ -116,8 +117,9 @@ def dequant_matmul(
 ) -> Float[Array, "*batch out"]:
     """x @ weight^T in the type of x.
 
-    A QTensor is frozen: only x gets a gradient, and the backward pass keeps the packed weight,
-    never a dequantized one. A plain array is an ordinary operand.
+    A QTensor is frozen: besides x only its `scale_update` and `shift_update` get gradients, and the
+    backward pass keeps the packed weight, never a dequantized one. A plain array is an ordinary
+    operand.
 
     Args:
         x: activations.
@@ -140,10 +142,10 @@ def dequant_matmul(
         [1.0, 1.0, 1.0, 1.0]
     """
     if isinstance(weight, QTensor):
-        forward = _choose(FORWARD, x, weight, implementation, implementations).forward
-        backward = _choose(BACKWARD, x, weight, implementation, implementations).backward
-        assert backward is not None
-        return _frozen_matmul(forward, backward, x, weight)
+        forward = _choose(FORWARD, x, weight, implementation, implementations)
+        backward = _choose(BACKWARD, x, weight, implementation, implementations)
+        updates = {name: getattr(weight, name) for name in _UPDATES}
+        return _frozen_matmul(forward, backward, x, weight.without_updates(), updates)
     check_implementation(implementation, x, weight)
     return x @ weight.astype(x.dtype).T
 
@@ -161,19 +163,75 @@ def _choose(
     return choose(name, implementations, x, weight, operation=operation, served=served)
 
 
+_UPDATES = ("scale_update", "shift_update")
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _frozen_matmul(forward: Product, backward: Product, x: Array, weight: QTensor) -> Array:
-    return forward(*_behind_barrier(x, weight))
+def _frozen_matmul(
+    forward: Implementation,
+    backward: Implementation,
+    x: Array,
+    weight: QTensor,
+    updates: dict[str, Array | None],
+) -> Array:
+    x, weight = _behind_barrier(x, dataclasses.replace(weight, **updates))
+    if forward.takes_updates or weight.shift_update is None:
+        return forward.forward(x, weight)
+    y = forward.forward(x, dataclasses.replace(weight, shift_update=None))
+    return y + block_sums(x, weight) @ weight.shift_update.astype(x.dtype).T
 
 
 def _forward(
-    forward: Product, backward: Product, x: Array, weight: QTensor
-) -> tuple[Array, QTensor]:
-    return _frozen_matmul(forward, backward, x, weight), weight
+    forward: Implementation, backward: Implementation, x: Array, weight: QTensor, updates: Any
+) -> tuple[Array, Any]:
+    trained = any(update is not None for update in updates.values())
+    y = _frozen_matmul(forward, backward, x, weight, updates)
+    return y, (x if trained else None, weight, updates)
 
 
-def _backward(forward: Product, backward: Product, weight: QTensor, g: Array) -> tuple[Array, None]:
-    return backward(*_behind_barrier(g, weight)), None
+def _backward(
+    forward: Implementation, backward: Implementation, saved: Any, g: Array
+) -> tuple[Array, None, dict[str, Array | None]]:
+    x, weight, updates = saved
+    assert backward.backward is not None
+    g, weight = _behind_barrier(g, dataclasses.replace(weight, **updates))
+    if backward.takes_updates or weight.shift_update is None:
+        of_x = backward.backward(g, weight)
+    else:
+        of_x = backward.backward(g, dataclasses.replace(weight, shift_update=None))
+        each = jnp.repeat(g @ weight.shift_update.astype(g.dtype), weight.block_size, axis=-1)
+        of_x = of_x + each[..., : weight.shape[1]]
+    return of_x, None, _update_gradients(x, g, weight)
+
+
+def _update_gradients(x: Array | None, g: Array, weight: QTensor) -> dict[str, Array | None]:
+    """Gradients of the updates. The compiler drops them for updates that are not trained."""
+    of: dict[str, Array | None] = dict.fromkeys(_UPDATES)
+    if x is None:
+        return of
+    g = g.reshape(-1, g.shape[-1])
+    if weight.shift_update is not None:
+        sums = block_sums(x, weight).reshape(g.shape[0], -1)
+        of["shift_update"] = (g.T @ sums).astype(weight.shift_update.dtype)
+    if weight.scale_update is not None:
+        products = blocks_of(g.T @ x.reshape(g.shape[0], -1), weight.block_size)
+        levels = jnp.asarray(get_format(weight.format).table)
+        levels = levels[blocks_of(weight.codes(), weight.block_size)]
+        of_scale = jnp.sum(products.astype(jnp.float32) * levels, axis=-1)
+        of["scale_update"] = of_scale.astype(weight.scale_update.dtype)
+    return of
+
+
+def block_sums(x: Float[Array, "*batch in"], weight: QTensor) -> Float[Array, "*batch blocks"]:
+    """The sum of x over the inputs of every block."""
+    return blocks_of(x, weight.block_size).sum(-1)
+
+
+def blocks_of(x: Shaped[Array, "*batch in"], size: int) -> Shaped[Array, "*batch blocks size"]:
+    """Cuts the last axis into blocks. The last block is padded with zeros."""
+    missing = -x.shape[-1] % size
+    x = jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, missing),)) if missing else x
+    return x.reshape(*x.shape[:-1], -1, size)
 
 
 def _behind_barrier(x: Array, weight: QTensor) -> tuple[Array, QTensor]:

@@ -24,6 +24,7 @@ from irqlora_jax.quant.slabs import rows_of
         *("packed", "scale_codes", "scale_max", "scale_offset"),
         *("shift_codes", "shift_max"),
         *("outlier_values", "outlier_columns", "outlier_counts"),
+        *("scale_update", "shift_update"),
     ),
     meta_fields=("shape", "format", "block_size", "layout"),
 )
@@ -39,6 +40,8 @@ class QTensor:
       blocks counted row by row (`stats.py`); zero points are 8-bit fixed point.
     - Outliers (`outliers.py`) replace what their codes stand for. They are a list in row order.
       Without outliers there are no such arrays.
+    - The updates are what training changed: they are added to the stored scales and shifts. They
+      are floats, because 8 bits would lose 2 to 3 % of them. Missing updates are 0.
     - `layout` names the arrangement of the codes in `packed` (`packing.py`).
     - All arrays may have the same leading axes (layers under scan). `shape` never includes them.
 
@@ -56,6 +59,8 @@ class QTensor:
         outlier_values: [*lead, n] weights, or None.
         outlier_columns: [*lead, n] columns of the outliers, or None.
         outlier_counts: [*lead, out] number of outliers in every row, or None.
+        scale_update: [*lead, out, blocks] float16 or float32, or None.
+        shift_update: [*lead, out, blocks] float16 or float32, or None.
 
     Examples:
         >>> from irqlora_jax import QuantConfig, quantize
@@ -82,6 +87,8 @@ class QTensor:
     outlier_values: Float16[Array, "*lead n"] | None = None
     outlier_columns: UInt16[Array, "*lead n"] | None = None
     outlier_counts: UInt16[Array, "*lead out"] | None = None
+    scale_update: Float[Array, "*lead out blocks"] | None = None
+    shift_update: Float[Array, "*lead out blocks"] | None = None
 
     def dequantize(self, dtype: DTypeLike = jnp.float32) -> Float[Array, "*lead out in"]:
         """The weights, computed in float32 and rounded to `dtype` at the end."""
@@ -125,20 +132,24 @@ class QTensor:
         return self._as_rows(packing.unpack(self.packed, bits, self.layout))
 
     def scale(self) -> Float32[Array, "*lead out blocks"]:
-        """The stored scale of every block (the paper's s, absmax)."""
-        return self._decode_groups(self.scale_codes, self.scale_max, self.scale_offset)
+        """The scale of every block (the paper's s, absmax): the stored one and its update."""
+        scale = self._stored_scale()
+        return scale if self.scale_update is None else scale + self.scale_update.astype(jnp.float32)
 
     def shift(self) -> Float32[Array, "*lead out blocks"] | None:
-        """The stored shift of every block (the paper's tau); None if there is none."""
-        if self.shift_codes is None:
-            return None
-        fmt = get_format(self.format)
-        if fmt.integer:
-            return -stats.decode_zero(self.shift_codes, fmt.bits) * self.scale()
-        assert self.shift_max is not None
-        return self._decode_groups(
-            self.shift_codes, self.shift_max, jnp.zeros_like(self.scale_offset)
-        )
+        """The shift of every block (the paper's tau): the stored one and its update, or None.
+
+        The stored shift of an integer format is its zero point times the stored scale.
+        """
+        stored = self._stored_shift()
+        if self.shift_update is None:
+            return stored
+        update = self.shift_update.astype(jnp.float32)
+        return update if stored is None else stored + update
+
+    def without_updates(self) -> "QTensor":
+        """The weight as it was quantized."""
+        return dataclasses.replace(self, scale_update=None, shift_update=None)
 
     def entropy(self) -> Float32[Array, "*lead out blocks"]:
         """Entropy of the codes of every block in bits (eq. 7), without the padding."""
@@ -160,6 +171,20 @@ class QTensor:
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+    def _stored_scale(self) -> Array:
+        return self._decode_groups(self.scale_codes, self.scale_max, self.scale_offset)
+
+    def _stored_shift(self) -> Array | None:
+        if self.shift_codes is None:
+            return None
+        fmt = get_format(self.format)
+        if fmt.integer:
+            return -stats.decode_zero(self.shift_codes, fmt.bits) * self._stored_scale()
+        assert self.shift_max is not None
+        return self._decode_groups(
+            self.shift_codes, self.shift_max, jnp.zeros_like(self.scale_offset)
+        )
 
     def _weights(self, packed: Array, scale: Array, shift: Array | None, dtype: DTypeLike) -> Array:
         fmt = get_format(self.format)

@@ -170,7 +170,7 @@ def _finetune(
     config, model = job.config, job.model
     offload = config.train.offload_optimizer
     init = functools.partial(init_state, model, job.optimizer, config.seed)
-    state = sharded_state(job.mesh, init, offload, splits=config.adapter.chosen.splits)
+    state = sharded_state(job.mesh, init, offload, splits=config.adapter.splits)
     with Checkpoints(folder, config.train.keep_checkpoints) as checkpoints:
         latest = checkpoints.latest()
         if resume_from is not None:
@@ -331,7 +331,7 @@ def _save_start(folder: Path, job: Job, pairs: Base) -> None:
     again."""
     config = job.config
     init = functools.partial(init_state, job.model, job.optimizer, config.seed)
-    splits = config.adapter.chosen.splits
+    splits = config.adapter.splits
     state = sharded_state(job.mesh, init, config.train.offload_optimizer, pairs, splits=splits)
     with Checkpoints(folder, config.train.keep_checkpoints) as checkpoints:
         checkpoints.save(0, state)

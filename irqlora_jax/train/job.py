@@ -16,12 +16,14 @@ from irqlora_jax.config import Config
 from irqlora_jax.data import Example, hold_out, load_examples
 from irqlora_jax.data.calibrate import CalibrationRows, read_calibration
 from irqlora_jax.evaluate import Question, load_questions
+from irqlora_jax.export.quantized import absorbed_base, with_scales
 from irqlora_jax.files.hub import is_hub_id, read_config, snapshot
 from irqlora_jax.generate.samples import Samples, read_samples
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.model.tree import linear_stacks
+from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.matmul import check_implementation, preferred_layout
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs.load import is_base, read_architecture, read_tokenizer, with_end_tokens
@@ -89,8 +91,29 @@ def read_job(config: Config, source: str | Path) -> Job:
             f"{llama.vocab_size} rows; expected a tokenizer that belongs to the model"
         )
     model = make_model(llama, config.adapter, config.train)
+    check_adapter(model, config.quant)
     optimizer = make_optimizer(config.train)
     return Job(config, mesh, model, optimizer, examples, eval_examples, questions, samples, rows)
+
+
+def check_adapter(model: Llama, quant: QuantConfig) -> None:
+    """Checks that the adapter fits the layers and the base, from shapes alone. Also says if its
+    update could not become part of the quantized base, which some methods are chosen for.
+
+    Raises:
+        ValueError: an option does not suit the shape of a layer, or the base.
+    """
+    assert model.adapter is not None
+    base = abstract_base(model.config, quant)
+    variables = {"params": jax.eval_shape(model.init_adapters, jax.random.key(0)), "base": base}
+    if model.adapter.scales:
+        jax.eval_shape(lambda variables: with_scales(model, variables), variables)
+    if model.adapter.chosen.reduced is None or not quant.quantizes:
+        return
+    try:
+        jax.eval_shape(lambda variables: absorbed_base(model, variables, "float32"), variables)
+    except ValueError as error:
+        logger.info(f"adapter: {error} of irqlora export")
 
 
 def _load_calibration(

@@ -165,7 +165,7 @@ def make_step(
         state: arrays or their shapes.
         model, optimizer, config: as for `train_step`.
     """
-    splits = PAIR if model.adapter is None else model.adapter.chosen.splits
+    splits = PAIR if model.adapter is None else model.adapter.splits
     shardings = state_shardings(mesh, state, config.offload_optimizer, splits)
     return jax.jit(
         functools.partial(train_step, model=model, optimizer=optimizer, config=config),

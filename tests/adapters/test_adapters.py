@@ -16,6 +16,9 @@ from irqlora_jax.adapters import METHODS, iec, lora
 from irqlora_jax.adapters.method import Method
 from tests.models import ROOT
 
+SHAPE = 24, 192
+"""Outputs and inputs of a layer that every method takes with its default options."""
+
 
 def spread_by_definition(x: np.ndarray, size: int) -> np.ndarray:
     """eq. 12: out[j] is the mean of the window that j's share falls into."""
@@ -70,34 +73,38 @@ def test_fold_is_exact(in_features: int, out_features: int, rank: int) -> None:
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 def test_fresh_adapters_change_nothing(method: Method) -> None:
-    params = method.init(jax.random.key(0), (20, 12), 4, method.options, jnp.float32)
-    x = jax.random.normal(jax.random.key(1), (3, 12))
-    assert not np.asarray(method.apply(params, x, x, 1.0, None)).any()
-    assert float(jnp.abs(params["lora_A"]).max()) <= 1 / math.sqrt(12)
-    wide = method.init(jax.random.key(0), (8, 4096), 64, method.options, jnp.float32)["lora_A"]
-    assert float(jnp.std(wide)) == pytest.approx(1 / math.sqrt(3 * 4096), rel=0.02)
+    params = method.init(jax.random.key(0), SHAPE, 4, method.options, jnp.float32)
+    x = jax.random.normal(jax.random.key(1), (3, SHAPE[1]))
+    assert not np.asarray(method.apply(params, x, x, 1.0, jnp.zeros(SHAPE))).any()
+
+
+@pytest.mark.parametrize("method", [METHODS["lora"], METHODS["iec"]], ids=["lora", "iec"])
+def test_a_starts_as_in_peft(method: Method) -> None:
+    a = method.init(jax.random.key(0), (8, 4096), 64, method.options, jnp.float32)["lora_A"]
+    assert float(jnp.abs(a).max()) <= 1 / math.sqrt(4096)
+    assert float(jnp.std(a)) == pytest.approx(1 / math.sqrt(3 * 4096), rel=0.02)
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
 def test_apply_fold_and_weight_update_are_one_update(method: Method) -> None:
-    fresh = method.init(jax.random.key(0), (20, 12), 4, method.options, jnp.float32)
+    fresh = method.init(jax.random.key(0), SHAPE, 4, method.options, jnp.float32)
     keys = jax.random.split(jax.random.key(1), len(fresh) + 1)
     params = {
         name: jax.random.normal(key, leaf.shape)
         for (name, leaf), key in zip(fresh.items(), keys[1:], strict=True)
     }
-    x = jax.random.normal(keys[0], (3, 12))
-    y = method.apply(params, x, x, 0.5, None)
-    update = method.weight_update(params, (20, 12))
-    np.testing.assert_allclose(y, 0.5 * x @ update.T, atol=1e-5)
+    x = jax.random.normal(keys[0], (3, SHAPE[1]))
+    y = method.apply(params, x, x, 0.5, jnp.zeros(SHAPE))
+    update = method.weight_update(params, SHAPE)
+    np.testing.assert_allclose(y, 0.5 * x @ update.T, atol=1e-4)
     assert fresh.keys() <= method.files.keys()
     if method.fold is not None:
-        pair = method.fold(params)
+        pair = method.fold(params, SHAPE)
         np.testing.assert_allclose(pair["lora_B"] @ pair["lora_A"], update, atol=1e-5)
 
 
 def test_a_method_without_a_pair_must_give_its_update() -> None:
-    with pytest.raises(ValueError, match="adapter 'bare': needs fold or delta"):
+    with pytest.raises(ValueError, match="adapter 'bare': needs fold, delta or reduced"):
         dataclasses.replace(METHODS["lora"], name="bare", fold=None)
 
 
@@ -120,7 +127,7 @@ for make, value in (
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [
-        "adapter.method = 'dora': expected lora, iec",
+        "adapter.method = 'dora': expected lora, iec, qalora, qalora_iec, qbara, qahira",
         "adapter.init = 'pissa': expected default, loftq, cloq",
         "quant.calibration = 'iqc': expected none, icq, joint, robust, importance, gptq",
         "quant.format = 'nf5': expected nf4, nf3, nf2, fp4, int4, int3, int2, none",

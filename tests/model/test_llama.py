@@ -50,7 +50,9 @@ def reference_logits(config, adapter, params, base, tokens):
 
     def weight(layer, group, name):
         pair = {k: v[layer] for k, v in params["layers"][group][name].items()}
-        pair = METHODS[adapter.method].fold(pair)
+        pair = METHODS[adapter.method].fold(
+            pair, (pair["lora_B"].shape[0], pair["lora_A"].shape[1])
+        )
         update = np.asarray(pair["lora_B"] @ pair["lora_A"]) * adapter.alpha / adapter.rank
         return np.asarray(base["layers"][group][name]["weight"][layer]) + update
 

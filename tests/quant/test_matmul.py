@@ -1,5 +1,8 @@
 """dequant_matmul against the product with the dequantized matrix."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize, quantized_shape
 from irqlora_jax.quant.matmul import XLA, Implementation, dequant_matmul
+from irqlora_jax.quant.qtensor import QTensor
 from tests import hlo
 
 
@@ -130,3 +134,41 @@ def test_unknown_implementation_is_refused() -> None:
     # Under the tests' runtime checks the annotation refuses it first.
     with pytest.raises((ValueError, TypeCheckError), match=r"'fast'"):
         dequant_matmul(*make(), implementation="fast")  # type: ignore[arg-type]
+
+
+# --- updates of scales and shifts -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nf3", "int2"])
+@pytest.mark.parametrize("calibration", ["none", "icq"])
+@pytest.mark.parametrize("whole", [True, False], ids=["xla", "sums over blocks"])
+def test_updates_of_scales_and_shifts(name: Any, calibration: Any, whole: bool) -> None:
+    """Values and gradients of the dense weight, also from a product that knows no updates."""
+    config = QuantConfig(format=name, calibration=calibration, icq=IcqOptions(steps=3))
+    keys = jax.random.split(jax.random.key(0), 5)
+    weight = quantize(jax.random.normal(keys[0], (16, 100)), config)
+    given = (
+        jax.random.normal(keys[1], (2, 5, 100)),
+        *(0.1 * jax.random.normal(key, (16, 2)) for key in keys[2:4]),
+    )
+    cotangent = jax.random.normal(keys[4], (2, 5, 16))
+    one = dataclasses.replace(XLA, takes_updates=whole)
+
+    def updated(u: jax.Array, v: jax.Array) -> QTensor:
+        return dataclasses.replace(weight, scale_update=u, shift_update=v)
+
+    def dense(x: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
+        return ((x @ updated(u, v).dequantize().T) * cotangent).sum()
+
+    def ours(x: jax.Array, u: jax.Array, v: jax.Array) -> jax.Array:
+        return (dequant_matmul(x, updated(u, v), implementations=(one,)) * cotangent).sum()
+
+    wanted, found = (jax.value_and_grad(f, (0, 1, 2))(*given) for f in (dense, ours))
+    for a, b in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(b, a, atol=2e-5 * float(jnp.abs(a).max()))
+
+
+def test_without_updates_the_inputs_are_not_kept() -> None:
+    x, weight = make()
+    _, pull = jax.vjp(lambda x: dequant_matmul(x, weight), x)
+    assert x.shape not in {leaf.shape for leaf in jax.tree.leaves(pull)}
