@@ -8,6 +8,7 @@ from irqlora_jax.adapters import INITIALIZATIONS, METHODS
 from irqlora_jax.adapters.cloq import CloqOptions
 from irqlora_jax.adapters.iec import IecOptions
 from irqlora_jax.adapters.loftq import LoftqOptions
+from irqlora_jax.adapters.lokr import LokrOptions
 from irqlora_jax.adapters.method import Initialization, Method
 from irqlora_jax.sharding import LINEAR_NAMES
 from irqlora_jax.text import require
@@ -33,11 +34,15 @@ class AdapterConfig:
     """The trained update of the frozen layers."""
 
     method: MethodName = "iec"
-    """"lora": low-rank pair (QLoRA). "iec": LoRA with IR-QLoRA's parameter-free connections."""
+    """"lora": low-rank pair (QLoRA). "iec": LoRA with IR-QLoRA's parameter-free connections.
+    "lokr": a Kronecker product of two small matrices (LoKr; KronA if both are full)."""
     rank: int = 64
     """Rank r of the update."""
     alpha: float = 16.0
-    """The update is multiplied by alpha / rank."""
+    """The update is multiplied by alpha / rank, or by alpha / sqrt(rank) (`scaling`)."""
+    scaling: Literal["rank", "sqrt_rank"] = "rank"
+    """What divides alpha. "rank": the rank, as in LoRA. "sqrt_rank": its square root (rsLoRA), which
+    keeps the size of the update for large ranks."""
     dropout: float = 0.0
     """Dropout probability of the input features of the matrix A."""
     targets: tuple[str, ...] = LINEAR_NAMES
@@ -54,6 +59,7 @@ class AdapterConfig:
     adapter, with the same base, method, rank, alpha and targets. The optimizer starts anew.
     "new": `model` is a run, of which only the base is used. Also written adapter.from."""
     iec: IecOptions = IecOptions()
+    lokr: LokrOptions = LokrOptions()
     loftq: LoftqOptions = LoftqOptions()
     cloq: CloqOptions = CloqOptions()
 
@@ -67,6 +73,13 @@ class AdapterConfig:
         require(self.dtype in known, "adapter.dtype", self.dtype, " or ".join(known))
         starts = ", ".join(INITIALIZATIONS)
         require(self.init in INITIALIZATIONS, "adapter.init", self.init, starts)
+        known, pair = ("rank", "sqrt_rank"), self.chosen.has_pair
+        require(self.scaling in known, "adapter.scaling", self.scaling, " or ".join(known))
+        without = f"with adapter.method {self.method}, which has no LoRA pair"
+        ok = pair or self.scaling == "rank"
+        require(ok, "adapter.scaling", self.scaling, f"rank {without}")
+        ok = pair or self.start.fit is None
+        require(ok, "adapter.init", self.init, f"default {without}")
         ok = self.init_from is None or self.init == "default"
         accepted = "default with adapter.init_from, which gives the adapter"
         require(ok, "adapter.init", self.init, accepted)
@@ -105,5 +118,5 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """The factor of the update: alpha / rank."""
-        return self.alpha / self.rank
+        """The factor of the update: alpha / rank, or alpha / sqrt(rank)."""
+        return self.alpha / (self.rank if self.scaling == "rank" else math.sqrt(self.rank))

@@ -36,11 +36,14 @@ class Method:
         fold: parameters -> the pair {"lora_A": [rank, in], "lora_B": [out, rank]} with exactly the
             same update; None if there is no such pair.
         delta: (parameters, (out, in)) -> the update of the weight [out, in] at scale 1; None:
-            lora_B lora_A of `fold`. Required for a method without `fold`.
+            lora_B lora_A of `fold`. Required for a method without `fold` and `merge`.
+        peft: AdapterConfig -> the fields of PEFT's adapter_config.json for a file with the leaves
+            of the method; None if PEFT does not know them.
         frozen: options -> the leaves that get no gradient.
         splits: how a mesh splits each leaf (default: LoRA's pair). "out" or "in" for a dimension
             that follows the outputs or inputs of the layer, None for one that is not split. Leaves
             without an entry are copied to every device.
+        faster: leaves that learn with the larger learning rate of LoRA+ (`train.lora_plus_ratio`).
         options: default options, a frozen dataclass; None for a method without options. A method
             with options needs a field with its name in `AdapterConfig`.
     """
@@ -53,13 +56,20 @@ class Method:
     files: Mapping[str, str]
     fold: Callable[[Params], Params] | None = None
     delta: Callable[[Params, Shape], Array] | None = None
+    peft: Callable[[Any], Mapping[str, Any]] | None = None
     frozen: Callable[[Any], tuple[str, ...]] = lambda options: ()
     splits: Splits = dataclasses.field(default_factory=lambda: PAIR)
+    faster: tuple[str, ...] = ("lora_B",)
     options: Any = None
 
     def __post_init__(self) -> None:
         if self.fold is None and self.delta is None:
             raise ValueError(f"adapter {self.name!r}: needs fold or delta, has neither")
+
+    @property
+    def has_pair(self) -> bool:
+        """Whether the leaves include a LoRA pair, which an `Initialization` can fit."""
+        return PAIR.keys() <= self.files.keys()
 
     def weight_update(self, params: Params, shape: Shape) -> Float32[Array, "out in"]:
         """The update of the weight at scale 1, computed in float32."""

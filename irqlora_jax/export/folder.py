@@ -183,7 +183,9 @@ def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:
             f"run = '{config.run}': has no adapter; expected the folder of a run, or kind merged"
         )
     adapter = run.model.adapter
-    if config.kind != "merged" and config.fold and adapter and adapter.chosen.fold is None:
+    method = adapter and adapter.chosen
+    unknown = method is not None and method.fold is None and method.peft is None
+    if config.kind != "merged" and config.fold and adapter and unknown:
         raise ValueError(
             f"kind = {config.kind!r}: no LoRA pair computes the update of {adapter.chosen.title}; "
             "expected merged"

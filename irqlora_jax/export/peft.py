@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Int
 
 from irqlora_jax.adapters import METHODS
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.adapters.lora import LORA
+from irqlora_jax.adapters.lora import LORA, peft_fields
 from irqlora_jax.adapters.method import Method, Params
 from irqlora_jax.files.small import read_json
 from irqlora_jax.files.tensors import Header, check_float, read_headers, read_into, write_tensors
@@ -32,7 +32,7 @@ from irqlora_jax.text import first_few, shorten
 
 
 def load_adapter(source: str | Path, model: Llama) -> Tree:
-    """Reads a LoRA adapter of PEFT or an adapter of the released IR-QLoRA code.
+    """Reads a LoRA, DoRA or LoKr adapter of PEFT, or an adapter of the released IR-QLoRA code.
 
     A plain LoRA pair can be loaded for any method that equals LoRA when its other leaves have their
     initial values (IEC with both scalars 0).
@@ -61,10 +61,14 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
         raise ValueError(f"{file}: tensors of several adapters; expected one")
     method, depth = adapter.chosen, model.config.num_hidden_layers
     paths = [linear_path(name) for name in LINEAR_NAMES if name in adapter.targets]
-    places = [(path, layer) for path in paths for layer in range(depth)]
+    fresh = {
+        path: _fresh(method.name, model.config.linear_shapes[path[-1]], adapter) for path in paths
+    }
 
-    def keys(part: str) -> set[str]:
-        return {adapter_name(path, layer, part) for path, layer in places}
+    def keys(part: str, leaf: str | None = None) -> set[str]:
+        """Names of a part in all layers, or only where a layer has this leaf."""
+        having = [path for path in paths if leaf is None or leaf in fresh[path]]
+        return {adapter_name(path, layer, part) for path in having for layer in range(depth)}
 
     # Besides a pair, the file may have leaves of this method or of other ones.
     pair = {leaf: part for leaf, part in method.files.items() if leaf in LORA.files}
@@ -72,10 +76,12 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
     others = {
         part: (other, leaf)
         for other in METHODS.values()
+        if other.has_pair and pair
         for leaf, part in other.files.items()
         if part not in method.files.values() and keys(part) & set(names)
     }
-    wanted = set().union(*map(keys, {**pair, **own}.values()), *map(keys, others))
+    needed = [keys(part, leaf) for leaf, part in {**pair, **own}.items()]
+    wanted = set().union(*needed, *map(keys, others))
     missing, extra = sorted(wanted - set(names)), sorted(set(names) - wanted)
     if missing:
         raise ValueError(f"{file}: no tensor {first_few(missing)}")
@@ -93,12 +99,11 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
     adapters: Tree = {}
     for path in paths:
         shape = model.config.linear_shapes[path[-1]]
-        fresh = _fresh(method.name, shape, adapter)
         parts = {
             leaf: read(path, own[leaf], value.shape)
             if leaf in own
             else np.broadcast_to(value, (depth, *value.shape))
-            for leaf, value in fresh.items()
+            for leaf, value in fresh[path].items()
         }
         for part, (other, leaf) in others.items():
             neutral = _fresh(other.name, shape, adapter)[leaf]
@@ -109,7 +114,7 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
                 )
         dtype = jnp.dtype(adapter.dtype)
         insert(adapters, (LAYERS, *path), {k: jnp.asarray(v, dtype) for k, v in parts.items()})
-        if len(own) < len(fresh):
+        if fresh[path].keys() - own.keys():
             _check_neutral(file, method, {leaf: value[0] for leaf, value in parts.items()})
     return adapters
 
@@ -149,8 +154,9 @@ def save_adapter(
         adapters: from `Llama.init_adapters` or `load_adapter`.
         base_model: base_model_name_or_path, i.e. folder or hub id of the weights that the adapter
             was trained on.
-        fold: write the plain LoRA pair that computes the same update. False keeps the leaves of the
-            method, such as IEC's scalars in the released code. PEFT ignores unknown leaves.
+        fold: write what PEFT can compute: the plain LoRA pair with the same update if there is one,
+            else the leaves of a method that PEFT knows. False keeps the leaves of the method, such
+            as IEC's scalars in the released code. PEFT ignores unknown leaves.
         dtype: type of the tensors. Folding is done in float32.
 
     Raises:
@@ -167,19 +173,20 @@ def save_adapter(
     ]
 
     method = adapter.chosen
-    files = LORA.files if fold else method.files
+    if fold and method.fold is None and method.peft is None:
+        raise ValueError(f"fold = True: no LoRA pair computes the update of {method.title}")
+    folds = fold and method.fold is not None
+    files = LORA.files if folds else method.files
 
     def leaves(path: Keys, layer: int | Array) -> dict[str, Array]:
         params = adapters[LAYERS][path[0]][path[1]]
-        if fold:
+        if folds:
             params = folded(params, layer, method.name)
         else:
             # Files store a scalar with shape [1].
             params = {leaf: jnp.atleast_1d(stack[layer]) for leaf, stack in params.items()}
         return {files[leaf]: value for leaf, value in params.items()}
 
-    if fold and method.fold is None:
-        raise ValueError(f"fold = True: no LoRA pair computes the update of {method.title}")
     shapes = {
         adapter_name(path, layer, part): value.shape
         for path, layer in places
@@ -191,18 +198,14 @@ def save_adapter(
         for part, value in sorted(leaves(path, layer).items())  # the order of `shapes`
     )
     write_tensors(folder / ADAPTER, shapes, dtype, parts)
-    alpha = adapter.alpha
+    fields = peft_fields(adapter) if folds or method.peft is None else method.peft(adapter)
     values = {
-        "peft_type": "LORA",
+        # PEFT declares alpha as a whole number.
+        **{k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in fields.items()},
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "r": adapter.rank,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": adapter.dropout,
         # Without this list PEFT chooses the layers itself and silently drops the other tensors.
         "target_modules": list(adapter.targets),
-        "bias": "none",
-        "fan_in_fan_out": False,
         "inference_mode": True,
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -235,29 +238,38 @@ def _adapter_file(source: Path) -> Path:
 
 # Fields of adapter_config.json that can change what an adapter computes, with the values that do
 # not (default first). Initializations that are not listed, e.g. PiSSA, also change the base.
-_PLAIN_LORA: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "use_rslora": (False,),
-    "use_dora": (False,),
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
+# Fields of a method with their defaults in PEFT. Others matter only in the training.
+_DEFAULTS = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_rslora": False,
+    "use_dora": False,
+    "r": 8,
+    "lora_alpha": 8,
+    "alpha": 8,
+    "decompose_both": False,
+    "decompose_factor": -1,
+}
+_OURS = {"r": "rank", "lora_alpha": "alpha", "alpha": "alpha"}
 
 
 def _check_adapter_config(file: Path, adapter: AdapterConfig) -> None:
     values = read_json(file)
-    for name, accepted in _PLAIN_LORA.items():
-        value = values.get(name, accepted[0])
-        if value not in accepted:
-            raise ValueError(f"{file}: {name} = {shorten(value)}: expected {shorten(accepted[0])}")
-    for theirs, ours in (("r", "rank"), ("lora_alpha", "alpha")):
-        value, wanted = values.get(theirs, 8), getattr(adapter, ours)  # 8: the default of PEFT
-        if value != wanted:
+    fields = adapter.chosen.peft or peft_fields
+    accepted = {name: (value,) for name, value in fields(adapter).items() if name in _DEFAULTS}
+    for name, known in {**accepted, **_ACCEPTED}.items():
+        value, wanted = values.get(name, _DEFAULTS.get(name, known[0])), known[0]
+        if value not in known and name in _OURS:
             raise ValueError(
-                f"{file}: {theirs} = {shorten(value)}, but adapter.{ours} = {shorten(wanted)}"
+                f"{file}: {name} = {shorten(value)}, but adapter.{_OURS[name]} = {shorten(wanted)}"
             )
+        if value not in known:
+            raise ValueError(f"{file}: {name} = {shorten(value)}: expected {shorten(wanted)}")
     targets = values.get("target_modules")
     if targets == "all-linear":
         targets = list(LINEAR_NAMES)

@@ -89,7 +89,7 @@ def read_job(config: Config, source: str | Path) -> Job:
             f"{llama.vocab_size} rows; expected a tokenizer that belongs to the model"
         )
     model = make_model(llama, config.adapter, config.train)
-    optimizer = make_optimizer(config.train)
+    optimizer = make_optimizer(config.train, config.adapter.chosen)
     return Job(config, mesh, model, optimizer, examples, eval_examples, questions, samples, rows)
 
 
