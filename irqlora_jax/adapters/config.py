@@ -41,8 +41,8 @@ class AdapterConfig:
     alpha: float = 16.0
     """The update is multiplied by alpha / rank, or by alpha / sqrt(rank) (`scaling`)."""
     scaling: Literal["rank", "sqrt_rank"] = "rank"
-    """What divides alpha. "rank": the rank, as in LoRA. "sqrt_rank": its square root (rsLoRA), which
-    keeps the size of the update for large ranks."""
+    """What divides alpha. "rank": the rank, as in LoRA. "sqrt_rank": its square root (rsLoRA), so
+    that the update does not become smaller with a larger rank."""
     dropout: float = 0.0
     """Dropout probability of the input features of the matrix A."""
     targets: tuple[str, ...] = LINEAR_NAMES
