@@ -23,6 +23,7 @@ from tests.models import NARROW, random_adapters
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+optimizers = pytest.importorskip("peft.optimizers")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of other packages
@@ -137,7 +138,7 @@ def test_ten_steps_of_lora_plus_are_those_of_peft(decay: float) -> None:
     there = {"lora_A": layer.lora_A.default.weight, "lora_B": layer.lora_B.default.weight}
     params = {name: jnp.asarray(value.detach().numpy().copy()) for name, value in there.items()}
     weight = jnp.asarray(layer.base_layer.weight.detach().numpy())
-    groups = peft.optimizers.create_loraplus_optimizer(
+    groups = optimizers.create_loraplus_optimizer(
         theirs,
         torch.optim.AdamW,
         lr=1e-2,
