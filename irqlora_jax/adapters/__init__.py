@@ -1,6 +1,7 @@
 """Adapters: one file per method (`method.py` is the contract), and their initializations."""
 
 from irqlora_jax.adapters.cloq import CLOQ
+from irqlora_jax.adapters.dora import DORA
 from irqlora_jax.adapters.iec import IEC
 from irqlora_jax.adapters.loftq import LOFTQ
 from irqlora_jax.adapters.lokr import LOKR
@@ -8,5 +9,5 @@ from irqlora_jax.adapters.lora import LORA
 from irqlora_jax.adapters.method import DEFAULT, Initialization
 from irqlora_jax.adapters.method import Method as Method
 
-METHODS: dict[str, Method] = {one.name: one for one in (LORA, IEC, LOKR)}
+METHODS: dict[str, Method] = {one.name: one for one in (LORA, IEC, LOKR, DORA)}
 INITIALIZATIONS: dict[str, Initialization] = {one.name: one for one in (DEFAULT, LOFTQ, CLOQ)}

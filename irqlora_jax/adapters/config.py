@@ -35,7 +35,8 @@ class AdapterConfig:
 
     method: MethodName = "iec"
     """"lora": low-rank pair (QLoRA). "iec": LoRA with IR-QLoRA's parameter-free connections.
-    "lokr": a Kronecker product of two small matrices (LoKr; KronA if both are full)."""
+    "lokr": a Kronecker product of two small matrices (LoKr; KronA if both are full).
+    "dora": LoRA with a trained length for each row of the weight (DoRA)."""
     rank: int = 64
     """Rank r of the update."""
     alpha: float = 16.0

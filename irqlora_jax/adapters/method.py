@@ -28,15 +28,19 @@ class Method:
         title: short name for tables, such as "LoRA".
         description: the name for use in a sentence of a model card, with an article.
         init: (key, (out, in), rank, options, dtype) -> parameters whose update is 0.
+        from_weight: (parameters, frozen weight, scale) -> the parameters with the leaves whose
+            start depends on the weight. None: `init` gives all of them.
         apply: (parameters, x [*batch, in], dropped, scale, weight) -> the update of the output
             [*batch, out]. `dropped` is x after dropout, or x itself without dropout.
             `weight` is the frozen weight, a QTensor or a float array [out, in].
+        gain: (parameters, weight, scale) -> a factor [out] of the output, the update included, and
+            so of the rows of the merged weight; None: no factor.
         files: name of every leaf in a PEFT file, after the name of the layer. If a file has only
             lora_A and lora_B, the other leaves keep their values from `init`.
         fold: parameters -> the pair {"lora_A": [rank, in], "lora_B": [out, rank]} with exactly the
             same update; None if there is no such pair.
         delta: (parameters, (out, in)) -> the update of the weight [out, in] at scale 1; None:
-            lora_B lora_A of `fold`. Required for a method without `fold` and `merge`.
+            lora_B lora_A of `fold`. Required for a method without `fold`.
         peft: AdapterConfig -> the fields of PEFT's adapter_config.json for a file with the leaves
             of the method; None if PEFT does not know them.
         frozen: options -> the leaves that get no gradient.
@@ -54,6 +58,8 @@ class Method:
     init: Callable[[PRNGKeyArray, Shape, int, Any, DTypeLike], Params]
     apply: Callable[[Params, Array, Array, float, Any], Array]
     files: Mapping[str, str]
+    from_weight: Callable[[Params, Any, Any], Params] | None = None
+    gain: Callable[[Params, Any, Any], Array] | None = None
     fold: Callable[[Params], Params] | None = None
     delta: Callable[[Params, Shape], Array] | None = None
     peft: Callable[[Any], Mapping[str, Any]] | None = None
@@ -80,6 +86,14 @@ class Method:
         pair = self.fold(wide)
         # Accelerators would otherwise multiply float32 with reduced precision.
         return jnp.matmul(pair["lora_B"], pair["lora_A"], precision="highest")
+
+    def merged(
+        self, params: Params, weight: Float32[Array, "out in"], scale: Float32[Array, ""]
+    ) -> Float32[Array, "out in"]:
+        """The weight with the update inside, computed in float32."""
+        rows, columns = weight.shape
+        new = weight + scale * self.weight_update(params, (rows, columns))
+        return new if self.gain is None else new * self.gain(params, weight, scale)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)

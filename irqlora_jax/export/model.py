@@ -153,8 +153,7 @@ def _merged(
 ) -> Float32[Array, "out in"]:
     weight = _dense(stack, place)
     own = {name: leaf[layer] for name, leaf in params.items()}
-    rows, columns = weight.shape
-    return weight + scale * METHODS[method].weight_update(own, (rows, columns))
+    return METHODS[method].merged(own, weight, scale)
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -125,6 +125,9 @@ class AdaptedLinear(nn.Module):
             }
             leaves = gather(leaves, self.name, method.splits)
             y = y + method.apply(leaves, x, dropped, adapter.scale, weight)
+            if method.gain is not None:
+                gain = method.gain(leaves, weight, adapter.scale)
+                y = y * gain.astype(y.dtype)[None, None]
         return split_activation(y, not split_inputs)
 
 

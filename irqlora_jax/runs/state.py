@@ -97,10 +97,11 @@ def init_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     pairs: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """A new optimizer state and new adapters, from `pairs` if they are given (`hf.load_loftq`)."""
+    """A new optimizer state and new adapters; `pairs` and `base` as for `Llama.init_adapters`."""
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
-    adapters = model.init_adapters(init_key, pairs)
+    adapters = model.init_adapters(init_key, pairs, base)
     return make_state(adapters, optimizer, dropout_key)
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from irqlora_jax import hf
-from irqlora_jax.adapters import lora
+from irqlora_jax.adapters import dora, lora
 from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.adapters.dora import DORA
 from irqlora_jax.adapters.lokr import LokrOptions
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.export.peft import save_adapter
@@ -42,6 +43,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], AdapterConfig]] = {
         "LoraConfig",
         {**LORA, "use_rslora": True},
         AdapterConfig(method="lora", rank=6, alpha=9.0, scaling="sqrt_rank"),
+    ),
+    "dora": (
+        "LoraConfig",
+        {**LORA, "use_dora": True},
+        AdapterConfig(method="dora", rank=6, alpha=9.0),
     ),
     "rslora with iec": (
         "LoraConfig",
@@ -168,3 +174,68 @@ def test_ten_steps_of_lora_plus_are_those_of_peft(decay: float) -> None:
         params, state = step(params, state)
     for name, value in there.items():
         np.testing.assert_allclose(params[name], value.detach().numpy(), rtol=0, atol=1e-5)
+
+
+def grads_there(layer: Any, x: Any, cotangent: Any) -> dict[str, np.ndarray]:
+    layer.zero_grad()
+    (layer(x) * cotangent).sum().backward()
+    return {name: value.grad.numpy() for name, value in dora_leaves(layer).items()}
+
+
+def dora_leaves(layer: Any) -> dict[str, Any]:
+    magnitude = layer.lora_magnitude_vector.default.weight
+    a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
+    return {"lora_A": a, "lora_B": b, "magnitude": magnitude}
+
+
+@pytest.mark.usefixtures("optimizer_promotion")
+def test_dora_trains_as_in_peft() -> None:
+    """One layer: start, output, gradients with the norm as a constant, merge, and ten steps."""
+    torch.manual_seed(2)
+    net = torch.nn.Sequential(torch.nn.Linear(24, 16, bias=False))
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], use_dora=True)
+    theirs = peft.get_peft_model(net, settings)
+    layer = theirs.base_model.model[0]
+    x, target, cotangent = torch.randn(32, 24), torch.randn(32, 16), torch.randn(32, 16)
+    ours, aim, pull = (jnp.asarray(t.numpy()) for t in (x, target, cotangent))
+    weight = jnp.asarray(layer.base_layer.weight.detach().numpy())
+
+    def read() -> dict[str, jax.Array]:
+        return {k: jnp.asarray(v.detach().numpy().copy()) for k, v in dora_leaves(layer).items()}
+
+    def output(params: dict[str, jax.Array]) -> jax.Array:
+        y = ours @ weight.T + DORA.apply(params, ours, ours, 2.0, weight)
+        return y * dora.gain(params, weight, 2.0)[None]
+
+    params = read()
+    assert DORA.from_weight is not None
+    start = DORA.from_weight(params, weight, 2.0)
+    np.testing.assert_allclose(start["magnitude"], params["magnitude"], rtol=1e-6)
+    optimizer = make_optimizer(TrainConfig(learning_rate=1e-2, compute_dtype="float32"), DORA)
+    state = optimizer.init(params)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        grads = jax.grad(lambda params: jnp.mean((output(params) - aim) ** 2))(params)
+        steps, state = optimizer.update(grads, state, params)
+        return jax.tree.map(jnp.add, params, steps), state
+
+    there = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(10):
+        there.zero_grad()
+        torch.nn.functional.mse_loss(theirs(x), target).backward()
+        there.step()
+        params, state = step(params, state)
+    for name, value in read().items():
+        np.testing.assert_allclose(params[name], value, rtol=0, atol=1e-5)
+    # After the steps no part of the update is 0 any more.
+    params = read()
+    expected = layer(x).detach().numpy()
+    np.testing.assert_allclose(output(params), expected, rtol=0, atol=1e-5)
+    grads = jax.grad(lambda params: (output(params) * pull).sum())(params)
+    for name, value in grads_there(layer, x, cotangent).items():
+        np.testing.assert_allclose(grads[name], value, rtol=0, atol=1e-5 * np.abs(value).max())
+    merged = DORA.merged(params, weight, jnp.float32(2.0))
+    layer.merge()
+    theirs_merged = layer.base_layer.weight.detach().numpy()
+    np.testing.assert_allclose(merged, theirs_merged, rtol=0, atol=1e-6)
