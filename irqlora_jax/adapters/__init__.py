@@ -1,8 +1,10 @@
 """Adapters: one file per method (`method.py` is the contract), and their initializations."""
 
 from irqlora_jax.adapters.cloq import CLOQ
+from irqlora_jax.adapters.dora import DORA
 from irqlora_jax.adapters.iec import IEC
 from irqlora_jax.adapters.loftq import LOFTQ
+from irqlora_jax.adapters.lokr import LOKR
 from irqlora_jax.adapters.lora import LORA
 from irqlora_jax.adapters.method import DEFAULT, Initialization
 from irqlora_jax.adapters.method import Method as Method
@@ -12,6 +14,6 @@ from irqlora_jax.adapters.qalora_iec import QALORA_IEC
 from irqlora_jax.adapters.qbara import QBARA
 
 METHODS: dict[str, Method] = {
-    one.name: one for one in (LORA, IEC, QALORA, QALORA_IEC, QBARA, QAHIRA)
+    one.name: one for one in (LORA, IEC, LOKR, DORA, QALORA, QALORA_IEC, QBARA, QAHIRA)
 }
 INITIALIZATIONS: dict[str, Initialization] = {one.name: one for one in (DEFAULT, LOFTQ, CLOQ)}

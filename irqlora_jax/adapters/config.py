@@ -8,6 +8,7 @@ from irqlora_jax.adapters import INITIALIZATIONS, METHODS
 from irqlora_jax.adapters.cloq import CloqOptions
 from irqlora_jax.adapters.iec import IecOptions
 from irqlora_jax.adapters.loftq import LoftqOptions
+from irqlora_jax.adapters.lokr import LokrOptions
 from irqlora_jax.adapters.method import Initialization, Method, Shape
 from irqlora_jax.adapters.qahira import QahiraOptions
 from irqlora_jax.adapters.qalora import QaloraOptions
@@ -39,13 +40,18 @@ class AdapterConfig:
 
     method: MethodName = "iec"
     """"lora": low-rank pair (QLoRA). "iec": LoRA with IR-QLoRA's parameter-free connections.
+    "lokr": a Kronecker product of two small matrices (LoKr; KronA if both are full).
+    "dora": LoRA with a trained length for each row of the weight (DoRA).
     Methods with pooled inputs, which can be merged into the quantized base without loss: "qalora"
     (QA-LoRA), "qalora_iec" (QA-LoRA with IEC, IR-QLoRA's code for integers), "qbara" (Q-BaRA),
     "qahira" (QA-HiRA)."""
     rank: int = 64
     """Rank r of the update."""
     alpha: float = 16.0
-    """The update is multiplied by alpha / rank."""
+    """The update is multiplied by alpha / rank, or by alpha / sqrt(rank) (`scaling`)."""
+    scaling: Literal["rank", "sqrt_rank"] = "rank"
+    """What divides alpha. "rank": the rank, as in LoRA. "sqrt_rank": its square root (rsLoRA), so
+    that the update does not become smaller with a larger rank."""
     dropout: float = 0.0
     """Dropout probability of the input features of the matrix A."""
     targets: tuple[str, ...] = LINEAR_NAMES
@@ -65,6 +71,7 @@ class AdapterConfig:
     """Also train the scale and the shift of every block of the targets. Give quant.block_size; 0:
     they stay as quantized. In EfficientQAT, training of the scales is the second phase."""
     iec: IecOptions = IecOptions()
+    lokr: LokrOptions = LokrOptions()
     loftq: LoftqOptions = LoftqOptions()
     cloq: CloqOptions = CloqOptions()
     qalora: QaloraOptions = QaloraOptions()
@@ -82,9 +89,13 @@ class AdapterConfig:
         require(self.dtype in known, "adapter.dtype", self.dtype, " or ".join(known))
         starts = ", ".join(INITIALIZATIONS)
         require(self.init in INITIALIZATIONS, "adapter.init", self.init, starts)
-        accepted = f"default with adapter.method {self.method}, which has no pair to fit"
-        ok = self.start.fit is None or self.chosen.takes_pair
-        require(ok, "adapter.init", self.init, accepted)
+        known, pair = ("rank", "sqrt_rank"), self.chosen.has_pair
+        require(self.scaling in known, "adapter.scaling", self.scaling, " or ".join(known))
+        without = f"with adapter.method {self.method}, which has no LoRA pair"
+        ok = pair or self.scaling == "rank"
+        require(ok, "adapter.scaling", self.scaling, f"rank {without}")
+        ok = pair or self.start.fit is None
+        require(ok, "adapter.init", self.init, f"default {without}")
         require(self.scales >= 0, "adapter.scales", self.scales, "quant.block_size, or 0")
         ok = self.init_from is None or self.init == "default"
         accepted = "default with adapter.init_from, which gives the adapter"
@@ -124,12 +135,12 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """alpha / rank."""
-        return self.alpha / self.rank
+        """alpha / rank, or alpha / sqrt(rank)."""
+        return self.alpha / (self.rank if self.scaling == "rank" else math.sqrt(self.rank))
 
     def scale_for(self, shape: Shape) -> float:
         """The factor of the update of a layer [out, in]."""
-        return self.scale * self.chosen.gain(self.options, shape)
+        return self.scale * self.chosen.factor(self.options, shape)
 
     @property
     def splits(self) -> Splits:

@@ -130,5 +130,7 @@ IEC = Method(
     files=lora.LORA.files | {"beta1": "lora_A_scale", "beta2": "lora_B_scale"},  # type: ignore[operator]
     fold=lambda params, shape: fold(params),
     frozen=lambda options: {"both": (), "u1": ("beta2",), "u2": ("beta1",)}[options.connections],
+    # The rule of LoRA+ in PEFT for parameters of one dimension.
+    faster=("lora_B", "beta1", "beta2"),
     options=IecOptions(),
 )

@@ -1,6 +1,7 @@
 """LoRA, the plain low-rank update: y += (alpha / rank) * B A x (Hu et al. 2021; QLoRA, eq. 5)."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,20 @@ def fold(params: Params) -> Params:
     return params
 
 
+def peft_fields(adapter: Any, dora: bool = False) -> dict[str, Any]:
+    """Fields of PEFT's adapter_config.json; `adapter` is an `AdapterConfig`."""
+    return {
+        "peft_type": "LORA",
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": adapter.dropout,
+        "use_rslora": adapter.scaling == "sqrt_rank",
+        "use_dora": dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }
+
+
 LORA = Method(
     name="lora",
     title="LoRA",
@@ -93,4 +108,5 @@ LORA = Method(
     apply=lambda params, x, dropped, scale, weight: apply(params, x, dropped, scale),
     files={"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"},
     fold=lambda params, shape: fold(params),
+    peft=peft_fields,
 )

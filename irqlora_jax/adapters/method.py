@@ -28,9 +28,13 @@ class Method:
         title: short name for tables, such as "LoRA".
         description: the name for use in a sentence of a model card, with an article.
         init: (key, (out, in), rank, options, dtype) -> parameters whose update is 0.
+        from_weight: (parameters, frozen weight, scale) -> the parameters with the leaves whose
+            start depends on the weight. None: `init` gives all of them.
         apply: (parameters, x [*batch, in], dropped, scale, weight) -> the update of the output
             [*batch, out]. `dropped` is x after dropout, or x itself without dropout.
             `weight` is the frozen weight, a QTensor or a float array [out, in].
+        gain: (parameters, weight, scale) -> a factor [out] of the output, the update included, and
+            so of the rows of the merged weight; None: no factor.
         files: name of every leaf in a PEFT file, after the name of the layer. If a file has only
             lora_A and lora_B, the other leaves keep their values from `init`.
         fold: (parameters, (out, in)) -> the pair {"lora_A": [r, in], "lora_B": [out, r]} with
@@ -40,17 +44,19 @@ class Method:
         reduced: (parameters, (out, in)) -> the update [out, in / k] at scale 1, for a method whose
             update is the same for each k consecutive inputs. Then `absorb.py` can put it into the
             shifts of a quantized weight.
-        gain: (options, (out, in)) -> factor of the update besides `adapter.scale`.
-        peft_fields: options -> fields of PEFT's adapter_config.json, for a method with tensors that
-            PEFT knows besides a plain pair.
-        file_factor: (options, (out, in)) -> factor of lora_B in such a file, where PEFT scales the
-            update differently.
-        takes_pair: the parameters contain a LoRA pair lora_A [rank, in] and lora_B [out, rank], so
-            an initialization can fit it.
+        factor: (options, (out, in)) -> factor of the update besides `adapter.scale`.
+        peft: AdapterConfig -> the fields of PEFT's adapter_config.json for a file with the leaves
+            of the method; None if PEFT does not know them.
+        file_factor: (options, (out, in)) -> factor of lora_B in such a file, if PEFT scales the
+            update differently. Files of the authors' code, without these fields, are read as they
+            are. None: there are no such files, and the factor is 1.
+        has_pair: the parameters contain a LoRA pair lora_A [rank, in] and lora_B [out, rank], so
+            an `Initialization` can fit it.
         frozen: options -> the leaves that get no gradient.
         splits: how a mesh splits each leaf (default: LoRA's pair). "out" or "in" for a dimension
             that follows the outputs or inputs of the layer, None for one that is not split. Leaves
             without an entry are copied to every device.
+        faster: leaves that learn with the larger learning rate of LoRA+ (`train.lora_plus_ratio`).
         options: default options, a frozen dataclass; None for a method without options. A method
             with options needs a field with its name in `AdapterConfig`.
     """
@@ -61,15 +67,18 @@ class Method:
     init: Callable[[PRNGKeyArray, Shape, int, Any, DTypeLike], Params]
     apply: Callable[[Params, Array, Array, float, Any], Array]
     files: Mapping[str, str]
+    from_weight: Callable[[Params, Any, Any], Params] | None = None
+    gain: Callable[[Params, Any, Any], Array] | None = None
     fold: Callable[[Params, Shape], Params] | None = None
     delta: Callable[[Params, Shape], Array] | None = None
     reduced: Callable[[Params, Shape], Array] | None = None
-    gain: Callable[[Any, Shape], float] = lambda options, shape: 1.0
-    peft_fields: Callable[[Any], dict[str, Any]] = lambda options: {}
-    file_factor: Callable[[Any, Shape], float] = lambda options, shape: 1.0
-    takes_pair: bool = True
+    factor: Callable[[Any, Shape], float] = lambda options, shape: 1.0
+    peft: Callable[[Any], Mapping[str, Any]] | None = None
+    file_factor: Callable[[Any, Shape], float] | None = None
+    has_pair: bool = True
     frozen: Callable[[Any], tuple[str, ...]] = lambda options: ()
     splits: Splits = dataclasses.field(default_factory=lambda: PAIR)
+    faster: tuple[str, ...] = ("lora_B",)
     options: Any = None
 
     def __post_init__(self) -> None:
@@ -88,6 +97,14 @@ class Method:
         pair = self.fold(wide, shape)
         # Accelerators would otherwise multiply float32 with reduced precision.
         return jnp.matmul(pair["lora_B"], pair["lora_A"], precision="highest")
+
+    def merged(
+        self, params: Params, weight: Float32[Array, "out in"], scale: Float32[Array, ""]
+    ) -> Float32[Array, "out in"]:
+        """The weight with the update inside, computed in float32."""
+        rows, columns = weight.shape
+        new = weight + scale * self.weight_update(params, (rows, columns))
+        return new if self.gain is None else new * self.gain(params, weight, scale)[:, None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,6 +77,6 @@ QAHIRA = Method(
     files={"matrix": "lora_A.weight"},
     reduced=reduced,
     splits={"matrix": ("out", "blocks")},
-    takes_pair=False,
+    has_pair=False,
     options=QahiraOptions(),
 )

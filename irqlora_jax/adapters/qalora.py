@@ -9,7 +9,7 @@ base, the update becomes part of the shifts (`absorb.py`).
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -108,14 +108,19 @@ def fold(params: Params, shape: Shape) -> Params:
     return params | {"lora_A": jnp.repeat(params["lora_A"], group, axis=1) / group}
 
 
-def _gain(options: QaloraOptions, shape: Shape) -> float:
+def _factor(options: QaloraOptions, shape: Shape) -> float:
     group = options.group
     return {"mean": 1.0, "sum": float(group), "peft": shape[1] / group}[options.pooling]
 
 
 def _file_factor(options: QaloraOptions, shape: Shape) -> float:
     """PEFT's own pooling, whatever the adapter was trained with."""
-    return _gain(options, shape) * options.group / shape[1]
+    return _factor(options, shape) * options.group / shape[1]
+
+
+def _peft_fields(adapter: Any) -> dict[str, Any]:
+    own = {"use_qalora": True, "qalora_group_size": adapter.qalora.group}
+    return {**lora.peft_fields(adapter), **own}
 
 
 QALORA = Method(
@@ -127,9 +132,9 @@ QALORA = Method(
     files=lora.LORA.files,
     fold=fold,
     reduced=reduced,
-    gain=_gain,
-    peft_fields=lambda options: {"use_qalora": True, "qalora_group_size": options.group},
+    factor=_factor,
+    peft=_peft_fields,
     file_factor=_file_factor,
-    takes_pair=False,
+    has_pair=False,
     options=QaloraOptions(),
 )

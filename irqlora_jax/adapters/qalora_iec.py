@@ -80,6 +80,6 @@ QALORA_IEC = Method(
     files=iec.IEC.files,
     fold=fold,
     reduced=reduced,
-    takes_pair=False,
+    has_pair=False,
     options=QaloraIecOptions(),
 )

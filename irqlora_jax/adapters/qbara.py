@@ -95,6 +95,6 @@ QBARA = Method(
     files=lora.LORA.files,
     fold=fold,
     reduced=reduced,
-    takes_pair=False,
+    has_pair=False,
     options=QbaraOptions(),
 )

@@ -32,6 +32,8 @@ class TrainConfig:
     """Gradient accumulation: split a batch into this many forward and backward passes."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
+    lora_plus_ratio: float = 1.0
+    """LoRA+: the matrix lora_B learns with this many times the learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate schedule after the warmup; linear and cosine end at 0 at the last step."""
     warmup_steps: int = 0
@@ -86,7 +88,7 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"train.{name}", value, "0 <= value < 1")
-        for name in ("learning_rate", "eps"):
+        for name in ("learning_rate", "lora_plus_ratio", "eps"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"train.{name}", value, "a positive finite number")
         clip = self.clip_norm
@@ -170,6 +172,9 @@ class Config:
         # A fitted initialization corrects the quantization error.
         ok = self.quant.quantizes or self.adapter.start.fit is None
         require(ok, "adapter.init", self.adapter.init, "default with quant.format none")
+        ok = self.train.lora_plus_ratio == 1 or len(self.adapter.chosen.faster) > 0
+        accepted = f"1 with adapter.method {self.adapter.method}, which has no lora_B"
+        require(ok, "train.lora_plus_ratio", self.train.lora_plus_ratio, accepted)
 
     @staticmethod
     def fill(given: dict[str, Any], convert: Convert) -> dict[str, Any]:

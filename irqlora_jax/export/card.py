@@ -135,11 +135,13 @@ class Card:
         if self.kind == "dequantized":
             text = f"{origin}, {quantized} and dequantized to {self.dtype} by irqlora_jax."
             return text if self.config is None else f"{text} `adapter/` has the finetuned adapter."
+        about = f"The adapter of {finetuned}."
         own = [f"`{name}`" for name in method.files.values() if name not in LORA.files.values()]
         form = f"The tensors of {method.title} are kept ({', '.join(own)})."
+        if self.folded and method.fold is None:
+            return f"{about} PEFT loads it as {method.title}."
         if self.folded:
             form = f"{method.title} is folded into a plain LoRA pair that computes the same update."
-        about = f"The adapter of {finetuned}."
         return f"{about} {form}" if own else about
 
     def _use(self) -> str:
@@ -147,7 +149,7 @@ class Card:
             return _QUANTIZED.format(name=self.name)
         if self.kind == "merged" or self.config is None:
             return _python(_LOAD.format(name=self.name))
-        if not self.folded:
+        if not self.folded and self.config.adapter.chosen.fold is not None:
             note = "PEFT ignores tensors that it does not know, so its outputs would be wrong."
             return f"{_python(_LOAD_SCALARS.format(adapter=self.name))}\n\n{note} {self._warning()}"
         base, adapter = self.name, f"{self.name}/adapter"

@@ -196,13 +196,15 @@ def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:
             f"run = '{config.run}': has no adapter; expected the folder of a run, or kind merged"
         )
     adapter = run.model.adapter
+    method = adapter and adapter.chosen
+    unknown = method is not None and method.fold is None and method.peft is None
     for_peft = config.kind in ("adapter", "dequantized")
     if config.kind == "adapter" and adapter and adapter.scales:
         raise ValueError(
             "kind = 'adapter': adapter.scales changed the base, for which PEFT has no place; "
             "expected merged, dequantized or quantized"
         )
-    if for_peft and config.fold and adapter and adapter.chosen.fold is None:
+    if for_peft and config.fold and adapter and unknown:
         raise ValueError(
             f"kind = {config.kind!r}: no LoRA pair computes the update of {adapter.chosen.title}; "
             "expected merged"

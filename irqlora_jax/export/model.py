@@ -160,7 +160,7 @@ def _merged(
     weight = _dense(weight)
     rows, columns = weight.shape
     scale = jnp.float32(adapter.scale_for((rows, columns)))
-    return weight + scale * adapter.chosen.weight_update(own, (rows, columns))
+    return adapter.chosen.merged(own, weight, scale)
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Int
 
 from irqlora_jax.adapters import METHODS
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.adapters.lora import LORA
+from irqlora_jax.adapters.lora import LORA, peft_fields
 from irqlora_jax.adapters.method import Method, Params, Shape
 from irqlora_jax.adapters.scales import split
 from irqlora_jax.files.small import read_json
@@ -33,7 +33,7 @@ from irqlora_jax.text import first_few, shorten
 
 
 def load_adapter(source: str | Path, model: Llama) -> Tree:
-    """Reads a LoRA adapter of PEFT or an adapter of the released IR-QLoRA code.
+    """Reads a LoRA, DoRA or LoKr adapter of PEFT, or an adapter of the released IR-QLoRA code.
 
     A plain LoRA pair can be loaded for any method that equals LoRA when its other leaves have their
     initial values (IEC with both scalars 0).
@@ -63,10 +63,14 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
         raise ValueError(f"{file}: tensors of several adapters; expected one")
     method, depth = adapter.chosen, model.config.num_hidden_layers
     paths = [linear_path(name) for name in LINEAR_NAMES if name in adapter.targets]
-    places = [(path, layer) for path in paths for layer in range(depth)]
+    fresh = {
+        path: _fresh(method.name, model.config.linear_shapes[path[-1]], adapter) for path in paths
+    }
 
-    def keys(part: str) -> set[str]:
-        return {adapter_name(path, layer, part) for path, layer in places}
+    def keys(part: str, leaf: str | None = None) -> set[str]:
+        """Names of a part in all layers, or only where a layer has this leaf."""
+        having = [path for path in paths if leaf is None or leaf in fresh[path]]
+        return {adapter_name(path, layer, part) for path in having for layer in range(depth)}
 
     # Besides a pair, the file may have leaves of this method or of other ones.
     pair = {leaf: part for leaf, part in method.files.items() if leaf in LORA.files}
@@ -74,10 +78,12 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
     others = {
         part: (other, leaf)
         for other in METHODS.values()
+        if other.has_pair and pair
         for leaf, part in other.files.items()
         if part not in method.files.values() and keys(part) & set(names)
     }
-    wanted = set().union(*map(keys, {**pair, **own}.values()), *map(keys, others))
+    needed = [keys(part, leaf) for leaf, part in {**pair, **own}.items()]
+    wanted = set().union(*needed, *map(keys, others))
     missing, extra = sorted(wanted - set(names)), sorted(set(names) - wanted)
     if missing:
         raise ValueError(f"{file}: no tensor {first_few(missing)}")
@@ -95,12 +101,11 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
     adapters: Tree = {}
     for path in paths:
         shape = model.config.linear_shapes[path[-1]]
-        fresh = _fresh(method.name, shape, adapter)
         parts = {
             leaf: read(path, own[leaf], value.shape)
             if leaf in own
             else np.broadcast_to(value, (depth, *value.shape))
-            for leaf, value in fresh.items()
+            for leaf, value in fresh[path].items()
         }
         for part, (other, leaf) in others.items():
             neutral = _fresh(other.name, shape, adapter)[leaf]
@@ -109,12 +114,12 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
                     f"{file}: {'.'.join((*path, part))} changes the update, so this adapter needs "
                     f"adapter.method {other.name}, not {method.name}"
                 )
-        factor = method.file_factor(adapter.options, shape) if as_peft else 1.0
-        if factor != 1:
+        if as_peft and method.file_factor is not None:
+            factor = method.file_factor(adapter.options, shape)
             parts["lora_B"] = parts["lora_B"] / np.float32(factor)
         dtype = jnp.dtype(adapter.dtype)
         insert(adapters, (LAYERS, *path), {k: jnp.asarray(v, dtype) for k, v in parts.items()})
-        if len(own) < len(fresh):
+        if fresh[path].keys() - own.keys():
             one = {leaf: value[0] for leaf, value in parts.items()}
             _check_neutral(file, method, one, shape)
     return adapters
@@ -155,8 +160,9 @@ def save_adapter(
         adapters: from `Llama.init_adapters` or `load_adapter`.
         base_model: base_model_name_or_path, i.e. folder or hub id of the weights that the adapter
             was trained on.
-        fold: write the plain LoRA pair that computes the same update. False keeps the leaves of the
-            method, such as IEC's scalars in the released code. PEFT ignores unknown leaves.
+        fold: write what PEFT can compute: the plain LoRA pair with the same update if there is one,
+            else the leaves of a method that PEFT knows. False keeps the leaves of the method, such
+            as IEC's scalars in the released code. PEFT ignores unknown leaves.
         dtype: type of the tensors. Folding is done in float32.
 
     Raises:
@@ -177,22 +183,24 @@ def save_adapter(
             lambda own: split(own)[1], adapters, is_leaf=lambda x: "block_scale" in x
         )
     method = adapter.chosen
-    files = LORA.files if fold else method.files
+    if fold and method.fold is None and method.peft is None:
+        raise ValueError(f"fold = True: no LoRA pair computes the update of {method.title}")
+    folds = fold and method.fold is not None
+    files = LORA.files if folds else method.files
 
     def leaves(path: Keys, layer: int | Array) -> dict[str, Array]:
         params = adapters[LAYERS][path[0]][path[1]]
-        if fold:
+        if folds:
             params = folded(params, layer, adapter, model.config.linear_shapes[path[-1]])
         else:
             # Files store a scalar with shape [1].
             params = {leaf: jnp.atleast_1d(stack[layer]) for leaf, stack in params.items()}
-            factor = method.file_factor(adapter.options, model.config.linear_shapes[path[-1]])
-            if factor != 1:
+            if method.file_factor is not None:
+                shape = model.config.linear_shapes[path[-1]]
+                factor = method.file_factor(adapter.options, shape)
                 params["lora_B"] = params["lora_B"].astype(jnp.float32) * factor
         return {files[leaf]: value for leaf, value in params.items()}
 
-    if fold and method.fold is None:
-        raise ValueError(f"fold = True: no LoRA pair computes the update of {method.title}")
     shapes = {
         adapter_name(path, layer, part): value.shape
         for path, layer in places
@@ -204,52 +212,51 @@ def save_adapter(
         for part, value in sorted(leaves(path, layer).items())  # the order of `shapes`
     )
     write_tensors(folder / ADAPTER, shapes, dtype, parts)
-    ranks = dict.fromkeys(adapter.targets, adapter.rank)
-    if fold:  # a folded pair may have another rank
-        ranks = {
-            path[-1]: shapes[adapter_name(path, layer, LORA.files["lora_A"])][0]
-            for path, layer in places
-        }
-    rank = next(iter(ranks.values()))
-    alphas = {name: _number(adapter.alpha * own / adapter.rank) for name, own in ranks.items()}
-    others = [name for name, own in ranks.items() if own != rank]
+    fields = dict(peft_fields(adapter) if folds or method.peft is None else method.peft(adapter))
+    if folds:  # the pair may have another rank
+        fields |= _rank_fields(
+            adapter,
+            {
+                path[-1]: shapes[adapter_name(path, layer, LORA.files["lora_A"])][0]
+                for path, layer in places
+            },
+        )
     values = {
-        "peft_type": "LORA",
+        # PEFT declares alpha as a whole number.
+        **{k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in fields.items()},
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
-        "r": rank,
-        "lora_alpha": next(iter(alphas.values())),
-        "lora_dropout": adapter.dropout,
         # Without this list PEFT chooses the layers itself and silently drops the other tensors.
         "target_modules": list(adapter.targets),
-        "bias": "none",
-        "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    if others:
-        values["rank_pattern"] = {name: ranks[name] for name in others}
-        values["alpha_pattern"] = {name: alphas[name] for name in others}
-    if not fold:
-        values |= method.peft_fields(adapter.options)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def _number(value: float) -> float | int:
-    """A whole number without its decimal point, as in files of PEFT."""
-    return int(value) if value == int(value) else value
+def _rank_fields(adapter: AdapterConfig, ranks: dict[str, int]) -> dict[str, Any]:
+    """Fields for pairs of these ranks by projection, whose update has the factor of `adapter`."""
+    power = 0.5 if adapter.scaling == "sqrt_rank" else 1
+    alphas = {name: adapter.alpha * (own / adapter.rank) ** power for name, own in ranks.items()}
+    first = next(iter(ranks))
+    others = [name for name, own in ranks.items() if own != ranks[first]]
+    fields: dict[str, Any] = {"r": ranks[first], "lora_alpha": alphas[first]}
+    if others:
+        fields["rank_pattern"] = {name: ranks[name] for name in others}
+        fields["alpha_pattern"] = {name: alphas[name] for name in others}
+    return fields
 
 
 @functools.partial(jax.jit, static_argnames=("adapter", "shape"))
 def folded(
     params: Params, layer: Int[ArrayLike, ""], adapter: AdapterConfig, shape: Shape
 ) -> Params:
-    """Folds one layer of a stacked adapter into a plain LoRA pair of scale alpha / rank, in
-    float32."""
+    """Folds one layer of a stacked adapter into a plain LoRA pair with the scale of
+    the adapter, in float32."""
     fold = adapter.chosen.fold
     assert fold is not None
     pair = fold({leaf: stack[layer].astype(jnp.float32) for leaf, stack in params.items()}, shape)
-    gain = adapter.chosen.gain(adapter.options, shape)
-    return pair if gain == 1 else pair | {"lora_B": pair["lora_B"] * gain}
+    factor = adapter.chosen.factor(adapter.options, shape)
+    return pair if factor == 1 else pair | {"lora_B": pair["lora_B"] * factor}
 
 
 def _adapter_file(source: Path) -> Path:
@@ -271,39 +278,50 @@ def _adapter_file(source: Path) -> Path:
 
 # Fields of adapter_config.json that can change what an adapter computes, with the values that do
 # not (default first). Initializations that are not listed, e.g. PiSSA, also change the base.
-_PLAIN_LORA: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "use_rslora": (False,),
-    "use_dora": (False,),
-    "use_qalora": (False,),
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
+# Fields of a method with their defaults in PEFT. Others matter only in the training.
+_DEFAULTS = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "use_rslora": False,
+    "use_dora": False,
+    "use_qalora": False,
+    "qalora_group_size": 16,
+    "r": 8,
+    "lora_alpha": 8,
+    "alpha": 8,
+    "decompose_both": False,
+    "decompose_factor": -1,
+}
+_OURS = {"r": "rank", "lora_alpha": "alpha", "alpha": "alpha"}
 
 
 def _check_adapter_config(file: Path, adapter: AdapterConfig) -> bool:
     """Checks that the file describes `adapter`.
 
     Returns:
-        Whether it has the fields of PEFT for the method (`Method.peft_fields`). Files of the
-        authors' codes do not.
+        Whether it has the fields of PEFT for the method (`Method.peft`). Files of the authors'
+        codes do not.
     """
     values = read_json(file)
-    fields = adapter.chosen.peft_fields(adapter.options)
-    as_peft = any(values.get(name) for name in fields)
-    known = _PLAIN_LORA | ({name: (value,) for name, value in fields.items()} if as_peft else {})
-    for name, accepted in known.items():
-        value = values.get(name, accepted[0])
-        if value not in accepted:
-            raise ValueError(f"{file}: {name} = {shorten(value)}: expected {shorten(accepted[0])}")
-    for theirs, ours in (("r", "rank"), ("lora_alpha", "alpha")):
-        value, wanted = values.get(theirs, 8), getattr(adapter, ours)  # 8: the default of PEFT
-        if value != wanted:
+    plain, own = peft_fields(adapter), (adapter.chosen.peft or peft_fields)(adapter)
+    as_peft = adapter.chosen.file_factor is None or any(
+        values.get(name) for name in own.keys() - plain.keys()
+    )
+    fields = own if as_peft else plain
+    accepted = {name: (value,) for name, value in fields.items() if name in _DEFAULTS}
+    for name, known in {**accepted, **_ACCEPTED}.items():
+        value, wanted = values.get(name, _DEFAULTS.get(name, known[0])), known[0]
+        if value not in known and name in _OURS:
             raise ValueError(
-                f"{file}: {theirs} = {shorten(value)}, but adapter.{ours} = {shorten(wanted)}"
+                f"{file}: {name} = {shorten(value)}, but adapter.{_OURS[name]} = {shorten(wanted)}"
             )
+        if value not in known:
+            raise ValueError(f"{file}: {name} = {shorten(value)}: expected {shorten(wanted)}")
     targets = values.get("target_modules")
     if targets == "all-linear":
         targets = list(LINEAR_NAMES)

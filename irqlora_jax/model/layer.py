@@ -129,8 +129,10 @@ class AdaptedLinear(nn.Module):
             weight = scales.put(own, weight)
         y = dequant_matmul(x, weight, self.settings.matmul)
         dropped = nn.Dropout(adapter.dropout)(x, deterministic=self.settings.deterministic)
-        scale = adapter.scale_for(self.shape)
-        y = y + adapter.chosen.apply(leaves, x, dropped, scale, weight)
+        method, scale = adapter.chosen, adapter.scale_for(self.shape)
+        y = y + method.apply(leaves, x, dropped, scale, weight)
+        if method.gain is not None:
+            y = y * method.gain(leaves, weight, scale).astype(y.dtype)[None, None]
         return split_activation(y, not split_inputs)
 
 

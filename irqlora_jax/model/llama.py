@@ -144,13 +144,18 @@ class Llama(nn.Module):
 
     @nn.nowrap
     def init_adapters(
-        self, key: PRNGKeyArray, pairs: Mapping[str, Any] | None = None
+        self,
+        key: PRNGKeyArray,
+        pairs: Mapping[str, Any] | None = None,
+        base: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Makes adapters without effect. Values depend only on the key and the place of the layer.
 
         Args:
             key: random key.
-            pairs: pairs from `hf.load_loftq` to start from instead.
+            pairs: pairs from `hf.load_loftq`, or all leaves of an adapter, to start from instead.
+            base: the frozen weights, for a method with leaves that start from them (DoRA's
+                magnitudes, which are NaN without them).
         """
         adapter = self.adapter
         if adapter is None:
@@ -172,8 +177,26 @@ class Llama(nn.Module):
 
             group, _ = linear_path(name)
             start = {} if pairs is None else pairs[LAYERS][group][name]
-            tree.setdefault(group, {})[name] = jax.vmap(fresh)(layers) | start
+            leaves = jax.vmap(fresh)(layers) | start
+            if base is not None and adapter.chosen.from_weight is not None:
+                leaves = self._from_base(leaves, base, (group, name)) | start
+            tree.setdefault(group, {})[name] = leaves
         return {LAYERS: tree}
+
+    @nn.nowrap
+    def _from_base(
+        self, leaves: Mapping[str, Array], base: Mapping[str, Any], path: tuple[str, str]
+    ) -> dict[str, Array]:
+        """The leaves of one projection in all layers, with those that start from its weights."""
+        assert self.adapter is not None and self.adapter.chosen.from_weight is not None
+        start, scale = self.adapter.chosen.from_weight, self.adapter.scale
+        parts: list[Any] = []
+        for stack, layers in stacks(base, self.config.num_hidden_layers).items():
+            own = jax.tree.map(lambda x, of=layers: x[of.start : of.stop], leaves)
+            weights = base[stack][path[0]][path[1]]["weight"]
+            # Layer by layer, because weights may be dequantized on the way.
+            parts.append(jax.lax.map(lambda both: start(both[0], both[1], scale), (own, weights)))
+        return jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
 
     @nn.compact
     def _trunk(

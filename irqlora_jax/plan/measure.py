@@ -196,7 +196,7 @@ def measure(
     dtype = train.compute_dtype or fastest_dtype(mesh.devices.flat[0])
     train = dataclasses.replace(train, compute_dtype=dtype, matmul=None)
     model = make_model(llama, config.adapter, train)
-    optimizer = make_optimizer(train)
+    optimizer = make_optimizer(train, config.adapter.chosen)
     length = longest_row(config.data, llama.max_position_embeddings)
     names = {"tokens": jnp.int32, "targets": jnp.bool_}
     if config.data.packing:

@@ -10,6 +10,8 @@ import optax
 from jaxtyping import Array, Float32, Int32, UInt32
 
 from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.adapters.lora import LORA
+from irqlora_jax.adapters.method import Method
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
@@ -49,15 +51,32 @@ def learning_rate(config: TrainConfig) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW without clipping. It is elementwise; `train_step` clips, which needs all gradients."""
-    return optax.adamw(
+def make_optimizer(config: TrainConfig, method: Method = LORA) -> optax.GradientTransformation:
+    """AdamW without clipping. It is elementwise; `train_step` clips, which needs all gradients.
+
+    With `lora_plus_ratio` (LoRA+, arXiv 2402.12354) the leaves `method.faster` have their own
+    learning rate, also in the weight decay, like the groups of PEFT's `create_loraplus_optimizer`.
+    PEFT's group for adapters of embeddings has no counterpart here.
+    """
+    adamw = optax.adamw(
         learning_rate(config),
         b1=config.beta1,
         b2=config.beta2,
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
+    if config.lora_plus_ratio == 1:
+        return adamw
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def scaled(path: Any, step: Array) -> Array:
+            return step * config.lora_plus_ratio if path[-1].key in method.faster else step
+
+        steps, state = adamw.update(grads, state, params)
+        return jax.tree_util.tree_map_with_path(scaled, steps), state
+
+    # The state is AdamW's, so a run may change the ratio when it resumes.
+    return optax.GradientTransformation(adamw.init, update)
 
 
 def make_model(llama: LlamaConfig, adapter: AdapterConfig, train: TrainConfig) -> Llama:
@@ -78,10 +97,11 @@ def init_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     pairs: Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """A new optimizer state and new adapters, from `pairs` if they are given (`hf.load_loftq`)."""
+    """A new optimizer state and new adapters; `pairs` and `base` as for `Llama.init_adapters`."""
     init_key, dropout_key = jax.random.split(jax.random.key(seed))
-    adapters = model.init_adapters(init_key, pairs)
+    adapters = model.init_adapters(init_key, pairs, base)
     return make_state(adapters, optimizer, dropout_key)
 
 

@@ -170,7 +170,9 @@ def _finetune(
     config, model = job.config, job.model
     offload = config.train.offload_optimizer
     init = functools.partial(init_state, model, job.optimizer, config.seed)
-    state = sharded_state(job.mesh, init, offload, splits=config.adapter.splits)
+    splits = config.adapter.splits
+    arrays = () if config.adapter.chosen.from_weight is None else (None, base)
+    state = sharded_state(job.mesh, init, offload, *arrays, splits=splits)
     with Checkpoints(folder, config.train.keep_checkpoints) as checkpoints:
         latest = checkpoints.latest()
         if resume_from is not None:
@@ -319,20 +321,21 @@ def _begin_folder(
         save_base(file, base, llama, quant, source, fitted=fitted, calibrate=used)
         save_survey(folder, survey)
     if pairs is not None:
-        _save_start(folder, job, pairs)
+        _save_start(folder, job, pairs, base)
     save_data(folder, data)
     # Write the configuration last: it marks a folder that can be resumed.
     save_config(folder, config)
     shutil.rmtree(folder / KEPT_LAYERS, ignore_errors=True)
 
 
-def _save_start(folder: Path, job: Job, pairs: Base) -> None:
+def _save_start(folder: Path, job: Job, pairs: Base, base: Base) -> None:
     """Saves the initial adapters as the checkpoint of step 0: a resumed run does not make them
     again."""
     config = job.config
     init = functools.partial(init_state, job.model, job.optimizer, config.seed)
-    splits = config.adapter.splits
-    state = sharded_state(job.mesh, init, config.train.offload_optimizer, pairs, splits=splits)
+    splits, offload = config.adapter.splits, config.train.offload_optimizer
+    arrays = (pairs,) if config.adapter.chosen.from_weight is None else (pairs, base)
+    state = sharded_state(job.mesh, init, offload, *arrays, splits=splits)
     with Checkpoints(folder, config.train.keep_checkpoints) as checkpoints:
         checkpoints.save(0, state)
 

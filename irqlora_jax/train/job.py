@@ -92,7 +92,7 @@ def read_job(config: Config, source: str | Path) -> Job:
         )
     model = make_model(llama, config.adapter, config.train)
     check_adapter(model, config.quant)
-    optimizer = make_optimizer(config.train)
+    optimizer = make_optimizer(config.train, config.adapter.chosen)
     return Job(config, mesh, model, optimizer, examples, eval_examples, questions, samples, rows)
 
 

@@ -113,7 +113,7 @@ def test_names_are_checked_in_python_too() -> None:
     code = """
 from irqlora_jax import AdapterConfig, QuantConfig
 for make, value in (
-    (AdapterConfig, {"method": "dora"}),
+    (AdapterConfig, {"method": "loha"}),
     (AdapterConfig, {"init": "pissa"}),
     (QuantConfig, {"calibration": "iqc"}),
     (QuantConfig, {"format": "nf5"}),
@@ -127,7 +127,7 @@ for make, value in (
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [
-        "adapter.method = 'dora': expected lora, iec, qalora, qalora_iec, qbara, qahira",
+        f"adapter.method = 'loha': expected {', '.join(METHODS)}",
         "adapter.init = 'pissa': expected default, loftq, cloq",
         "quant.calibration = 'iqc': expected none, icq, joint, robust, importance, gptq",
         "quant.format = 'nf5': expected nf4, nf3, nf2, fp4, int4, int3, int2, none",
