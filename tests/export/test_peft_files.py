@@ -194,7 +194,7 @@ ADAPTER_FAULTS: dict[str, tuple[Tensors, str, list[str]]] = {
     "extra": (
         change_adapter(lambda t: t.update({DORA0: np.ones(56, np.float32)})),
         "lora",
-        ["do not belong", DORA0],
+        ["no tensor", "lora_magnitude_vector"],
     ),
     "extra layer": (
         change_adapter(lambda t: t.update({A0.replace("layers.0", "layers.2"): t[A0].copy()})),
