@@ -5,6 +5,8 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from irqlora_jax.adapters import INITIALIZATIONS, METHODS
+from irqlora_jax.adapters.bayesian import BayesianOptions
+from irqlora_jax.adapters.binary import BinaryOptions
 from irqlora_jax.adapters.cloq import CloqOptions
 from irqlora_jax.adapters.iec import IecOptions
 from irqlora_jax.adapters.loftq import LoftqOptions
@@ -33,7 +35,9 @@ class AdapterConfig:
     """The trained update of the frozen layers."""
 
     method: MethodName = "iec"
-    """"lora": low-rank pair (QLoRA). "iec": LoRA with IR-QLoRA's parameter-free connections."""
+    """"lora": low-rank pair (QLoRA). "iec": LoRA with IR-QLoRA's parameter-free connections.
+    "bayesian": LoRA that learns its rank and the bits of its factors (Bayesian-LoRA). "binary":
+    LoRA with factors of one bit (BNN++)."""
     rank: int = 64
     """Rank r of the update."""
     alpha: float = 16.0
@@ -54,6 +58,8 @@ class AdapterConfig:
     adapter, with the same base, method, rank, alpha and targets. The optimizer starts anew.
     "new": `model` is a run, of which only the base is used. Also written adapter.from."""
     iec: IecOptions = IecOptions()
+    bayesian: BayesianOptions = BayesianOptions()
+    binary: BinaryOptions = BinaryOptions()
     loftq: LoftqOptions = LoftqOptions()
     cloq: CloqOptions = CloqOptions()
 

@@ -31,7 +31,7 @@ def round_through(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Rounds half to even. The gradient passes unchanged.
 
     Examples:
-        >>> value, slope = jax.value_and_grad(round_through)(1.4)
+        >>> value, slope = jax.value_and_grad(round_through)(jnp.float32(1.4))
         >>> float(value), float(slope)
         (1.0, 1.0)
     """
@@ -66,8 +66,8 @@ def open_probability(phi: Float[Array, "*gates"]) -> Float[Array, "*gates"]:
     """Probability that a drawn gate is not 0.
 
     Examples:
-        >>> float(open_probability(jnp.float32(2)).round(3))
-        0.973
+        >>> f"{open_probability(jnp.float32(2)):.3f}"
+        '0.973'
     """
     return jax.nn.sigmoid(phi - _OFFSET)
 
@@ -84,24 +84,31 @@ def quantize(
             Values outside of the range are not clipped.
 
     Examples:
-        >>> x = jnp.array([-0.4, 0.3, 0.9])
-        >>> quantize(x, jnp.zeros(4), -jnp.float32(0.9), jnp.float32(0.9)).round(3).tolist()
-        [-0.6, 0.0, 0.6]
-        >>> quantize(x, jnp.ones(4), -jnp.float32(0.9), jnp.float32(0.9)).round(3).tolist()
-        [-0.4, 0.3, 0.9]
+        >>> x, end = jnp.array([-0.4, 0.2, 0.7]), jnp.float32(0.9)
+        >>> [f"{y:.2f}" for y in quantize(x, jnp.zeros(4), -end, end)]
+        ['-0.60', '0.00', '0.60']
+        >>> [f"{y:.2f}" for y in quantize(x, jnp.ones(4), -end, end)]
+        ['-0.40', '0.20', '0.70']
     """
-    step = (high - jnp.where(low < 0, -high, jnp.zeros_like(high))) / 3
+    step = _divide(high - jnp.where(low < 0, -high, jnp.zeros_like(high)), 3)
     rest, parts = x, []
     for bits in BITS:
         if bits > 2:
-            step = step / (2 ** (bits // 2) + 1)
-        part = step * round_through(rest / step)
+            step = _divide(step, 2 ** (bits // 2) + 1)
+        part = step * round_through(_divide(rest, step))
         parts.append(part)
         rest = rest - part
     total = parts[-1]
     for part, gate in zip(parts[-2::-1], gates[::-1], strict=True):
         total = part + gate * total
     return total
+
+
+def _divide(x: Array, by: Array | int) -> Array:
+    """x / by, correctly rounded, because the ends of a range are ties of the rounding. XLA would
+    multiply with 1 / by for a constant or a scalar."""
+    divisor = jnp.broadcast_to(jnp.asarray(by, x.dtype), x.shape)
+    return x / jax.lax.optimization_barrier(divisor)
 
 
 def nested(gates: Float[Array, " gates"]) -> Float[Array, " rank"]:

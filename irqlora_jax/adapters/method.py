@@ -37,6 +37,12 @@ class Method:
             same update; None if there is no such pair.
         delta: (parameters, (out, in)) -> the update of the weight [out, in] at scale 1; None:
             lora_B lora_A of `fold`. Required for a method without `fold`.
+        prepare: (parameters, key, progress, options) -> the parameters that `apply` gets in a
+            training step, such as a pair with random gates. `key` is of the step and the layer,
+            `progress` the share of the steps that are done. It runs once a step, before the layers,
+            and the gradient passes through it. Evaluation gives `apply` the parameters themselves.
+        penalty: (parameters, options) -> what one layer adds to the loss.
+        learned: parameters -> numbers by name that the report shows for each layer.
         frozen: options -> the leaves that get no gradient.
         splits: how a mesh splits each leaf (default: LoRA's pair). "out" or "in" for a dimension
             that follows the outputs or inputs of the layer, None for one that is not split. Leaves
@@ -53,6 +59,9 @@ class Method:
     files: Mapping[str, str]
     fold: Callable[[Params], Params] | None = None
     delta: Callable[[Params, Shape], Array] | None = None
+    prepare: Callable[[Params, PRNGKeyArray, Array, Any], Params] | None = None
+    penalty: Callable[[Params, Any], Array] | None = None
+    learned: Callable[[Params], Params] | None = None
     frozen: Callable[[Any], tuple[str, ...]] = lambda options: ()
     splits: Splits = dataclasses.field(default_factory=lambda: PAIR)
     options: Any = None

@@ -11,10 +11,13 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float32
 
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.adapters.method import Params
 from irqlora_jax.base.file import Base
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.model.llama import Llama, head_weight
 from irqlora_jax.model.loss import cross_entropy
+from irqlora_jax.model.tree import LAYERS
 from irqlora_jax.runs.state import TrainState, learning_rate
 from irqlora_jax.sharding import PAIR, Splits, tree_shardings
 
@@ -80,6 +83,42 @@ def loss_sum(
     return cross_entropy(features, head_weight(base), batch["tokens"], batch["targets"], chunk)
 
 
+def prepared(
+    adapters: dict[str, Any], adapter: AdapterConfig | None, key: Array, progress: Array
+) -> tuple[dict[str, Any], Float32[Array, ""]]:
+    """The adapters that a training step applies (`Method.prepare`), and the penalty in the loss
+    (`Method.penalty`), summed over all layers.
+
+    Args:
+        adapters: from `Llama.init_adapters`.
+        adapter: configuration of the adapters.
+        key: random key of the step.
+        progress: share of the steps that are done, from 0 to 1.
+    """
+    total = jnp.float32(0)
+    if adapter is None:
+        return adapters, total
+    method, options = adapter.chosen, adapter.options
+    prepare, penalty = method.prepare, method.penalty
+    if prepare is None and penalty is None:
+        return adapters, total
+    tree: dict[str, Any] = {}
+    for group, linears in adapters[LAYERS].items():
+        for name, leaves in linears.items():
+            if penalty is not None:
+                total += jax.vmap(lambda params: penalty(params, options))(leaves).sum()
+            if prepare is not None:
+                key, own = jax.random.split(key)
+                keys = jax.random.split(own, jax.tree.leaves(leaves)[0].shape[0])
+
+                def one(params: Params, key: Array) -> Params:
+                    return prepare(params, key, progress, options)
+
+                leaves = jax.vmap(one)(leaves, keys)
+            tree.setdefault(group, {})[name] = leaves
+    return {LAYERS: tree}, total
+
+
 def train_step(
     state: TrainState,
     base: Base,
@@ -91,7 +130,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Computes one optimizer step with gradients for the adapters only.
 
-    The loss is the mean over all targets of the batch, for any `config.accumulation`. With float16
+    The loss is the mean over all targets of the batch, for any `config.accumulation`, plus the
+    penalty of the adapter, which the returned loss does not contain. With float16
     the loss is scaled. If a step overflows, only the loss scale changes. It still counts as a step,
     also for the learning rate, so that the schedule ends at the last step.
 
@@ -104,11 +144,16 @@ def train_step(
     step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     parts = jax.tree.map(lambda x: x.reshape(config.accumulation, -1, *x.shape[1:]), batch)
     keys = jax.random.split(step_key, config.accumulation)
+    prepare_key = jax.random.fold_in(step_key, config.accumulation)
+    progress = state.step.astype(jnp.float32) / max(config.steps - 1, 1)
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def scaled_loss(adapters: dict[str, Any], part: Batch, key: Array) -> tuple[Array, tuple]:
+        # The same key for every part: gates are drawn once a step.
+        adapters, penalty = prepared(adapters, model.adapter, prepare_key, progress)
         nll, count = loss_sum(adapters, base, part, key, model=model, chunk=config.loss_chunk)
-        return nll * (scale / total), (nll, count)
+        loss = nll * (scale / total) + penalty * (scale / config.accumulation)
+        return loss, (nll, count)
 
     # Divide by the number of targets before the backward pass: in float16 the sum would overflow.
     total = jnp.maximum(batch["targets"][:, 1:].sum(), 1).astype(jnp.float32)

@@ -110,9 +110,9 @@ def _drawn(uniform: Any) -> list[Any]:
 
 
 def released_cost(params: Any) -> Any:
-    own = [gates.bits_cost(phi) for name, phi in zip(NAMES, params["phi"], strict=True)]
+    own = [gates.bits_cost(phi) for phi in params["phi"]]
     own[3] = gates.rank_cost(params["rank_phi"], params["phi"][3])
-    return sum(own)
+    return jnp.stack(own).sum()
 
 
 TRAINABLE = ("phi", "rank_phi", "lora_A", "lora_B", "lora_E")
@@ -150,7 +150,6 @@ def test_the_released_layer() -> None:
 def test_ten_steps_of_the_released_layer() -> None:
     params, given = layer()
     optimizer = optax.adam(1e-2)
-    start = {"phi": jnp.full((9, 4), 2.0), "rank_phi": jnp.full(7, 6.0)}
 
     @jax.jit
     def step(params: Any, state: Any, uniform: Any) -> Any:
@@ -162,15 +161,13 @@ def test_ten_steps_of_the_released_layer() -> None:
         change, state = optimizer.update(slopes, state, params)
         return optax.apply_updates(params, change), state, seen
 
-    for begin in ({}, start):
-        own = params | begin
+    own, seen = params, []
+    with jax.numpy_dtype_promotion("standard"):  # for optax
         state = optimizer.init(own)
-        seen = []
         for uniform in GOLDEN["train_u"]:
             own, state, figures = step(own, state, jnp.asarray(uniform))
             seen.append(figures)
-        losses, costs = np.asarray(seen).T
-        print(losses, GOLDEN["train_losses"], costs, GOLDEN["train_regularizers"])
+    losses, costs = np.asarray(seen).T
     assert_near(losses, GOLDEN["train_losses"])
     assert_near(costs, GOLDEN["train_regularizers"])
     for name in TRAINABLE:
