@@ -2,7 +2,7 @@
 
     update = q(B) diag(q(E) gates) q(A) x
 
-q is the gated quantizer of `gates.py`, with 2 to 32 bits for each of A, B and E, and the nested rank
+q is the gated quantizer of `gates.py`, with 2 to 32 bits for each of A, B and E. The nested rank
 gates remove ranks from the last to the first. A penalty in the loss closes gates.
 
 What differs from the released code, and why:

@@ -14,8 +14,8 @@ uses sign. The paper binarizes whole networks. Our adapter binarizes both factor
 
     update = diag(scale_B) F(B) diag(scale_A) F(A) x
 
-scale_A [rank] and scale_B [out] are float. scale_B starts at 0. The pairs are defined for weights of
-about 1, so w is a latent factor divided by its start's bound, 1 / sqrt(in).
+scale_A [rank] and scale_B [out] are float. scale_B starts at 0, so the update does too. The rules
+are for weights of about 1, so w is a latent factor divided by the bound of its start, 1 / sqrt(in).
 """
 
 import dataclasses
@@ -190,6 +190,41 @@ def prepare(
     return _pair({name: leaf.astype(jnp.float32) for name, leaf in params.items()}, a, b)
 
 
+def pack(params: Params) -> Params:
+    """One bit for each entry of a factor: 1 for the sign +1. A row has whole bytes, and the first
+    entry is the lowest bit of the first byte.
+
+    Examples:
+        >>> params = init(jax.random.key(0), 16, 8, rank=2)
+        >>> packed = pack(params | {"lora_A": jnp.array([[1.0, -1.0, 1.0], [-1.0, 1.0, 1.0]])})
+        >>> packed["lora_A"].tolist(), packed["lora_B"].shape
+        ([[5], [6]], (8, 1))
+    """
+    bits = {
+        name: jnp.packbits(params[name] >= 0, axis=-1, bitorder="little")
+        for name in ("lora_A", "lora_B")
+    }
+    return params | bits
+
+
+def unpack(packed: Params, fresh: Params) -> Params:
+    """Latent factors at their bounds, with the packed signs.
+
+    Examples:
+        >>> params = init(jax.random.key(0), 16, 8, rank=2)
+        >>> again = unpack(pack(params), params)
+        >>> again["lora_A"].shape, bool((sign(again["lora_A"]) == sign(params["lora_A"])).all())
+        ((2, 16), True)
+    """
+    bound = 1 / math.sqrt(fresh["lora_A"].shape[1])
+    factors = {}
+    for name in ("lora_A", "lora_B"):
+        like = fresh[name]
+        bits = jnp.unpackbits(packed[name], axis=-1, count=like.shape[1], bitorder="little")
+        factors[name] = (bits.astype(like.dtype) * 2 - 1) * jnp.asarray(bound, like.dtype)
+    return packed | factors
+
+
 def _init(
     key: PRNGKeyArray, shape: Shape, rank: int, options: BinaryOptions, dtype: DTypeLike
 ) -> Params:
@@ -207,9 +242,16 @@ BINARY = Method(
     description="a LoRA adapter with binary factors (BNN++)",
     init=_init,
     apply=_apply,
-    files={**lora.LORA.files, "scale_A": "lora_A_scales", "scale_B": "lora_B_scales"},
+    files={
+        "lora_A": "lora_A_signs",
+        "lora_B": "lora_B_signs",
+        "scale_A": "lora_A_scales",
+        "scale_B": "lora_B_scales",
+    },
     fold=fold,
     prepare=prepare,
+    pack=pack,
+    unpack=unpack,
     splits={**PAIR, "scale_B": ("out",)},
     options=BinaryOptions(),
 )

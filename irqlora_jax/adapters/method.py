@@ -42,6 +42,9 @@ class Method:
             `progress` the share of the steps that are done. It runs once a step, before the layers,
             and the gradient passes through it. Evaluation gives `apply` the parameters themselves.
         penalty: (parameters, options) -> what one layer adds to the loss.
+        pack: parameters -> smaller arrays, under the same names, that an adapter of our own stores
+            in their place (float or uint8). None: the parameters themselves.
+        unpack: (packed arrays, parameters from `init`) -> parameters with the same `fold`.
         learned: parameters -> numbers by name that the report shows for each layer.
         frozen: options -> the leaves that get no gradient.
         splits: how a mesh splits each leaf (default: LoRA's pair). "out" or "in" for a dimension
@@ -61,6 +64,8 @@ class Method:
     delta: Callable[[Params, Shape], Array] | None = None
     prepare: Callable[[Params, PRNGKeyArray, Array, Any], Params] | None = None
     penalty: Callable[[Params, Any], Array] | None = None
+    pack: Callable[[Params], Params] | None = None
+    unpack: Callable[[Params, Params], Params] | None = None
     learned: Callable[[Params], Params] | None = None
     frozen: Callable[[Any], tuple[str, ...]] = lambda options: ()
     splits: Splits = dataclasses.field(default_factory=lambda: PAIR)
@@ -69,6 +74,8 @@ class Method:
     def __post_init__(self) -> None:
         if self.fold is None and self.delta is None:
             raise ValueError(f"adapter {self.name!r}: needs fold or delta, has neither")
+        if (self.pack is None) != (self.unpack is None):
+            raise ValueError(f"adapter {self.name!r}: needs both pack and unpack, or neither")
 
     def weight_update(self, params: Params, shape: Shape) -> Float32[Array, "out in"]:
         """The update of the weight at scale 1, computed in float32."""

@@ -68,7 +68,8 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
 
     # Besides a pair, the file may have leaves of this method or of other ones.
     pair = {leaf: part for leaf, part in method.files.items() if leaf in LORA.files}
-    own = {leaf: part for leaf, part in method.files.items() if not pair or keys(part) & set(names)}
+    whole = not pair or method.pack is not None
+    own = {leaf: part for leaf, part in method.files.items() if whole or keys(part) & set(names)}
     others = {
         part: (other, leaf)
         for other in METHODS.values()
@@ -86,23 +87,26 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
             f"{targets}: {first_few([names[name] for name in extra])}"
         )
 
-    def read(path: Keys, part: str, shape: tuple[int, ...]) -> np.ndarray:
+    def read(path: Keys, part: str, like: Any) -> np.ndarray:
         found = [names[adapter_name(path, layer, part)] for layer in range(depth)]
-        return np.stack([_read_adapter(headers[key], key, shape, adapter) for key in found])
+        return np.stack([_read_adapter(headers[key], key, like, adapter) for key in found])
 
     adapters: Tree = {}
     for path in paths:
         shape = model.config.linear_shapes[path[-1]]
         fresh = _fresh(method.name, shape, adapter)
+        stored = fresh if method.pack is None else jax.eval_shape(method.pack, fresh)
         parts = {
-            leaf: read(path, own[leaf], value.shape)
+            leaf: read(path, own[leaf], stored[leaf])
             if leaf in own
             else np.broadcast_to(value, (depth, *value.shape))
             for leaf, value in fresh.items()
         }
+        if method.unpack is not None:
+            parts = jax.vmap(method.unpack, (0, None))(parts, fresh)
         for part, (other, leaf) in others.items():
             neutral = _fresh(other.name, shape, adapter)[leaf]
-            if (read(path, part, neutral.shape) != neutral).any():
+            if (read(path, part, neutral) != neutral).any():
                 raise ValueError(
                     f"{file}: {'.'.join((*path, part))} changes the update, so this adapter needs "
                     f"adapter.method {other.name}, not {method.name}"
@@ -174,23 +178,28 @@ def save_adapter(
         if fold:
             params = folded(params, layer, method.name)
         else:
+            params = {leaf: stack[layer] for leaf, stack in params.items()}
+            params = params if method.pack is None else method.pack(params)
             # Files store a scalar with shape [1].
-            params = {leaf: jnp.atleast_1d(stack[layer]) for leaf, stack in params.items()}
+            params = {leaf: jnp.atleast_1d(value) for leaf, value in params.items()}
         return {files[leaf]: value for leaf, value in params.items()}
 
     if fold and method.fold is None:
         raise ValueError(f"fold = True: no LoRA pair computes the update of {method.title}")
-    shapes = {
-        adapter_name(path, layer, part): value.shape
+    arrays = {
+        adapter_name(path, layer, part): value
         for path, layer in places
         for part, value in jax.eval_shape(lambda path=path: leaves(path, 0)).items()
     }
+    shapes = {name: value.shape for name, value in arrays.items()}
+    packed = {name for name, value in arrays.items() if value.dtype == np.uint8}
     parts = (
         (adapter_name(path, layer, part), np.asarray(value))
         for path, layer in places
         for part, value in sorted(leaves(path, layer).items())  # the order of `shapes`
     )
-    write_tensors(folder / ADAPTER, shapes, dtype, parts)
+    metadata = None if fold else {"method": method.name}
+    write_tensors(folder / ADAPTER, shapes, dtype, parts, packed=packed, metadata=metadata)
     alpha = adapter.alpha
     values = {
         "peft_type": "LORA",
@@ -270,16 +279,19 @@ def _check_adapter_config(file: Path, adapter: AdapterConfig) -> None:
             )
 
 
-def _read_adapter(
-    header: Header, key: str, shape: tuple[int, ...], adapter: AdapterConfig
-) -> np.ndarray:
-    """Reads one tensor as float32. Files store a scalar with shape [1]."""
-    check_float(header, key)
+def _read_adapter(header: Header, key: str, like: Any, adapter: AdapterConfig) -> np.ndarray:
+    """Reads one tensor as float32, or as bytes where `like` has bytes. Files store a scalar with
+    shape [1]."""
+    shape, packed = like.shape, like.dtype == np.uint8
+    if not packed:
+        check_float(header, key)
+    elif header.dtype != "U8":
+        raise ValueError(f"{header.file}: {key} has type {header.dtype}: expected U8")
     if header.shape != (shape or (1,)):
         raise ValueError(
             f"{header.file}: {key} has shape {header.shape}: expected {shape or (1,)} "
             f"(adapter.rank = {adapter.rank})"
         )
-    value = np.empty(header.shape, np.float32)
+    value = np.empty(header.shape, np.uint8 if packed else np.float32)
     read_into(value, header, key)
     return value.reshape(shape)

@@ -120,7 +120,7 @@ for make, value in (
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [
-        "adapter.method = 'dora': expected lora, iec",
+        "adapter.method = 'dora': expected lora, iec, bayesian, binary",
         "adapter.init = 'pissa': expected default, loftq, cloq",
         "quant.calibration = 'iqc': expected none, icq, joint, robust, importance, gptq",
         "quant.format = 'nf5': expected nf4, nf3, nf2, fp4, int4, int3, int2, none",
