@@ -22,7 +22,7 @@ def test_sign_swish_and_its_slope(mu: int) -> None:
     slope = binary.sign_swish_slope(grid, float(mu))
     np.testing.assert_allclose(slope, GOLDEN[f"dss_{mu}"], atol=1e-5)
     by_jax = jax.vmap(jax.grad(lambda x: binary.sign_swish(x, float(mu))))(grid)
-    np.testing.assert_allclose(slope, by_jax, atol=1e-5)
+    np.testing.assert_allclose(slope, by_jax, atol=1e-4)
 
 
 def train(pair: str, clip: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -121,5 +121,5 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_options_of_another_method_are_refused() -> None:
-    with pytest.raises(ValueError, match="adapter.binary = .*adapter.method lora"):
+    with pytest.raises(ValueError, match=r"adapter.binary = .*adapter.method lora"):
         AdapterConfig(method="lora", binary=binary.BinaryOptions("bc"))

@@ -33,9 +33,9 @@ def quantized_base() -> tuple[dict, jax.Array]:
 
 
 @functools.cache
-def setup(settings: TrainConfig = SETTINGS, dropout: float = 0.0):
+def setup(settings: TrainConfig = SETTINGS, dropout: float = 0.0, method: str = "iec"):
     """Step function, state, base and batch of a tiny quantized model."""
-    adapter = AdapterConfig(rank=4, dropout=dropout)
+    adapter = AdapterConfig(method=method, rank=4, dropout=dropout)
     model = Llama(LLAMA, adapter=adapter, compute_dtype=settings.compute_dtype)
     base, tokens = quantized_base()
     # Rows with unequal numbers of targets, so that a mean of means would show.
