@@ -194,8 +194,7 @@ def _init(
 
 
 def _apply(params: Params, x: Array, dropped: Array, scale: float, weight: object) -> Array:
-    pair = fold(params) if "lora_E" in params else params  # a pair of `prepare`
-    return lora.apply(pair, x, dropped, scale)
+    return lora.apply(fold(params), x, dropped, scale)
 
 
 BAYESIAN = Method(

@@ -232,8 +232,7 @@ def _init(
 
 
 def _apply(params: Params, x: Array, dropped: Array, scale: float, weight: object) -> Array:
-    pair = fold(params) if "scale_A" in params else params  # a pair of `prepare`
-    return lora.apply(pair, x, dropped, scale)
+    return lora.apply(fold(params), x, dropped, scale)
 
 
 BINARY = Method(

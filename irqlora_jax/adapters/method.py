@@ -37,10 +37,10 @@ class Method:
             same update; None if there is no such pair.
         delta: (parameters, (out, in)) -> the update of the weight [out, in] at scale 1; None:
             lora_B lora_A of `fold`. Required for a method without `fold`.
-        prepare: (parameters, key, progress, options) -> the parameters that `apply` gets in a
-            training step, such as a pair with random gates. `key` is of the step and the layer,
+        prepare: (parameters, key, progress, options) -> the LoRA pair that a training step uses in
+            their place, such as a pair with random gates. `key` is of the step and the layer,
             `progress` the share of the steps that are done. It runs once a step, before the layers,
-            and the gradient passes through it. Evaluation gives `apply` the parameters themselves.
+            and the gradient passes through it. Evaluation uses `apply`.
         penalty: (parameters, options) -> what one layer adds to the loss.
         pack: parameters -> smaller arrays, under the same names, that an adapter of our own stores
             in their place (float or uint8). None: the parameters themselves.

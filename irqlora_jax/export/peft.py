@@ -103,8 +103,8 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
             for leaf, value in fresh.items()
         }
         if method.unpack is not None:
-            unpack, start = method.unpack, jax.tree.map(jnp.asarray, fresh)
-            parts = jax.vmap(lambda packed: unpack(packed, start))(jax.tree.map(jnp.asarray, parts))
+            packed, start = (jax.tree.map(jnp.asarray, tree) for tree in (parts, fresh))
+            parts = jax.vmap(method.unpack, (0, None))(packed, start)
         for part, (other, leaf) in others.items():
             neutral = _fresh(other.name, shape, adapter)[leaf]
             if (read(path, part, neutral) != neutral).any():

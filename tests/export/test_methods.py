@@ -35,8 +35,8 @@ def random_adapters(model: Llama) -> Any:
 def pairs(adapters: Any, method: str) -> list[Any]:
     return [
         folded(leaves, jnp.int32(layer), method)
-        for group in adapters["layers"].values()
-        for leaves in group.values()
+        for _, group in sorted(adapters["layers"].items())
+        for _, leaves in sorted(group.items())
         for layer in range(NARROW.num_hidden_layers)
     ]
 

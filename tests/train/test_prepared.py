@@ -10,7 +10,7 @@ import pytest
 
 from irqlora_jax.adapters import bayesian, binary
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.train.step import prepared
+from irqlora_jax.train.step import penalty, prepare
 from tests.train.test_step import SETTINGS, setup
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
@@ -20,18 +20,10 @@ pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 def test_parts_of_a_batch_share_a_draw_and_training_learns(method: str) -> None:
     whole, state, base, batch, _ = setup(method=method)
     parts, *_ = setup(dataclasses.replace(SETTINGS, accumulation=4), method=method)
-    one, metrics = whole(state, base, batch)
-    other, metrics_other = parts(state, base, batch)
-    # Another number of parts is another key, so compare within a run whose key is not used.
-    if method == "binary":
-        assert float(metrics["loss"]) == pytest.approx(float(metrics_other["loss"]), rel=1e-6)
-        for a, b in zip(
-            jax.tree.leaves(one.adapters), jax.tree.leaves(other.adapters), strict=True
-        ):
-            np.testing.assert_allclose(a, b, atol=2e-5)
-    again, _ = whole(state, base, batch)
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(again), strict=True):
-        np.testing.assert_array_equal(a, b)
+    _, metrics = whole(state, base, batch)
+    _, metrics_other = parts(state, base, batch)
+    assert float(metrics["loss"]) == pytest.approx(float(metrics_other["loss"]), rel=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(metrics_other["grad_norm"]), rel=1e-4)
     losses = []
     for _ in range(30):
         state, metrics = whole(state, base, batch)
@@ -43,7 +35,8 @@ def test_the_penalty_of_a_step_is_the_sum_over_all_layers() -> None:
     adapter = AdapterConfig(method="bayesian", rank=4)
     *_, model = setup(method="bayesian")
     adapters = model.init_adapters(jax.random.key(0))
-    tree, penalty = prepared(adapters, adapter, jax.random.key(1), jnp.float32(0))
+    lora, tree = prepare(model, adapters, jax.random.key(1), jnp.float32(0))
+    assert lora.adapter == AdapterConfig(method="lora", rank=4)
     expected, seen = 0.0, set()
     for group, linears in adapters["layers"].items():
         for name, leaves in linears.items():
@@ -53,7 +46,7 @@ def test_the_penalty_of_a_step_is_the_sum_over_all_layers() -> None:
             drawn = tree["layers"][group][name]
             assert sorted(drawn) == ["lora_A", "lora_B"]
             seen |= {np.asarray(stack).tobytes() for stack in drawn["lora_A"]}
-    assert float(penalty) == pytest.approx(expected, rel=1e-5)
+    assert float(penalty(model, adapters)) == pytest.approx(expected, rel=1e-5)
     assert len(seen) == 7 * leaves["lora_A"].shape[0]
 
 
