@@ -187,7 +187,7 @@ def save_adapter(
         if fold:
             params = folded(params, layer, method.name)
         else:
-            params = {leaf: stack[layer] for leaf, stack in params.items()}
+            params = {leaf: jnp.asarray(stack[layer]) for leaf, stack in params.items()}
             params = params if method.pack is None else method.pack(params)
             # Files store a scalar with shape [1].
             params = {leaf: jnp.atleast_1d(value) for leaf, value in params.items()}
