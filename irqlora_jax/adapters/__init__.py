@@ -1,5 +1,7 @@
 """Adapters: one file per method (`method.py` is the contract), and their initializations."""
 
+from irqlora_jax.adapters.bayesian import BAYESIAN
+from irqlora_jax.adapters.binary import BINARY
 from irqlora_jax.adapters.cloq import CLOQ
 from irqlora_jax.adapters.dora import DORA
 from irqlora_jax.adapters.iec import IEC
@@ -13,7 +15,7 @@ from irqlora_jax.adapters.qalora import QALORA
 from irqlora_jax.adapters.qalora_iec import QALORA_IEC
 from irqlora_jax.adapters.qbara import QBARA
 
-METHODS: dict[str, Method] = {
-    one.name: one for one in (LORA, IEC, LOKR, DORA, QALORA, QALORA_IEC, QBARA, QAHIRA)
-}
+_LORAS = (LORA, IEC, DORA, LOKR, BAYESIAN, BINARY)
+_POOLED = (QALORA, QALORA_IEC, QBARA, QAHIRA)
+METHODS: dict[str, Method] = {one.name: one for one in (*_LORAS, *_POOLED)}
 INITIALIZATIONS: dict[str, Initialization] = {one.name: one for one in (DEFAULT, LOFTQ, CLOQ)}

@@ -5,6 +5,8 @@ import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from irqlora_jax.adapters import INITIALIZATIONS, METHODS
+from irqlora_jax.adapters.bayesian import BayesianOptions
+from irqlora_jax.adapters.binary import BinaryOptions
 from irqlora_jax.adapters.cloq import CloqOptions
 from irqlora_jax.adapters.iec import IecOptions
 from irqlora_jax.adapters.loftq import LoftqOptions
@@ -40,11 +42,12 @@ class AdapterConfig:
 
     method: MethodName = "iec"
     """"lora": low-rank pair (QLoRA). "iec": LoRA with IR-QLoRA's parameter-free connections.
-    "lokr": a Kronecker product of two small matrices (LoKr; KronA if both are full).
-    "dora": LoRA with a trained length for each row of the weight (DoRA).
-    Methods with pooled inputs, which can be merged into the quantized base without loss: "qalora"
-    (QA-LoRA), "qalora_iec" (QA-LoRA with IEC, IR-QLoRA's code for integers), "qbara" (Q-BaRA),
-    "qahira" (QA-HiRA)."""
+    "dora": LoRA with a trained length for each row of the weight (DoRA). "lokr": a Kronecker
+    product of two small matrices (LoKr; KronA if both are full). "bayesian": LoRA that learns its
+    rank and the bits of its factors (Bayesian-LoRA). "binary": LoRA with factors of one bit
+    (BNN++). Methods with pooled inputs, which can be merged into the quantized base without loss:
+    "qalora" (QA-LoRA), "qalora_iec" (QA-LoRA with IEC, IR-QLoRA's code for integers), "qbara"
+    (Q-BaRA), "qahira" (QA-HiRA)."""
     rank: int = 64
     """Rank r of the update."""
     alpha: float = 16.0
@@ -72,6 +75,8 @@ class AdapterConfig:
     they stay as quantized. In EfficientQAT, training of the scales is the second phase."""
     iec: IecOptions = IecOptions()
     lokr: LokrOptions = LokrOptions()
+    bayesian: BayesianOptions = BayesianOptions()
+    binary: BinaryOptions = BinaryOptions()
     loftq: LoftqOptions = LoftqOptions()
     cloq: CloqOptions = CloqOptions()
     qalora: QaloraOptions = QaloraOptions()
@@ -97,6 +102,8 @@ class AdapterConfig:
         ok = pair or self.start.fit is None
         require(ok, "adapter.init", self.init, f"default {without}")
         require(self.scales >= 0, "adapter.scales", self.scales, "quant.block_size, or 0")
+        ok = not self.scales or self.chosen.prepare is None
+        require(ok, "adapter.scales", self.scales, f"0 with adapter.method {self.method}")
         ok = self.init_from is None or self.init == "default"
         accepted = "default with adapter.init_from, which gives the adapter"
         require(ok, "adapter.init", self.init, accepted)

@@ -45,6 +45,15 @@ class Method:
             update is the same for each k consecutive inputs. Then `absorb.py` can put it into the
             shifts of a quantized weight.
         factor: (options, (out, in)) -> factor of the update besides `adapter.scale`.
+        prepare: (parameters, key, progress, options) -> the LoRA pair that a training step uses in
+            their place, such as a pair with random gates. `key` is of the step and the layer,
+            `progress` the share of the steps that are done. It runs once a step, before the layers,
+            and the gradient passes through it. Evaluation uses `apply`.
+        penalty: (parameters, options) -> what one layer adds to the loss.
+        pack: parameters -> smaller arrays, under the same names, that an adapter of our own stores
+            in their place (float or uint8). None: the parameters themselves.
+        unpack: (packed arrays, parameters from `init`) -> parameters with the same `fold`.
+        learned: parameters -> numbers by name that the report shows for each layer.
         peft: AdapterConfig -> the fields of PEFT's adapter_config.json for a file with the leaves
             of the method; None if PEFT does not know them.
         file_factor: (options, (out, in)) -> factor of lora_B in such a file, if PEFT scales the
@@ -76,6 +85,11 @@ class Method:
     peft: Callable[[Any], Mapping[str, Any]] | None = None
     file_factor: Callable[[Any, Shape], float] | None = None
     has_pair: bool = True
+    prepare: Callable[[Params, PRNGKeyArray, Array, Any], Params] | None = None
+    penalty: Callable[[Params, Any], Array] | None = None
+    pack: Callable[[Params], Params] | None = None
+    unpack: Callable[[Params, Params], Params] | None = None
+    learned: Callable[[Params], Params] | None = None
     frozen: Callable[[Any], tuple[str, ...]] = lambda options: ()
     splits: Splits = dataclasses.field(default_factory=lambda: PAIR)
     faster: tuple[str, ...] = ("lora_B",)
@@ -84,6 +98,8 @@ class Method:
     def __post_init__(self) -> None:
         if self.fold is None and self.delta is None and self.reduced is None:
             raise ValueError(f"adapter {self.name!r}: needs fold, delta or reduced, has none")
+        if (self.pack is None) != (self.unpack is None):
+            raise ValueError(f"adapter {self.name!r}: needs both pack and unpack, or neither")
 
     def weight_update(self, params: Params, shape: Shape) -> Float32[Array, "out in"]:
         """The update of the weight at scale 1, computed in float32."""

@@ -52,8 +52,9 @@ class ExportConfig:
     checkpoint: Literal["last", "best"] | int = "last"
     """Checkpoint of the run: the newest, the one with the best evaluation loss, or a step."""
     fold: bool = True
-    """With kind adapter: fold IEC exactly into a plain LoRA pair. False keeps IEC's scalars, as the
-    released IR-QLoRA code does, but PEFT ignores them."""
+    """With kind adapter: fold the method exactly into a plain LoRA pair. False keeps its own
+    tensors, such as IEC's scalars in the released IR-QLoRA code or the bits of binary factors. PEFT
+    ignores them."""
     base_model: str | None = None
     """base_model_name_or_path of adapters: folder or hub id of the base for PEFT's auto classes.
     Null: with kind dequantized, the absolute path of output_dir; with kind adapter, the original

@@ -74,7 +74,8 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
 
     # Besides a pair, the file may have leaves of this method or of other ones.
     pair = {leaf: part for leaf, part in method.files.items() if leaf in LORA.files}
-    own = {leaf: part for leaf, part in method.files.items() if not pair or keys(part) & set(names)}
+    whole = not pair or method.pack is not None
+    own = {leaf: part for leaf, part in method.files.items() if whole or keys(part) & set(names)}
     others = {
         part: (other, leaf)
         for other in METHODS.values()
@@ -94,22 +95,28 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
             f"{targets}: {first_few([names[name] for name in extra])}"
         )
 
-    def read(path: Keys, part: str, shape: tuple[int, ...]) -> np.ndarray:
+    def read(path: Keys, part: str, like: Any) -> np.ndarray:
         found = [names[adapter_name(path, layer, part)] for layer in range(depth)]
-        return np.stack([_read_adapter(headers[key], key, shape, adapter) for key in found])
+        return np.stack([_read_adapter(headers[key], key, like, adapter) for key in found])
 
     adapters: Tree = {}
     for path in paths:
         shape = model.config.linear_shapes[path[-1]]
+        stored = fresh[path]
+        if method.pack is not None:
+            stored = jax.eval_shape(method.pack, fresh[path])
         parts = {
-            leaf: read(path, own[leaf], value.shape)
+            leaf: read(path, own[leaf], stored[leaf])
             if leaf in own
             else np.broadcast_to(value, (depth, *value.shape))
             for leaf, value in fresh[path].items()
         }
+        if method.unpack is not None:
+            packed, start = (jax.tree.map(jnp.asarray, tree) for tree in (parts, fresh[path]))
+            parts = jax.vmap(method.unpack, (0, None))(packed, start)
         for part, (other, leaf) in others.items():
             neutral = _fresh(other.name, shape, adapter)[leaf]
-            if (read(path, part, neutral.shape) != neutral).any():
+            if (read(path, part, neutral) != neutral).any():
                 raise ValueError(
                     f"{file}: {'.'.join((*path, part))} changes the update, so this adapter needs "
                     f"adapter.method {other.name}, not {method.name}"
@@ -134,10 +141,18 @@ def _fresh(method: str, shape: Shape, adapter: AdapterConfig) -> dict[str, np.nd
 
 
 def _check_neutral(file: Path, method: Method, params: dict[str, np.ndarray], shape: Shape) -> None:
-    """Checks that leaves missing in a file, at their initial values, do not change the update."""
+    """Checks that leaves missing in a file, at their initial values, do not change the update.
+
+    A method may round: the gated quantizer of Bayesian-LoRA at 32 bits does.
+    """
     pair = {leaf: params[leaf] for leaf in LORA.files}
     folded = method.fold and method.fold(jax.tree.map(jnp.asarray, params), shape)
-    if folded is None or any((folded[leaf] != value).any() for leaf, value in pair.items()):
+
+    def differs(leaf: str, value: np.ndarray) -> bool:
+        assert folded is not None
+        return bool((np.abs(folded[leaf] - value) > 1e-6 * np.abs(value).max()).any())
+
+    if folded is None or any(differs(leaf, value) for leaf, value in pair.items()):
         raise ValueError(
             f"{file}: holds only a LoRA pair; adapter.method {method.name} cannot start from it"
         )
@@ -193,25 +208,30 @@ def save_adapter(
         if folds:
             params = folded(params, layer, adapter, model.config.linear_shapes[path[-1]])
         else:
+            params = {leaf: jnp.asarray(stack[layer]) for leaf, stack in params.items()}
+            params = params if method.pack is None else method.pack(params)
             # Files store a scalar with shape [1].
-            params = {leaf: jnp.atleast_1d(stack[layer]) for leaf, stack in params.items()}
+            params = {leaf: jnp.atleast_1d(value) for leaf, value in params.items()}
             if method.file_factor is not None:
                 shape = model.config.linear_shapes[path[-1]]
                 factor = method.file_factor(adapter.options, shape)
                 params["lora_B"] = params["lora_B"].astype(jnp.float32) * factor
         return {files[leaf]: value for leaf, value in params.items()}
 
-    shapes = {
-        adapter_name(path, layer, part): value.shape
+    arrays = {
+        adapter_name(path, layer, part): value
         for path, layer in places
         for part, value in jax.eval_shape(lambda path=path: leaves(path, 0)).items()
     }
+    shapes = {name: value.shape for name, value in arrays.items()}
+    packed = {name for name, value in arrays.items() if value.dtype == np.uint8}
     parts = (
         (adapter_name(path, layer, part), np.asarray(value))
         for path, layer in places
         for part, value in sorted(leaves(path, layer).items())  # the order of `shapes`
     )
-    write_tensors(folder / ADAPTER, shapes, dtype, parts)
+    metadata = None if folds else {"method": method.name}
+    write_tensors(folder / ADAPTER, shapes, dtype, parts, packed=packed, metadata=metadata)
     fields = dict(peft_fields(adapter) if folds or method.peft is None else method.peft(adapter))
     if folds:  # the pair may have another rank
         fields |= _rank_fields(
@@ -335,16 +355,19 @@ def _check_adapter_config(file: Path, adapter: AdapterConfig) -> bool:
     return as_peft
 
 
-def _read_adapter(
-    header: Header, key: str, shape: tuple[int, ...], adapter: AdapterConfig
-) -> np.ndarray:
-    """Reads one tensor as float32. Files store a scalar with shape [1]."""
-    check_float(header, key)
+def _read_adapter(header: Header, key: str, like: Any, adapter: AdapterConfig) -> np.ndarray:
+    """Reads one tensor as float32, or as bytes where `like` has bytes. Files store a scalar with
+    shape [1]."""
+    shape, packed = like.shape, like.dtype == np.uint8
+    if not packed:
+        check_float(header, key)
+    elif header.dtype != "U8":
+        raise ValueError(f"{header.file}: {key} has type {header.dtype}: expected U8")
     if header.shape != (shape or (1,)):
         raise ValueError(
             f"{header.file}: {key} has shape {header.shape}: expected {shape or (1,)} "
             f"(adapter.rank = {adapter.rank})"
         )
-    value = np.empty(header.shape, np.float32)
+    value = np.empty(header.shape, np.uint8 if packed else np.float32)
     read_into(value, header, key)
     return value.reshape(shape)

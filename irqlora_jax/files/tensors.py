@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -152,6 +152,9 @@ def write_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: str,
     parts: Iterable[tuple[str, np.ndarray]],
+    *,
+    packed: Container[str] = (),
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a safetensors file while its tensors are computed. The header needs only shapes.
 
@@ -160,16 +163,19 @@ def write_tensors(
         shapes: of the tensors, in the order of the file.
         dtype: one of `FLOATS`; all values are rounded to it.
         parts: name and values of each tensor, in the same order.
+        packed: names of the tensors of uint8, which have no `dtype`.
+        metadata: further texts in the header.
 
     Raises:
         ValueError: a value is out of the range of `dtype`.
     """
     code = next(code for code, name in FLOATS.items() if name == dtype)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, shape in shapes.items():
-        start, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+        own, size = ("U8", 1) if name in packed else (code, np.dtype(dtype).itemsize)
+        start, end = end, end + math.prod(shape) * size
+        header[name] = {"dtype": own, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # align the data to 8 bytes
     with file.open("wb") as out:
@@ -178,7 +184,7 @@ def write_tensors(
         # No zip, and delete the name: else an array stays alive while the next one is computed.
         for name, array in parts:
             assert (name, array.shape) == next(expected)
-            _write_array(out, name, array, dtype)
+            _write_array(out, name, array, "uint8" if name in packed else dtype)
             del array
         assert next(expected, None) is None
 

@@ -74,6 +74,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 _SECTIONS: tuple[tuple[str, Callable[[RunData], Markup]], ...] = (
     ("Results", sections.results),
     ("Training", sections.training),
+    ("What the adapter learned", sections.learned),
     ("Evaluation", scored.evaluation),
     ("Entropy of the codes", quantized.entropy),
     ("Codes, shifts and errors", quantized.quantization),

@@ -17,6 +17,8 @@ from irqlora_jax.text import readable_size
 
 _PATHS = ("mmlu", "questions", "text", "task_folder", "prompts")
 """Settings of an evaluation that name a file or a folder."""
+_LEARNED = "learned/"
+"""Start of the names of metrics that a method learned (`train.loop.learned`)."""
 
 
 def headline(found: RunData) -> Markup:
@@ -176,6 +178,28 @@ def training(found: RunData) -> Markup:
         plots.append(line_plot(title, steps, Axis(label, 0.0), [_course(label, x, y, 0)]))
     plots = [plot for plot in plots if plot]
     return tag("div", *plots, class_="grid2") if plots else Markup()
+
+
+def learned(found: RunData) -> Markup:
+    """Shows what a method learned by layer besides its update, such as ranks and bits."""
+    rows = (
+        row for row in reversed(found.metrics) if any(name.startswith(_LEARNED) for name in row)
+    )
+    newest = next(rows, {})
+    by_row: dict[str, dict[int, str]] = {}
+    for name, value in newest.items():
+        parts = name.split("/")
+        if name.startswith(_LEARNED) and len(parts) == 4 and parts[3].isdecimal():
+            row = by_row.setdefault(f"{parts[2]}: {parts[1]}", {})
+            row[int(parts[3])] = f"{value:g}" if isinstance(value, int | float) else "-"
+    if not by_row:
+        return Markup()
+    depth = 1 + max(layer for row in by_row.values() for layer in row)
+    body = [
+        (name, *(row.get(layer, "-") for layer in range(depth))) for name, row in by_row.items()
+    ]
+    note = f"By layer, after step {newest['step']}."
+    return join(tag("p", note), table(("", *map(str, range(depth))), body))
 
 
 def _loss_plot(metrics: Sequence[Mapping[str, Any]], steps: Axis) -> Markup:

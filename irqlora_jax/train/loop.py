@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.file import Base
 from irqlora_jax.data import make_batches, prefetch
 from irqlora_jax.evaluate import evaluation_loss
 from irqlora_jax.generate.samples import answer_samples
 from irqlora_jax.machine import peak_memory
 from irqlora_jax.messages import progress_bar
+from irqlora_jax.model.tree import LAYERS
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.state import TrainState
 from irqlora_jax.sharding import put_batch
@@ -30,6 +32,7 @@ from irqlora_jax.train.metrics import MetricsLog
 from irqlora_jax.train.step import make_step
 from irqlora_jax.train.stop import Stop
 
+LEARNED = "learned/"
 logger = logging.getLogger(__name__)
 
 
@@ -110,6 +113,10 @@ def train(
                         logger.info(f"step {done}: evaluation loss {loss:.4f}")
                         saves = saves or loss < best
                         early = early_stop_reason(job, log.evaluations)
+                if evaluates and job.model.adapter is not None:
+                    numbers = learned(job.model.adapter, state.adapters)
+                    if numbers:
+                        log.write(done, numbers)
                 # Read the signal only once: a later signal ends the next step.
                 ends = early is not None or stop.signal is not None
                 if saves or ends:
@@ -117,6 +124,23 @@ def train(
             if ends:
                 break
     return LoopResult(state, stop.signal, None if int(state.step) == settings.steps else early)
+
+
+def learned(adapter: AdapterConfig, adapters: dict[str, Any]) -> dict[str, float]:
+    """What a method learned besides its update (`Method.learned`), as metrics.
+
+    The names are learned/QUANTITY/PROJECTION/LAYER.
+    """
+    one = adapter.chosen.learned
+    if one is None:
+        return {}
+    return {
+        f"{LEARNED}{quantity}/{name}/{layer}": float(value)
+        for linears in adapters[LAYERS].values()
+        for name, leaves in linears.items()
+        for quantity, values in jax.vmap(one)(leaves).items()
+        for layer, value in enumerate(np.asarray(values))
+    }
 
 
 def _is_due(every: int, done: int) -> bool:

@@ -11,10 +11,12 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float32
 
+from irqlora_jax.adapters.lora import LORA
 from irqlora_jax.base.file import Base
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.model.llama import Llama, head_weight
 from irqlora_jax.model.loss import cross_entropy
+from irqlora_jax.model.tree import LAYERS
 from irqlora_jax.runs.state import TrainState, learning_rate
 from irqlora_jax.sharding import PAIR, Splits, tree_shardings
 
@@ -80,6 +82,46 @@ def loss_sum(
     return cross_entropy(features, head_weight(base), batch["tokens"], batch["targets"], chunk)
 
 
+def prepare(
+    model: Llama, adapters: dict[str, Any], key: Array, progress: Array
+) -> tuple[Llama, dict[str, Any]]:
+    """The model and the adapters of a training step: LoRA and its pairs if the method prepares them
+    (`Method.prepare`), else those given.
+
+    Args:
+        model: the model.
+        adapters: its adapters.
+        key: random key of the step.
+        progress: share of the steps that are done, from 0 to 1.
+    """
+    adapter = model.adapter
+    if adapter is None or adapter.chosen.prepare is None:
+        return model, adapters
+    one, options = adapter.chosen.prepare, adapter.options
+    tree: dict[str, Any] = {}
+    for group, linears in adapters[LAYERS].items():
+        for name, leaves in linears.items():
+            key, own = jax.random.split(key)
+            keys = jax.random.split(own, jax.tree.leaves(leaves)[0].shape[0])
+            pairs = jax.vmap(lambda params, key: one(params, key, progress, options))(leaves, keys)
+            tree.setdefault(group, {})[name] = pairs
+    unused = {adapter.method: adapter.chosen.options}
+    pair = dataclasses.replace(adapter, method=LORA.name, **unused)
+    return model.clone(adapter=pair), {LAYERS: tree}
+
+
+def penalty(model: Llama, adapters: dict[str, Any]) -> Float32[Array, ""]:
+    """What the adapters add to the loss (`Method.penalty`), summed over all layers."""
+    total, adapter = jnp.float32(0), model.adapter
+    if adapter is None or adapter.chosen.penalty is None:
+        return total
+    one, options = adapter.chosen.penalty, adapter.options
+    for linears in adapters[LAYERS].values():
+        for leaves in linears.values():
+            total += jax.vmap(lambda params: one(params, options))(leaves).sum()
+    return total
+
+
 def train_step(
     state: TrainState,
     base: Base,
@@ -91,7 +133,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Computes one optimizer step with gradients for the adapters only.
 
-    The loss is the mean over all targets of the batch, for any `config.accumulation`. With float16
+    The loss is the mean over all targets of the batch, for any `config.accumulation`, plus the
+    penalty of the adapter, which the returned loss does not contain. With float16
     the loss is scaled. If a step overflows, only the loss scale changes. It still counts as a step,
     also for the learning rate, so that the schedule ends at the last step.
 
@@ -104,11 +147,17 @@ def train_step(
     step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     parts = jax.tree.map(lambda x: x.reshape(config.accumulation, -1, *x.shape[1:]), batch)
     keys = jax.random.split(step_key, config.accumulation)
+    # Independent of the accumulation, which does not change the draws.
+    prepare_key = jax.random.fold_in(step_key, 1)
+    progress = state.step.astype(jnp.float32) / max(config.steps - 1, 1)
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def scaled_loss(adapters: dict[str, Any], part: Batch, key: Array) -> tuple[Array, tuple]:
-        nll, count = loss_sum(adapters, base, part, key, model=model, chunk=config.loss_chunk)
-        return nll * (scale / total), (nll, count)
+        # The same key for every part: gates are drawn once a step.
+        own, pairs = prepare(model, adapters, prepare_key, progress)
+        nll, count = loss_sum(pairs, base, part, key, model=own, chunk=config.loss_chunk)
+        added = penalty(model, adapters) * (scale / config.accumulation)
+        return nll * (scale / total) + added, (nll, count)
 
     # Divide by the number of targets before the backward pass: in float16 the sum would overflow.
     total = jnp.maximum(batch["targets"][:, 1:].sum(), 1).astype(jnp.float32)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from irqlora_jax.evaluate.perplexity import row_nll
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.state import init_state, learning_rate, make_optimizer
+from irqlora_jax.sharding import LINEAR_NAMES
 from irqlora_jax.train.step import train_step
 from tests import hlo
 from tests.models import random_base, tiny_llama
@@ -33,9 +35,14 @@ def quantized_base() -> tuple[dict, jax.Array]:
 
 
 @functools.cache
-def setup(settings: TrainConfig = SETTINGS, dropout: float = 0.0):
+def setup(
+    settings: TrainConfig = SETTINGS,
+    dropout: float = 0.0,
+    method: Any = "iec",
+    targets: Any = LINEAR_NAMES,
+):
     """Step function, state, base and batch of a tiny quantized model."""
-    adapter = AdapterConfig(rank=4, dropout=dropout)
+    adapter = AdapterConfig(method=method, rank=4, dropout=dropout, targets=targets)
     model = Llama(LLAMA, adapter=adapter, compute_dtype=settings.compute_dtype)
     base, tokens = quantized_base()
     # Rows with unequal numbers of targets, so that a mean of means would show.

@@ -1,0 +1,82 @@
+"""Every adapter method, stored: as a plain pair for PEFT, and in its own form."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from irqlora_jax import hf
+from irqlora_jax.adapters import METHODS
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.export.peft import folded
+from irqlora_jax.files.tensors import read_headers
+from irqlora_jax.model.llama import Llama
+from tests.models import NARROW
+
+TARGETS = ("q_proj", "down_proj")
+
+
+def model_of(method: Any) -> Llama:
+    return Llama(NARROW, AdapterConfig(method=method, rank=5, alpha=9.0, targets=TARGETS))
+
+
+def random_adapters(model: Llama) -> Any:
+    """Every leaf random, so that gates are open or closed by chance."""
+    fresh = model.init_adapters(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    drawn = [jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(tree, drawn)
+
+
+def pairs(adapters: Any, method: str) -> list[Any]:
+    return [
+        folded(leaves, jnp.int32(layer), method)
+        for _, group in sorted(adapters["layers"].items())
+        for _, leaves in sorted(group.items())
+        for layer in range(NARROW.num_hidden_layers)
+    ]
+
+
+@pytest.mark.parametrize("method", [m.name for m in METHODS.values() if m.fold is not None])
+def test_a_stored_adapter_has_the_same_update(tmp_path: Path, method: str) -> None:
+    model = model_of(method)
+    adapters = random_adapters(model)
+    (tmp_path / "own").mkdir()
+    hf.save_adapter(tmp_path / "own", model, adapters, fold=False)
+    hf.save_adapter(tmp_path, model, adapters)
+    own = hf.load_adapter(tmp_path / "own", model)
+    plain = hf.load_adapter(tmp_path, model_of("lora"))
+    assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, adapters)
+    for pair, again, alone in zip(
+        pairs(adapters, method), pairs(own, method), pairs(plain, "lora"), strict=True
+    ):
+        for leaf, value in pair.items():
+            np.testing.assert_allclose(again[leaf], value, rtol=1e-6)
+            np.testing.assert_allclose(alone[leaf], value, rtol=1e-6)
+
+
+def test_signs_take_a_bit_each(tmp_path: Path) -> None:
+    model = model_of("binary")
+    hf.save_adapter(tmp_path, model, random_adapters(model), fold=False)
+    for name, header in read_headers(tmp_path / "adapter_model.safetensors").items():
+        out, into = NARROW.linear_shapes[name.split(".")[-2]]
+        columns = {"lora_A_signs": into, "lora_B_signs": 5}.get(name.split(".")[-1])
+        if columns is not None:
+            rows = 5 if columns == into else out
+            assert (header.dtype, header.shape) == ("U8", (rows, -(-columns // 8)))
+
+
+def test_a_plain_pair_starts_bayesian_lora_but_no_binary_one(tmp_path: Path) -> None:
+    lora = model_of("lora")
+    adapters = random_adapters(lora)
+    hf.save_adapter(tmp_path, lora, adapters)
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors: no tensor .*signs"):
+        hf.load_adapter(tmp_path, model_of("binary"))
+    started = hf.load_adapter(tmp_path, model_of("bayesian"))
+    for pair, own in zip(pairs(adapters, "lora"), pairs(started, "bayesian"), strict=True):
+        for leaf, value in pair.items():
+            np.testing.assert_allclose(own[leaf], value, atol=1e-6)
