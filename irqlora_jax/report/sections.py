@@ -93,7 +93,8 @@ def _adapter_sentence(found: RunData) -> str:
     known = METHODS.get(adapter["method"])
     method = adapter["method"] if known is None else known.title
     places = f"{len(adapter['targets'])} projections of every layer"
-    text = f"{method}, rank {adapter['rank']}, alpha {adapter['alpha']:g}, on {places}"
+    scaled = " (rsLoRA)" if adapter.get("scaling") == "sqrt_rank" else ""
+    text = f"{method}, rank {adapter['rank']}, alpha {adapter['alpha']:g}{scaled}, on {places}"
     if found.trained is not None:
         text += f": {_readable_count(found.trained.weights)} trained weights"
     return f"{text}."

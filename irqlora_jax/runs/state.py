@@ -68,11 +68,11 @@ def make_optimizer(config: TrainConfig, method: Method = LORA) -> optax.Gradient
     if config.lora_plus_ratio == 1:
         return adamw
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         def scaled(path: Any, step: Array) -> Array:
             return step * config.lora_plus_ratio if path[-1].key in method.faster else step
 
-        steps, state = adamw.update(grads, state, params)
+        steps, state = adamw.update(updates, state, params)
         return jax.tree_util.tree_map_with_path(scaled, steps), state
 
     # The state is AdamW's, so a run may change the ratio when it resumes.

@@ -68,8 +68,8 @@ def test_a_start_with_the_base_changes_nothing(quant: QuantConfig) -> None:
     model = Llama(LLAMA, AdapterConfig(method="dora", rank=4, alpha=8.0))
     adapters = model.init_adapters(jax.random.key(0), base=base)
     tokens = jnp.arange(3, 13)[None]
-    plain = Llama(LLAMA).apply({"params": {}, "base": base}, tokens)
-    same = model.apply({"params": adapters, "base": base}, tokens)
+    plain: Any = Llama(LLAMA).apply({"params": {}, "base": base}, tokens)
+    same: Any = model.apply({"params": adapters, "base": base}, tokens)
     np.testing.assert_allclose(same, plain, rtol=0, atol=1e-5)
     # Without the base, the lack is not silent.
     bare = model.init_adapters(jax.random.key(0))
@@ -113,7 +113,7 @@ def logits_and_gradients(shape: tuple[int, int, int]) -> Any:
         @jax.jit
         def both(adapters: Any) -> Any:
             def loss(adapters: Any) -> Any:
-                logits = model.apply({"params": adapters, "base": base}, tokens)
+                logits: Any = model.apply({"params": adapters, "base": base}, tokens)
                 return jnp.mean(jnp.square(logits)), logits
 
             moved = jax.tree.map(lambda x: x + 0.05 * jnp.cos(x * 30), adapters)
