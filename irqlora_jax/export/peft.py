@@ -115,7 +115,9 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
         dtype = jnp.dtype(adapter.dtype)
         insert(adapters, (LAYERS, *path), {k: jnp.asarray(v, dtype) for k, v in parts.items()})
         if len(own) < len(fresh):
-            _check_neutral(file, method, {leaf: value[0] for leaf, value in parts.items()})
+            _check_neutral(
+                file, method, {leaf: np.asarray(value[0]) for leaf, value in parts.items()}
+            )
     return adapters
 
 
