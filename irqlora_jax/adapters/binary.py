@@ -187,7 +187,11 @@ def prepare(
         binarize(options.pair, params[name].astype(jnp.float32) * unit, mu)
         for name in ("lora_A", "lora_B")
     )
-    return _pair({name: leaf.astype(jnp.float32) for name, leaf in params.items()}, a, b)
+    return _pair(
+        {name: leaf.astype(jnp.float32) for name, leaf in params.items()},
+        jnp.asarray(a),
+        jnp.asarray(b),
+    )
 
 
 def pack(params: Params) -> Params:

@@ -127,7 +127,7 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
         dtype = jnp.dtype(adapter.dtype)
         insert(adapters, (LAYERS, *path), {k: jnp.asarray(v, dtype) for k, v in parts.items()})
         if fresh[path].keys() - own.keys():
-            one = {leaf: value[0] for leaf, value in parts.items()}
+            one = {leaf: np.asarray(value[0]) for leaf, value in parts.items()}
             _check_neutral(file, method, one, shape)
     return adapters
 
