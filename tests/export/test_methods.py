@@ -11,16 +11,32 @@ import pytest
 from irqlora_jax import hf
 from irqlora_jax.adapters import METHODS
 from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.adapters.qalora import QaloraOptions
+from irqlora_jax.adapters.qalora_iec import QaloraIecOptions
 from irqlora_jax.export.peft import folded
+from irqlora_jax.files.small import read_json
 from irqlora_jax.files.tensors import read_headers
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.model.tree import ADAPTER_CONFIG
 from tests.models import NARROW
 
 TARGETS = ("q_proj", "down_proj")
 
 
+GROUPS: dict[str, Any] = {"qalora": QaloraOptions(8, "sum"), "qalora_iec": QaloraIecOptions(8)}
+
+
 def model_of(method: Any) -> Llama:
-    return Llama(NARROW, AdapterConfig(method=method, rank=5, alpha=9.0, targets=TARGETS))
+    options = {method: GROUPS[method]} if method in GROUPS else {}
+    shared: dict[str, Any] = {"rank": 5, "alpha": 9.0, "targets": TARGETS}
+    return Llama(NARROW, AdapterConfig(method=method, **shared, **options))
+
+
+def plain_model(folder: Path) -> Llama:
+    """LoRA with the rank and alpha of a folder."""
+    values = read_json(folder / ADAPTER_CONFIG)
+    rank, alpha = values["r"], float(values["lora_alpha"])
+    return Llama(NARROW, AdapterConfig(method="lora", rank=rank, alpha=alpha, targets=TARGETS))
 
 
 def random_adapters(model: Llama) -> Any:
@@ -32,11 +48,12 @@ def random_adapters(model: Llama) -> Any:
     return jax.tree.unflatten(tree, drawn)
 
 
-def pairs(adapters: Any, method: str) -> list[Any]:
+def pairs(adapters: Any, model: Llama) -> list[Any]:
+    assert model.adapter is not None
     return [
-        folded(leaves, jnp.int32(layer), method)
+        folded(leaves, jnp.int32(layer), model.adapter, NARROW.linear_shapes[name])
         for _, group in sorted(adapters["layers"].items())
-        for _, leaves in sorted(group.items())
+        for name, leaves in sorted(group.items())
         for layer in range(NARROW.num_hidden_layers)
     ]
 
@@ -49,10 +66,11 @@ def test_a_stored_adapter_has_the_same_update(tmp_path: Path, method: str) -> No
     hf.save_adapter(tmp_path / "own", model, adapters, fold=False)
     hf.save_adapter(tmp_path, model, adapters)
     own = hf.load_adapter(tmp_path / "own", model)
-    plain = hf.load_adapter(tmp_path, model_of("lora"))
+    lora = plain_model(tmp_path)
+    plain = hf.load_adapter(tmp_path, lora)
     assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, adapters)
     for pair, again, alone in zip(
-        pairs(adapters, method), pairs(own, method), pairs(plain, "lora"), strict=True
+        pairs(adapters, model), pairs(own, model), pairs(plain, lora), strict=True
     ):
         for leaf, value in pair.items():
             np.testing.assert_allclose(again[leaf], value, rtol=1e-6)
@@ -77,6 +95,6 @@ def test_a_plain_pair_starts_bayesian_lora_but_no_binary_one(tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"adapter_model.safetensors: no tensor .*signs"):
         hf.load_adapter(tmp_path, model_of("binary"))
     started = hf.load_adapter(tmp_path, model_of("bayesian"))
-    for pair, own in zip(pairs(adapters, "lora"), pairs(started, "bayesian"), strict=True):
+    for pair, own in zip(pairs(adapters, lora), pairs(started, model_of("bayesian")), strict=True):
         for leaf, value in pair.items():
             np.testing.assert_allclose(own[leaf], value, atol=1e-6)
