@@ -33,6 +33,7 @@ RECIPES = {
     "llama3-8b": ("llama3", "llama3.1"),
     "qlora-alpaca-7b": ("7b",),
     "gptq-alpaca-7b": ("7b",),
+    "qalora-alpaca-7b": ("7b",),
     "guanaco-7b": ("7b", "65b"),
 }
 

@@ -15,6 +15,7 @@ from irqlora_jax.adapters import dora, lora
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.dora import DORA
 from irqlora_jax.adapters.lokr import LokrOptions
+from irqlora_jax.adapters.qalora import QaloraOptions
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.export.peft import save_adapter
 from irqlora_jax.model.llama import Llama
@@ -49,6 +50,16 @@ CASES: dict[str, tuple[Any, dict[str, Any], AdapterConfig]] = {
         {**LORA, "use_dora": True},
         AdapterConfig(method="dora", rank=6, alpha=9.0),
     ),
+    "qalora": (
+        "LoraConfig",
+        {**LORA, "use_qalora": True, "qalora_group_size": 4},
+        AdapterConfig(method="qalora", rank=6, alpha=9.0, qalora=QaloraOptions(4, "peft")),
+    ),
+    "qalora of mean pools": (
+        "LoraConfig",
+        {**LORA, "use_qalora": True, "qalora_group_size": 4},
+        AdapterConfig(method="qalora", rank=6, alpha=9.0, qalora=QaloraOptions(4, "mean")),
+    ),
     "rslora with iec": (
         "LoraConfig",
         {**LORA, "use_rslora": True},
@@ -68,6 +79,20 @@ def fresh_base(folder: Path) -> Any:
     """A copy of the base, because PEFT changes the model, and its folder for us."""
     base().save_pretrained(folder / "base")
     return transformers.LlamaForCausalLM.from_pretrained(folder / "base").eval()
+
+
+@pytest.fixture(autouse=True)
+def pools_of_plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT offers its QA-LoRA for GPTQ layers only. The same code runs here on plain layers."""
+    layer = peft.tuners.lora.layer.Linear
+    usual = layer.resolve_lora_variant
+
+    def resolve(self: Any, *, config: Any, **options: Any) -> Any:
+        if config.use_qalora:
+            return peft.tuners.lora.variants.QALoraLinearVariant()
+        return usual(self, config=config, **options)
+
+    monkeypatch.setattr(layer, "resolve_lora_variant", resolve)
 
 
 def logits_there(model: Any) -> np.ndarray:
@@ -99,13 +124,15 @@ def test_peft_reads_our_folder(tmp_path: Path, case: str) -> None:
     ours = Llama(llama, adapter)
     adapters = random_adapters(ours)
     (tmp_path / "adapter").mkdir()
-    save_adapter(tmp_path / "adapter", ours, adapters)
+    fold = adapter.method != "qalora"  # else it would be a plain pair
+    save_adapter(tmp_path / "adapter", ours, adapters, fold=fold)
     theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
     logits = ours.apply({"params": adapters, "base": frozen}, jnp.asarray(TOKENS))
     np.testing.assert_allclose(np.asarray(logits), logits_there(theirs), rtol=0, atol=1e-4)
     if adapter.method != "iec":  # folded there
         again = hf.load_adapter(tmp_path / "adapter", ours)
-        jax.tree.map(np.testing.assert_array_equal, again, adapters)
+        same = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+        jax.tree.map(same, again, adapters)
 
 
 FAULTS = {
