@@ -70,7 +70,7 @@ def _block_update(
     if group % size:
         raise ValueError(
             f"the update of {method.title} is constant over {group} inputs, but the blocks of the "
-            f"base have {size} weights; expected a multiple of {size} (adapter.{method.name}), or "
-            "kind merged"
+            f"base have {size} weights; expected a multiple of {size} (adapter.{method.name}; for "
+            "qalora_iec also in / gcd(in, adapter.rank)), or kind merged"
         )
     return jnp.repeat(update, group // size, axis=1) * adapter.scale_for((rows, columns))

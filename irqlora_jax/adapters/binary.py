@@ -252,6 +252,7 @@ BINARY = Method(
         "scale_B": "lora_B_scales",
     },
     fold=lambda params, shape: fold(params),
+    has_pair=False,
     prepare=prepare,
     pack=pack,
     unpack=unpack,

@@ -72,7 +72,7 @@ class AdapterConfig:
     "new": `model` is a run, of which only the base is used. Also written adapter.from."""
     scales: int = 0
     """Also train the scale and the shift of every block of the targets. Give quant.block_size; 0:
-    they stay as quantized. In EfficientQAT, training of the scales is the second phase."""
+    they stay as quantized. EfficientQAT trains them, without an adapter, in its second phase."""
     iec: IecOptions = IecOptions()
     lokr: LokrOptions = LokrOptions()
     bayesian: BayesianOptions = BayesianOptions()
@@ -94,13 +94,11 @@ class AdapterConfig:
         require(self.dtype in known, "adapter.dtype", self.dtype, " or ".join(known))
         starts = ", ".join(INITIALIZATIONS)
         require(self.init in INITIALIZATIONS, "adapter.init", self.init, starts)
-        known, pair = ("rank", "sqrt_rank"), self.chosen.has_pair
-        require(self.scaling in known, "adapter.scaling", self.scaling, " or ".join(known))
-        without = f"with adapter.method {self.method}, which has no LoRA pair"
-        ok = pair or self.scaling == "rank"
-        require(ok, "adapter.scaling", self.scaling, f"rank {without}")
-        ok = pair or self.start.fit is None
-        require(ok, "adapter.init", self.init, f"default {without}")
+        known, own = self.chosen.scalings, f"with adapter.method {self.method}"
+        accepted = f"{' or '.join(known)} {own}"
+        require(self.scaling in known, "adapter.scaling", self.scaling, accepted)
+        ok = self.chosen.has_pair or self.start.fit is None
+        require(ok, "adapter.init", self.init, f"default {own}, which has no pair to fit")
         require(self.scales >= 0, "adapter.scales", self.scales, "quant.block_size, or 0")
         ok = not self.scales or self.chosen.prepare is None
         require(ok, "adapter.scales", self.scales, f"0 with adapter.method {self.method}")

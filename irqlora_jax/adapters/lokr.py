@@ -183,5 +183,6 @@ LOKR = Method(
     splits={},
     faster=(),
     has_pair=False,
+    scalings=("rank",),
     options=LokrOptions(),
 )

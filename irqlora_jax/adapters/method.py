@@ -59,8 +59,9 @@ class Method:
         file_factor: (options, (out, in)) -> factor of lora_B in such a file, if PEFT scales the
             update differently. Files of the authors' code, without these fields, are read as they
             are. None: there are no such files, and the factor is 1.
-        has_pair: the parameters contain a LoRA pair lora_A [rank, in] and lora_B [out, rank], so
-            an `Initialization` can fit it.
+        has_pair: the update starts from a LoRA pair lora_A [rank, in] and lora_B [out, rank] among
+            the parameters, so an `Initialization` can fit the pair.
+        scalings: accepted values of `adapter.scaling`.
         frozen: options -> the leaves that get no gradient.
         splits: how a mesh splits each leaf (default: LoRA's pair). "out" or "in" for a dimension
             that follows the outputs or inputs of the layer, None for one that is not split. Leaves
@@ -85,6 +86,7 @@ class Method:
     peft: Callable[[Any], Mapping[str, Any]] | None = None
     file_factor: Callable[[Any, Shape], float] | None = None
     has_pair: bool = True
+    scalings: tuple[str, ...] = ("rank", "sqrt_rank")
     prepare: Callable[[Params, PRNGKeyArray, Array, Any], Params] | None = None
     penalty: Callable[[Params, Any], Array] | None = None
     pack: Callable[[Params], Params] | None = None
@@ -146,4 +148,6 @@ class Initialization:
     needs: Literal["nothing", "inputs"] = "nothing"
 
 
+LEARNED = "learned/"
+"""Metrics with what a method learned begin with it: learned/QUANTITY/PROJECTION/LAYER."""
 DEFAULT = Initialization("default", "")

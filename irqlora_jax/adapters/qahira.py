@@ -78,5 +78,6 @@ QAHIRA = Method(
     reduced=reduced,
     splits={"matrix": ("out", "blocks")},
     has_pair=False,
+    faster=(),
     options=QahiraOptions(),
 )

@@ -23,8 +23,9 @@ class QaloraIecOptions:
     """Options of QA-LoRA with IEC."""
 
     group: int = 64
-    """Inputs that share a column of A. To merge the adapter into the quantized base without loss, a
-    multiple of quant.block_size. The released code uses 32 for both."""
+    """Inputs that share a column of A. The released code uses 32, also for quant.block_size. To
+    merge the adapter into the quantized base without loss, both the group and the windows of the
+    connection, in / gcd(in, rank) inputs, must be multiples of quant.block_size."""
 
     def __post_init__(self) -> None:
         qalora.check_group("adapter.qalora_iec.group", self.group)
@@ -81,5 +82,6 @@ QALORA_IEC = Method(
     fold=fold,
     reduced=reduced,
     has_pair=False,
+    faster=iec.IEC.faster,
     options=QaloraIecOptions(),
 )

@@ -1,5 +1,5 @@
-"""Scales and shifts of the blocks, trained together with an adapter or without one
-(EfficientQAT's end-to-end phase, arXiv 2407.11062, section 3.3, which trains scales only).
+"""Scales and shifts of the blocks, trained together with an adapter (EfficientQAT's end-to-end
+phase, arXiv 2407.11062, section 3.3, trains scales without an adapter).
 
     W = (1 + u) s levels[c] + t + v s
 

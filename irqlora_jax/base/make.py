@@ -133,7 +133,8 @@ def load_fitted(
             # There is no quantization error to correct, so initialize the pair as in LoRA.
             rows, columns = weight.shape
             return Made(None, LORA.init(own, (rows, columns), adapter.rank, None, adapter.dtype))
-        rank, scale, dtype = adapter.rank, adapter.scale, adapter.dtype
+        rank, dtype = adapter.rank, adapter.dtype
+        scale = adapter.scale_for((weight.shape[0], weight.shape[1]))
         packed, a, b = fit(
             weight, config, rank, scale, options, own, dtype, gram=gram, damping=damping
         )

@@ -73,7 +73,7 @@ def train_layer(
 ) -> TrainedLayer:
     """Trains the linear layers of a decoder layer.
 
-    The pairs are trained as LoRA's, with the factor alpha / rank of `settings.adapter`. Equal
+    The pairs are trained as LoRA's, with the factor `settings.adapter.scale`. Equal
     arguments give equal results, bit by bit.
 
     Args:
@@ -154,7 +154,8 @@ def _check(
 def _lora(settings: Settings) -> Settings:
     """The settings for training: plain LoRA, and float weights instead of packed ones."""
     own = settings.adapter
-    adapter = own and AdapterConfig(method="lora", rank=own.rank, alpha=own.alpha)
+    kept = own and {"rank": own.rank, "alpha": own.alpha, "scaling": own.scaling}
+    adapter = kept and AdapterConfig(method="lora", **kept)
     return dataclasses.replace(settings, adapter=adapter, matmul=None, deterministic=True)
 
 

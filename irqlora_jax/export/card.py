@@ -119,6 +119,8 @@ class Card:
                 )
         method = LORA if self.config is None else self.config.adapter.chosen
         trained = method.description
+        if self.config is not None and self.config.adapter.scales:
+            trained += " and trained scales and shifts of the base"
         finetuned = f"{origin}, {quantized}, finetuned with {trained} by irqlora_jax"
         if self.kind == "quantized":
             return (
@@ -134,12 +136,17 @@ class Card:
             )
         if self.kind == "dequantized":
             text = f"{origin}, {quantized} and dequantized to {self.dtype} by irqlora_jax."
-            return text if self.config is None else f"{text} `adapter/` has the finetuned adapter."
+            if self.config is None:
+                return text
+            changed = " Its scales and shifts are the trained ones." * bool(
+                self.config.adapter.scales
+            )
+            return f"{text}{changed} `adapter/` has the finetuned adapter."
         about = f"The adapter of {finetuned}."
         own = [f"`{name}`" for name in method.files.values() if name not in LORA.files.values()]
         form = f"The tensors of {method.title} are kept ({', '.join(own)})."
-        if self.folded and method.fold is None:
-            return f"{about} PEFT loads it as {method.title}."
+        if method.peft is not None and (method.fold is None or not self.folded):
+            return about if method is LORA else f"{about} PEFT loads it as {method.title}."
         if self.folded:
             form = f"{method.title} is folded into a plain LoRA pair that computes the same update."
         return f"{about} {form}" if own else about
@@ -149,7 +156,7 @@ class Card:
             return _QUANTIZED.format(name=self.name)
         if self.kind == "merged" or self.config is None:
             return _python(_LOAD.format(name=self.name))
-        if not self.folded and self.config.adapter.chosen.fold is not None:
+        if not self.folded and self.config.adapter.chosen.peft is None:
             note = "PEFT ignores tensors that it does not know, so its outputs would be wrong."
             return f"{_python(_LOAD_SCALARS.format(adapter=self.name))}\n\n{note} {self._warning()}"
         base, adapter = self.name, f"{self.name}/adapter"

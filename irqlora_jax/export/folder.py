@@ -208,7 +208,7 @@ def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:
     if for_peft and config.fold and adapter and unknown:
         raise ValueError(
             f"kind = {config.kind!r}: no LoRA pair computes the update of {adapter.chosen.title}; "
-            "expected merged"
+            f"expected {'merged or quantized' if adapter.chosen.reduced else 'merged'}"
         )
     size = sum(leaf.nbytes for leaf in _leaves(run.variables["params"]))
     if config.kind == "quantized":

@@ -105,7 +105,7 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
         stored = fresh[path]
         if method.pack is not None:
             stored = jax.eval_shape(method.pack, fresh[path])
-        parts = {
+        parts: dict[str, Any] = {
             leaf: read(path, own[leaf], stored[leaf])
             if leaf in own
             else np.broadcast_to(value, (depth, *value.shape))

@@ -59,7 +59,7 @@ def _changed(
             try:
                 weight = jax.jit(jax.vmap(change))(own, stack[group][projection]["weight"])
             except ValueError as error:
-                raise ValueError(f"kind = 'quantized': {target}: {error}") from error
+                raise ValueError(f"{target}: {error}") from error
             stack[group] = {**stack[group], projection: {"weight": weight}}
     return base
 
@@ -75,7 +75,10 @@ def save_quantized(folder: Path, run: Run, dtype: str) -> None:
     Raises:
         ValueError: as for `absorbed_base`, or an update is out of the range of `dtype`.
     """
-    base = absorbed_base(run.model, run.variables, dtype)
+    try:
+        base = absorbed_base(run.model, run.variables, dtype)
+    except ValueError as error:
+        raise ValueError(f"kind = 'quantized': {error}") from error
     for target, weight in linear_stacks(base):
         updates = getattr(weight, "scale_update", None), getattr(weight, "shift_update", None)
         if not all(u is None or bool(jnp.isfinite(u).all()) for u in updates):

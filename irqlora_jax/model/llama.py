@@ -189,7 +189,8 @@ class Llama(nn.Module):
     ) -> dict[str, Array]:
         """The leaves of one projection in all layers, with those that start from its weights."""
         assert self.adapter is not None and self.adapter.chosen.from_weight is not None
-        start, scale = self.adapter.chosen.from_weight, self.adapter.scale
+        start = self.adapter.chosen.from_weight
+        scale = self.adapter.scale_for(self.config.linear_shapes[path[1]])
         parts: list[Any] = []
         for stack, layers in stacks(base, self.config.num_hidden_layers).items():
             own = jax.tree.map(lambda x, of=layers: x[of.start : of.stop], leaves)

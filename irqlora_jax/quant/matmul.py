@@ -185,7 +185,7 @@ def _forward(
     forward: Implementation, backward: Implementation, x: Array, weight: QTensor, updates: Any
 ) -> tuple[Array, Any]:
     trained = any(update is not None for update in updates.values())
-    y = _frozen_matmul(forward, backward, x, weight, updates)
+    y: Any = _frozen_matmul(forward, backward, x, weight, updates)
     return y, (x if trained else None, weight, updates)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from irqlora_jax.adapters import METHODS
+from irqlora_jax.adapters.method import LEARNED
 from irqlora_jax.quant.formats import FORMATS
 from irqlora_jax.report.figure import table
 from irqlora_jax.report.markup import Markup, join, tag
@@ -17,7 +18,6 @@ from irqlora_jax.text import readable_size
 
 _PATHS = ("mmlu", "questions", "text", "task_folder", "prompts")
 """Settings of an evaluation that name a file or a folder."""
-_LEARNED = "learned/"
 """Start of the names of metrics that a method learned (`train.loop.learned`)."""
 
 
@@ -183,14 +183,12 @@ def training(found: RunData) -> Markup:
 
 def learned(found: RunData) -> Markup:
     """Shows what a method learned by layer besides its update, such as ranks and bits."""
-    rows = (
-        row for row in reversed(found.metrics) if any(name.startswith(_LEARNED) for name in row)
-    )
+    rows = (row for row in reversed(found.metrics) if any(name.startswith(LEARNED) for name in row))
     newest = next(rows, {})
     by_row: dict[str, dict[int, str]] = {}
     for name, value in newest.items():
         parts = name.split("/")
-        if name.startswith(_LEARNED) and len(parts) == 4 and parts[3].isdecimal():
+        if name.startswith(LEARNED) and len(parts) == 4 and parts[3].isdecimal():
             row = by_row.setdefault(f"{parts[2]}: {parts[1]}", {})
             row[int(parts[3])] = f"{value:g}" if isinstance(value, int | float) else "-"
     if not by_row:

@@ -120,10 +120,12 @@ def load_run(
 def unpacked(run: Run) -> Run:
     """On a CPU, a run with dense weights in the type of its activations, if they fit.
 
-    They may take half of the free memory. Else, and on other devices, the run is unchanged.
+    They may take half of the free memory. Else, on other devices, and with trained scales, which
+    belong to packed weights, the run is unchanged.
     """
     dtype, base = jnp.dtype(run.model.compute_dtype), run.variables["base"]
-    if jax.default_backend() != "cpu":
+    adapter = run.model.adapter
+    if jax.default_backend() != "cpu" or (adapter is not None and adapter.scales):
         return run
     shapes = jax.eval_shape(lambda base: dense_weights(base, dtype), base)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

@@ -16,7 +16,7 @@ from irqlora_jax.runs.load import is_base
 from irqlora_jax.text import shorten
 
 # What decides the shapes of an adapter and what it computes.
-_SAME = ("method", "rank", "alpha", "scaling", "targets")
+_SAME = ("method", "rank", "alpha", "scaling", "scales", "targets")
 
 
 def check_start(config: Config) -> None:

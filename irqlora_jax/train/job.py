@@ -9,6 +9,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from irqlora_jax.base.file import base_shapes
 from irqlora_jax.base.make import check_text
 from irqlora_jax.base.mesh import check_mesh
 from irqlora_jax.base.storage import abstract_base
@@ -26,6 +27,7 @@ from irqlora_jax.model.tree import linear_stacks
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.matmul import check_implementation, preferred_layout
 from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import is_base, read_architecture, read_tokenizer, with_end_tokens
 from irqlora_jax.runs.state import make_model, make_optimizer
 from irqlora_jax.sharding import make_mesh
@@ -66,7 +68,7 @@ def read_job(config: Config, source: str | Path) -> Job:
     mesh = make_mesh(config.mesh, config.train.rows)
     check_mesh(mesh, llama, config.quant)
     with jax.set_mesh(mesh):
-        _check_matmul(config, llama)
+        _check_matmul(config, llama, source)
     tokenizer = read_tokenizer(source)
     if is_hub_id(source):  # its files are here now
         llama = read_architecture(snapshot(source), config.quant)
@@ -113,7 +115,7 @@ def check_adapter(model: Llama, quant: QuantConfig) -> None:
     try:
         jax.eval_shape(lambda variables: absorbed_base(model, variables, "float32"), variables)
     except ValueError as error:
-        logger.info(f"adapter: {error} of irqlora export")
+        logger.info(f"Note: irqlora export --kind quantized will refuse this adapter: {error}")
 
 
 def _load_calibration(
@@ -130,15 +132,22 @@ def _load_calibration(
     return read_calibration(config.calibrate, tokenizer, max_length)
 
 
-def _check_matmul(config: Config, llama: LlamaConfig) -> None:
+def _check_matmul(config: Config, llama: LlamaConfig, source: str | Path) -> None:
     """Checks that `train.matmul` supports all linear layers."""
     train = config.train
     if train.matmul is None:
         return
-    for _, stack in linear_stacks(abstract_base(llama, config.quant)):
+    stored = is_base(source)
+    base = (
+        base_shapes(Path(source) / BASE_FILE)[0] if stored else abstract_base(llama, config.quant)
+    )
+    for name, stack in linear_stacks(base):
         weight = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack)
         if isinstance(weight, QTensor):
             weight = dataclasses.replace(weight, layout=preferred_layout(train.matmul))
+            if config.adapter.scales and name in config.adapter.targets:
+                update = jax.ShapeDtypeStruct(weight.scale_codes.shape, "float32")
+                weight = dataclasses.replace(weight, scale_update=update)
         x = jax.ShapeDtypeStruct((train.rows, weight.shape[1]), train.compute_dtype)
         try:
             check_implementation(train.matmul, x, weight)

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.adapters.method import LEARNED
 from irqlora_jax.base.file import Base
 from irqlora_jax.data import make_batches, prefetch
 from irqlora_jax.evaluate import evaluation_loss
@@ -32,7 +33,6 @@ from irqlora_jax.train.metrics import MetricsLog
 from irqlora_jax.train.step import make_step
 from irqlora_jax.train.stop import Stop
 
-LEARNED = "learned/"
 logger = logging.getLogger(__name__)
 
 

@@ -75,7 +75,13 @@ def test_fold_is_exact(in_features: int, out_features: int, rank: int) -> None:
 def test_fresh_adapters_change_nothing(method: Method) -> None:
     params = method.init(jax.random.key(0), SHAPE, 4, method.options, jnp.float32)
     x = jax.random.normal(jax.random.key(1), (3, SHAPE[1]))
-    assert not np.asarray(method.apply(params, x, x, 1.0, jnp.zeros(SHAPE))).any()
+    weight = jax.random.normal(jax.random.key(2), SHAPE)
+    if method.from_weight is not None:
+        params = method.from_weight(params, weight, 1.0)
+    assert not np.asarray(method.apply(params, x, x, 1.0, weight)).any()
+    if method.gain is not None:
+        np.testing.assert_allclose(method.gain(params, weight, 1.0), 1, rtol=1e-6)
+    assert set(method.faster) <= params.keys()
 
 
 @pytest.mark.parametrize("method", [METHODS["lora"], METHODS["iec"]], ids=["lora", "iec"])
