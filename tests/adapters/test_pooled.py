@@ -196,7 +196,7 @@ def test_what_cannot_be_absorbed_says_what_would_do() -> None:
             {"matrix": jnp.ones((2, 64))},
             weight,
             r"constant over 4 inputs, but the blocks of the base have 32 weights; expected a "
-            r"multiple of 32 \(adapter.qahira\), or kind merged",
+            r"multiple of 32 \(adapter.qahira; for qalora_iec also .*, or kind merged",
         ),
         (AdapterConfig("qahira"), {}, jnp.ones((16, 256)), "not quantized; expected kind merged"),
         (

@@ -72,8 +72,9 @@ def test_the_step_of_every_recipe_builds_at_full_size(recipe: str, size: str) ->
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert shapes(new) == shapes(state)
     assert metrics["loss"].shape == () and metrics["loss"].dtype == jnp.float32
-    # The paper's adapter: rank 64 on every linear layer.
-    linears = sum(out + into for out, into in architecture.linear_shapes.values())
+    # The paper's adapter: rank 64 on every linear layer. QA-LoRA's A has a column for each group.
+    group = config.adapter.qalora.group if config.adapter.method == "qalora" else 1
+    linears = sum(out + into // group for out, into in architecture.linear_shapes.values())
     pairs = architecture.num_hidden_layers * 64 * linears
     scalars = architecture.num_hidden_layers * 14 * (config.adapter.method == "iec")
     assert sum(leaf.size for leaf in jax.tree.leaves(new.adapters)) == pairs + scalars
