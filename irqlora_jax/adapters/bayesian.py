@@ -29,7 +29,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from irqlora_jax.adapters import gates, lora
 from irqlora_jax.adapters.method import Method, Params, Shape
-from irqlora_jax.sharding import PAIR
 from irqlora_jax.text import require
 
 FACTORS = {"lora_A": "gates_A", "lora_B": "gates_B", "lora_E": "gates_E"}
@@ -212,6 +211,5 @@ BAYESIAN = Method(
     prepare=prepare,
     penalty=penalty,
     learned=learned,
-    splits=PAIR,
     options=BayesianOptions(),
 )

@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from irqlora_jax.adapters.iec import spread
 from irqlora_jax.adapters.method import Method, Params, Shape
+from irqlora_jax.adapters.qalora import check_group
 from irqlora_jax.adapters.qbara import small_shape
 from irqlora_jax.sharding import split_activation
-from irqlora_jax.text import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +32,8 @@ class QahiraOptions:
     """Outputs that get the same update."""
 
     def __post_init__(self) -> None:
-        for name in ("k_in", "k_out"):
-            value = getattr(self, name)
-            require(value >= 1, f"adapter.qahira.{name}", value, "a whole number of at least 1")
+        check_group("adapter.qahira.k_in", self.k_in)
+        check_group("adapter.qahira.k_out", self.k_out)
 
 
 def init(

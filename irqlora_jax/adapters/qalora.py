@@ -42,7 +42,7 @@ class QaloraOptions:
 
 
 def check_group(field: str, group: int) -> None:
-    """Refuses a group of less than one input."""
+    """Refuses a group of less than one."""
     require(group >= 1, field, group, "a whole number of at least 1")
 
 

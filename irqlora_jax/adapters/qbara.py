@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from irqlora_jax.adapters import lora
 from irqlora_jax.adapters.iec import spread
 from irqlora_jax.adapters.method import Method, Params, Shape
-from irqlora_jax.adapters.qalora import groups_of
+from irqlora_jax.adapters.qalora import check_group, groups_of
 from irqlora_jax.text import require
 
 
@@ -31,9 +31,8 @@ class QbaraOptions:
     """Outputs that get the same update."""
 
     def __post_init__(self) -> None:
-        for name in ("k_in", "k_out"):
-            value = getattr(self, name)
-            require(value >= 1, f"adapter.qbara.{name}", value, "a whole number of at least 1")
+        check_group("adapter.qbara.k_in", self.k_in)
+        check_group("adapter.qbara.k_out", self.k_out)
 
 
 def init(

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.file import Base, read_base, read_source, save_base
 from irqlora_jax.base.fit_layer import StoredLinear
-from irqlora_jax.base.stacks import PAIR, Made, Maker, Matrix, Stacks
+from irqlora_jax.base.stacks import Made, Maker, Matrix, Stacks
 from irqlora_jax.base.statistics import Gradients, Inputs, Statistics, alone
 from irqlora_jax.base.train_layer import train_layer
 from irqlora_jax.data.calibrate import CalibrationRows
@@ -30,7 +30,7 @@ from irqlora_jax.model.tree import Tree, insert, matrix_name, weight_name, weigh
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.qtensor import QTensor
-from irqlora_jax.sharding import LINEAR_NAMES
+from irqlora_jax.sharding import LINEAR_NAMES, PAIR
 
 logger = logging.getLogger(__name__)
 

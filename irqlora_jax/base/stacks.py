@@ -14,8 +14,7 @@ from irqlora_jax.files.tensors import aligned
 from irqlora_jax.model.tree import LAYERS, Keys, Tree, insert, stacks
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
-from irqlora_jax.quant.trained import PAIR as PAIR
-from irqlora_jax.sharding import sharding
+from irqlora_jax.sharding import PAIR, sharding
 
 
 class Matrix(NamedTuple):

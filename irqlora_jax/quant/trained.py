@@ -23,11 +23,11 @@ from irqlora_jax.quant.straight_through import (
     round_to_levels,
     straight_through,
 )
+from irqlora_jax.sharding import PAIR
 from irqlora_jax.text import require
 
 Leaves = dict[str, Array]
 Match = Literal["layer", "linear"]
-PAIR = ("lora_A", "lora_B")
 
 
 class Numbers(NamedTuple):

@@ -82,11 +82,17 @@ def loss_sum(
     return cross_entropy(features, head_weight(base), batch["tokens"], batch["targets"], chunk)
 
 
-def prepare(
-    model: Llama, adapters: dict[str, Any], key: Array, progress: Array
-) -> tuple[Llama, dict[str, Any]]:
-    """The model and the adapters of a training step: LoRA and its pairs if the method prepares them
-    (`Method.prepare`), else those given.
+def prepared_model(model: Llama) -> Llama:
+    """The model of a training step: with LoRA if the method prepares pairs (`Method.prepare`)."""
+    adapter = model.adapter
+    if adapter is None or adapter.chosen.prepare is None:
+        return model
+    unused = {adapter.method: adapter.chosen.options}
+    return model.clone(adapter=dataclasses.replace(adapter, method=LORA.name, **unused))
+
+
+def prepare(model: Llama, adapters: dict[str, Any], key: Array, progress: Array) -> dict[str, Any]:
+    """The adapters of a training step, for `prepared_model`: prepared pairs, else the adapters.
 
     Args:
         model: the model.
@@ -96,7 +102,7 @@ def prepare(
     """
     adapter = model.adapter
     if adapter is None or adapter.chosen.prepare is None:
-        return model, adapters
+        return adapters
     one, options = adapter.chosen.prepare, adapter.options
     tree: dict[str, Any] = {}
     for group, linears in adapters[LAYERS].items():
@@ -105,9 +111,7 @@ def prepare(
             keys = jax.random.split(own, jax.tree.leaves(leaves)[0].shape[0])
             pairs = jax.vmap(lambda params, key: one(params, key, progress, options))(leaves, keys)
             tree.setdefault(group, {})[name] = pairs
-    unused = {adapter.method: adapter.chosen.options}
-    pair = dataclasses.replace(adapter, method=LORA.name, **unused)
-    return model.clone(adapter=pair), {LAYERS: tree}
+    return {LAYERS: tree}
 
 
 def penalty(model: Llama, adapters: dict[str, Any]) -> Float32[Array, ""]:
@@ -147,33 +151,36 @@ def train_step(
     step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     parts = jax.tree.map(lambda x: x.reshape(config.accumulation, -1, *x.shape[1:]), batch)
     keys = jax.random.split(step_key, config.accumulation)
-    # Independent of the accumulation, which does not change the draws.
+    # Once a step: all parts of the batch share the pairs, and their gradients are summed first.
     prepare_key = jax.random.fold_in(step_key, 1)
     progress = state.step.astype(jnp.float32) / max(config.steps - 1, 1)
+    pairs, pull = jax.vjp(
+        lambda adapters: prepare(model, adapters, prepare_key, progress), state.adapters
+    )
+    own = prepared_model(model)
 
     @functools.partial(jax.value_and_grad, has_aux=True)
-    def scaled_loss(adapters: dict[str, Any], part: Batch, key: Array) -> tuple[Array, tuple]:
-        # The same key for every part: gates are drawn once a step.
-        own, pairs = prepare(model, adapters, prepare_key, progress)
+    def scaled_loss(pairs: dict[str, Any], part: Batch, key: Array) -> tuple[Array, tuple]:
         nll, count = loss_sum(pairs, base, part, key, model=own, chunk=config.loss_chunk)
-        added = penalty(model, adapters) * (scale / config.accumulation)
-        return nll * (scale / total) + added, (nll, count)
+        return nll * (scale / total), (nll, count)
 
     # Divide by the number of targets before the backward pass: in float16 the sum would overflow.
     total = jnp.maximum(batch["targets"][:, 1:].sum(), 1).astype(jnp.float32)
     if config.accumulation == 1:
-        (_, (nll, count)), grads = scaled_loss(
-            state.adapters, jax.tree.map(lambda x: x[0], parts), keys[0]
-        )
+        (_, (nll, count)), grads = scaled_loss(pairs, jax.tree.map(lambda x: x[0], parts), keys[0])
     else:
 
         def add(carry: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
-            (_, sums), grads = scaled_loss(state.adapters, *inputs)
+            (_, sums), grads = scaled_loss(pairs, *inputs)
             return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
-        zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, state.adapters)
+        zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, pairs)
         ((nll, count), grads), _ = jax.lax.scan(add, zeros, (parts, keys))
+    (grads,) = pull(grads)
     grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
+    if model.adapter is not None and model.adapter.chosen.penalty is not None:
+        added = jax.grad(lambda adapters: penalty(model, adapters))(state.adapters)
+        grads = jax.tree.map(jnp.add, grads, added)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) if scaled else None
 

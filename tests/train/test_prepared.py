@@ -18,7 +18,7 @@ from irqlora_jax.report.page import page
 from irqlora_jax.report.run_data import read_run_data
 from irqlora_jax.runs.load import load_run
 from irqlora_jax.train.finetune import run
-from irqlora_jax.train.step import penalty, prepare
+from irqlora_jax.train.step import penalty, prepare, prepared_model
 from tests.train.small_runs import StoppedError, assert_same_run, at_step, config_for, crash
 from tests.train.test_step import SETTINGS, setup
 
@@ -47,7 +47,8 @@ def test_the_penalty_of_a_step_is_the_sum_over_all_layers() -> None:
     adapter = AdapterConfig(method="bayesian", rank=4, targets=TARGETS)
     *_, model = setup(method="bayesian", targets=TARGETS)
     adapters = model.init_adapters(jax.random.key(0))
-    lora, tree = prepare(model, adapters, jax.random.key(1), jnp.float32(0))
+    lora = prepared_model(model)
+    tree = prepare(model, adapters, jax.random.key(1), jnp.float32(0))
     assert lora.adapter == AdapterConfig(method="lora", rank=4, targets=TARGETS)
     expected, seen = 0.0, set()
     for group, linears in adapters["layers"].items():
