@@ -60,7 +60,7 @@ def test_the_penalty_of_a_step_is_the_sum_over_all_layers() -> None:
             assert sorted(drawn) == ["lora_A", "lora_B"]
             seen |= {np.asarray(stack).tobytes() for stack in drawn["lora_A"]}
     assert float(penalty(model, adapters)) == pytest.approx(expected, rel=1e-5)
-    assert len(seen) == 2 * leaves["lora_A"].shape[0]
+    assert len(seen) == 2 * model.config.num_hidden_layers
 
 
 def test_a_strong_penalty_closes_gates_from_the_last_rank_on() -> None:
