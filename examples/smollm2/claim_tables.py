@@ -38,6 +38,8 @@ class Settings:
     """Held-out rows for the results."""
     text_tokens: int = 12 * 1024
     """Tokens of the text."""
+    calibrate_tokens: int = 128 * 128
+    """Tokens of the training set that calibrate."""
     alpha: float = 16.0
 
 

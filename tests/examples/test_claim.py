@@ -126,7 +126,9 @@ def test_a_small_run_resumes_and_reports(modules, tables, monkeypatch, tmp_path,
     rows = [{"instruction": r["input"], "input": "", "output": r["output"]} for r in asked[:500]]
     (tmp_path / "alpaca.json").write_text(json.dumps(rows), encoding="utf-8")
     (tmp_path / "text.txt").write_text("\n".join(row["input"] for row in asked[500:600]))
-    methods = {name: claim.METHODS[name] for name in ("full", "full+lora", "qlora", "ir-qlora")}
+    methods = {
+        name: claim.METHODS[name] for name in ("full", "full+lora", "qlora", "feedback+cloq")
+    }
     monkeypatch.setattr(claim, "METHODS", methods)
     made = []
     run = claim.Bench.run
@@ -141,6 +143,7 @@ def test_a_small_run_resumes_and_reports(modules, tables, monkeypatch, tmp_path,
     flags = ["--model", str(WORLD / "base-small"), "--alpaca", str(tmp_path / "alpaca.json")]
     flags += ["--text", str(tmp_path / "text.txt"), "--formats", "nf4", "nf2", "--ranks", "4"]
     flags += ["--rates", "1e-3", "--seeds", "1", "--steps", "10", "--output", str(tmp_path / "out")]
+    flags += ["--calibrate_tokens", "2048"]
     with pytest.raises(KeyboardInterrupt):
         claim.main(flags)
     with (tmp_path / "out" / "results.jsonl").open("a") as file:
@@ -152,10 +155,11 @@ def test_a_small_run_resumes_and_reports(modules, tables, monkeypatch, tmp_path,
     text = {key.format + " " + key.method: own["text"] for key, own in results.items()}
     assert loss["none full+lora"] < loss["none full"]
     assert text["none full"] < text["nf4 qlora"] < text["nf2 qlora"]
+    assert loss["nf2 feedback+cloq"] < loss["nf2 qlora"]
     assert len(set(text.values())) == 6
     shown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert f"{loss['nf2 ir-qlora']:.4f}" in shown
-    assert f"{loss['nf2 ir-qlora'] - loss['nf2 qlora']:+.4f}" in shown
+    assert f"{loss['nf2 feedback+cloq']:.4f}" in shown
+    assert f"{loss['nf2 feedback+cloq'] - loss['nf2 qlora']:+.4f}" in shown
     assert shown in capsys.readouterr().out
 
     with pytest.raises(ValueError, match="was begun with steps = 10, not 11"):
