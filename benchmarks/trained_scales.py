@@ -24,7 +24,6 @@ from testbeds import Base, paired, quantized, spread
 from timing import line, machine, table
 
 from irqlora_jax import hf
-from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.data import Batches
 from irqlora_jax.model.llama import Llama
@@ -123,7 +122,7 @@ class Bench:
         """Finetunes one base and returns its figures."""
         weights, config = hf.load_base(self.folders[number], None)
         base = apart(quantized(weights, quant))
-        adapter = AdapterConfig(method="lora", rank=ablation.RANK, alpha=ablation.ALPHA)
+        adapter = ablation.METHODS["qlora"].adapter_config()
         model = Llama(config, adapter, unroll=config.num_hidden_layers, matmul="xla")
         adapters = start(model, base)
         trained = jax.tree_util.tree_map_with_path(
@@ -135,6 +134,7 @@ class Bench:
             self.batches,
             jnp.float32(rate),
             trained,
+            jax.tree.map(jnp.ones_like, trained),
             model=Regridded(model),
             config=self.config,
         )

@@ -13,7 +13,9 @@ time.
 import argparse
 import dataclasses
 import functools
+import math
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,11 +36,13 @@ from tqdm import tqdm
 
 from irqlora_jax import hf
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.adapters.loftq import LoftqOptions, loftq
+from irqlora_jax.adapters.loftq import LoftqOptions
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.data import Batches, load_examples
+from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.evaluate import evaluation_loss, load_questions, score_questions
+from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.calibrations.joint import JointOptions
 from irqlora_jax.quant.config import QuantConfig
@@ -47,7 +51,8 @@ from irqlora_jax.runs.state import make_state
 from irqlora_jax.train.step import train_step
 
 FORMATS = ("nf4", "int4", "nf3", "int3", "nf2", "int2")
-BATCH, RANK, ALPHA = 64, 8, 16.0
+BATCH = 64
+CALIBRATE = (128, 128)  # rows and tokens of a row
 VALIDATION_SHARE = 1 / 3  # share of the held-out entities; the test asks about the others
 
 
@@ -61,6 +66,16 @@ class Method:
     """Fields of AdapterConfig besides rank and alpha. None: not finetuned."""
     frozen: tuple[str, ...] = ()
     """Parameters of the adapter that stay at 0."""
+    rank: int = 8
+    """Alpha is twice the rank, so that the update is always multiplied by 2."""
+    lora_plus_ratio: float = 1.0
+    """As in TrainConfig."""
+
+    def adapter_config(self) -> AdapterConfig | None:
+        """The adapter; None without a finetune."""
+        if self.adapter is None:
+            return None
+        return AdapterConfig(**({"rank": self.rank, "alpha": 2.0 * self.rank} | dict(self.adapter)))
 
     @property
     def full(self) -> bool:
@@ -70,6 +85,7 @@ class Method:
 
 _PLAIN, _ICQ = {"calibration": "none"}, {"calibration": "icq"}
 _ERROR = {"calibration": "joint", "joint": JointOptions(float("inf"))}
+_FEEDBACK = {"calibration": "importance", "rounding": "feedback"}
 _LORA, _IEC = {"method": "lora"}, {"method": "iec"}
 METHODS = {
     "full": Method({"format": "none"}, None),
@@ -84,7 +100,11 @@ METHODS = {
     "joint": Method({"calibration": "joint"}, _LORA),
     "error": Method(_ERROR, _LORA),
     "error+loftq": Method(_ERROR, _LORA | {"init": "loftq", "loftq": LoftqOptions(3)}),
+    "importance": Method({"calibration": "importance"}, _LORA),
+    "feedback": Method(_FEEDBACK, _LORA),
+    "feedback+cloq": Method(_FEEDBACK, _LORA | {"init": "cloq"}),
 }
+"""The last three are calibrated with rows that are trained on."""
 
 
 # --------------------------------------------------------------------------------------- the data
@@ -155,8 +175,8 @@ class Start:
     base: Any
     """The quantized weights, dequantized to float32. `dequant_matmul` computes the same from packed
     weights, but this way one compiled program serves all formats."""
-    adapters: Any
-    """Initial adapters. None: those of `Llama.init_adapters`."""
+    pairs: Any
+    """Pairs that were fitted to the base. None: those of `Llama.init_adapters`."""
     entropy: float | None
     """Entropy of the codes in bits, mean over the blocks. None without quantization."""
     error: float
@@ -167,15 +187,38 @@ class Start:
 _dequantize, _entropy = jax.jit(QTensor.dequantize), jax.jit(QTensor.entropy)
 
 
-def prepare(base: Any, quant: QuantConfig, adapter: AdapterConfig | None, key: jax.Array) -> Start:
-    """Quantizes the linear layers and computes adapters that depend on the quantization error."""
+def prepare(
+    base: Any,
+    config: LlamaConfig,
+    quant: QuantConfig,
+    adapter: AdapterConfig | None,
+    rows: CalibrationRows | None,
+    key: jax.Array,
+) -> Start:
+    """Quantizes the linear layers.
+
+    Args:
+        base: the weights in full precision.
+        config: the architecture.
+        quant: how to quantize.
+        adapter: has pairs that are fitted to the base; None: there are none.
+        rows: for methods that need a text.
+        key: random key.
+    """
     if quant.format == "none":
         return Start(base, None, None, 0.0)
-    adapters = None
-    if adapter is not None and adapter.init == "loftq":
-        packed, adapters = _loftq(base, quant, adapter, key)
-    else:
+    pairs = None
+    if adapter is None and not quant.needs_text:
         packed = quantized(base, quant)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            save_base(Path(folder), base, config, factworld.make_world())
+            if adapter is None:
+                packed = hf.load_base(folder, quant, calibrate=rows)[0]
+            else:
+                needs = quant.needs_text or adapter.start.needs == "inputs"
+                given = rows if needs else None
+                packed, pairs, _ = hf.load_fitted(folder, quant, adapter, key, calibrate=given)
     entropies, lost, norm = [], 0.0, 0.0
     floats = dict(packed["layers"])
     for group in ("self_attn", "mlp"):
@@ -186,41 +229,25 @@ def prepare(base: Any, quant: QuantConfig, adapter: AdapterConfig | None, key: j
             floats[group][name] = {"weight": stored}
             entropies.append(np.asarray(_entropy(weight)).ravel())
             residual = exact - stored
-            if adapters is not None:
-                pair = adapters["layers"][group][name]
-                residual -= ALPHA / RANK * pair["lora_B"] @ pair["lora_A"]
+            if adapter is not None and pairs is not None:
+                pair = pairs["layers"][group][name]
+                residual -= adapter.scale * pair["lora_B"] @ pair["lora_A"]
             lost += float((residual**2).sum())
             norm += float((exact**2).sum())
     entropy = float(np.concatenate(entropies).mean())
-    return Start(packed | {"layers": floats}, adapters, entropy, lost / norm)
-
-
-def _loftq(
-    base: Any, quant: QuantConfig, adapter: AdapterConfig, key: jax.Array
-) -> tuple[Any, Any]:
-    """LoftQ, matrix by matrix: a base and adapters that together approximate the weights."""
-    layers, adapters = dict(base["layers"]), {}
-    for group in ("self_attn", "mlp"):
-        layers[group], adapters[group] = {}, {}
-        for name, linear in base["layers"][group].items():
-            parts = []
-            for weight in linear["weight"]:
-                key, own = jax.random.split(key)
-                scaling = adapter.alpha / adapter.rank
-                parts.append(
-                    loftq(weight, quant, adapter.rank, scaling, adapter.loftq.iterations, own)
-                )
-            weights, a, b = (
-                jax.tree.map(lambda *x: jnp.stack(x), *p) for p in zip(*parts, strict=True)
-            )
-            layers[group][name] = {"weight": weights}
-            adapters[group][name] = {"lora_A": a, "lora_B": b}
-    return base | {"layers": layers}, {"layers": adapters}
+    return Start(packed | {"layers": floats}, pairs, entropy, lost / norm)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "config"))
 def finetune(
-    base: Any, adapters: Any, batches: Any, rate: jax.Array, trained: Any, model: Any, config: Any
+    base: Any,
+    adapters: Any,
+    batches: Any,
+    rate: jax.Array,
+    trained: Any,
+    speeds: Any,
+    model: Any,
+    config: Any,
 ) -> tuple[Any, jax.Array]:
     """Does all steps of `train_step`. Rate and mask are arguments: one program for all methods.
 
@@ -231,6 +258,7 @@ def finetune(
         rate: learning rate.
         trained: 1 or 0 for each leaf of `adapters`. Leaves with 0 are not trained, and do not count
             in the norm that clips the gradient.
+        speeds: factor of the learning rate for each leaf of `adapters`.
         model: the model with the adapters' method.
         config: other settings of the optimization.
 
@@ -239,7 +267,8 @@ def finetune(
     """
     mask = optax.stateless(lambda grads, _: jax.tree.map(jnp.multiply, grads, trained))
     adam = optax.adamw(rate, config.beta1, config.beta2, config.eps, weight_decay=0.0)
-    optimizer = optax.chain(mask, optax.clip_by_global_norm(config.clip_norm), adam)
+    faster = optax.stateless(lambda steps, _: jax.tree.map(jnp.multiply, steps, speeds))
+    optimizer = optax.chain(mask, optax.clip_by_global_norm(config.clip_norm), adam, faster)
     settings = dataclasses.replace(config, clip_norm=None)  # the chain clips, after the mask
     advance = functools.partial(train_step, model=model, optimizer=optimizer, config=settings)
 
@@ -250,6 +279,19 @@ def finetune(
     state = make_state(adapters, optimizer, jax.random.key(0))
     state, losses = jax.lax.scan(step, state, batches)
     return state.adapters, losses
+
+
+def masks(adapters: Any, method: Method, adapter: AdapterConfig) -> tuple[Any, Any]:
+    """1 for each leaf that is trained and 0 for the others, and the factors of the rate."""
+    faster = adapter.chosen.faster if method.lora_plus_ratio != 1 else ()
+    trained = jax.tree_util.tree_map_with_path(
+        lambda path, _: jnp.float32(path[-1].key not in method.frozen), adapters
+    )
+    speeds = jax.tree_util.tree_map_with_path(
+        lambda path, _: jnp.float32(method.lora_plus_ratio if path[-1].key in faster else 1),
+        adapters,
+    )
+    return trained, speeds
 
 
 def measure(model: Llama, variables: Any, data: Data) -> dict[str, Any]:
@@ -270,8 +312,14 @@ def measure(model: Llama, variables: Any, data: Data) -> dict[str, Any]:
 class Bench:
     """Runs methods. Keeps bases, prepared weights and batches that several runs share."""
 
-    def __init__(self, settings: Settings, ready: Path | None, output: Path) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        settings: Settings,
+        ready: Path | None,
+        output: Path,
+        methods: Mapping[str, Method] = METHODS,
+    ) -> None:
+        self.settings, self.methods = settings, methods
 
         @functools.lru_cache(maxsize=1)
         def base(seed: int) -> tuple[Any, Any]:
@@ -287,7 +335,8 @@ class Bench:
 
         @functools.lru_cache(maxsize=8)
         def prepared(seed: int, quant: QuantConfig, adapter: AdapterConfig | None) -> Start:
-            return prepare(base(seed)[0], quant, adapter, jax.random.key(seed))
+            key = jax.random.key(seed)
+            return prepare(*base(seed), quant, adapter, self.calibration, key)
 
         self._base, self._batches, self._prepared = base, batches, prepared
 
@@ -296,32 +345,35 @@ class Bench:
         tokenizer = hf.load_tokenizer(factworld.FOLDER / f"base-{self.settings.base}")
         return load_data(tokenizer, self.settings.questions)
 
+    @property
+    def calibration(self) -> CalibrationRows:
+        """The first tokens of the training set."""
+        tokens = np.concatenate([example.tokens for example in self.data.train])
+        return CalibrationRows(tokens[: math.prod(CALIBRATE)].reshape(CALIBRATE))
+
     def run(self, run: Run) -> dict[str, Any]:
         """The figures of one run."""
-        started, method = time.perf_counter(), METHODS[run.method]
+        started, method = time.perf_counter(), self.methods[run.method]
         quant = QuantConfig(**({"format": run.format} | dict(method.quant)))
         _, config = self._base(run.seed)
-        adapter = None
-        if method.adapter is not None:
-            adapter = AdapterConfig(rank=RANK, alpha=ALPHA, **method.adapter)
+        adapter = method.adapter_config()
         # Methods with the same start share it.
-        init = adapter if "init" in (method.adapter or {}) else None
-        start = self._prepared(run.seed, quant, init)
+        fitted = adapter is not None and adapter.start.fit is not None
+        start = self._prepared(run.seed, quant, adapter if fitted else None)
         figures: dict[str, Any] = {"entropy": start.entropy, "error": start.error}
         adapters, model = {}, Llama(config, unroll=config.num_hidden_layers, matmul="xla")
         if adapter is not None and run.rate is not None:
-            plain = AdapterConfig(method=adapter.method, rank=RANK, alpha=ALPHA)
-            model = model.clone(adapter=plain)
-            adapters = start.adapters or model.init_adapters(jax.random.key(run.seed))
-            trained = jax.tree_util.tree_map_with_path(
-                lambda path, _: jnp.float32(path[-1].key not in method.frozen), adapters
-            )
+            # One program for all initializations.
+            model = model.clone(adapter=dataclasses.replace(adapter, init="default"))
+            key = jax.random.key(run.seed)
+            adapters = model.init_adapters(key, start.pairs, start.base)
+            trained, speeds = masks(adapters, method, adapter)
             train = TrainConfig(
                 steps=self.settings.steps, batch_size=BATCH, compute_dtype="float32", remat=False
             )
             batches, rate = self._batches(run.seed), jnp.float32(run.rate)
             adapters, losses = finetune(
-                start.base, adapters, batches, rate, trained, model=model, config=train
+                start.base, adapters, batches, rate, trained, speeds, model=model, config=train
             )
             sizes = jax.tree.map(lambda x, mask: x.size * int(mask), adapters, trained)
             figures["trained"] = sum(jax.tree.leaves(sizes))
@@ -334,7 +386,11 @@ class Bench:
 
 
 def plan(
-    settings: Settings, methods: Sequence[str], formats: Sequence[str], seeds: int, results: Results
+    settings: Settings,
+    methods: Mapping[str, Method],
+    formats: Sequence[str],
+    seeds: int,
+    results: Results,
 ) -> Iterator[Run]:
     """The runs, in order.
 
@@ -343,11 +399,11 @@ def plan(
     """
     for seed in range(seeds):
         for place, name in enumerate(formats):
-            for method in methods:
-                if METHODS[method].full and place > 0:
+            for method, own in methods.items():
+                if own.full and place > 0:
                     continue
-                stored = "none" if METHODS[method].full else name
-                if METHODS[method].adapter is None:
+                stored = "none" if own.full else name
+                if own.adapter is None:
                     rates: tuple[float | None, ...] = (None,)
                 elif seed < settings.tuning_seeds:
                     rates = settings.rates
@@ -357,11 +413,11 @@ def plan(
                     yield Run(method, stored, seed, rate)
 
 
-def parse(words: Sequence[str] | None) -> argparse.Namespace:
+def parse(words: Sequence[str] | None, methods: Mapping[str, Method]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     several = functools.partial(parser.add_argument, nargs="+")
-    several("--methods", choices=METHODS, default=list(METHODS), help="rows (default: all)")
+    several("--methods", choices=methods, default=list(methods), help="rows (default: all)")
     several("--formats", choices=FORMATS, help=f"(default: {' '.join(FORMATS)})")
     several("--rates", type=float, help="learning rates to choose from (default: 5e-4 1e-3 2e-3)")
     parser.add_argument("--seeds", type=int, help="at least 2 (default: 5)")
@@ -371,6 +427,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--bases", type=Path, help="folder with pretrained bases, small-1 and so on"
     )
+    parser.add_argument(
+        "--one_base", action="store_true", help="all seeds permute the committed base"
+    )
     parser.add_argument("--small", action="store_true", help="2 seeds of 1 base, few steps")
     parser.add_argument("--report", action="store_true", help="tables and plot, no runs")
     parser.add_argument(
@@ -379,12 +438,12 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None, methods: Mapping[str, Method] = METHODS) -> None:
     """Does the missing runs, then prints and writes the tables and the plot."""
     # As in pretrain.py: one core, so that figures do not depend on the number of cores.
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     os.environ.setdefault("XLA_FLAGS", flags)
-    args = parse(words)
+    args = parse(words, methods)
     file = args.output / "results.jsonl"
     if args.report:
         settings, results = comparison.read(file)
@@ -393,7 +452,7 @@ def main(words: Sequence[str] | None = None) -> None:
     small = args.small
     settings = Settings(
         base=args.base,
-        bases=1 if small else None,
+        bases=1 if small or args.one_base else None,
         steps=args.steps or (60 if small else 400),
         rates=tuple(sorted(args.rates or ((1e-3, 2e-3) if small else (5e-4, 1e-3, 2e-3)))),
         tuning_seeds=1 if small else 2,
@@ -401,10 +460,9 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     formats = args.formats or (("nf4", "nf3", "nf2") if small else FORMATS)
     results = comparison.resume(file, settings)
-    order = functools.partial(
-        plan, settings, args.methods, formats, args.seeds or (2 if small else 5)
-    )
-    bench = Bench(settings, args.bases, args.output)
+    wanted = {name: methods[name] for name in args.methods}
+    order = functools.partial(plan, settings, wanted, formats, args.seeds or (2 if small else 5))
+    bench = Bench(settings, args.bases, args.output, methods)
     with tqdm(total=sum(1 for _ in order({})), unit="run", smoothing=0.05) as bar:
         for run in order(results):
             bar.set_description(" ".join(str(part) for part in run if part is not None))

@@ -175,14 +175,16 @@ def _preamble(settings: Settings, found: Mapping) -> str:
 
 def _table(settings: Settings, results: Results, found: Mapping, keys: Sequence) -> str:
     against = f"against {REFERENCE}"
-    columns = ["format", "method", "seeds", "rate", "multiple choice (%)", against, "wins"]
+    columns = ["format", "method", "seeds", "trained", "rate"]
+    columns += ["multiple choice (%)", against, "wins"]
     columns += ["recall (%)", against, "bits per fact", against, "loss", "entropy", "error"]
     lines = table_head(columns)
     for format, method in keys:
         figures = found[format, method]
         rate = chosen_rate(results, settings, method, format)
         end = rate in (settings.rates[0], settings.rates[-1]) and len(settings.rates) > 1
-        cells = [format, method, str(len(figures)), "-"]
+        trained = next(iter(figures.values())).get("trained")
+        cells = [format, method, str(len(figures)), f"{trained:,}" if trained else "-", "-"]
         if rate is not None:
             cells[-1] = f"({rate:g})" if end else f"{rate:g}"
         for name, digits in (("accuracy", 1), ("recall", 1), ("bits_per_fact", 3)):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from irqlora_jax.adapters import METHODS as ADAPTERS
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.evaluate.choices import Question
@@ -23,7 +24,9 @@ pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
 @pytest.fixture(scope="module")
 def modules():
-    with scripts(WORLD, "ablation", "comparison", "draws", "pretrain", "world") as found:
+    with scripts(
+        WORLD, "adapters", "ablation", "comparison", "draws", "pretrain", "world"
+    ) as found:
         yield found
 
 
@@ -124,13 +127,15 @@ def test_file_of_other_settings_is_refused(comparison, tmp_path):
 def test_report_of_an_unfinished_file(comparison):
     """One seed, one rate, no reference: there is less to say, and that is no error."""
     results = {comparison.Run("plain", "nf3", 0, None): figures(0.4)}
-    assert "| nf3 | plain | 1 | - | 40.0 |" in comparison.markdown(settings(comparison), results)
+    assert "| nf3 | plain | 1 | - | - | 40.0 |" in comparison.markdown(
+        settings(comparison), results
+    )
     for seed in (0, 1):
         for place, method in enumerate(("qlora", "icq")):
             run = comparison.Run(method, "nf3", seed, 1e-3)
             results[run] = figures(0.5 + 0.1 * seed + 0.02 * place)
     text = comparison.markdown(settings(comparison), results)
-    assert "| nf3 | icq | 2 | (0.001) | 57.0 ± 7.1 | +2.00 [+2.00, +2.00] | 2/2 |" in text
+    assert "| nf3 | icq | 2 | - | (0.001) | 57.0 ± 7.1 | +2.00 [+2.00, +2.00] | 2/2 |" in text
     assert "Order, nf3: icq 57.0, qlora 55.0, plain 40.0." in text
     assert "| nf3 | icq - qlora | +2.00 [+2.00, +2.00] | better |" in text
 
@@ -152,7 +157,8 @@ def test_plot(comparison, tmp_path):
 
 def test_plan_tries_all_rates_on_the_first_seeds(ablation, comparison):
     chosen, results = settings(comparison), {}
-    methods, formats = ["full", "full+lora", "plain", "qlora"], ["nf4", "nf3"]
+    names, formats = ["full", "full+lora", "plain", "qlora"], ["nf4", "nf3"]
+    methods = {name: ablation.METHODS[name] for name in names}
     for run in ablation.plan(chosen, methods, formats, 3, results):
         assert run not in results
         results[run] = figures(0.5, validation=0.7 if run.rate == 2e-3 else 0.5)
@@ -194,6 +200,35 @@ def test_each_method_differs_in_what_its_name_says(ablation):
     assert (methods["u1"].frozen, methods["u2"].frozen) == (("beta2",), ("beta1",))
 
 
+def test_adapters_have_about_equal_numbers_of_parameters(modules):
+    """Only QA-HiRA cannot: its matrix shrinks by whole factors."""
+    base, config = modules["ablation"].hf.load_base(WORLD / "base-small", None)
+    counts = {}
+    for name, method in modules["adapters"].METHODS.items():
+        if method.adapter is not None:
+            model = Llama(config, adapter=method.adapter_config())
+            new = jax.eval_shape(lambda: model.init_adapters(jax.random.key(0), None, base))  # noqa: B023
+            counts[name] = sum(leaf.size for leaf in jax.tree.leaves(new))
+    assert counts["qlora"] == 40_960
+    assert counts.pop("qahira") == 53_248
+    assert all(abs(count / 40_960 - 1) < 0.08 for count in counts.values()), counts
+    assert {
+        method.adapter["method"]
+        for method in modules["adapters"].METHODS.values()
+        if method.adapter
+    } == set(ADAPTERS)
+
+
+def test_lora_plus_speeds_up_what_the_method_names(ablation, tiny):
+    config, _, _ = tiny
+    method = ablation.Method({}, {"method": "lora"}, lora_plus_ratio=16.0)
+    model = Llama(config, adapter=method.adapter_config())
+    adapters = model.init_adapters(jax.random.key(0))
+    trained, speeds = ablation.masks(adapters, method, method.adapter_config())
+    assert (leaves(trained, "lora_A") == 1).all() and (leaves(trained, "lora_B") == 1).all()
+    assert (leaves(speeds, "lora_A") == 1).all() and (leaves(speeds, "lora_B") == 16).all()
+
+
 @pytest.fixture(scope="module")
 def tiny(modules):
     """A model of one layer, a base for it, and batches of 5 steps."""
@@ -208,12 +243,11 @@ def tuned(ablation, tiny, method: str, frozen: tuple[str, ...]):
     config, base, batches = tiny
     model = Llama(config, adapter=AdapterConfig(method=method, rank=4, alpha=8.0))
     adapters = model.init_adapters(jax.random.key(1))
-    mask = jax.tree_util.tree_map_with_path(
-        lambda path, _: jnp.float32(path[-1].key not in frozen), adapters
-    )
+    own = ablation.Method({}, {"method": method}, frozen)
+    trained, speeds = ablation.masks(adapters, own, model.adapter)
     train = TrainConfig(steps=5, batch_size=4, compute_dtype="float32", remat=False)
     return ablation.finetune(
-        base, adapters, batches, jnp.float32(1e-2), mask, model=model, config=train
+        *(base, adapters, batches, jnp.float32(1e-2), trained, speeds), model=model, config=train
     )
 
 
@@ -265,7 +299,7 @@ def test_prepared_weights_are_the_packed_ones(ablation, modules, tiny):
     config, base, batches = tiny
     quant = QuantConfig(format="nf3", block_size=8, calibration="icq")
     packed = modules["draws"].quantized(base, quant)
-    start = ablation.prepare(base, quant, None, jax.random.key(0))
+    start = ablation.prepare(base, config, quant, None, None, jax.random.key(0))
     forward, tokens = jax.jit(Llama(config).apply), batches["tokens"][0]
     logits = [forward({"base": each}, tokens) for each in (packed, start.base)]
     np.testing.assert_allclose(*logits, rtol=1e-5, atol=1e-5)
