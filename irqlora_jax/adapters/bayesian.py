@@ -20,6 +20,7 @@ What differs from the released code, and why:
 """
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -33,6 +34,7 @@ from irqlora_jax.text import require
 
 FACTORS = {"lora_A": "gates_A", "lora_B": "gates_B", "lora_E": "gates_E"}
 """The gates of each tensor, for 4, 8, 16 and 32 bits."""
+_GATES = (*FACTORS.values(), "gates_rank")
 _MARGIN = 1 + 1e-6
 
 
@@ -113,15 +115,13 @@ def prepare(
         options: of the method.
     """
     del progress
-    keys = dict(zip((*FACTORS.values(), "gates_rank"), jax.random.split(key, 4), strict=True))
+    # One draw for all gates compiles faster than one for each leaf.
+    leaves = {name: phi(params[name], options) for name in _GATES}
+    every = jnp.concatenate(list(leaves.values()))
     # Numbers of exactly 0 would have an infinite logarithm.
-    drawn = {
-        name: gates.draw(
-            phi(params[name], options),
-            jax.random.uniform(own, params[name].shape, minval=1e-6, maxval=1 - 1e-6),
-        )
-        for name, own in keys.items()
-    }
+    uniform = jax.random.uniform(key, every.shape, minval=1e-6, maxval=1 - 1e-6)
+    ends = list(itertools.accumulate(leaf.size for leaf in leaves.values()))
+    drawn = dict(zip(leaves, jnp.split(gates.draw(every, uniform), ends[:-1]), strict=True))
     return _pair(params, drawn)
 
 
@@ -137,7 +137,7 @@ def fold(params: Params) -> Params:
         >>> len(set(pair["lora_A"].flatten().tolist())), pair["lora_B"][0].round(3).tolist()
         (3, [1.0, 0.0])
     """
-    opened = {name: params[name] > 0 for name in (*FACTORS.values(), "gates_rank")}
+    opened = {name: params[name] > 0 for name in _GATES}
     return _pair(params, {name: z.astype(jnp.float32) for name, z in opened.items()})
 
 
@@ -161,7 +161,7 @@ def penalty(params: Params, options: BayesianOptions) -> Float[Array, ""]:
         >>> f"{penalty(params, BayesianOptions(penalty=1.0)):.2f}"
         '14.22'
     """
-    a, b, e, rank = (phi(params[name], options) for name in (*FACTORS.values(), "gates_rank"))
+    a, b, e, rank = (phi(params[name], options) for name in _GATES)
     cost = gates.bits_cost(a) + gates.bits_cost(b) + gates.rank_cost(rank[1:], e)
     return options.penalty * cost
 
@@ -205,7 +205,7 @@ BAYESIAN = Method(
     files={
         **lora.LORA.files,
         "lora_E": "lora_E",
-        **{name: f"lora_{name}" for name in (*FACTORS.values(), "gates_rank")},
+        **{name: f"lora_{name}" for name in _GATES},
     },
     fold=lambda params, shape: fold(params),
     prepare=prepare,
