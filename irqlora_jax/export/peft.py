@@ -341,7 +341,10 @@ def _check_adapter_config(file: Path, adapter: AdapterConfig) -> bool:
                 f"{file}: {name} = {shorten(value)}, but adapter.{_OURS[name]} = {shorten(wanted)}"
             )
         if value not in known:
-            raise ValueError(f"{file}: {name} = {shorten(value)}: expected {shorten(wanted)}")
+            raise ValueError(
+                f"{file}: {name} = {shorten(value)}: expected {shorten(wanted)} with "
+                f"adapter.method {adapter.method}"
+            )
     targets = values.get("target_modules")
     if targets == "all-linear":
         targets = list(LINEAR_NAMES)
