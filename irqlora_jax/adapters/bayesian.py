@@ -26,7 +26,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from irqlora_jax.adapters import gates, lora
 from irqlora_jax.adapters.method import Method, Params, Shape
@@ -175,15 +175,21 @@ def learned(params: Params) -> Params:
         >>> {name: int(value) for name, value in learned(params).items()}
         {'bits of A': 8, 'bits of B': 32, 'bits of E': 32, 'rank': 2}
     """
-
-    def count(leaf: Array) -> Array:
-        return jnp.cumprod((leaf > 0).astype(jnp.int32)).sum()
-
     bits = {
-        f"bits of {leaf.removeprefix('lora_')}": 2 ** (1 + count(params[name]))
+        f"bits of {leaf.removeprefix('lora_')}": 2 ** (1 + _open(params[name]))
         for leaf, name in FACTORS.items()
     }
-    return {**bits, "rank": 1 + count(params["gates_rank"][1:])}
+    return {**bits, "rank": rank_of(params)}
+
+
+def rank_of(params: Params) -> Int[Array, ""]:
+    """The number of ranks that the gates left, from the first one on."""
+    return 1 + _open(params["gates_rank"][1:])
+
+
+def _open(leaf: Array) -> Array:
+    """The number of open gates in front of the first closed one."""
+    return jnp.cumprod((leaf > 0).astype(jnp.int32)).sum()
 
 
 def _init(
@@ -208,6 +214,7 @@ BAYESIAN = Method(
         **{name: f"lora_{name}" for name in _GATES},
     },
     fold=lambda params, shape: fold(params),
+    rank=rank_of,
     prepare=prepare,
     penalty=penalty,
     learned=learned,
