@@ -135,6 +135,25 @@ def test_peft_reads_our_folder(tmp_path: Path, case: str) -> None:
         jax.tree.map(same, again, adapters)
 
 
+def test_peft_reads_pairs_whose_ranks_differ_between_layers(tmp_path: Path) -> None:
+    """Bayesian-LoRA, folded: the gates left other ranks in every layer."""
+    targets = ("q_proj", "down_proj")
+    adapter = AdapterConfig(method="bayesian", rank=6, alpha=9.0, targets=targets)
+    model = fresh_base(tmp_path)
+    frozen, llama = hf.load_base(tmp_path / "base", None)
+    ours = Llama(llama, adapter)
+    adapters = random_adapters(ours)
+    (tmp_path / "adapter").mkdir()
+    save_adapter(tmp_path / "adapter", ours, adapters)
+    values = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert len(set(values["rank_pattern"].values())) > 1
+    plain = logits_there(model)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    logits = ours.apply({"params": adapters, "base": frozen}, jnp.asarray(TOKENS))
+    np.testing.assert_allclose(np.asarray(logits), logits_there(theirs), rtol=0, atol=1e-4)
+    assert np.abs(logits_there(theirs) - plain).max() > 1e-3
+
+
 FAULTS = {
     "rank": ({"r": 3}, "r = 3, but adapter.rank = 2"),
     "alpha": ({"alpha": 5}, "alpha = 5, but adapter.alpha = 6"),
