@@ -205,9 +205,10 @@ def save_adapter(
 
     ranks: dict[tuple[Keys, int], int] = {}
     if folds and method.rank is not None:
-        for path, layer in places:
-            params = adapters[LAYERS][path[0]][path[1]]
-            ranks[path, layer] = int(method.rank({k: stack[layer] for k, stack in params.items()}))
+        of_layers = jax.jit(jax.vmap(method.rank))
+        for path in {path for path, _ in places}:
+            found = of_layers(adapters[LAYERS][path[0]][path[1]])
+            ranks |= {(path, layer): int(rank) for layer, rank in enumerate(found)}
 
     def leaves(path: Keys, layer: int) -> dict[str, Array]:
         params = adapters[LAYERS][path[0]][path[1]]

@@ -83,7 +83,7 @@ def trained(name: str, shape: tuple[int, int, int]) -> tuple[list[float], Any, A
         for batch in batches:
             state, loss, logits = program(state, base, batch)
             losses.append(float(loss))
-    return losses, start.adapters, state.adapters, logits, program.as_text()
+    return losses, start.adapters, state.adapters, logits, program.as_text() or ""
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
