@@ -100,6 +100,7 @@ METHODS = {
     "joint": Method({"calibration": "joint"}, _LORA),
     "error": Method(_ERROR, _LORA),
     "error+loftq": Method(_ERROR, _LORA | {"init": "loftq", "loftq": LoftqOptions(3)}),
+    "robust": Method({"calibration": "robust"}, _LORA),
     "importance": Method({"calibration": "importance"}, _LORA),
     "feedback": Method(_FEEDBACK, _LORA),
     "feedback+cloq": Method(_FEEDBACK, _LORA | {"init": "cloq"}),
