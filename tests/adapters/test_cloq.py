@@ -139,7 +139,8 @@ def test_no_other_pair_is_better() -> None:
 
 
 @pytest.mark.parametrize(
-    ("format", "pair"), [("nf2", jnp.bfloat16), *((name, jnp.float32) for name in FORMATS)]
+    ("format", "pair"),
+    [("nf2", jnp.bfloat16), *((name, jnp.float32) for name in FORMATS if FORMATS[name].bits < 8)],
 )
 def test_every_format_gains_and_more_turns_never_lose(format: str, pair: Any) -> None:
     """In float32 and bfloat16. LoftQ's pair leaves more of the same error."""
