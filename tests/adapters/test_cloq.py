@@ -355,7 +355,7 @@ def test_the_quantizer_gets_the_moments_if_it_needs_them(start: Any) -> None:
 
 
 def test_cloq_needs_inputs_and_loftq_does_not() -> None:
-    assert (CLOQ.needs, LOFTQ.needs) == ("inputs", "nothing")
+    assert (CLOQ.needs(None), LOFTQ.needs(None)) == ("inputs", "nothing")
     assert AdapterConfig(init="cloq").start is CLOQ
     assert AdapterConfig(init="cloq").cloq == CloqOptions(iterations=3)
     weight, options = weights((8, 64)), LoftqOptions(iterations=1)
