@@ -170,6 +170,19 @@ def quantized_shape(shape: tuple[int, int], config: QuantConfig) -> QTensor:
     return jax.eval_shape(functools.partial(_quantize, config=config), weight, None)
 
 
+def stored_bits(shape: tuple[int, int], config: QuantConfig) -> int:
+    """Bits of the result of `quantize` for a shape.
+
+    Examples:
+        >>> few = {"scale_rule": "uniform", "scale_bits": 4, "scale_dtype": "float16"}
+        >>> config = QuantConfig(format="nf2", block_size=16, calibration="none", **few)
+        >>> stored_bits((256, 256), config) == 256 * 256 * (2 + 4 / 16 + 16 / (16 * 256)) + 32
+        True
+    """
+    leaves = jax.tree.leaves(quantized_shape(shape, config))
+    return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
 class _Statistics(NamedTuple):
     """The stored scales and shifts of all blocks, and the values used to compute the codes.
 
