@@ -176,7 +176,7 @@ def split_activation(x: jax.Array, over_tensor: bool = False) -> jax.Array:
 def gather(tree: Any, name: str, splits: Splits | None = None) -> Any:
     """Gathers the fsdp parts of a weight or adapter of one layer. It stays split over tensor.
 
-    Weights are gathered in packed form, so only 2 to 4 bits per weight are sent. Does nothing
+    Weights are gathered in packed form, so only 2 to 8 bits per weight are sent. Does nothing
     outside of `jax.set_mesh`.
 
     Args:

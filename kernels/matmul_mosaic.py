@@ -38,6 +38,8 @@ def refusal(x: Array, weight: QTensor, device: Any = None) -> str | None:
         return f"it runs on one device, the mesh has {math.prod(sizes)}"
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes x in bfloat16 or float16, this one is {x.dtype}"
+    if get_format(weight.format).bits == 8:
+        return "it takes codes of 2, 3 and 4 bits, not 8"
     if weight.block_size != BLOCK:
         return f"it takes blocks of {BLOCK}, this weight has block_size = {weight.block_size}"
     if weight.layout != packing.FRAGMENTS:

@@ -21,7 +21,7 @@ from irqlora_jax.kernels.matmul_triton_factors import Factors
 from irqlora_jax.kernels.matmul_triton_tiles import Tiles, default_tiles
 from irqlora_jax.kernels.measured import tuned_tiles
 from irqlora_jax.kernels.triton_backend import announce, backend
-from irqlora_jax.quant import packing
+from irqlora_jax.quant import packing, stats
 from irqlora_jax.quant.formats import get_format
 from irqlora_jax.quant.qtensor import QTensor
 
@@ -166,7 +166,9 @@ def _call(
     splits = -(-summed // steps)
     permute = tiles.permute and not interpret
     shifted = weight.shift_codes is not None
-    factors = Factors(blocks.format, row_blocks, shifted, tiles.decode == "xla")
+    # The kernel itself decodes only the default second level.
+    decoded = tiles.decode == "xla" or weight.second_level != stats.DEFAULT
+    factors = Factors(blocks.format, row_blocks, shifted, decoded)
     cut = _Cut(blocks, factors, weight.shape, tile_blocks, tiles, steps, splits, permute)
     count = rows.shape[0]
     parts = pl.pallas_call(
@@ -271,6 +273,8 @@ def _unfit(x: Array, weight: QTensor, interpret: bool) -> str | None:
     accepted = ("bfloat16", "float16", *(("float32",) if interpret else ()))
     if x.dtype.name not in accepted:
         return f"it takes {' and '.join(accepted)}, not {x.dtype}"
+    if get_format(weight.format).bits == 8:
+        return "it takes codes of 2, 3 and 4 bits, not 8"
     if weight.layout != packing.LAYOUT:
         return f"it takes layout {packing.LAYOUT!r}, not {weight.layout!r}"
     if weight.block_size not in BLOCK_SIZES:

@@ -8,6 +8,7 @@ from irqlora_jax.adapters.iec import IEC
 from irqlora_jax.adapters.loftq import LOFTQ
 from irqlora_jax.adapters.lokr import LOKR
 from irqlora_jax.adapters.lora import LORA
+from irqlora_jax.adapters.lqlora import LQLORA
 from irqlora_jax.adapters.method import DEFAULT, Initialization
 from irqlora_jax.adapters.method import Method as Method
 from irqlora_jax.adapters.qahira import QAHIRA
@@ -18,4 +19,5 @@ from irqlora_jax.adapters.qbara import QBARA
 _LORAS = (LORA, IEC, DORA, LOKR, BAYESIAN, BINARY)
 _POOLED = (QALORA, QALORA_IEC, QBARA, QAHIRA)
 METHODS: dict[str, Method] = {one.name: one for one in (*_LORAS, *_POOLED)}
-INITIALIZATIONS: dict[str, Initialization] = {one.name: one for one in (DEFAULT, LOFTQ, CLOQ)}
+_STARTS = DEFAULT, LOFTQ, CLOQ, LQLORA
+INITIALIZATIONS: dict[str, Initialization] = {one.name: one for one in _STARTS}

@@ -134,5 +134,9 @@ def _fit_layer(
 
 
 CLOQ = Initialization(
-    name="cloq", title="CLoQ", fit=_fit_layer, options=CloqOptions(), needs="inputs"
+    name="cloq",
+    title="CLoQ",
+    fit=_fit_layer,
+    options=CloqOptions(),
+    needs=lambda options: "inputs",
 )

@@ -11,6 +11,7 @@ from irqlora_jax.adapters.cloq import CloqOptions
 from irqlora_jax.adapters.iec import IecOptions
 from irqlora_jax.adapters.loftq import LoftqOptions
 from irqlora_jax.adapters.lokr import LokrOptions
+from irqlora_jax.adapters.lqlora import LqloraOptions
 from irqlora_jax.adapters.method import Initialization, Method, Shape
 from irqlora_jax.adapters.qahira import QahiraOptions
 from irqlora_jax.adapters.qalora import QaloraOptions
@@ -65,7 +66,9 @@ class AdapterConfig:
     """Initial adapter. "default": the update is 0. "loftq": fit the quantized weights and the pair
     to the weights together (LoftQ), so that the update corrects most of the quantization error. In
     Python: `hf.load_loftq`. "cloq": the same for the outputs of the layer, on calibration text
-    (CLoQ). With both, the base belongs to this run alone."""
+    (CLoQ). "lqlora": as LoftQ, but the pair takes the largest singular directions of the weights
+    before these are quantized, and gradients can weigh the errors (LQ-LoRA). With all three, the
+    base belongs to this run alone."""
     init_from: str | None = None
     """Start from a trained adapter: the folder of a run (its newest checkpoint) or of a PEFT
     adapter, with the same base, method, rank, alpha and targets. The optimizer starts anew.
@@ -79,6 +82,7 @@ class AdapterConfig:
     binary: BinaryOptions = BinaryOptions()
     loftq: LoftqOptions = LoftqOptions()
     cloq: CloqOptions = CloqOptions()
+    lqlora: LqloraOptions = LqloraOptions()
     qalora: QaloraOptions = QaloraOptions()
     qalora_iec: QaloraIecOptions = QaloraIecOptions()
     qbara: QbaraOptions = QbaraOptions()
@@ -122,6 +126,11 @@ class AdapterConfig:
     def start(self) -> Initialization:
         """The initialization."""
         return INITIALIZATIONS[self.init]
+
+    @property
+    def needs(self) -> str:
+        """The statistic of a text that the initialization needs: nothing, inputs or fisher."""
+        return self.start.needs(getattr(self, self.init, self.start.options))
 
     @property
     def source(self) -> str | None:

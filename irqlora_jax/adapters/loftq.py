@@ -28,7 +28,8 @@ EXACT_UP_TO = 512
 """Layers whose smaller side is at most this, or at most 8 times the rank, use an exact SVD. For
 larger layers it would take too long."""
 OVERSAMPLING, POWER_ITERATIONS = 10, 4
-_wide = functools.partial(jnp.matmul, precision="highest")  # GPUs would round float32 to TF32
+product = functools.partial(jnp.matmul, precision="highest")
+"""A matrix product in float32, which GPUs would round to TF32."""
 Some = Callable[[Array | int], Float32[Array, "count in"]]
 """Maps a first row to the rows of a slab of a matrix."""
 
@@ -133,7 +134,7 @@ def _fit(
     left, right = _factors(a, b, scale)
 
     def square(start: Array | int, new: Bool[Array, "count 1"]) -> Array:
-        remaining = _times(error(start) - _wide(rows_of(left, start, count), right), root)
+        remaining = _times(error(start) - product(rows_of(left, start, count), right), root)
         return jnp.sum(jnp.where(new, remaining, 0) ** 2)
 
     return a, b, jnp.sqrt(sum_slabs(square, rows, count))
@@ -141,7 +142,7 @@ def _fit(
 
 def _times(x: Array, root: Array | None) -> Array:
     """x R."""
-    return x if root is None else _wide(x, root)
+    return x if root is None else product(x, root)
 
 
 def _factors(a: Array, b: Array, scale: Array) -> tuple[Array, Array]:
@@ -182,7 +183,7 @@ def randomized_svd(
     rows, columns = shape
 
     def outward(basis: Array) -> Array:
-        return basis if root is None else _wide(root, basis)
+        return basis if root is None else product(root, basis)
 
     def turned(basis: Array) -> Array:
         """(x R)^T (x R) basis."""
@@ -190,20 +191,20 @@ def randomized_svd(
 
         def own(start: Array | int, new: Bool[Array, "count 1"]) -> Array:
             x = some(start)
-            return _wide(x.T, jnp.where(new, _wide(x, directions), 0))
+            return product(x.T, jnp.where(new, product(x, directions), 0))
 
         found = sum_slabs(own, rows, count)
-        return found if root is None else _wide(root.T, found)
+        return found if root is None else product(root.T, found)
 
     basis = jax.random.normal(key, (columns, min(rank + OVERSAMPLING, *shape)))
     for _ in range(POWER_ITERATIONS):
         basis, _ = jnp.linalg.qr(turned(basis))
     # x R in the basis of its inputs: [m, size]. A second QR leaves a square matrix to decompose.
     directions = outward(basis)
-    inside = map_slabs(lambda start: _wide(some(start), directions), rows, count)
+    inside = map_slabs(lambda start: product(some(start), directions), rows, count)
     left, square = jnp.linalg.qr(inside)
     u, s, v = jnp.linalg.svd(square)
-    return _wide(left, u[:, :rank]), s[:rank], _wide(v[:rank], basis.T)
+    return product(left, u[:, :rank]), s[:rank], product(v[:rank], basis.T)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,10 +52,10 @@ def put(params: dict[str, Array], weight: Any) -> QTensor:
     given = params["block_scale"].shape
     if not isinstance(weight, QTensor):
         raise ValueError("adapter.scales: the base is not quantized; expected 0")
-    if weight.scale_codes.shape != given:
+    if weight.grid != given:
         raise ValueError(
             f"adapter.scales: {given[1]} blocks in a row, but the base has "
-            f"{weight.scale_codes.shape[1]} of {weight.block_size} weights; expected its block size"
+            f"{weight.grid[1]} of {weight.block_size} weights; expected its block size"
         )
     if weight.outliers is not None:
         raise ValueError(

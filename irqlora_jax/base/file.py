@@ -17,6 +17,7 @@ from irqlora_jax.files.checksums import check_seal, checksum, seal
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
+from irqlora_jax.quant.stats import DEFAULT, SecondLevel
 from irqlora_jax.sharding import sharding
 from irqlora_jax.text import first_few
 
@@ -43,9 +44,10 @@ def save_base(
     """Writes a base, its architecture and its quantization settings to one safetensors file.
 
     Each array of a QTensor becomes one tensor (`NAME.packed`, `NAME.scale_codes`, ...). The
-    metadata holds its shape, format, block size and layout, and checksums. `source` is the folder
-    or hub id of the original model. `fitted` marks a base that is incomplete without the adapters
-    fitted to it. `calibrate` says which text was used, and what the errors of the outputs are.
+    metadata holds its shape, format, block size and layout, its second level unless it is the
+    default, and checksums. `source` is the folder or hub id of the original model. `fitted` marks a
+    base that is incomplete without the adapters fitted to it. `calibrate` says which text was used,
+    and what the errors of the outputs are.
     """
     tensors: dict[str, np.ndarray] = {}
     static: dict[str, Any] = {}
@@ -54,6 +56,8 @@ def save_base(
             tensors[name] = np.asarray(leaf)
             continue
         static[name] = {field: getattr(leaf, field) for field in _STATIC}
+        if leaf.second_level != DEFAULT:  # earlier versions do not know it
+            static[name]["second_level"] = dataclasses.asdict(leaf.second_level)
         for field in _ARRAYS:
             array = getattr(leaf, field)
             if array is not None:
@@ -146,6 +150,8 @@ def _read(path: Path, read: Callable[[Any, str], Any]) -> tuple[Base, LlamaConfi
     for name, fields in json.loads(metadata["quantized"]).items():
         arrays = {field: flat.pop(f"{name}.{field}", None) for field in _ARRAYS}
         fields["shape"] = tuple(fields["shape"])
+        if "second_level" in fields:
+            fields["second_level"] = SecondLevel(**fields["second_level"])
         flat[name] = QTensor(**arrays, **fields)
     base: Base = {}
     for name, leaf in flat.items():

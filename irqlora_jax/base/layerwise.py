@@ -199,7 +199,8 @@ def make_layers(
         return _read_layer(found, llama, layer, by_layer[layer], task.dtype, stacks)
 
     if task.calibrate.config.metric == "gradients":
-        statistics: Statistics = Gradients(llama, task.calibrate, outside, read)
+        squares = task.adapter is not None and task.adapter.needs == "fisher"
+        statistics: Statistics = Gradients(llama, task.calibrate, outside, read, squares)
     else:
         both = task.quant.training != "none"
         statistics = Inputs(llama, task.calibrate, outside["embed_tokens"], both)
@@ -269,7 +270,8 @@ def _make_layer(
     for path, matrix in matrices.items():
         (group, name), gram = path, moments[path[-1]]
         try:
-            made[path] = task.make(matrix, weights[group][name]["weight"], gram)
+            weight, squares = weights[group][name]["weight"], statistics.squares.get(name)
+            made[path] = task.make(matrix, weight, gram, squares)
         except ValueError as error:
             raise ValueError(f"{matrix_name(path, layer)}: {error}") from error
     if matrices and task.quant.training != "none":

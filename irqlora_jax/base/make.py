@@ -74,7 +74,9 @@ def load_base(
     quant = QuantConfig(format=KEPT) if quant is None else quant
     damping = _check_rows(quant, None, calibrate)
 
-    def make(matrix: Matrix, weight: jax.Array, gram: jax.Array | None) -> Made:
+    def make(
+        matrix: Matrix, weight: jax.Array, gram: jax.Array | None, squares: jax.Array | None
+    ) -> Made:
         return Made(_packed(weight, matrix.quant, gram, damping), {})
 
     finished = _finished(keep, source, calibrate, quant)
@@ -102,7 +104,7 @@ def load_fitted(
         quant: quantization settings.
         adapter: initialization, targets, rank, alpha and type of the pairs.
         key: random key, e.g. for a randomized SVD.
-        calibrate: rows of text, also needed if `adapter.start.needs` is "inputs".
+        calibrate: rows of text, also needed unless `adapter.needs` is "nothing".
         keep: as for `load_base`.
         mesh: devices to split weights and pairs over (default: all on the first device).
         progress: show a bar.
@@ -123,7 +125,9 @@ def load_fitted(
     damping = _check_rows(quant, adapter, calibrate)
     options = getattr(adapter, start.name, start.options)
 
-    def make(matrix: Matrix, weight: jax.Array, gram: jax.Array | None) -> Made:
+    def make(
+        matrix: Matrix, weight: jax.Array, gram: jax.Array | None, squares: jax.Array | None
+    ) -> Made:
         name, config = matrix.path[-1], matrix.quant
         if name not in adapter.targets:
             return Made(_packed(weight, config, gram, damping), {})
@@ -135,9 +139,9 @@ def load_fitted(
             return Made(None, LORA.init(own, (rows, columns), adapter.rank, None, adapter.dtype))
         rank, dtype = adapter.rank, adapter.dtype
         scale = adapter.scale_for((weight.shape[0], weight.shape[1]))
-        packed, a, b = fit(
-            weight, config, rank, scale, options, own, dtype, gram=gram, damping=damping
-        )
+        given = {"gram": gram, "damping": damping}
+        given |= {"fisher": squares} if adapter.needs == "fisher" else {}
+        packed, a, b = fit(weight, config, rank, scale, options, own, dtype, **given)
         return Made(packed, {"lora_A": a, "lora_B": b})
 
     seed = jax.random.key_data(key).tolist()
@@ -162,13 +166,16 @@ def check_text(quant: QuantConfig, adapter: AdapterConfig | None, given: Calibra
     """Checks that the settings of the text are what the other settings need.
 
     Raises:
-        ValueError: there is no text although one is needed, or layers cannot be trained with
-            gradients; the message names the settings.
+        ValueError: there is no text although one is needed, or its metric does not fit; the
+            message names the settings.
     """
     needed = f"a text, needed by quant ({quant.label})" if quant.needs_text else None
-    if adapter is not None and adapter.start.needs == "inputs":
+    if adapter is not None and adapter.needs != "nothing":
         needed = f"a text, needed by adapter.init {adapter.init}"
     require(needed is None or given.data is not None, "calibrate.data", None, needed or "")
+    ok = adapter is None or adapter.needs != "fisher" or given.metric == "gradients"
+    accepted = "gradients, which weigh the errors of adapter.init"
+    require(ok, "calibrate.metric", given.metric, accepted)
     ok = quant.training == "none" or given.metric == "inputs"
     accepted = f"inputs with quant.training {quant.training}"
     require(ok, "calibrate.metric", given.metric, accepted)
@@ -278,7 +285,7 @@ def _make_each(
             def step(weight: np.ndarray, matrix: Matrix = matrix) -> None:
                 """A function, so that its local arrays are freed before the next matrix is read."""
                 array = jax.device_put(weight, may_alias=True)
-                made = task.make(matrix, array, None)
+                made = task.make(matrix, array, None, None)
                 if made.weight is not None:
                     if task.watch is not None:
                         about = matrix.layer, matrix.path[-1], array, made.weight, matrix.quant

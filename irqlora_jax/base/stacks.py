@@ -55,8 +55,9 @@ class Made(NamedTuple):
         return whole + scale * jnp.matmul(b, a, precision="highest")
 
 
-Maker = Callable[[Matrix, jax.Array, jax.Array | None], Made]
-"""Makes a matrix from its weight and, if there is a text, X^T X of its inputs."""
+Maker = Callable[[Matrix, jax.Array, jax.Array | None, jax.Array | None], Made]
+"""Makes a matrix from its weight and, if there is a text, X^T X of its inputs and, if they were
+asked for, the sums of its squared gradients."""
 
 
 class Stacks:

@@ -8,6 +8,9 @@ cross-entropy (OAC, arXiv 2405.15025). It says how much the loss, and not only t
 layer, depends on the weights. The whole model is in full precision, and the layers come from the
 last to the first. We could not check the paper's closed form: this is our reading.
 
+`Gradients` also sums the squares of the elements of G: the Fisher information of each weight, as
+LQ-LoRA needs it.
+
 Calibrations do not depend on the size of these matrices, so each is divided by its mean diagonal.
 """
 
@@ -32,6 +35,8 @@ SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 """Projections with the inputs of another one."""
 Moments = dict[str, Float32[Array, "in in"]]
 """A matrix for each projection, with a mean diagonal of 1."""
+Squares = dict[str, Float32[Array, "out in"]]
+"""Sums of squared gradients for each projection."""
 
 
 class Statistics(abc.ABC):
@@ -39,9 +44,12 @@ class Statistics(abc.ABC):
 
     Attributes:
         order: indices of the layers.
+        squares: sums of squared gradients of the layer of the last `moments`; empty if they were
+            not asked for.
     """
 
     order: Sequence[int]
+    squares: Squares
 
     @abc.abstractmethod
     def moments(self, weights: Tree) -> Moments:
@@ -79,7 +87,7 @@ class Inputs(Statistics):
         embeddings: Float[np.ndarray, "vocab hidden"],
         both: bool = False,
     ) -> None:
-        self.order = range(llama.num_hidden_layers)
+        self.order, self.squares = range(llama.num_hidden_layers), {}
         self._settings, self._size = alone(llama), rows.config.batch_size
         self.states = _kept(embeddings[rows.tokens], rows.config.activations)
         self.full = self.states.copy() if both else None
@@ -114,6 +122,7 @@ class Gradients(Statistics):
         rows: CalibrationRows,
         outside: Mapping[str, Float[np.ndarray, "..."]],
         read: Callable[[int], Tree],
+        squares: bool = False,
     ) -> None:
         """Computes the hidden states, and the gradients behind the last layer.
 
@@ -122,6 +131,7 @@ class Gradients(Statistics):
             rows: the text.
             outside: "embed_tokens", "norm", and "lm_head" if it is not tied.
             read: the weights of a layer in full precision.
+            squares: also sum the squared gradients.
         """
         self._settings, self._dtype = alone(llama), rows.config.activations
         depth = llama.num_hidden_layers
@@ -141,15 +151,18 @@ class Gradients(Statistics):
             for x, batch in zip(self._states.pop(), batches, strict=True)
         ]
         self._next: list[np.ndarray] = []
+        self.squares, self._squared = {}, squares
 
     def moments(self, weights: Tree) -> Moments:
         total: Any = None
         self._next = []
         for x, g in zip(self._states[-1], self._gradients, strict=True):
-            before, found = gradient_moments(self._settings, weights, x.astype(np.float32), g)
+            given = weights, x.astype(np.float32), g
+            before, *found = gradient_moments(self._settings, *given, squares=self._squared)
             self._next.append(np.asarray(before))
             total = found if total is None else jax.tree.map(jnp.add, total, found)
-        return _relative(total)
+        moments, self.squares = total
+        return _relative(moments)
 
     def advance(self, weights: Tree, quantized: Tree) -> None:
         if not self._next:  # the layer was finished already
@@ -211,17 +224,21 @@ def _loss_gradient(
     return jax.grad(loss)(x)
 
 
-@functools.partial(jax.jit, static_argnames="settings")
+@functools.partial(jax.jit, static_argnames=("settings", "squares"))
 def gradient_moments(
     settings: Settings,
     weights: Tree,
     x: Float32[Array, "batch seq hidden"],
     gradient: Float32[Array, "batch seq hidden"],
-) -> tuple[Float32[Array, "batch seq hidden"], Moments]:
-    """The gradient in front of the layer, and the sum of G^T G over the rows."""
+    squares: bool = False,
+) -> tuple[Float32[Array, "batch seq hidden"], Moments, Squares]:
+    """The gradient in front of the layer, the sum of G^T G over the rows and, if asked for, the sum
+    of the squares of the elements of G."""
     linear = {group: weights[group] for group in GROUPS}
 
-    def row_moments(total: Moments, row: tuple[Array, Array]) -> tuple[Moments, Array]:
+    def row_moments(
+        total: tuple[Moments, Squares], row: tuple[Array, Array]
+    ) -> tuple[tuple[Moments, Squares], Array]:
         x, g = (part[None] for part in row)
 
         def outputs(linear: Tree, x: Array) -> Array:
@@ -229,13 +246,13 @@ def gradient_moments(
 
         wide = jax.tree.map(lambda w: w.astype(jnp.float32), linear)
         own, before = jax.vjp(outputs, wide, x)[1](g)
-        for group in GROUPS:
-            for name, part in own[group].items():
-                gram = jnp.matmul(part["weight"].T, part["weight"], precision="highest")
-                total = total | {name: total[name] + gram}
-        return total, before[0]
+        flat = {name: part["weight"] for group in GROUPS for name, part in own[group].items()}
+        grams = {name: jnp.matmul(g.T, g, precision="highest") for name, g in flat.items()}
+        found = grams, {name: g**2 for name, g in flat.items()} if squares else {}
+        return jax.tree.map(jnp.add, total, found), before[0]
 
-    sizes = {name: part["weight"].shape[1] for g in GROUPS for name, part in linear[g].items()}
-    start = {name: jnp.zeros((size, size), jnp.float32) for name, size in sizes.items()}
-    total, before = jax.lax.scan(row_moments, start, (x, gradient))
-    return before, total
+    shapes = {name: part["weight"].shape for g in GROUPS for name, part in linear[g].items()}
+    start = {name: jnp.zeros((size, size), jnp.float32) for name, (_, size) in shapes.items()}
+    each = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items() if squares}
+    total, before = jax.lax.scan(row_moments, (start, each), (x, gradient))
+    return before, *total

@@ -131,7 +131,7 @@ def _measure(
     off = weights - part
     norm = jnp.sqrt(jnp.square(part).sum())
     error = jnp.sqrt(jnp.square(off).sum()) / jnp.where(norm > 0, norm, 1)
-    counts = jnp.stack([(real == code).sum(dtype=jnp.int32) for code in range(2**fmt.bits)])
+    counts = jnp.bincount(real.ravel(), length=2**fmt.bits).astype(jnp.int32)
     return entropy, error, counts, None if shift is None else _histogram(packed, scale, rows)
 
 

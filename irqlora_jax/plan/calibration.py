@@ -53,8 +53,9 @@ def measure_calibration(config: Config, llama: LlamaConfig, target: PlanDevice) 
         insert(weights, path, {"weight": like(shape)})
     layer = sum(4 * leaf.size for leaf in jax.tree.leaves(weights))
     program, given = input_moments, (alone(llama), weights, x)
+    squares = asked.metric == "gradients" and config.adapter.needs == "fisher"
     if asked.metric == "gradients":
-        program, given = gradient_moments, (*given, x)
+        program, given = gradient_moments, (*given, x, squares)
     with progress_bar("Compiling the calibration of a layer"), silent_stderr():
         lowered = program.trace(*given).lower()
         found = lowered.compile(compiler_options=target.options).memory_analysis()
@@ -64,11 +65,12 @@ def measure_calibration(config: Config, llama: LlamaConfig, target: PlanDevice) 
         for name, (_, columns) in shapes.items()
         if asked.metric == "gradients" or name not in SAME_INPUTS
     }
-    collected = layer + 4 * x.size + found.temp_size_in_bytes + 2 * sum(moments.values())
+    statistics = sum(moments.values()) + squares * layer
+    collected = layer + 4 * x.size + found.temp_size_in_bytes + 2 * statistics
     rounding = max(
         4 * (_FACTOR * columns**2 + _ROUNDING * rows * columns) for rows, columns in shapes.values()
     )
-    rounded = 2 * layer + sum(moments.values()) + rounding
+    rounded = 2 * layer + statistics + rounding
     size = jnp.dtype(asked.activations).itemsize
     values, depth = asked.rows * asked.length * llama.hidden_size, llama.num_hidden_layers
     host, trainer = values * size, config.quant.trainer

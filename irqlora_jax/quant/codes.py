@@ -35,13 +35,21 @@ def encode_codes(
         codes = jnp.round(quotient(centered, safe) + (zero[:, None] - whole)) + whole
         return jnp.clip(codes, 0, 2**fmt.bits - 1).astype(jnp.uint8)
     # Multiplies by the reciprocal like bitsandbytes; integers divide. This affects ties.
-    scaled = centered * (1 / safe)
-    rank = jnp.zeros(scaled.shape, jnp.uint8)
-    for midpoint in fmt.midpoints:
-        rank += (scaled > midpoint).astype(jnp.uint8)
+    rank = rank_of(centered * (1 / safe), fmt)
     if fmt.order == tuple(range(len(fmt.order))):
         return rank
     return jnp.asarray(fmt.order, jnp.uint8)[rank]
+
+
+def rank_of(x: Float32[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
+    """How many decision points are below x: the place of its level in ascending order."""
+    if fmt.bits == 8:  # a program of 255 comparisons would take long to compile
+        points = jnp.asarray(fmt.midpoints)
+        return jnp.searchsorted(points, x, side="left").astype(jnp.uint8)
+    rank = jnp.zeros(x.shape, jnp.uint8)
+    for midpoint in fmt.midpoints:
+        rank += (x > midpoint).astype(jnp.uint8)
+    return rank
 
 
 def codes_with_feedback(

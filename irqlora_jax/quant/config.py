@@ -9,6 +9,7 @@ from irqlora_jax.quant.calibrations import CALIBRATIONS, PLAIN
 from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.calibrations.joint import JointOptions
 from irqlora_jax.quant.formats import FORMATS
+from irqlora_jax.quant.stats import ScaleRule, ScaleType, SecondLevel
 from irqlora_jax.quant.trained import ApiqOptions, BlockOptions
 from irqlora_jax.text import require, shorten, with_current_names
 
@@ -54,6 +55,14 @@ class QuantRule:
     """Integers only: fix the zero point in the middle of the codes."""
     outliers: float | None = None
     """Share of the weights that keep 16 bits."""
+    scale_rule: ScaleRule | None = None
+    """How scales and shifts are stored."""
+    scale_bits: int | None = None
+    """Bits of a stored scale or shift."""
+    scale_group: int | None = None
+    """Blocks that share a maximum."""
+    scale_dtype: ScaleType | None = None
+    """Type of the maxima."""
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -71,6 +80,17 @@ class QuantConfig:
     """Code book. "none" keeps the weights as they are (plain LoRA)."""
     block_size: int = 64
     """Weights that share a scale and a shift; a multiple of 8."""
+    scale_rule: ScaleRule = "dynamic"
+    """How scales and shifts are stored (the second level). "dynamic": 8-bit floating-point numbers
+    around the mean of the scales (QLoRA). "uniform": evenly spaced numbers above the smallest scale
+    of the matrix (LQ-LoRA), which can have fewer bits."""
+    scale_bits: int = 8
+    """Bits of a stored scale or shift: 8, or 2 to 8 with `scale_rule` uniform. Zero points always
+    have 8."""
+    scale_group: int = 256
+    """Blocks whose scales share a maximum, 16 to 256; the same for shifts."""
+    scale_dtype: ScaleType = "float32"
+    """Type of these maxima."""
     calibration: CalibrationName = "icq"
     """"none": the largest weight determines the scale. "icq": choose the shift (NormalFloat, FP4)
     or range (integers) that maximizes the entropy of each block's codes (IR-QLoRA, section 3.2).
@@ -78,7 +98,7 @@ class QuantConfig:
     "robust": choose the scale and shift of least error, where the largest and the smallest weights
     of a block count more. "importance": choose the scale and shift of least error, where weights
     with larger inputs count more; needs `calibrate.data`. "gptq": as "none", with rounding
-    "feedback"."""
+    "feedback". Formats of 8 bits take "none" or "gptq"."""
     rounding: Rounding = "nearest"
     """How codes are chosen, for all calibrations. "nearest": the level nearest to each weight.
     "feedback": one column after the other, and the later columns correct the error of the earlier
@@ -114,6 +134,7 @@ class QuantConfig:
         require(size > 0 and size % 8 == 0, "quant.block_size", size, "a positive multiple of 8")
         name = self.calibration
         require(name in calibrations, "quant.calibration", name, ", ".join(calibrations))
+        _ = self.second_level  # checks its fields
         how = self.rounding
         require(how in ("nearest", "feedback"), "quant.rounding", how, "nearest or feedback")
         known = tuple(TITLES)
@@ -131,6 +152,9 @@ class QuantConfig:
         accepted = f"false with quant.format {self.format}"
         require(integer or not self.symmetric, "quant.symmetric", self.symmetric, accepted)
         if format is not None:
+            able = [one.name for one in CALIBRATIONS.values() if one.most_bits >= format.bits]
+            accepted = f"{' or '.join(able)} with quant.format {format.name}"
+            require(name in able, "quant.calibration", name, accepted)
             refusal = CALIBRATIONS[name].refusal(format, self.symmetric, self.options)
             if refusal is not None:
                 raise ValueError(refusal)
@@ -185,6 +209,11 @@ class QuantConfig:
         )
 
     @property
+    def second_level(self) -> SecondLevel:
+        """How scales and shifts are stored."""
+        return SecondLevel(self.scale_rule, self.scale_bits, self.scale_group, self.scale_dtype)
+
+    @property
     def feedback(self) -> bool:
         """Whether codes are computed with error feedback, where no rule says otherwise."""
         return self.rounding == "feedback" or CALIBRATIONS[self.calibration].feedback
@@ -230,6 +259,8 @@ class QuantConfig:
         if self.outliers:
             label += f", {100 * self.outliers:.3g} % outliers"
             label += " by sensitivity" * (self.outlier_rule == "sensitivity")
+        if self.scale_bits != 8:
+            label += f", scales in {self.scale_bits} bits"
         return f"{label}, with rules" if self.rules else label
 
     def for_matrix(self, name: str) -> "QuantConfig":

@@ -170,6 +170,19 @@ def quantized_shape(shape: tuple[int, int], config: QuantConfig) -> QTensor:
     return jax.eval_shape(functools.partial(_quantize, config=config), weight, None)
 
 
+def stored_bits(shape: tuple[int, int], config: QuantConfig) -> int:
+    """Bits of the result of `quantize` for a shape.
+
+    Examples:
+        >>> few = {"scale_rule": "uniform", "scale_bits": 4, "scale_dtype": "float16"}
+        >>> config = QuantConfig(format="nf2", block_size=16, calibration="none", **few)
+        >>> stored_bits((256, 256), config) == 256 * 256 * (2 + 4 / 16 + 16 / (16 * 256)) + 32
+        True
+    """
+    leaves = jax.tree.leaves(quantized_shape(shape, config))
+    return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
 class _Statistics(NamedTuple):
     """The stored scales and shifts of all blocks, and the values used to compute the codes.
 
@@ -235,7 +248,8 @@ def _quantize(
     found = given or jax.tree.map(jnp.ravel, map_slabs(calibrate, rows, count))
     if shift is not None:
         found = found._replace(shift=shift.astype(jnp.float32).reshape(-1))
-    statistics = _encode_statistics(found, fmt, exact=config.codes_from == "exact")
+    level = config.second_level
+    statistics = _encode_statistics(found, fmt, level, exact=config.codes_from == "exact")
     grid = (rows, per_row)
     scale, zero, tau = jax.tree.map(lambda x: x.reshape(grid), statistics[1:])
 
@@ -251,10 +265,11 @@ def _quantize(
             codes = jnp.pad(codes, ((0, 0), (0, per_row * size - columns))).reshape(-1, size)
         return packing.pack(codes, fmt.bits).reshape(count, per_row, -1)
 
-    stored = {
-        name: value.reshape(grid) if value is not None and name.endswith("_codes") else value
-        for name, value in statistics.stored.items()
-    }
+    stored = dict(statistics.stored)
+    for name, value in stored.items():
+        if value is not None and name.endswith("_codes"):
+            zeros = name == "shift_codes" and fmt.integer
+            stored[name] = packing.pack_rows(value.reshape(grid), 8 if zeros else level.bits)
     return QTensor(
         packed=map_slabs(encode, rows, count),
         **stored,  # type: ignore[arg-type]
@@ -262,6 +277,7 @@ def _quantize(
         shape=(rows, columns),
         format=fmt.name,
         block_size=size,
+        second_level=level,
     )
 
 
@@ -323,26 +339,29 @@ def _calibrate(
     return chosen.search(blocks, fmt, config.symmetric, config.options, valid, given)
 
 
-def _encode_statistics(found: Calibrated, fmt: Format, exact: bool) -> _Statistics:
+def _encode_statistics(
+    found: Calibrated, fmt: Format, level: stats.SecondLevel, exact: bool
+) -> _Statistics:
     """Stage 2: encodes scales and shifts for storage.
 
     Args:
         found: what the calibration chose.
         fmt: the format.
+        level: how they are stored.
         exact: compute the codes with the values in `found`, not with the stored ones.
     """
     shift, scale = found.shift, found.scale
     shift_codes = shift_max = None
     if shift is not None:
-        shift_codes, shift_max, offset = stats.encode_groups(shift, center=False)
+        shift_codes, shift_max, offset = stats.encode_groups(shift, False, level)
         if not exact:
-            shift = stats.decode_groups(shift_codes, shift_max, offset)
+            shift = stats.decode_groups(shift_codes, shift_max, offset, False, level)
     if scale is None:
         # The scale that belongs to the stored shift.
         scale = _largest(found.low, found.high, shift)  # type: ignore[arg-type]
-    scale_codes, scale_max, scale_offset = stats.encode_groups(scale, center=True)
+    scale_codes, scale_max, scale_offset = stats.encode_groups(scale, True, level)
     if not exact:
-        scale = stats.decode_groups(scale_codes, scale_max, scale_offset)
+        scale = stats.decode_groups(scale_codes, scale_max, scale_offset, True, level)
     if found.zero is not None:
         shift_codes = stats.encode_zero(found.zero, fmt.bits)
     stored = {

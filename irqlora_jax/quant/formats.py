@@ -1,9 +1,10 @@
-"""Code books: the numbers that codes of 2, 3 or 4 bits stand for.
+"""Code books: the numbers that codes of 2, 3, 4 or 8 bits stand for.
 
 A format does not define how codes are stored; `packing.py` does.
 """
 
 import dataclasses
+from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Float32
@@ -20,7 +21,7 @@ class Format:
         bits: width of a code.
         levels: 2**bits values. NormalFloat and FP4 lie in [-1, 1]; the levels of an integer format
             are the codes themselves, 0 .. 2**bits - 1.
-        integer: true for int4, int3, int2.
+        integer: true for int8, int4, int3, int2.
     """
 
     name: str
@@ -65,6 +66,17 @@ _NF3 = (
     *(0.16093020141124725, 0.33791524171829224, 0.5626170039176941, 1.0),
 )
 _NF2 = (-1.0, -0.25256848335266113, 0.2525685131549835, 1.0)
+
+
+def _asymmetric(bits: int) -> tuple[float, ...]:
+    """The asymmetric rule: quantiles of the normal distribution, one more above 0 than below, and
+    0 itself. No table of 8 bits was published; LQ-LoRA computes it by this rule in float32."""
+    quantile, end, half = NormalDist().inv_cdf, 0.9677083, 2 ** (bits - 1)
+    above = [quantile(p) for p in np.linspace(end, 0.5, half + 1)[:-1]]
+    below = [-quantile(p) for p in np.linspace(end, 0.5, half)[:-1]]
+    return tuple(float(level / above[0]) for level in sorted([*above, *below, 0.0]))
+
+
 _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # by bit pattern (bitsandbytes, E2M1)
 
 FORMATS: dict[str, Format] = {
@@ -75,6 +87,8 @@ FORMATS: dict[str, Format] = {
         Format("nf2", 2, _NF2),
         Format("fp4", 4, tuple(s * v / 12 for s in (1.0, -1.0) for v in _FP4_TWELFTHS)),
         *(Format(f"int{b}", b, tuple(map(float, range(2**b))), integer=True) for b in (4, 3, 2)),
+        Format("nf8", 8, _asymmetric(8)),
+        Format("int8", 8, tuple(map(float, range(2**8))), integer=True),
     )
 }
 

@@ -59,14 +59,15 @@ def preferred_layout(implementation: MatmulName | None) -> str:
 def with_preferred_layout(tree: Any, implementation: MatmulName | None) -> Any:
     """Moves the QTensors of a tree to the `preferred_layout`.
 
-    Only blocks of 64 have several layouts. Other QTensors and arrays are unchanged.
+    Only blocks of 64 in 2 to 4 bits have several layouts. Other QTensors and arrays are unchanged.
     """
     layout = preferred_layout(implementation)
 
     def move(leaf: Any) -> Any:
-        if isinstance(leaf, QTensor) and leaf.layout != layout and leaf.block_size == 64:
-            return leaf.with_layout(layout)
-        return leaf
+        if not isinstance(leaf, QTensor) or leaf.layout == layout:
+            return leaf
+        able = packing.has_fragments(leaf.block_size, get_format(leaf.format).bits)
+        return leaf.with_layout(layout) if able else leaf
 
     return jax.tree.map(move, tree, is_leaf=lambda leaf: isinstance(leaf, QTensor))
 

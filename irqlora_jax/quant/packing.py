@@ -1,5 +1,7 @@
 """Codes to bytes and back. A block of B codes becomes B * bits / 8 bytes, in one of two layouts.
 
+8 bits: a byte is a code, and there is only the layout "planes".
+
 "planes", for blocks of any multiple of 8 codes. Neighboring codes lie in neighboring bytes, so
 unpacking is a shift and a mask over whole vectors:
 
@@ -45,6 +47,9 @@ word c belongs to cells 2c and 2c + 1. From bit 0 on, its nibble i holds slots i
           i = 3 .. 1       [h0 4]  [h0 0]  [h1 4]  [h1 0]   (i = 0)
 
 In every layout, blocks share no bytes, so a matrix can be cut between any two blocks.
+
+The codes of scales and shifts are packed over the rows (`pack_rows`), because rows have few blocks,
+and any number of them.
 """
 
 import jax.numpy as jnp
@@ -61,6 +66,11 @@ FRAGMENT_BLOCK = 64
 """The block size of "fragments"."""
 
 
+def has_fragments(block_size: int, bits: int) -> bool:
+    """Whether codes can have the layout "fragments"."""
+    return block_size == FRAGMENT_BLOCK and bits < 8
+
+
 def packed_size(block_size: int, bits: int) -> int:
     """Bytes of one packed block, in every layout; `block_size` is a multiple of 8."""
     return block_size * bits // 8
@@ -69,10 +79,10 @@ def packed_size(block_size: int, bits: int) -> int:
 def pack(
     codes: UInt8[Array, "*blocks size"], bits: int, layout: str = LAYOUT
 ) -> UInt8[Array, "*blocks bytes"]:
-    """Packs each block (last axis) of codes below 2**bits, bits 2, 3 or 4.
+    """Packs each block (last axis) of codes below 2**bits, bits 2, 3, 4 or 8.
 
     Raises:
-        ValueError: no such layout, or it does not support this block size.
+        ValueError: no such layout, or it does not support this block size or 8 bits.
 
     Examples:
         >>> codes = jnp.arange(8, dtype=jnp.uint8)
@@ -81,7 +91,7 @@ def pack(
         >>> bytes(pack(codes, 3)).hex(" ")  # two low bits of 0, 2, 4, 6, of 1, 3, 5, 7; high bits
         '88 dd f0'
     """
-    _check(layout, codes.shape[-1])
+    _check(layout, codes.shape[-1], bits)
     if layout == FRAGMENTS:
         return _pack_fragments(codes, bits)
     if bits == 3:
@@ -103,7 +113,7 @@ def unpack(
         >>> packed.size, bool((unpack(packed, 3, "fragments") == codes).all())
         (24, True)
     """
-    _check(layout, packed.shape[-1] * 8 // bits)
+    _check(layout, packed.shape[-1] * 8 // bits, bits)
     if layout == FRAGMENTS:
         return _unpack_fragments(packed, bits)
     if bits == 3:
@@ -113,13 +123,62 @@ def unpack(
     return _unpack_plane(packed, bits)
 
 
-def _check(layout: str, block_size: int) -> None:
+def packed_rows(rows: int, bits: int) -> int:
+    """Rows of bytes that `pack_rows` makes of rows of codes."""
+    return rows if bits == 8 else -(-rows // 8) * bits
+
+
+def pack_rows(
+    codes: UInt8[Array, "*lead rows blocks"], bits: int
+) -> UInt8[Array, "*lead packed blocks"]:
+    """Packs 8 rows of codes below 2**bits into `bits` rows of bytes; 8 bits stay as they are.
+
+    Byte i of 8 rows holds bit i of their codes, the first row in its lowest bit. Missing rows count
+    as 0. So every column can be cut off, and 8 rows from the next 8.
+
+    Examples:
+        >>> codes = jnp.arange(8, dtype=jnp.uint8)[:, None]
+        >>> bytes(pack_rows(codes, 3)).hex(" ")
+        'aa cc f0'
+    """
+    if bits == 8:
+        return codes
+    *lead, rows, blocks = codes.shape
+    codes = jnp.pad(codes, [(0, 0)] * len(lead) + [(0, -rows % 8), (0, 0)])
+    eight = codes.reshape(-1, 1, 8, blocks)
+    planes = ((eight >> _numbers(bits, 1)) & np.uint8(1)) << _numbers(8, 2)
+    return jnp.sum(planes, axis=2, dtype=jnp.uint8).reshape(*lead, -1, blocks)
+
+
+def unpack_rows(
+    packed: UInt8[Array, "*lead packed blocks"], bits: int, rows: int
+) -> UInt8[Array, "*lead rows blocks"]:
+    """The inverse of `pack_rows` for a number of rows."""
+    if bits == 8:
+        return packed
+    *lead, _, blocks = packed.shape
+    planes = packed.reshape(-1, bits, 1, blocks)
+    found = ((planes >> _numbers(8, 2)) & np.uint8(1)) << _numbers(bits, 1)
+    codes = jnp.sum(found, axis=1, dtype=jnp.uint8).reshape(*lead, -1, blocks)
+    return codes[..., :rows, :]
+
+
+def _numbers(n: int, axis: int) -> UInt8[np.ndarray, "..."]:
+    """0 .. n - 1 along one of 4 axes."""
+    shape = [1] * 4
+    shape[axis] = n
+    return np.arange(n, dtype=np.uint8).reshape(shape)
+
+
+def _check(layout: str, block_size: int, bits: int) -> None:
     if layout not in LAYOUTS:
         raise ValueError(f"layout = {layout!r}: expected {' or '.join(map(repr, LAYOUTS))}")
     if layout == FRAGMENTS and block_size != FRAGMENT_BLOCK:
         raise ValueError(
             f"layout = {layout!r}: expected blocks of {FRAGMENT_BLOCK}, these have {block_size}"
         )
+    if layout == FRAGMENTS and bits == 8:
+        raise ValueError(f"layout = {layout!r}: expected codes of 2, 3 or 4 bits, these have 8")
 
 
 def _pack_plane(codes: Array, bits: int) -> Array:

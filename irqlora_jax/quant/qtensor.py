@@ -1,4 +1,4 @@
-"""QTensor: a frozen weight matrix in 2, 3 or 4 bits, and its dequantization."""
+"""QTensor: a frozen weight matrix in 2, 3, 4 or 8 bits, and its dequantization."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from irqlora_jax.quant.slabs import rows_of
         *("outlier_values", "outlier_columns", "outlier_counts"),
         *("scale_update", "shift_update"),
     ),
-    meta_fields=("shape", "format", "block_size", "layout"),
+    meta_fields=("shape", "format", "block_size", "layout", "second_level"),
 )
 @dataclasses.dataclass(frozen=True)
 class QTensor:
@@ -36,8 +36,9 @@ class QTensor:
       padded. Padding does not affect scales, shifts or entropies.
     - Block by block, weight ~ levels[code] * scale + shift, with the levels of `format`. A missing
       shift is 0. For integer formats shift = -zero * scale.
-    - Scales, and the shifts of NormalFloat and FP4, are second-level quantized over groups of 256
-      blocks counted row by row (`stats.py`); zero points are 8-bit fixed point.
+    - Scales, and the shifts of NormalFloat and FP4, are second-level quantized over groups of
+      blocks counted row by row (`stats.py`); zero points are 8-bit fixed point. Codes of fewer than
+      8 bits are packed over the rows (`packing.pack_rows`): `out` below is then fewer bytes.
     - Outliers (`outliers.py`) replace what their codes stand for. They are a list in row order.
       Without outliers there are no such arrays.
     - The updates are what training changed: they are added to the stored scales and shifts. They
@@ -56,6 +57,7 @@ class QTensor:
         format: name of the code book.
         block_size: weights that share a scale and a shift.
         layout: arrangement of the packed codes.
+        second_level: how scales and shifts are stored.
         outlier_values: [*lead, n] weights, or None.
         outlier_columns: [*lead, n] columns of the outliers, or None.
         outlier_counts: [*lead, out] number of outliers in every row, or None.
@@ -76,14 +78,15 @@ class QTensor:
 
     packed: UInt8[Array, "*lead out blocks bytes"]
     scale_codes: UInt8[Array, "*lead out blocks"]
-    scale_max: Float32[Array, "*lead groups"]
+    scale_max: Float[Array, "*lead groups"]
     scale_offset: Float32[Array, "*lead"]
     shift_codes: UInt8[Array, "*lead out blocks"] | None
-    shift_max: Float32[Array, "*lead groups"] | None
+    shift_max: Float[Array, "*lead groups"] | None
     shape: tuple[int, int]
     format: str
     block_size: int
     layout: str = packing.LAYOUT
+    second_level: stats.SecondLevel = stats.DEFAULT
     outlier_values: Float16[Array, "*lead n"] | None = None
     outlier_columns: UInt16[Array, "*lead n"] | None = None
     outlier_counts: UInt16[Array, "*lead out"] | None = None
@@ -168,6 +171,11 @@ class QTensor:
         return dataclasses.replace(self, packed=packed, layout=layout)
 
     @property
+    def grid(self) -> tuple[int, ...]:
+        """[*lead, out, blocks]: the shape of `scale()`."""
+        return self.packed.shape[:-1]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
@@ -182,9 +190,8 @@ class QTensor:
         if fmt.integer:
             return -stats.decode_zero(self.shift_codes, fmt.bits) * self._stored_scale()
         assert self.shift_max is not None
-        return self._decode_groups(
-            self.shift_codes, self.shift_max, jnp.zeros_like(self.scale_offset)
-        )
+        offset = jnp.zeros_like(self.scale_offset)
+        return self._decode_groups(self.shift_codes, self.shift_max, offset, center=False)
 
     def _weights(self, packed: Array, scale: Array, shift: Array | None, dtype: DTypeLike) -> Array:
         fmt = get_format(self.format)
@@ -198,10 +205,14 @@ class QTensor:
         rows = blocks.reshape(*blocks.shape[:-2], -1)
         return rows[..., : self.shape[1]]
 
-    def _decode_groups(self, codes: Array, largest: Array, offset: Array) -> Array:
-        decode = stats.decode_groups
+    def _decode_groups(
+        self, codes: Array, largest: Array, offset: Array, center: bool = True
+    ) -> Array:
+        level = self.second_level
+        decode = functools.partial(stats.decode_groups, center=center, level=level)
         for _ in range(offset.ndim):
             decode = jax.vmap(decode)
+        codes = packing.unpack_rows(codes, level.bits, self.shape[0])
         flat = codes.reshape(*offset.shape, -1)
         return decode(flat, largest, offset).reshape(codes.shape)
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32
 
+from irqlora_jax.quant.codes import rank_of
 from irqlora_jax.quant.entropy import quotient
 from irqlora_jax.quant.formats import Format
 
@@ -80,8 +81,7 @@ def round_to_levels(
     centered = weight if places[1] is None else weight - places[1]
     # Multiplies by the reciprocal, as `encode.py` does for these formats. This affects ties.
     x = centered * (1 / jnp.where(places[0] == 0, 1, places[0]))
-    rank = sum((x > point).astype(jnp.int32) for point in format.midpoints)
-    nearest = jnp.asarray(levels)[rank]
+    nearest = jnp.asarray(levels)[rank_of(x, format)]
     level = straight_through(_bounded(x, float(levels[0]), float(levels[-1])), nearest)
     values = level * places[0]
     return values if places[1] is None else values + places[1]

@@ -146,7 +146,7 @@ def _check_matmul(config: Config, llama: LlamaConfig, source: str | Path) -> Non
         if isinstance(weight, QTensor):
             weight = dataclasses.replace(weight, layout=preferred_layout(train.matmul))
             if config.adapter.scales and name in config.adapter.targets:
-                update = jax.ShapeDtypeStruct(weight.scale_codes.shape, "float32")
+                update = jax.ShapeDtypeStruct(weight.grid, "float32")
                 weight = dataclasses.replace(weight, scale_update=update)
         x = jax.ShapeDtypeStruct((train.rows, weight.shape[1]), train.compute_dtype)
         try:

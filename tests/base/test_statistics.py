@@ -22,19 +22,23 @@ GRADIENTS = CalibrateConfig(metric="gradients", batch_size=3)
 TOKENS = np.random.default_rng(3).integers(0, LLAMA.vocab_size, (5, 9)).astype(np.int32)
 
 
-def moments_of(base: Any, llama: LlamaConfig, rows: CalibrationRows) -> dict[int, dict[str, Any]]:
-    """The statistics of all layers, which stay in full precision."""
+Found = dict[int, dict[str, Any]]
+
+
+def statistics_of(base: Any, llama: LlamaConfig, rows: CalibrationRows) -> tuple[Found, Found]:
+    """Moments and squared gradients of all layers, which stay in full precision."""
     outside = {name: np.asarray(base[name]["weight"]) for name in base if name != "layers"}
 
     def read(layer: int) -> Any:
         return jax.tree.map(lambda x: x[layer], base["layers"])
 
-    statistics, found = Gradients(llama, rows, outside, read), {}
+    statistics, found, squares = Gradients(llama, rows, outside, read, squares=True), {}, {}
     for layer in statistics.order:
         found[layer] = statistics.moments(read(layer))
+        squares[layer] = statistics.squares
         if layer:
             statistics.advance(read(layer), read(layer))
-    return found
+    return found, squares
 
 
 def assert_close(found: Any, expected: Any, rtol: float) -> None:
@@ -48,10 +52,20 @@ def test_the_hessians_are_the_golden_ones(golden: Path) -> None:
     reference = golden / "irqlora_reference"
     base, llama = hf.load_base(reference / "base", None)
     tokens = np.load(reference / "tokens.npy").reshape(-1, 64)[:8].astype(np.int32)
-    found = moments_of(base, llama, CalibrationRows(tokens, GRADIENTS))
+    found, squares = statistics_of(base, llama, CalibrationRows(tokens, GRADIENTS))
     for name, expected in read_arrays(golden / "oac_hessian.npz").items():
         layer, _, projection, *_ = name.split(".")
         assert_close(found[int(layer)][projection], expected, 1e-5)
+    units = []
+    for name, expected in read_arrays(golden / "fisher.npz").items():
+        layer, _, projection, _, what = name.split(".")
+        ours = np.asarray(squares[int(layer)][projection])
+        of = {"D_row": np.sqrt(ours.mean(1)), "D_col": np.sqrt(ours.mean(0))}
+        ours = of.get(what, np.sqrt(ours[:8]))
+        theirs = np.sqrt(expected) if what.startswith("fisher") else expected
+        units.append(float((ours * theirs).sum() / (theirs**2).sum()))
+        np.testing.assert_allclose(ours, units[-1] * theirs, atol=1e-5 * ours.max())
+    np.testing.assert_allclose(units, units[0], rtol=1e-5)  # one scale for the whole model
 
 
 def test_the_hessians_are_those_of_whole_gradients(tmp_path: Path) -> None:
@@ -68,14 +82,17 @@ def test_the_hessians_are_those_of_whole_gradients(tmp_path: Path) -> None:
     for row in TOKENS:
         gradient = jax.grad(loss)(base["layers"], jnp.asarray(row))
         part = jax.tree.map(
-            lambda g: jnp.einsum("loi,loj->lij", g, g) if g.ndim == 3 else g, gradient
+            lambda g: (jnp.einsum("loi,loj->lij", g, g), g**2) if g.ndim == 3 else g, gradient
         )
         total = part if total is None else jax.tree.map(jnp.add, total, part)
-    found = moments_of(base, llama, CalibrationRows(TOKENS, GRADIENTS))
+    found, squares = statistics_of(base, llama, CalibrationRows(TOKENS, GRADIENTS))
     for group in ("self_attn", "mlp"):
         for name, part in total[group].items():
             for layer in range(llama.num_hidden_layers):
-                assert_close(found[layer][name], part["weight"][layer], 1e-4)
+                gram, each = (x[layer] for x in part["weight"])
+                assert_close(found[layer][name], gram, 1e-4)
+                size = float(each.max())
+                np.testing.assert_allclose(squares[layer][name], each, atol=1e-4 * size)
 
 
 def test_a_base_from_gradients_lowers_their_error_and_resumes(tmp_path: Path) -> None:

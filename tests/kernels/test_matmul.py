@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,17 @@ from jax.experimental import pallas as pl
 
 from irqlora_jax.kernels import matmul_mosaic, matmul_triton
 from irqlora_jax.kernels.matmul_triton import Tiles
+from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.choose import Implementation, serves_all
 from irqlora_jax.quant.config import QuantConfig
-from irqlora_jax.quant.encode import quantized_shape
+from irqlora_jax.quant.encode import quantize, quantized_shape
 from irqlora_jax.quant.formats import FORMATS, get_format
 from irqlora_jax.quant.matmul import XLA, dequant_matmul
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.quant.stats import DYNAMIC_MAP
 from tests.kernels.mosaic_interpreter import interpreted
+
+FEW_BITS = [name for name in FORMATS if FORMATS[name].bits < 8]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +71,7 @@ TOLERANCES = {jnp.bfloat16: 2**-7, jnp.float16: 2**-10, jnp.float32: 2**-20}
 # Every format has cases with every number of rows, shape and type, with and without a shift.
 CASES = [
     (name, BATCHES[(i + j) % 4], SHAPES[j], DTYPES[(i + j) % 3], (i + j) % 2 == 0)
-    for (i, name), j in itertools.product(enumerate(FORMATS), range(4))
+    for (i, name), j in itertools.product(enumerate(FEW_BITS), range(4))
 ]
 
 
@@ -132,6 +136,15 @@ def check(adapter: Adapter, rows: int, weight: QTensor, dense: np.ndarray, dtype
         # Not `not (error > ..).any()`, which NaN would pass.
         assert (error <= TOLERANCES[dtype] * terms).all()
         assert np.sqrt((error**2).mean() / (terms**2).mean()) <= TOLERANCES[dtype] / 4
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda one: one.name)
+def test_scales_in_few_bits(adapter: Adapter) -> None:
+    """The kernels do not decode them, so XLA does it before."""
+    few: Any = {"scale_rule": "uniform", "scale_bits": 3, "scale_group": 16}
+    config = QuantConfig(format="nf3", icq=IcqOptions(steps=4), **few)
+    weight = quantize(jax.random.normal(jax.random.key(0), (40, 128)), config)
+    check(adapter, 5, weight, np.asarray(weight.dequantize(), np.float64), jnp.bfloat16)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda one: one.name)

@@ -25,6 +25,8 @@ from irqlora_jax.quant.matmul import TRITON, XLA
 from irqlora_jax.quant.qtensor import QTensor
 from tests.kernels.kernel_shapes import MODELS, ROWS
 
+FEW_BITS = [name for name in FORMATS if FORMATS[name].bits < 8]
+
 ignore_notice = pytest.mark.filterwarnings("ignore:jax .* deprecates the Triton:FutureWarning")
 
 
@@ -88,7 +90,7 @@ def run_ptx(text: str, operands: list[np.ndarray]) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("shifted", [False, True])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FEW_BITS)
 def test_byte_permutations_find_every_level(name: str, shifted: bool) -> None:
     fmt = get_format(name)
     random = np.random.default_rng(0)
@@ -112,7 +114,7 @@ def test_byte_permutations_find_every_level(name: str, shifted: bool) -> None:
             np.testing.assert_array_equal(found, expected.astype(dtype).view(np.uint16))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FEW_BITS)
 def test_fields_cover_a_block_once(name: str) -> None:
     """Every code of a packed block is in exactly one field, at the input that it belongs to."""
     fmt = get_format(name)
@@ -142,7 +144,7 @@ def lower(product: Callable, rows: int, weight: QTensor) -> str:
 
 @ignore_notice
 @pytest.mark.parametrize("product", [matmul_triton.matmul, matmul_triton.matmul_transposed])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", FEW_BITS)
 def test_lowers_for_cuda_and_holds_no_weight(name: str, product: Callable) -> None:
     weight = quantized_shape((640, 768), QuantConfig(format=name))  # type: ignore[arg-type]
     text = lower(product, 33, weight)
@@ -177,10 +179,12 @@ def refusals() -> dict[str, tuple[jax.ShapeDtypeStruct, QTensor, str]]:
     wide = jnp.zeros((5, 128), jnp.float32)
     forty = quantized_shape((64, 128), QuantConfig(block_size=40))
     other = dataclasses.replace(weight, layout="other")
+    bytes_ = quantized_shape((64, 128), QuantConfig(format="nf8", calibration="none"))
     return {
         "type": (wide, weight, "it takes bfloat16 and float16, not float32"),
         "blocks": (x, forty, "it takes blocks of 32, 64, 128, 256 weights, not 40"),
         "layout": (x, other, "it takes layout 'planes', not 'other'"),
+        "bits": (x, bytes_, "it takes codes of 2, 3 and 4 bits, not 8"),
         "stack": (x, stack, "it takes one matrix, not (2,) of them"),
         "scales": (x, with_scales(weight), "it takes no weights with updates of their scales"),
     }
@@ -198,7 +202,7 @@ def test_a_product_with_trained_scales_falls_back_to_xla(monkeypatch: pytest.Mon
         assert choose(None, (faster, XLA), x, updated).name == name
 
 
-@pytest.mark.parametrize("case", ["type", "blocks", "layout", "stack", "scales"])
+@pytest.mark.parametrize("case", ["type", "blocks", "layout", "bits", "stack", "scales"])
 def test_refuses_operands_without_a_kernel(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     ampere(monkeypatch)
     x, weight, words = refusals()[case]

@@ -6,6 +6,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.adapters.lqlora import LqloraOptions
 from irqlora_jax.cli import main
 from irqlora_jax.config import Config
 from irqlora_jax.data.calibrate import CalibrateConfig
@@ -37,6 +39,18 @@ def test_memory_holds_a_layer_and_grows_as_it_should(metric: str) -> None:
     assert 1.5 * first.work < twice.work < 2 * first.work
     assert need(activations="bfloat16").host == states * (1 if metric == "inputs" else 7) // 2
     assert need(batch_size=512).device > first.device
+
+
+def test_squared_gradients_need_their_memory() -> None:
+    target = PlanDevice("a device", jax.devices(), 2**30, 2**30)
+    config = dataclasses.replace(CONFIG, calibrate=dataclasses.replace(TEXT, metric="gradients"))
+    weighed = AdapterConfig(init="lqlora", lqlora=LqloraOptions(weights="rows"))
+    plain, more = (
+        measure_calibration(dataclasses.replace(config, adapter=adapter), LLAMA, target).device
+        for adapter in (AdapterConfig(init="lqlora"), weighed)
+    )
+    layer = 4 * sum(rows * columns for rows, columns in LLAMA.linear_shapes.values())
+    assert more >= plain + layer
 
 
 @pytest.mark.usefixtures("optimizer_promotion")

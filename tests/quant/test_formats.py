@@ -27,7 +27,7 @@ def symmetric(bits: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("name", "levels"),
-    [("nf4", asymmetric(4)), ("nf3", asymmetric(3)), ("nf2", symmetric(2))],
+    [("nf8", asymmetric(8)), ("nf4", asymmetric(4)), ("nf3", asymmetric(3)), ("nf2", symmetric(2))],
 )
 def test_normal_float_follows_its_quantile_rule(name: str, levels: np.ndarray) -> None:
     # The published tables were computed in float32: within an ulp or two of the rule.

@@ -7,7 +7,7 @@ import pytest
 from irqlora_jax.quant import packing
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("block_size", [8, 24, 64, 128])
 def test_round_trip(bits: int, block_size: int) -> None:
     rng = np.random.default_rng(bits)

@@ -35,7 +35,7 @@ def test_zeros_stay_zero() -> None:
     assert not np.asarray(stats.decode_groups(codes, largest, offset)).any()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_every_zero_point_is_exact(bits: int) -> None:
     zeros = jnp.arange(256, dtype=jnp.float32) / 2 ** (8 - bits)
     np.testing.assert_array_equal(stats.decode_zero(stats.encode_zero(zeros, bits), bits), zeros)

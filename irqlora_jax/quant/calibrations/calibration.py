@@ -48,6 +48,7 @@ class Calibration:
             calibration with options needs a field with its name in `QuantConfig`.
         refusal: (format, symmetric, options) -> a sentence that names the unsupported setting and
             the accepted ones; None if all settings are supported.
+        most_bits: width of the widest codes that the search supports.
     """
 
     name: str
@@ -58,3 +59,4 @@ class Calibration:
     feedback: bool = False
     options: Any = None
     refusal: Callable[[Format, bool, Any], str | None] = lambda format, symmetric, options: None
+    most_bits: int = 8

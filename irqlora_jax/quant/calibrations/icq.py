@@ -279,4 +279,5 @@ ICQ = Calibration(
     search=_calibrate,
     options=IcqOptions(),
     refusal=_refusal,
+    most_bits=4,
 )

@@ -28,5 +28,10 @@ def _calibrate(
 
 
 IMPORTANCE = Calibration(
-    "importance", "importance", "importance calibration", _calibrate, needs="inputs"
+    "importance",
+    "importance",
+    "importance calibration",
+    _calibrate,
+    needs="inputs",
+    most_bits=4,
 )

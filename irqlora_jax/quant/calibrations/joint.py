@@ -329,4 +329,6 @@ def calibrated(format: Format, scale: Array, place: Array) -> Calibrated:
     return Calibrated(scale=scale, shift=place)
 
 
-JOINT = Calibration("joint", "joint", "joint calibration", _calibrate, options=JointOptions())
+JOINT = Calibration(
+    "joint", "joint", "joint calibration", _calibrate, options=JointOptions(), most_bits=4
+)

@@ -56,4 +56,4 @@ def _calibrate(
     return joint.calibrated(format, *found)
 
 
-ROBUST = Calibration("robust", "robust", "robust calibration", _calibrate)
+ROBUST = Calibration("robust", "robust", "robust calibration", _calibrate, most_bits=4)
