@@ -100,6 +100,7 @@ METHODS = {
     "joint": Method({"calibration": "joint"}, _LORA),
     "error": Method(_ERROR, _LORA),
     "error+loftq": Method(_ERROR, _LORA | {"init": "loftq", "loftq": LoftqOptions(3)}),
+    "robust": Method({"calibration": "robust"}, _LORA),
     "importance": Method({"calibration": "importance"}, _LORA),
     "feedback": Method(_FEEDBACK, _LORA),
     "feedback+cloq": Method(_FEEDBACK, _LORA | {"init": "cloq"}),
@@ -422,6 +423,7 @@ def parse(words: Sequence[str] | None, methods: Mapping[str, Method]) -> argpars
     several("--rates", type=float, help="learning rates to choose from (default: 5e-4 1e-3 2e-3)")
     parser.add_argument("--seeds", type=int, help="at least 2 (default: 5)")
     parser.add_argument("--steps", type=int, help="steps of a finetune (default: 400)")
+    parser.add_argument("--tuning_seeds", type=int, help="seeds that try all rates (default: 2)")
     parser.add_argument("--questions", type=int, help="test questions (default: all)")
     parser.add_argument("--base", choices=RECIPES, default="small", help="for 2 bits: large")
     parser.add_argument(
@@ -455,7 +457,7 @@ def main(words: Sequence[str] | None = None, methods: Mapping[str, Method] = MET
         bases=1 if small or args.one_base else None,
         steps=args.steps or (60 if small else 400),
         rates=tuple(sorted(args.rates or ((1e-3, 2e-3) if small else (5e-4, 1e-3, 2e-3)))),
-        tuning_seeds=1 if small else 2,
+        tuning_seeds=args.tuning_seeds or (1 if small else 2),
         questions=args.questions or (1024 if small else None),
     )
     formats = args.formats or (("nf4", "nf3", "nf2") if small else FORMATS)

@@ -1,6 +1,7 @@
 """Compares the adapters at about equal numbers of trained parameters, over several seeds, in pairs.
 
-    python examples/factworld/adapters.py --formats nf3 --seeds 3 --one_base --output runs/adapters
+    python examples/factworld/adapters.py --formats nf3 --seeds 3 --tuning_seeds 1 --one_base \
+        --rates 5e-4 1e-3 2e-3 4e-3 --output runs/adapters
     python examples/factworld/adapters.py --report --output runs/adapters
 
 Everything but the adapter is as in ablation.py, with plain quantization: data, permutations, choice
@@ -30,7 +31,7 @@ METHODS = {
     "full+lora": Method({"format": "none"}, {"method": "lora"}),
     "plain": Method(PLAIN, None),
     "qlora": Method(PLAIN, {"method": "lora"}),
-    "lora+": Method(PLAIN, {"method": "lora"}, lora_plus_ratio=16.0),
+    "lora+": Method(PLAIN, {"method": "lora"}, lora_plus_ratio=4.0),
     "rslora": Method(PLAIN, {"method": "lora", "scaling": "sqrt_rank"}),
     "iec": Method(PLAIN, {"method": "iec"}),
     "dora": Method(PLAIN, {"method": "dora"}, rank=7),

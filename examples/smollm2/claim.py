@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,7 @@ def finetune(
     config: TrainConfig,
     length: int,
     run: Run,
-) -> tuple[Any, float]:
+) -> tuple[Any, dict[str, float]]:
     """Trains new adapters.
 
     Args:
@@ -201,18 +201,25 @@ def finetune(
         run: its seed is that of the adapters and of the order of the rows.
 
     Returns:
-        The adapters, and the mean loss of the last tenth of the steps.
+        The adapters, the mean loss of the last tenth of the steps, the number of trained
+        parameters, and the speed in tokens per second, padding included.
     """
     step = make_step(model, config)
     state = init_state(model, make_optimizer(config), run.seed, made.pairs)
     batches = Batches(rows, config.batch_size, run.seed, multiple=length)
-    losses = []
+    losses, ends = [], []
     with tqdm(range(config.steps), run.name, leave=False) as bar:
         for number in bar:
             state, metrics = step(state, made.base, batches[number])
             losses.append(float(metrics["loss"]))
+            ends.append(time.perf_counter())
             bar.set_postfix_str(f"loss {losses[-1]:.3f}")
-    return state.adapters, float(np.mean(losses[-max(config.steps // 10, 1) :]))
+    figures = {"train": float(np.mean(losses[-max(config.steps // 10, 1) :]))}
+    figures["trained"] = sum(leaf.size for leaf in jax.tree.leaves(state.adapters))
+    if len(ends) > 1:
+        # The median: other work disturbs some steps.
+        figures["tokens/s"] = config.batch_size * length / float(np.median(np.diff(ends)))
+    return state.adapters, figures
 
 
 def measure(model: Llama, variables: Any, data: Data, settings: Settings) -> dict[str, Any]:
@@ -240,8 +247,14 @@ def measure(model: Llama, variables: Any, data: Data, settings: Settings) -> dic
 class Bench:
     """Does runs. Runs that follow each other share their base."""
 
-    def __init__(self, model: str, data: Data, settings: Settings) -> None:
-        self._data, self._settings = data, settings
+    def __init__(
+        self,
+        model: str,
+        data: Data,
+        settings: Settings,
+        methods: Mapping[str, Method] = METHODS,
+    ) -> None:
+        self._data, self._settings, self._methods = data, settings, methods
         self._config = read_llama(Path(model))
         own = functools.partial(prepare, model, data.train, settings)
         self._prepared = functools.lru_cache(maxsize=1)(own)
@@ -249,7 +262,7 @@ class Bench:
     def run(self, run: Run) -> dict[str, Any]:
         """The figures of one run."""
         started, settings = time.perf_counter(), self._settings
-        method = METHODS[run.method]
+        method = self._methods[run.method]
         quant = adapter = None
         if method.quant is not None:
             quant = QuantConfig(**{"format": run.format, **method.quant})
@@ -270,8 +283,8 @@ class Bench:
             )
             model = make_model(self._config, adapter, config)
             rows = self._data.train
-            adapters, last = finetune(model, made, rows, config, settings.length, run)
-            figures["train"] = last
+            adapters, of_training = finetune(model, made, rows, config, settings.length, run)
+            figures |= of_training
         figures |= measure(model, {"params": adapters, "base": made.base}, self._data, settings)
         return figures | {"seconds": round(time.perf_counter() - started)}
 
@@ -280,12 +293,17 @@ class Bench:
 
 
 def plan(
-    settings: Settings, formats: Sequence[str], ranks: Sequence[int], seeds: int, results: Results
+    settings: Settings,
+    methods: Mapping[str, Method],
+    formats: Sequence[str],
+    ranks: Sequence[int],
+    seeds: int,
+    results: Results,
 ) -> Iterator[Run]:
     """The runs, in order: first one seed of everything. Later seeds take the rate that was best."""
     for seed in range(seeds):
         for place, format in enumerate(formats):
-            for method, own in METHODS.items():
+            for method, own in methods.items():
                 stored = format if own.quant else "none"
                 if (own.quant is None and place > 0) or (own.adapter is None and seed > 0):
                     continue
@@ -297,7 +315,7 @@ def plan(
                         yield Run(stored, method, rank, seed, rate)
 
 
-def parse(words: Sequence[str] | None) -> argparse.Namespace:
+def parse(words: Sequence[str] | None, methods: Mapping[str, Method]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -308,6 +326,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add("--text", help="text file for the loss per token")
     add("--questions", help="folder with ARC-Easy/test.json and the other commonsense tasks")
     add("--mmlu", help="folder with dev/ and test/ of MMLU")
+    add("--methods", nargs="+", choices=methods, default=list(methods), help="(default: all)")
     add("--formats", nargs="+", choices=FORMATS, help=f"(default: {' '.join(FORMATS)})")
     add("--ranks", nargs="+", type=int, help="(default: 16 64)")
     add("--rates", nargs="+", type=float, help="rates to choose from (default: 3e-4 1e-3 3e-3)")
@@ -321,9 +340,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None, methods: Mapping[str, Method] = METHODS) -> None:
     """Does the missing runs, then prints and writes the tables and the plot."""
-    args = parse(words)
+    args = parse(words, methods)
     file = args.output / "results.jsonl"
     if args.report:
         claim_tables.report(*read(file, Settings, Run), args.output)
@@ -348,10 +367,11 @@ def main(words: Sequence[str] | None = None) -> None:
     results = resume(file, settings, Run)
     formats = args.formats or (("nf3",) if quick else FORMATS)
     ranks, seeds = args.ranks or ((16,) if quick else (16, 64)), args.seeds or (1 if quick else 3)
-    bench = Bench(args.model, load_data(args, settings), settings)
-    planned = list(plan(settings, formats, ranks, seeds, results))
-    with tqdm(total=len(planned), desc="runs") as bar:
-        for run in plan(settings, formats, ranks, seeds, results):
+    bench = Bench(args.model, load_data(args, settings), settings, methods)
+    wanted = {name: methods[name] for name in args.methods}
+    order = functools.partial(plan, settings, wanted, formats, ranks, seeds)
+    with tqdm(total=sum(1 for _ in order({})), desc="runs") as bar:
+        for run in order(results):
             if run not in results:
                 bar.set_postfix_str(run.name)
                 results[run] = bench.run(run)

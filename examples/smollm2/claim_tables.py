@@ -117,7 +117,8 @@ def markdown(settings: Settings, results: Results) -> str:
         f"first {settings.text_tokens} tokens of the text. Right: mean over the tasks with the "
         "standard error of the sample of questions. Differences to QLoRA of the same format and "
         "rank are paired by seed, with the 95 % interval of Student's t. A rate in brackets is at "
-        "an end of the grid.",
+        "an end of the grid. Tokens/s: of a training step, padding included, on the "
+        "machine of the run.",
         _losses(settings, results, found),
     ]
     tasks = list(next(iter(found.values()))[0]["right"]) if found else []
@@ -127,15 +128,19 @@ def markdown(settings: Settings, results: Results) -> str:
 
 
 def _losses(settings: Settings, results: Results, found: Mapping[Row, Mapping]) -> str:
-    head = ["format", "rank", "method", "seeds", "rate", "answers", f"against {REFERENCE}"]
-    lines = table_head([*head, "text", f"against {REFERENCE}", "right (%)", "entropy"])
+    head = ["format", "rank", "method", "seeds", "trained", "rate"]
+    head += ["answers", f"against {REFERENCE}", "text", f"against {REFERENCE}"]
+    lines = table_head([*head, "right (%)", "entropy", "tokens/s"])
     for row in sorted(found, key=lambda row: _order(row, found)):
         format, method, rank = row
         figures = found[row]
         rate = chosen_rate(results, method, format, rank)
         end = len(settings.rates) > 1 and rate in (settings.rates[0], settings.rates[-1])
         shown = "-" if rate is None else f"({rate:g})" if end else f"{rate:g}"
-        cells = [format, "-" if rank is None else str(rank), method, str(len(figures)), shown]
+        first = figures[min(figures)]
+        trained = f"{first['trained']:,}" if "trained" in first else "-"
+        cells = [format, "-" if rank is None else str(rank), method, str(len(figures))]
+        cells += [trained, shown]
         reference = found.get((format, REFERENCE, rank), {})
         for name in ("answers", "text"):
             own = {seed: each[name] for seed, each in figures.items() if name in each}
@@ -143,10 +148,11 @@ def _losses(settings: Settings, results: Results, found: Mapping[Row, Mapping]) 
             cells.append(_against(own, {s: each.get(name) for s, each in reference.items()}))
             if row == (format, REFERENCE, rank):
                 cells[-1] = ""
-        tasks = list(figures[min(figures)]["right"])
+        tasks = list(first["right"])
         cells.append("{:.1f} ± {:.1f}".format(*share(figures.values(), tasks)) if tasks else "-")
-        entropy = figures[min(figures)]["entropy"]
-        cells.append("-" if entropy is None else f"{entropy:.3f}")
+        cells.append("-" if first["entropy"] is None else f"{first['entropy']:.3f}")
+        speeds = [own["tokens/s"] for own in figures.values() if "tokens/s" in own]
+        cells.append(f"{max(speeds):.0f}" if speeds else "-")
         lines.append(line(cells))
     return "\n".join(lines)
 

@@ -20,12 +20,13 @@ What differs from the released code, and why:
 """
 
 import dataclasses
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from irqlora_jax.adapters import gates, lora
 from irqlora_jax.adapters.method import Method, Params, Shape
@@ -33,6 +34,7 @@ from irqlora_jax.text import require
 
 FACTORS = {"lora_A": "gates_A", "lora_B": "gates_B", "lora_E": "gates_E"}
 """The gates of each tensor, for 4, 8, 16 and 32 bits."""
+_GATES = (*FACTORS.values(), "gates_rank")
 _MARGIN = 1 + 1e-6
 
 
@@ -113,15 +115,13 @@ def prepare(
         options: of the method.
     """
     del progress
-    keys = dict(zip((*FACTORS.values(), "gates_rank"), jax.random.split(key, 4), strict=True))
+    # One draw for all gates compiles faster than one for each leaf.
+    leaves = {name: phi(params[name], options) for name in _GATES}
+    every = jnp.concatenate(list(leaves.values()))
     # Numbers of exactly 0 would have an infinite logarithm.
-    drawn = {
-        name: gates.draw(
-            phi(params[name], options),
-            jax.random.uniform(own, params[name].shape, minval=1e-6, maxval=1 - 1e-6),
-        )
-        for name, own in keys.items()
-    }
+    uniform = jax.random.uniform(key, every.shape, minval=1e-6, maxval=1 - 1e-6)
+    ends = list(itertools.accumulate(leaf.size for leaf in leaves.values()))
+    drawn = dict(zip(leaves, jnp.split(gates.draw(every, uniform), ends[:-1]), strict=True))
     return _pair(params, drawn)
 
 
@@ -137,7 +137,7 @@ def fold(params: Params) -> Params:
         >>> len(set(pair["lora_A"].flatten().tolist())), pair["lora_B"][0].round(3).tolist()
         (3, [1.0, 0.0])
     """
-    opened = {name: params[name] > 0 for name in (*FACTORS.values(), "gates_rank")}
+    opened = {name: params[name] > 0 for name in _GATES}
     return _pair(params, {name: z.astype(jnp.float32) for name, z in opened.items()})
 
 
@@ -161,7 +161,7 @@ def penalty(params: Params, options: BayesianOptions) -> Float[Array, ""]:
         >>> f"{penalty(params, BayesianOptions(penalty=1.0)):.2f}"
         '14.22'
     """
-    a, b, e, rank = (phi(params[name], options) for name in (*FACTORS.values(), "gates_rank"))
+    a, b, e, rank = (phi(params[name], options) for name in _GATES)
     cost = gates.bits_cost(a) + gates.bits_cost(b) + gates.rank_cost(rank[1:], e)
     return options.penalty * cost
 
@@ -175,15 +175,21 @@ def learned(params: Params) -> Params:
         >>> {name: int(value) for name, value in learned(params).items()}
         {'bits of A': 8, 'bits of B': 32, 'bits of E': 32, 'rank': 2}
     """
-
-    def count(leaf: Array) -> Array:
-        return jnp.cumprod((leaf > 0).astype(jnp.int32)).sum()
-
     bits = {
-        f"bits of {leaf.removeprefix('lora_')}": 2 ** (1 + count(params[name]))
+        f"bits of {leaf.removeprefix('lora_')}": 2 ** (1 + _open(params[name]))
         for leaf, name in FACTORS.items()
     }
-    return {**bits, "rank": 1 + count(params["gates_rank"][1:])}
+    return {**bits, "rank": rank_of(params)}
+
+
+def rank_of(params: Params) -> Int[Array, ""]:
+    """The number of ranks that the gates left, from the first one on."""
+    return 1 + _open(params["gates_rank"][1:])
+
+
+def _open(leaf: Array) -> Array:
+    """The number of open gates in front of the first closed one."""
+    return jnp.cumprod((leaf > 0).astype(jnp.int32)).sum()
 
 
 def _init(
@@ -205,9 +211,10 @@ BAYESIAN = Method(
     files={
         **lora.LORA.files,
         "lora_E": "lora_E",
-        **{name: f"lora_{name}" for name in (*FACTORS.values(), "gates_rank")},
+        **{name: f"lora_{name}" for name in _GATES},
     },
     fold=lambda params, shape: fold(params),
+    rank=rank_of,
     prepare=prepare,
     penalty=penalty,
     learned=learned,

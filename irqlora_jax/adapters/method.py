@@ -39,6 +39,8 @@ class Method:
             lora_A and lora_B, the other leaves keep their values from `init`.
         fold: (parameters, (out, in)) -> the pair {"lora_A": [r, in], "lora_B": [out, r]} with
             exactly the same update, of any rank r; None if there is no such pair.
+        rank: parameters -> how many components of the pair of `fold`, from the first one on, can be
+            other than 0, if the parameters decide that. Exported pairs have only these. None: all.
         delta: (parameters, (out, in)) -> the update of the weight [out, in] at scale 1; None: from
             `reduced` or `fold`. A method needs at least one of the three.
         reduced: (parameters, (out, in)) -> the update [out, in / k] at scale 1, for a method whose
@@ -80,6 +82,7 @@ class Method:
     from_weight: Callable[[Params, Any, Any], Params] | None = None
     gain: Callable[[Params, Any, Any], Array] | None = None
     fold: Callable[[Params, Shape], Params] | None = None
+    rank: Callable[[Params], Array] | None = None
     delta: Callable[[Params, Shape], Array] | None = None
     reduced: Callable[[Params, Shape], Array] | None = None
     factor: Callable[[Any, Shape], float] = lambda options, shape: 1.0

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from irqlora_jax.adapters import iec, qalora
 from irqlora_jax.adapters.method import Method, Params, Shape
+from irqlora_jax.sharding import split_activation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ def apply(
     )
     group = x.shape[-1] // a.shape[1]
     u = group * iec.spread(dropped, a.shape[1]) @ a.T + beta1 * iec.spread(x, a.shape[0])
-    u = u * scale
+    u = split_activation(u) * scale
     return u @ b.T + beta2 * iec.spread(u, b.shape[0])
 
 

@@ -203,10 +203,19 @@ def save_adapter(
     folds = fold and method.fold is not None
     files = LORA.files if folds else method.files
 
-    def leaves(path: Keys, layer: int | Array) -> dict[str, Array]:
+    ranks: dict[tuple[Keys, int], int] = {}
+    if folds and method.rank is not None:
+        of_layers = jax.jit(jax.vmap(method.rank))
+        for path in {path for path, _ in places}:
+            found = of_layers(adapters[LAYERS][path[0]][path[1]])
+            ranks |= {(path, layer): int(rank) for layer, rank in enumerate(found)}
+
+    def leaves(path: Keys, layer: int) -> dict[str, Array]:
         params = adapters[LAYERS][path[0]][path[1]]
         if folds:
-            params = folded(params, layer, adapter, model.config.linear_shapes[path[-1]])
+            pair = folded(params, layer, adapter, model.config.linear_shapes[path[-1]])
+            kept = ranks.get((path, layer))
+            params = {"lora_A": pair["lora_A"][:kept], "lora_B": pair["lora_B"][:, :kept]}
         else:
             params = {leaf: jnp.asarray(stack[layer]) for leaf, stack in params.items()}
             params = params if method.pack is None else method.pack(params)
@@ -221,7 +230,7 @@ def save_adapter(
     arrays = {
         adapter_name(path, layer, part): value
         for path, layer in places
-        for part, value in jax.eval_shape(lambda path=path: leaves(path, 0)).items()
+        for part, value in jax.eval_shape(functools.partial(leaves, path, layer)).items()
     }
     shapes = {name: value.shape for name, value in arrays.items()}
     packed = {name for name, value in arrays.items() if value.dtype == np.uint8}
@@ -233,14 +242,10 @@ def save_adapter(
     metadata = None if folds else {"method": method.name}
     write_tensors(folder / ADAPTER, shapes, dtype, parts, packed=packed, metadata=metadata)
     fields = dict(peft_fields(adapter) if folds or method.peft is None else method.peft(adapter))
-    if folds:  # the pair may have another rank
-        fields |= _rank_fields(
-            adapter,
-            {
-                path[-1]: shapes[adapter_name(path, layer, LORA.files["lora_A"])][0]
-                for path, layer in places
-            },
-        )
+    if folds:  # the pairs may have other ranks
+        part = LORA.files["lora_A"]
+        found = {place: shapes[adapter_name(*place, part)][0] for place in places}
+        fields |= _rank_fields(adapter, found)
     values = {
         # PEFT declares alpha as a whole number.
         **{k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in fields.items()},
@@ -253,16 +258,26 @@ def save_adapter(
     (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def _rank_fields(adapter: AdapterConfig, ranks: dict[str, int]) -> dict[str, Any]:
-    """Fields for pairs of these ranks by projection, whose update has the factor of `adapter`."""
+def _rank_fields(adapter: AdapterConfig, ranks: dict[tuple[Keys, int], int]) -> dict[str, Any]:
+    """Fields for pairs of these ranks by place, whose update has the factor of `adapter`.
+
+    A name in a pattern is a projection, or one in a layer if its rank differs between layers.
+    """
+    own: dict[Keys, set[int]] = {}
+    for (path, _), rank in ranks.items():
+        own.setdefault(path, set()).add(rank)
+    names = {
+        path[-1] if len(own[path]) == 1 else ".".join((LAYERS, str(layer), *path)): rank
+        for (path, layer), rank in ranks.items()
+    }
     power = 0.5 if adapter.scaling == "sqrt_rank" else 1
-    alphas = {name: adapter.alpha * (own / adapter.rank) ** power for name, own in ranks.items()}
-    first = next(iter(ranks))
-    others = [name for name, own in ranks.items() if own != ranks[first]]
-    fields: dict[str, Any] = {"r": ranks[first], "lora_alpha": alphas[first]}
+    alphas = {rank: adapter.alpha * (rank / adapter.rank) ** power for rank in ranks.values()}
+    largest = max(alphas)
+    fields: dict[str, Any] = {"r": largest, "lora_alpha": alphas[largest]}
+    others = {name: rank for name, rank in names.items() if rank != largest}
     if others:
-        fields["rank_pattern"] = {name: ranks[name] for name in others}
-        fields["alpha_pattern"] = {name: alphas[name] for name in others}
+        fields["rank_pattern"] = others
+        fields["alpha_pattern"] = {name: alphas[rank] for name, rank in others.items()}
     return fields
 
 
@@ -341,7 +356,10 @@ def _check_adapter_config(file: Path, adapter: AdapterConfig) -> bool:
                 f"{file}: {name} = {shorten(value)}, but adapter.{_OURS[name]} = {shorten(wanted)}"
             )
         if value not in known:
-            raise ValueError(f"{file}: {name} = {shorten(value)}: expected {shorten(wanted)}")
+            chosen = f" with adapter.method {adapter.method}" if name in fields else ""
+            raise ValueError(
+                f"{file}: {name} = {shorten(value)}: expected {shorten(wanted)}{chosen}"
+            )
     targets = values.get("target_modules")
     if targets == "all-linear":
         targets = list(LINEAR_NAMES)

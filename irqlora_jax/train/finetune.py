@@ -280,6 +280,8 @@ def _read_base(job: Job, source: str | Path) -> tuple[Base, Base | None, dict[st
     progress = config.log.progress
     options: dict[str, Any] = {"mesh": job.mesh, "progress": progress}
     options |= {"calibrate": job.calibrate, "keep": Path(config.output_dir) / KEPT_LAYERS}
+    if config.adapter.source is not None and source == config.model:
+        pairs = read_start(config, job.model)  # refuse a wrong adapter before the base is made
     if is_base(source):
         with progress_bar("Loading the base", show=progress):
             base, _ = read_base(Path(source) / BASE_FILE, job.mesh)
@@ -295,8 +297,6 @@ def _read_base(job: Job, source: str | Path) -> tuple[Base, Base | None, dict[st
         survey = describe_errors(job.calibrate, errors) or None
     else:
         base, _, survey = quantize_base(source, config.quant, **options)
-    if config.adapter.source is not None and source == config.model:
-        pairs = read_start(config, job.model)
     return *jax.block_until_ready((base, pairs)), survey
 
 

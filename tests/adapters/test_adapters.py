@@ -107,6 +107,11 @@ def test_apply_fold_and_weight_update_are_one_update(method: Method) -> None:
     if method.fold is not None:
         pair = method.fold(params, SHAPE)
         np.testing.assert_allclose(pair["lora_B"] @ pair["lora_A"], update, atol=1e-5)
+        if method.rank is not None:
+            kept = int(method.rank(params))
+            np.testing.assert_allclose(
+                pair["lora_B"][:, :kept] @ pair["lora_A"][:kept], update, atol=1e-5
+            )
 
 
 def test_a_method_without_a_pair_must_give_its_update() -> None:

@@ -3,10 +3,13 @@
 import json
 import math
 
+import jax
 import pytest
 
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.model.llama import Llama
 from tests.examples.scripts import scripts
-from tests.models import WORLD
+from tests.models import WORLD, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
@@ -15,7 +18,7 @@ SMOLLM2 = WORLD.parent / "smollm2"
 
 @pytest.fixture(scope="module")
 def modules():
-    with scripts(SMOLLM2, "knowledge", "claim_tables", "claim") as found:
+    with scripts(SMOLLM2, "knowledge", "claim_tables", "claim", "claim_adapters") as found:
         yield found
 
 
@@ -116,6 +119,31 @@ def test_the_error_of_a_share_is_that_of_the_questions(tables):
     assert error == pytest.approx(100 * math.sqrt(0.5**2 / 10 + 0.25 * 0.75 / 40) / 2)
 
 
+# -------------------------------------------------------------------------------- what is compared
+
+
+def test_adapters_have_about_equal_numbers_of_parameters(modules):
+    """Of SmolLM2's shapes, with one layer of 30. A mergeable QA-HiRA has one number for a block."""
+    config = tiny_llama(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=1,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+    )
+    counts = {}
+    for name, method in modules["claim_adapters"].METHODS.items():
+        model = Llama(config, adapter=AdapterConfig(**method.adapter))
+        new = jax.eval_shape(model.init_adapters, jax.random.key(0))
+        counts[name] = sum(leaf.size for leaf in jax.tree.leaves(new))
+    assert 30 * counts["qlora"] == 4_884_480
+    assert counts.pop("qahira g64") == sum(
+        out * columns // 64 for out, columns in config.linear_shapes.values()
+    )
+    assert all(abs(count / counts["qlora"] - 1) < 0.1 for count in counts.values()), counts
+
+
 # ---------------------------------------------------------------------------------- a small run
 
 
@@ -126,10 +154,6 @@ def test_a_small_run_resumes_and_reports(modules, tables, monkeypatch, tmp_path,
     rows = [{"instruction": r["input"], "input": "", "output": r["output"]} for r in asked[:500]]
     (tmp_path / "alpaca.json").write_text(json.dumps(rows), encoding="utf-8")
     (tmp_path / "text.txt").write_text("\n".join(row["input"] for row in asked[500:600]))
-    methods = {
-        name: claim.METHODS[name] for name in ("full", "full+lora", "qlora", "feedback+cloq")
-    }
-    monkeypatch.setattr(claim, "METHODS", methods)
     made = []
     run = claim.Bench.run
 
@@ -144,6 +168,7 @@ def test_a_small_run_resumes_and_reports(modules, tables, monkeypatch, tmp_path,
     flags += ["--text", str(tmp_path / "text.txt"), "--formats", "nf4", "nf2", "--ranks", "4"]
     flags += ["--rates", "1e-3", "--seeds", "1", "--steps", "10", "--output", str(tmp_path / "out")]
     flags += ["--calibrate_tokens", "2048"]
+    flags += ["--methods", "full", "full+lora", "qlora", "feedback+cloq"]
     with pytest.raises(KeyboardInterrupt):
         claim.main(flags)
     with (tmp_path / "out" / "results.jsonl").open("a") as file:

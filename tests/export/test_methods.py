@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from irqlora_jax import hf
 from irqlora_jax.adapters import METHODS
@@ -62,6 +63,8 @@ def pairs(adapters: Any, model: Llama) -> list[Any]:
 def test_a_stored_adapter_has_the_same_update(tmp_path: Path, method: str) -> None:
     model = model_of(method)
     adapters = random_adapters(model)
+    if method == "bayesian":
+        adapters = with_ranks(adapters, [5, 5])
     (tmp_path / "own").mkdir()
     hf.save_adapter(tmp_path / "own", model, adapters, fold=False)
     hf.save_adapter(tmp_path, model, adapters)
@@ -75,6 +78,37 @@ def test_a_stored_adapter_has_the_same_update(tmp_path: Path, method: str) -> No
         for leaf, value in pair.items():
             np.testing.assert_allclose(again[leaf], value, rtol=1e-6)
             np.testing.assert_allclose(alone[leaf], value, rtol=1e-6)
+
+
+def with_ranks(adapters: Any, ranks: list[int]) -> Any:
+    """Rank gates of Bayesian-LoRA that leave these ranks in each layer."""
+    gates = jnp.where(jnp.arange(5)[None] < jnp.asarray(ranks)[:, None], 1.0, -1.0)
+    change = lambda path, leaf: gates if path[-1].key == "gates_rank" else leaf  # noqa: E731
+    return jax.tree_util.tree_map_with_path(change, adapters)
+
+
+@pytest.mark.parametrize("ranks", [[2, 5], [3, 3]])
+def test_ranks_that_the_gates_removed_are_not_stored(tmp_path: Path, ranks: list[int]) -> None:
+    model = model_of("bayesian")
+    adapters = with_ranks(random_adapters(model), ranks)
+    hf.save_adapter(tmp_path, model, adapters)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    whole = iter(pairs(adapters, model))
+    for name in ("mlp.down_proj", "self_attn.q_proj"):
+        for layer, rank in enumerate(ranks):
+            pair = next(whole)
+            stem = f"base_model.model.model.layers.{layer}.{name}"
+            a, b = (tensors[f"{stem}.{leaf}.weight"] for leaf in ("lora_A", "lora_B"))
+            np.testing.assert_allclose(a, pair["lora_A"][:rank], rtol=1e-6)
+            np.testing.assert_allclose(b, pair["lora_B"][:, :rank], rtol=1e-6)
+            assert not pair["lora_B"][:, rank:].any()
+    values = read_json(tmp_path / ADAPTER_CONFIG)
+    assert (values["r"], values["lora_alpha"]) == (max(ranks), pytest.approx(9 * max(ranks) / 5))
+    names = [f"layers.0.{name}" for name in ("self_attn.q_proj", "mlp.down_proj")]
+    few = ranks[0] if ranks[0] < max(ranks) else None
+    assert values.get("rank_pattern", {}) == (dict.fromkeys(names, few) if few else {})
+    expected = dict.fromkeys(names, pytest.approx(9 * few / 5)) if few else {}
+    assert values.get("alpha_pattern", {}) == expected
 
 
 def test_signs_take_a_bit_each(tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ from jax.experimental import pallas as pl
 from irqlora_jax.kernels import matmul_mosaic, matmul_triton
 from irqlora_jax.kernels.matmul_triton import Tiles
 from irqlora_jax.quant.calibrations.icq import IcqOptions
+from irqlora_jax.quant.choose import Implementation, serves_all
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize, quantized_shape
 from irqlora_jax.quant.formats import FORMATS, get_format
-from irqlora_jax.quant.matmul import XLA
+from irqlora_jax.quant.matmul import XLA, dequant_matmul
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.quant.stats import DYNAMIC_MAP
 from tests.kernels.mosaic_interpreter import interpreted
@@ -150,6 +151,30 @@ def test_scales_in_few_bits(adapter: Adapter) -> None:
 @pytest.mark.parametrize(("name", "rows", "shape", "dtype", "shifted"), CASES)
 def test_products(adapter: Adapter, name, rows, shape, dtype, shifted) -> None:
     check(adapter, rows, *random_weight(name, shape, shifted), dtype)
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("name", ["nf4", "int3"])
+@pytest.mark.parametrize("adapter", ADAPTERS[1:], ids=lambda one: one.name)
+def test_trained_shifts_are_added_to_the_product_of_a_kernel(
+    adapter: Adapter, name: str, shifted: bool
+) -> None:
+    """A kernel gets the weight without `shift_update`."""
+    weight, dense = random_weight(name, (24, 100), shifted)
+    update = np.random.default_rng(0).standard_normal((24, 2)).astype(np.float32)
+    trained = dataclasses.replace(weight, shift_update=jnp.asarray(update))
+    kernel = Implementation(adapter.name, serves_all, adapter.forward, adapter.backward)
+
+    def product(x: jax.Array, weight: QTensor) -> jax.Array:
+        return dequant_matmul(x, weight, implementations=(kernel,))
+
+    def gradient(g: jax.Array, weight: QTensor) -> jax.Array:
+        x = jnp.zeros((*g.shape[:-1], 100), g.dtype)
+        return jax.vjp(lambda x: product(x, weight), x)[1](g)[0]
+
+    dtype = jnp.float32 if adapter.name == "triton" else jnp.bfloat16
+    whole = dense + np.repeat(update.astype(np.float64), 64, axis=1)[:, :100]
+    check(Adapter(adapter.name, product, gradient), 5, trained, whole, dtype)
 
 
 COARSE, FINE = Tiles(16, 64, 256, splits=2), Tiles(32, 16, 64, splits=3, decode="xla")

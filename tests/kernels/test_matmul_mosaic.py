@@ -325,6 +325,7 @@ def test_refusals_give_the_reason() -> None:
     assert "weight.with_layout('fragments')" in refused(layout="planes")
     assert "2, 3 and 4 bits, not 8" in refused(format="nf8")
     assert "block_size = 32" in refused(block_size=32)
+    assert "updates of their scales" in refused(scale_update=jnp.zeros((8, 2)))
     assert "leading axes (3,)" in refused(packed=jnp.zeros((3, 8, 2, 32), jnp.uint8))
     kinds = (jax.sharding.AxisType.Auto,)
     with jax.set_mesh(jax.make_mesh((2,), ("data",), axis_types=kinds)):

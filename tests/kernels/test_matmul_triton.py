@@ -17,9 +17,11 @@ from irqlora_jax.kernels import matmul_triton, triton_backend
 from irqlora_jax.kernels.matmul_triton_dequantize import Blocks, ptx
 from irqlora_jax.kernels.matmul_triton_tiles import Tiles, default_tiles
 from irqlora_jax.quant import packing
+from irqlora_jax.quant.choose import choose
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantized_shape
 from irqlora_jax.quant.formats import FORMATS, get_format
+from irqlora_jax.quant.matmul import TRITON, XLA
 from irqlora_jax.quant.qtensor import QTensor
 from tests.kernels.kernel_shapes import MODELS, ROWS
 
@@ -184,10 +186,23 @@ def refusals() -> dict[str, tuple[jax.ShapeDtypeStruct, QTensor, str]]:
         "layout": (x, other, "it takes layout 'planes', not 'other'"),
         "bits": (x, bytes_, "it takes codes of 2, 3 and 4 bits, not 8"),
         "stack": (x, stack, "it takes one matrix, not (2,) of them"),
+        "scales": (x, with_scales(weight), "it takes no weights with updates of their scales"),
     }
 
 
-@pytest.mark.parametrize("case", ["type", "blocks", "layout", "bits", "stack"])
+def with_scales(weight: QTensor) -> QTensor:
+    return dataclasses.replace(weight, scale_update=jnp.zeros(weight.scale_codes.shape))
+
+
+def test_a_product_with_trained_scales_falls_back_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    ampere(monkeypatch)
+    x, weight = jnp.zeros((5, 128), jnp.bfloat16), quantized_shape((64, 128), QuantConfig())
+    faster = dataclasses.replace(TRITON, is_faster=lambda *_: True)
+    for updated, name in ((weight, "triton"), (with_scales(weight), "xla")):
+        assert choose(None, (faster, XLA), x, updated).name == name
+
+
+@pytest.mark.parametrize("case", ["type", "blocks", "layout", "bits", "stack", "scales"])
 def test_refuses_operands_without_a_kernel(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     ampere(monkeypatch)
     x, weight, words = refusals()[case]

@@ -135,6 +135,27 @@ def test_peft_reads_our_folder(tmp_path: Path, case: str) -> None:
         jax.tree.map(same, again, adapters)
 
 
+def test_peft_reads_pairs_whose_ranks_differ_between_layers(tmp_path: Path) -> None:
+    """Bayesian-LoRA, folded: the gates left 2 ranks in one layer and 5 in the other."""
+    targets = ("q_proj", "down_proj")
+    adapter = AdapterConfig(method="bayesian", rank=6, alpha=9.0, targets=targets)
+    model = fresh_base(tmp_path)
+    frozen, llama = hf.load_base(tmp_path / "base", None)
+    ours = Llama(llama, adapter)
+    gates = jnp.where(jnp.arange(6)[None] < jnp.array([[2], [5]]), 1.0, -1.0)
+    change = lambda path, leaf: gates if path[-1].key == "gates_rank" else leaf  # noqa: E731
+    adapters = jax.tree_util.tree_map_with_path(change, random_adapters(ours))
+    (tmp_path / "adapter").mkdir()
+    save_adapter(tmp_path / "adapter", ours, adapters)
+    values = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert values["r"] == 5 and set(values["rank_pattern"].values()) == {2}
+    plain = logits_there(model)
+    theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    logits = ours.apply({"params": adapters, "base": frozen}, jnp.asarray(TOKENS))
+    np.testing.assert_allclose(np.asarray(logits), logits_there(theirs), rtol=0, atol=1e-4)
+    assert np.abs(logits_there(theirs) - plain).max() > 1e-3
+
+
 FAULTS = {
     "rank": ({"r": 3}, "r = 3, but adapter.rank = 2"),
     "alpha": ({"alpha": 5}, "alpha = 5, but adapter.alpha = 6"),

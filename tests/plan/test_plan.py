@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from irqlora_jax.adapters import METHODS
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.file import base_shapes, read_base, save_base
 from irqlora_jax.base.storage import abstract_base, measure_base
@@ -24,7 +25,7 @@ from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
 from irqlora_jax.sharding import MeshConfig, device_bytes
 from tests.architectures import MODELS
-from tests.models import LLAMA, random_base, write_config, write_run
+from tests.models import LLAMA, random_base, tiny_llama, write_config, write_run
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
@@ -89,6 +90,46 @@ def test_the_plan_counts_the_arrays_of_a_run() -> None:
     assert need.optimizer == sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
     assert need.step > need.adapters  # the gradients at least
     assert (need.rows, need.length, need.devices) == (4, 64, 1)
+
+
+def adapter_size(method: str, out: int, into: int, rank: int) -> int:
+    """Parameters of a layer, with the default options of the method."""
+    pair = rank * (out + into)
+    groups = into // 64
+    pooled = rank * (out + groups)
+    inner = rank * (out + into) // (out // 2 + into // 2)
+    return {
+        "lora": pair,
+        "iec": pair + 2,
+        "dora": pair + out,
+        "bayesian": pair + rank + 3 * 4 + rank,  # lora_E, gates of bits, gates of ranks
+        "binary": pair + rank + out,  # a scale for each row of both factors
+        "lokr": 8 * 8 + (out // 8) * (into // 8),  # kron of 8 x 8 and the rest, for a large rank
+        "qalora": pooled,
+        "qalora_iec": pooled + 2,
+        "qbara": inner * (out // 2 + into // 2),
+        "qahira": (out // 8) * (into // 4),
+    }[method]
+
+
+@pytest.mark.parametrize("scales", [0, 64])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plan_counts_the_parameters_of_every_method(method: Any, scales: int) -> None:
+    if scales and METHODS[method].prepare is not None:
+        pytest.skip("refuses adapter.scales")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    llama = tiny_llama(**sizes, num_key_value_heads=4, head_dim=16)
+    adapter = AdapterConfig(method=method, rank=8, scales=scales)
+    config = dataclasses.replace(CONFIG, adapter=adapter)
+    # Nothing is compiled, since the base alone is above a limit of 0.
+    need = measure(config, abstract_base(llama, config.quant), llama, target(2**40), limit=0)
+    blocks = 2 if scales else 0  # of scales and of shifts
+    expected = llama.num_hidden_layers * sum(
+        adapter_size(method, out, into, 8) + blocks * out * into // 64
+        for out, into in llama.linear_shapes.values()
+    )
+    assert need.adapters == 4 * expected
+    assert 8 * expected <= need.optimizer < 8 * expected + 64  # both moments, and counters
 
 
 def test_a_mesh_is_planned_device_by_device() -> None:

@@ -8,7 +8,9 @@ import pytest
 
 from irqlora_jax import hf
 from irqlora_jax.config import Config
+from irqlora_jax.files.small import read_json
 from irqlora_jax.runs.load import load_run
+from irqlora_jax.train import finetune
 from irqlora_jax.train.finetune import run
 from tests.models import QUICKSTART, WORLD, assert_same
 from tests.train.small_runs import config_for, losses_of, steps_of
@@ -55,6 +57,31 @@ def test_an_exported_adapter_is_a_start(trained: Path, tmp_path: Path) -> None:
     exported = hf.export_adapter(trained, tmp_path / "adapter", fold=False)
     run(settings(trained, tmp_path / "run", adapter__init_from=str(exported)))
     assert_same(adapters(tmp_path / "run", 0), adapters(trained, 3))
+
+
+def test_a_lokr_folder_of_peft_is_a_start(tmp_path: Path) -> None:
+    """All steps have the same batch, so the third loss is that of the adapter after two steps."""
+    first, folder = tmp_path / "first", tmp_path / "adapter"
+    changes = {"adapter__method": "lokr", "data__max_examples": 4, "adapter__targets": ["q_proj"]}
+    run(settings(WORLD / "base-small", first, **changes, train__save_every=2))
+    assert steps_of(first) == [2, 3]
+    hf.export_adapter(first, folder, checkpoint=2)
+    assert read_json(folder / "adapter_config.json")["peft_type"] == "LOKR"
+    changes["adapter__init_from"] = str(folder)
+    run(settings(first, tmp_path / "next", **changes))
+    assert_same(adapters(tmp_path / "next", 0), adapters(first, 2))
+    before, after = losses_of(first), losses_of(tmp_path / "next")
+    assert after[0][1] == pytest.approx(before[2][1], rel=1e-6)
+    assert before[2][1] < before[0][1]
+    # A folder of another method is refused before anything is computed or written.
+    changes["adapter__method"] = "iec"
+    other = settings(WORLD / "base-small", tmp_path / "other", **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "quantize_base", None)
+        message = r"peft_type = 'LOKR': expected 'LORA' with adapter\.method iec"
+        with pytest.raises(ValueError, match=message):
+            run(other)
+    assert not (tmp_path / "other").exists()
 
 
 def test_an_adapter_is_never_lost_in_silence(trained: Path, tmp_path: Path) -> None:

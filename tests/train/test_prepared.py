@@ -1,6 +1,7 @@
 """Adapters that a training step prepares: gates and noise, growing steepness, and penalties."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import pytest
 from irqlora_jax.adapters import bayesian, binary
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.export.folder import export_adapter
-from irqlora_jax.export.peft import load_adapter
+from irqlora_jax.export.peft import load_adapter, save_adapter
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.report.page import page
 from irqlora_jax.report.run_data import read_run_data
 from irqlora_jax.runs.load import load_run
+from irqlora_jax.runs.state import init_state, make_optimizer
+from irqlora_jax.train import loop
 from irqlora_jax.train.finetune import run
-from irqlora_jax.train.step import penalty, prepare, prepared_model
+from irqlora_jax.train.step import penalty, prepare, prepared_model, train_step
 from tests.train.small_runs import StoppedError, assert_same_run, at_step, config_for, crash
 from tests.train.test_step import SETTINGS, setup
 
@@ -29,18 +32,33 @@ TARGETS = ("q_proj", "down_proj")  # compiles faster
 
 
 @pytest.mark.parametrize("method", ["bayesian", "binary"])
-def test_parts_of_a_batch_share_a_draw_and_training_learns(method: str) -> None:
-    whole, state, base, batch, _ = setup(method=method, targets=TARGETS)
-    parts, *_ = setup(dataclasses.replace(SETTINGS, accumulation=4), method=method, targets=TARGETS)
-    _, metrics = whole(state, base, batch)
-    _, metrics_other = parts(state, base, batch)
-    assert float(metrics["loss"]) == pytest.approx(float(metrics_other["loss"]), rel=1e-5)
-    assert float(metrics["grad_norm"]) == pytest.approx(float(metrics_other["grad_norm"]), rel=1e-4)
+def test_training_learns(method: str) -> None:
+    step, state, base, batch, _ = setup(method=method, targets=TARGETS)
     losses = []
     for _ in range(15):
-        state, metrics = whole(state, base, batch)
+        state, metrics = step(state, base, batch)
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("method", ["bayesian", "binary"])
+def test_parts_of_a_batch_share_what_a_step_prepares(method: str) -> None:
+    """Another step has other gates or steeper factors, and so another loss."""
+    whole, state, base, batch, _ = setup(method=method, targets=TARGETS)
+    parts, *_ = setup(dataclasses.replace(SETTINGS, accumulation=4), method=method, targets=TARGETS)
+    # Gates that are as often open as closed, and updates that matter.
+    large = lambda path, x: 0 * x if "gates" in path[-1].key else 10 * x  # noqa: E731
+    adapters = jax.tree_util.tree_map_with_path(large, state.adapters)
+    state = dataclasses.replace(state, adapters=adapters)
+    later = dataclasses.replace(state, step=jnp.int32(SETTINGS.steps - 1))
+    losses, norms = [], []
+    for step, at in ((whole, state), (parts, state), (whole, later)):
+        _, metrics = step(at, base, batch)
+        losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["grad_norm"]))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert abs(losses[2] - losses[0]) > 1e-2
 
 
 def test_the_penalty_of_a_step_is_the_sum_over_all_layers() -> None:
@@ -79,6 +97,41 @@ def test_a_strong_penalty_closes_gates_from_the_last_rank_on() -> None:
     assert {name: int(value) for name, value in bayesian.learned(closed).items()} == {
         "bits of A": 2, "bits of B": 2, "bits of E": 2, "rank": 1
     }  # fmt: skip
+
+
+def test_a_penalty_in_training_leaves_fewer_bits_and_ranks(tmp_path: Path) -> None:
+    """What the report says was learned, and the pair that is exported, which is smaller."""
+    *_, base, batch, model = setup(method="bayesian", targets=TARGETS)
+    options = bayesian.BayesianOptions(penalty=1.0)
+    adapter = AdapterConfig(method="bayesian", rank=4, targets=TARGETS, bayesian=options)
+    model = model.clone(adapter=adapter)
+    optimizer = make_optimizer(SETTINGS, adapter.chosen)
+    state = jax.jit(lambda: init_state(model, optimizer, 0))()
+    step = functools.partial(train_step, model=model, optimizer=optimizer, config=SETTINGS)
+    step = jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
+    learned, losses = [loop.learned(adapter, state.adapters)], []
+    for _ in range(12):
+        state, metrics = step(state, base, batch)
+        losses.append(float(metrics["loss"]))
+    learned.append(loop.learned(adapter, state.adapters))
+    layers = range(model.config.num_hidden_layers)
+    for numbers, bits, rank in zip(learned, (32, 2), (4, 1), strict=True):
+        expected = {f"bits of {x}": bits for x in "ABE"} | {"rank": rank}
+        assert numbers == {
+            f"learned/{quantity}/{name}/{layer}": number
+            for quantity, number in expected.items()
+            for name in TARGETS
+            for layer in layers
+        }
+    assert losses[-1] < losses[0]
+    save_adapter(tmp_path, model, state.adapters)
+    plain = AdapterConfig(method="lora", rank=1, alpha=adapter.alpha / 4, targets=TARGETS)
+    pair = load_adapter(tmp_path, Llama(model.config, adapter=plain))
+    own = jax.tree.map(lambda stack: stack[0], state.adapters["layers"]["mlp"]["down_proj"])
+    whole, stored = bayesian.fold(own), pair["layers"]["mlp"]["down_proj"]
+    np.testing.assert_allclose(stored["lora_A"][0], whole["lora_A"][:1], rtol=1e-6)
+    np.testing.assert_allclose(stored["lora_B"][0], whole["lora_B"][:, :1], rtol=1e-6)
+    assert not whole["lora_B"][:, 1:].any()
 
 
 @pytest.mark.parametrize("open_gates", range(5))
