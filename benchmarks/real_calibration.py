@@ -30,6 +30,7 @@ from timing import line, machine, table
 
 from irqlora_jax import hf
 from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.adapters.lqlora import LqloraOptions
 from irqlora_jax.base.source import read_llama
 from irqlora_jax.data.batches import eval_batches
 from irqlora_jax.data.calibrate import CalibrationRows
@@ -51,14 +52,17 @@ class Variant:
     init: str | None = None
     rank: int = 0
     metric: Literal["inputs", "gradients"] = "inputs"
+    options: Any = None
+    """Options of the initialization, if they are not its default."""
 
     @property
     def adapter(self) -> AdapterConfig | None:
         """The adapter; None without a pair."""
         if self.init is None:
             return None
-        alpha = float(self.rank)
-        return AdapterConfig(method="lora", rank=self.rank, alpha=alpha, init=self.init)  # type: ignore[arg-type]
+        own: dict[str, Any] = {} if self.options is None else {self.init: self.options}
+        own |= {"rank": self.rank, "alpha": float(self.rank), "init": self.init}
+        return AdapterConfig(method="lora", **own)
 
 
 ERROR: dict[str, Any] = {"calibration": "joint", "joint": JointOptions(math.inf)}
@@ -85,6 +89,10 @@ PAIRS: dict[str, Variant] = {
     "cloq": Variant(ERROR, "cloq"),
     "importance + cloq": Variant(IMPORTANCE, "cloq"),
     "importance + feedback + cloq": Variant(IMPORTANCE | FEEDBACK, "cloq"),
+    "lqlora": Variant({"calibration": "none"}, "lqlora"),
+    "lqlora weighed": Variant(
+        {"calibration": "none"}, "lqlora", metric="gradients", options=LqloraOptions(weights="both")
+    ),
     "importance + cloq + block training": Variant(IMPORTANCE | TRAINED, "cloq"),
 }
 """Initializations of a pair, for the ranks that are asked for."""
@@ -110,7 +118,7 @@ def make(
     args: argparse.Namespace, config: LlamaConfig, quant: QuantConfig, own: Variant, rows: Any
 ) -> tuple[Llama, dict[str, Any]]:
     """The model and its variables, with dense weights."""
-    needs = quant.needs_text or (own.adapter and own.adapter.start.needs == "inputs")
+    needs = quant.needs_text or (own.adapter and own.adapter.needs != "nothing")
     settings = dataclasses.replace(rows.config, metric=own.metric)
     given = CalibrationRows(rows.tokens, settings) if needs else None
     key = jax.random.key(0)

@@ -217,7 +217,7 @@ def prepare(
             if adapter is None:
                 packed = hf.load_base(folder, quant, calibrate=rows)[0]
             else:
-                needs = quant.needs_text or adapter.start.needs == "inputs"
+                needs = quant.needs_text or adapter.needs != "nothing"
                 given = rows if needs else None
                 packed, pairs, _ = hf.load_fitted(folder, quant, adapter, key, calibrate=given)
     entropies, lost, norm = [], 0.0, 0.0
