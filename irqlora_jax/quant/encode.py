@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from irqlora_jax.quant import packing, stats
 from irqlora_jax.quant.calibrations import CALIBRATIONS, Calibrated
@@ -166,8 +166,18 @@ def _check_finite(name: str, matrix: Array) -> None:
 
 def quantized_shape(shape: tuple[int, int], config: QuantConfig) -> QTensor:
     """The result of `quantize` for a shape, with jax.ShapeDtypeStruct in place of arrays."""
+    # Tracing a search takes long, and it does the same for any number of blocks.
+    one = jax.ShapeDtypeStruct((1, config.block_size), jnp.float32)
+    chosen = jax.eval_shape(functools.partial(_calibrate_block, config=config), one)
+    blocks = shape[0] * -(-shape[1] // config.block_size)
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct((blocks,), x.dtype), chosen)
     weight = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.eval_shape(functools.partial(_quantize, config=config), weight, None)
+    return jax.eval_shape(functools.partial(_quantize, config=config), weight, None, given=given)
+
+
+@functools.partial(jax.jit, static_argnames="config")  # for its cache of traces
+def _calibrate_block(block: Float32[Array, "1 size"], config: QuantConfig) -> Calibrated:
+    return _calibrate(block, get_format(config.format), config, None, False, None)
 
 
 def stored_bits(shape: tuple[int, int], config: QuantConfig) -> int:
