@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from irqlora_jax.quant import encode, stats
+from irqlora_jax.quant.calibrations import CALIBRATIONS
 from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize, quantized_shape
@@ -315,3 +316,12 @@ def test_a_matrix_of_a_65b_model_needs_little_more_than_itself(name: str, dtype:
     config = QuantConfig(format=name)  # type: ignore[arg-type]
     memory = encode._quantize.lower(weight, None, config).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.2 * 22016 * 8192 * 4
+
+
+@pytest.mark.parametrize("calibration", CALIBRATIONS)
+@pytest.mark.parametrize("format", ["nf3", "int2"])
+def test_the_shape_is_that_of_the_result(format: str, calibration: str) -> None:
+    config = QuantConfig(format=format, block_size=16, calibration=calibration, outliers=0.02)
+    gram = jnp.eye(40) if config.needs_inputs else None
+    made = jax.eval_shape(lambda w: quantize(w, config, gram=gram), jnp.zeros((6, 40)))
+    assert quantized_shape((6, 40), config) == made
