@@ -1,6 +1,6 @@
 """Compares the parts of IR-QLoRA with 4, 3 and 2 bits, over several seeds, in pairs.
 
-    python examples/factworld/ablation.py            # everything, an hour on one core
+    python examples/factworld/ablation.py            # twelve methods, an hour on one core
     python examples/factworld/ablation.py --small    # under 5 minutes on 2 cores
     python examples/factworld/ablation.py --report   # tables and plot of the finished runs
 
@@ -29,6 +29,8 @@ import optax
 import world as factworld
 from comparison import Results, Run, Settings, chosen_rate
 from draws import quantized
+from facts import Data, load_data
+from methods import DEFAULT, METHODS, Method
 from permute import permute
 from pretrain import RECIPES, pretrain, save_base
 from runs_file import append
@@ -36,15 +38,12 @@ from tqdm import tqdm
 
 from irqlora_jax import hf
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.adapters.loftq import LoftqOptions
 from irqlora_jax.config import TrainConfig
-from irqlora_jax.data import Batches, load_examples
+from irqlora_jax.data import Batches
 from irqlora_jax.data.calibrate import CalibrationRows
-from irqlora_jax.data.config import DataConfig
-from irqlora_jax.evaluate import evaluation_loss, load_questions, score_questions
+from irqlora_jax.evaluate import evaluation_loss, score_questions
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
-from irqlora_jax.quant.calibrations.joint import JointOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs.state import make_state
@@ -53,100 +52,9 @@ from irqlora_jax.train.step import train_step
 FORMATS = ("nf4", "int4", "nf3", "int3", "nf2", "int2")
 BATCH = 64
 CALIBRATE = (128, 128)  # rows and tokens of a row
-VALIDATION_SHARE = 1 / 3  # share of the held-out entities; the test asks about the others
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """One row of the table: how to quantize and what to train."""
-
-    quant: Mapping[str, Any]
-    """Fields of QuantConfig besides the format; format "none" is full precision."""
-    adapter: Mapping[str, Any] | None
-    """Fields of AdapterConfig besides rank and alpha. None: not finetuned."""
-    frozen: tuple[str, ...] = ()
-    """Parameters of the adapter that stay at 0."""
-    rank: int = 8
-    """Alpha is twice the rank, so that the update is always multiplied by 2."""
-    lora_plus_ratio: float = 1.0
-    """As in TrainConfig."""
-
-    def adapter_config(self) -> AdapterConfig | None:
-        """The adapter; None without a finetune."""
-        if self.adapter is None:
-            return None
-        return AdapterConfig(**({"rank": self.rank, "alpha": 2.0 * self.rank} | dict(self.adapter)))
-
-    @property
-    def full(self) -> bool:
-        """Whether nothing is quantized. Then each seed has one run, not one for each format."""
-        return self.quant.get("format") == "none"
-
-
-_PLAIN, _ICQ = {"calibration": "none"}, {"calibration": "icq"}
-_ERROR = {"calibration": "joint", "joint": JointOptions(float("inf"))}
-_FEEDBACK = {"calibration": "importance", "rounding": "feedback"}
-_LORA, _IEC = {"method": "lora"}, {"method": "iec"}
-METHODS = {
-    "full": Method({"format": "none"}, None),
-    "full+lora": Method({"format": "none"}, _LORA),
-    "plain": Method(_PLAIN, None),
-    "qlora": Method(_PLAIN, _LORA),
-    "icq": Method(_ICQ, _LORA),
-    "iec": Method(_PLAIN, _IEC),
-    "u1": Method(_PLAIN, _IEC, frozen=("beta2",)),
-    "u2": Method(_PLAIN, _IEC, frozen=("beta1",)),
-    "ir-qlora": Method(_ICQ, _IEC),
-    "joint": Method({"calibration": "joint"}, _LORA),
-    "error": Method(_ERROR, _LORA),
-    "error+loftq": Method(_ERROR, _LORA | {"init": "loftq", "loftq": LoftqOptions(3)}),
-    "robust": Method({"calibration": "robust"}, _LORA),
-    "importance": Method({"calibration": "importance"}, _LORA),
-    "feedback": Method(_FEEDBACK, _LORA),
-    "feedback+cloq": Method(_FEEDBACK, _LORA | {"init": "cloq"}),
-}
-"""The last three are calibrated with rows that are trained on."""
-
-
-# --------------------------------------------------------------------------------------- the data
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Questions and answers as tokens, about three disjoint sets of entities."""
-
-    train: list
-    validation: list
-    test: list
-    loss: list
-    """Facts of the test's entities that the test does not ask for; for the evaluation loss."""
-
-
-def load_data(tokenizer: Any, questions: int | None = None) -> Data:
-    """Reads the committed files. `questions` limits the test; validation gets half as many."""
-    world, folder = factworld.make_world(), factworld.FOLDER / "data"
-    entity_of = {tuple(name): index for index, name in enumerate(world.names.tolist())}
-    held_out = 1 - factworld.FINETUNE_SHARE
-    last = round((factworld.FINETUNE_SHARE + VALIDATION_SHARE * held_out) * world.entities)
-
-    def validates(tokens: Sequence[int]) -> bool:
-        # <s> question what is NOUN of FIRST LAST
-        entity = entity_of[int(tokens[6]), int(tokens[7])]
-        return entity % world.entities < last
-
-    pairs = DataConfig(format="input_output")
-    train, loss = (
-        load_examples(str(folder / f"{name}.jsonl"), pairs, tokenizer) for name in ("train", "eval")
-    )
-    asked = load_questions(str(folder / "questions.jsonl"), tokenizer)
-    validation = [question for question in asked if validates(question.prompt)]
-    test = [question for question in asked if not validates(question.prompt)]
-    return Data(
-        train=train,
-        validation=validation[: questions and questions // 2],
-        test=test[:questions],
-        loss=[example for example in loss if not validates(example.tokens)],
-    )
+# ---------------------------------------------------------------------------------------- one run
 
 
 def base_folder(name: str, seed: int, ready: Path | None, output: Path) -> Path:
@@ -164,9 +72,6 @@ def base_folder(name: str, seed: int, ready: Path | None, output: Path) -> Path:
     save_base(partial, base, config, world)
     os.replace(partial, target)
     return target
-
-
-# ---------------------------------------------------------------------------------------- one run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,11 +319,14 @@ def plan(
                     yield Run(method, stored, seed, rate)
 
 
-def parse(words: Sequence[str] | None, methods: Mapping[str, Method]) -> argparse.Namespace:
+def parse(
+    words: Sequence[str] | None, methods: Mapping[str, Method], default: Sequence[str]
+) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     several = functools.partial(parser.add_argument, nargs="+")
-    several("--methods", choices=methods, default=list(methods), help="rows (default: all)")
+    text = f"rows (default: {' '.join(default)})"
+    several("--methods", choices=methods, default=list(default), help=text)
     several("--formats", choices=FORMATS, help=f"(default: {' '.join(FORMATS)})")
     several("--rates", type=float, help="learning rates to choose from (default: 5e-4 1e-3 2e-3)")
     parser.add_argument("--seeds", type=int, help="at least 2 (default: 5)")
@@ -440,12 +348,22 @@ def parse(words: Sequence[str] | None, methods: Mapping[str, Method]) -> argpars
     return parser.parse_args(words)
 
 
-def main(words: Sequence[str] | None = None, methods: Mapping[str, Method] = METHODS) -> None:
-    """Does the missing runs, then prints and writes the tables and the plot."""
+def main(
+    words: Sequence[str] | None = None,
+    methods: Mapping[str, Method] = METHODS,
+    default: Sequence[str] = DEFAULT,
+) -> None:
+    """Does the missing runs, then prints and writes the tables and the plot.
+
+    Args:
+        words: the command line.
+        methods: the rows that can be asked for.
+        default: names of the rows without --methods.
+    """
     # As in pretrain.py: one core, so that figures do not depend on the number of cores.
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     os.environ.setdefault("XLA_FLAGS", flags)
-    args = parse(words, methods)
+    args = parse(words, methods, default)
     file = args.output / "results.jsonl"
     if args.report:
         settings, results = comparison.read(file)

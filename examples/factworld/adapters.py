@@ -17,7 +17,7 @@ blocks of 16 weights only.
 from collections.abc import Sequence
 
 import ablation
-from ablation import Method
+from methods import Method
 
 from irqlora_jax.adapters.lokr import LokrOptions
 from irqlora_jax.adapters.qahira import QahiraOptions
@@ -51,7 +51,7 @@ METHODS = {
 
 def main(words: Sequence[str] | None = None) -> None:
     """Does the missing runs, then prints and writes the tables and the plot."""
-    ablation.main(words, METHODS)
+    ablation.main(words, METHODS, tuple(METHODS))
 
 
 if __name__ == "__main__":

@@ -45,8 +45,7 @@ def allocate(
 ) -> Allocation:
     """Solves the integer program (`scipy.optimize.milp`).
 
-    The error is the least one, except for 1e-10 of what the choices can change. 224 matrices with
-    432 configurations took 3 to 12 seconds.
+    The error is the least one, except for 1e-10 of what the choices can change.
 
     Args:
         errors: of every matrix with every configuration; infinite: not available.

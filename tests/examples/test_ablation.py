@@ -220,13 +220,19 @@ def test_adapters_have_about_equal_numbers_of_parameters(modules):
 
 
 def test_lora_plus_speeds_up_what_the_method_names(ablation, tiny):
-    config, _, _ = tiny
+    config, base, batches = tiny
     method = ablation.Method({}, {"method": "lora"}, lora_plus_ratio=16.0)
     model = Llama(config, adapter=method.adapter_config())
     adapters = model.init_adapters(jax.random.key(0))
     trained, speeds = ablation.masks(adapters, method, method.adapter_config())
     assert (leaves(trained, "lora_A") == 1).all() and (leaves(trained, "lora_B") == 1).all()
     assert (leaves(speeds, "lora_A") == 1).all() and (leaves(speeds, "lora_B") == 16).all()
+    # At the first step Adam moves every element by the rate, whatever the gradient.
+    train = TrainConfig(steps=1, batch_size=4, compute_dtype="float32", remat=False)
+    first = {name: each[:1] for name, each in batches.items()}
+    given = (base, adapters, first, jnp.float32(1e-3), trained, speeds)
+    moved, _ = ablation.finetune(*given, model=model, config=train)
+    np.testing.assert_allclose(leaves(moved, "lora_B"), 16e-3, rtol=1e-3)
 
 
 @pytest.fixture(scope="module")
