@@ -143,7 +143,7 @@ def markdown(settings: Settings, results: Results) -> str:
     """All tables."""
     found = rows(results, settings)
     formats = list(dict.fromkeys(format for format, _ in found if format != "none"))
-    out = [_preamble(settings, found)]
+    out = [_preamble(settings)]
     for bits in sorted({bits_of(format) for format in formats}, reverse=True):
         shown = [key for key in found if key[0] != "none" and bits_of(key[0]) == bits]
         shown.sort(key=lambda key: formats.index(key[0]))
@@ -156,16 +156,11 @@ def markdown(settings: Settings, results: Results) -> str:
     return "\n\n".join([*out, *([claims] if claims else [])]) + "\n"
 
 
-def _preamble(settings: Settings, found: Mapping) -> str:
+def _preamble(settings: Settings) -> str:
     rates = ", ".join(f"{rate:g}" for rate in settings.rates)
-    counts = {f.get("trained") for figures in found.values() for f in figures.values()} - {None}
-    trained = " to ".join(
-        f"{count:,}" for count in sorted({min(counts), max(counts)} if counts else ())
-    )
     return (
-        f"Base {settings.base}, {settings.steps} steps, {trained or 'no'} trained numbers (IEC has "
-        f"one scalar more per connection). The learning rate is one of {rates}, chosen per method "
-        "and format by multiple choice on validation entities over "
+        f"Base {settings.base}, {settings.steps} steps. The learning rate is one of {rates}, "
+        "chosen per method and format by multiple choice on validation entities over "
         f"{settings.tuning_seeds} seed(s). All figures are for other entities.\n"
         "Mean and standard deviation over the seeds. Differences are paired by seed, with the 95 % "
         "interval of Student's t, not corrected for the number of comparisons. A rate in brackets "
