@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from irqlora_jax import hf, messages
+from irqlora_jax.base import make
 from irqlora_jax.base.source import _find_weights
-from irqlora_jax.files.tensors import read_ahead
+from irqlora_jax.files.tensors import read_ahead, read_into
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.calibrations.icq import IcqOptions
@@ -230,6 +232,13 @@ def test_the_progress_is_shown_on_request(
     monkeypatch: pytest.MonkeyPatch,
     show: bool,
 ) -> None:
+    """Reading is slowed, because a fast machine reads this model before the first line is due."""
+
+    def slow_read(*args: Any) -> None:
+        time.sleep(0.05)
+        read_into(*args)
+
+    monkeypatch.setattr(make, "read_into", slow_read)
     monkeypatch.setattr(messages, "QUIET", 0.01)
     hf.load_base(write_model(tmp_path, LLAMA), None, progress=show)
     shown = capsys.readouterr().err
