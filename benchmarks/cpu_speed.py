@@ -7,7 +7,9 @@ FOLDER is the same model, converted for transformers. Parts: greedy tokens after
 prompt of 512 tokens and one answer token; a training step of LoRA (transformers with PEFT;
 llama.cpp does not train); how fast products of one row read their weights, which limits decoding;
 seconds to quantize with each calibration (once, no peer). "Packed" computes with packed nf4
-weights, "dense" with a dense copy, as `irqlora eval` and `irqlora chat` do if memory allows.
+weights, "dense" with a dense copy, as `irqlora eval` does if memory allows. "Dense, each layer" has
+an array for every layer and matrix, where "dense" has one for all layers; `irqlora chat` decodes
+with it.
 llama.cpp uses the file's own 4-bit weights and rounds activations to 8 bits.
 """
 
@@ -30,6 +32,7 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.model.tree import by_layer
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.matmul import dense_weights, dequant_matmul
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
@@ -49,7 +52,12 @@ class Bench:
 
         self.file, self.torch = file, torch
         packed, self.config = hf.load_base(file, QuantConfig(calibration="none"))
-        self.bases = {"packed": packed, "dense": dense_weights(packed, jnp.float32)}
+        layers = by_layer(packed, self.config.num_hidden_layers)
+        self.bases = {
+            "packed": packed,
+            "dense": dense_weights(packed, jnp.float32),
+            "dense, each layer": dense_weights(layers, jnp.float32),
+        }
         self.theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.llama_cpp = LlamaCpp(file, port)
         vocabulary = self.config.vocab_size
@@ -120,17 +128,24 @@ class Bench:
 
 
 def reading() -> Calls:
-    """Products of one row with 30 matrices of 18 MB in float32, or the same in bfloat16."""
+    """Products of one row with 30 matrices of 18 MB in float32, or the same in bfloat16.
+
+    A loop over a stack of matrices copies each one before its product.
+    """
     weights, x = np.ones((30, 1536, 3000), np.float32), np.ones((1, 3000), np.float32)
 
     def product(weights: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda _, w: (None, dequant_matmul(x, w)), None, weights)[1]
 
     single = jax.jit(product)
+    each = jax.jit(lambda weights, x: [dequant_matmul(x, w) for w in weights])
     return {
         "NumPy, float32": lambda: weights @ x[0],
-        "XLA, float32": functools.partial(single, jnp.asarray(weights), jnp.asarray(x)),
-        "XLA, bfloat16": functools.partial(
+        "XLA, float32, a stack": functools.partial(single, jnp.asarray(weights), jnp.asarray(x)),
+        "XLA, float32, 30 arrays": functools.partial(
+            each, [jnp.asarray(w) for w in weights], jnp.asarray(x)
+        ),
+        "XLA, bfloat16, a stack": functools.partial(
             single, jnp.asarray(weights, jnp.bfloat16), jnp.asarray(x)
         ),
     }

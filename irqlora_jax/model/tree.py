@@ -12,6 +12,8 @@ Adapters of all layers always form one stack "layers".
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.sharding import LINEAR_NAMES
 
@@ -126,6 +128,15 @@ def find_stack(base: Mapping[str, Any], layer: int, depth: int) -> tuple[Any, in
         if layer in layers:
             return base[name], layer - layers.start
     raise IndexError(f"layer {layer} of {depth}")
+
+
+def by_layer(base: Mapping[str, Any], depth: int) -> Tree:
+    """A base with a stack for every layer: copies of the layers, which stay stacked in `base`."""
+    tree = {name: part for name, part in base.items() if name.partition("_")[0] != LAYERS}
+    for name, (layer,) in stack_names(range(depth)).items():
+        stack, index = find_stack(base, layer, depth)
+        tree[name] = jax.tree.map(lambda x, of=index: x[of : of + 1], stack)
+    return tree
 
 
 def insert(tree: Tree, path: Keys, value: Any) -> None:

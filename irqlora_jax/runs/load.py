@@ -24,6 +24,7 @@ from irqlora_jax.files.small import parse_json, read_json
 from irqlora_jax.machine import free_memory
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.model.tree import by_layer
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.matmul import dense_weights
 from irqlora_jax.runs.checkpoint_files import check_end
@@ -117,11 +118,17 @@ def load_run(
     return Run(folder, config, model, {"params": adapters, "base": base}, tokenizer, step, source)
 
 
-def unpacked(run: Run) -> Run:
+def unpacked(run: Run, *, each_layer: bool = False) -> Run:
     """On a CPU, a run with dense weights in the type of its activations, if they fit.
 
     They may take half of the free memory. Else, on other devices, and with trained scales, which
     belong to packed weights, the run is unchanged.
+
+    Args:
+        run: the run.
+        each_layer: every layer is a stack of its own. Decoding is faster then: a loop over a stack
+            copies the weights of each layer before it uses them (benchmarks/cpu_speed.py). But
+            compiling takes longer, because the layers no longer share a program.
     """
     dtype, base = jnp.dtype(run.model.compute_dtype), run.variables["base"]
     adapter = run.model.adapter
@@ -131,6 +138,8 @@ def unpacked(run: Run) -> Run:
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     if size > free_memory() // 2:
         return run
+    if each_layer:
+        base = by_layer(base, run.model.config.num_hidden_layers)
     return dataclasses.replace(run, variables={**run.variables, "base": dense_weights(base, dtype)})
 
 

@@ -13,6 +13,7 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.generate.decode import generate, sample, stream
 from irqlora_jax.model.config import LlamaConfig, RopeScaling
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.model.tree import by_layer
 from tests.models import STORIES, needs_stories, random_variables, stack_tensors, tiny_llama
 
 CONFIG = tiny_llama(
@@ -205,7 +206,10 @@ def test_a_stream_is_generate_token_by_token(tiny, drawing):
 
 
 def test_a_stream_reaches_the_last_position(tiny):
-    assert list(stream(*tiny, PROMPTS[0], 57)) == generate(*tiny, PROMPTS[:1], 57)[0]
+    model, variables = tiny
+    layers = by_layer(variables["base"], model.config.num_hidden_layers)
+    other = list(stream(*tiny, PROMPTS[0], 57, decoding={**variables, "base": layers}))
+    assert other == list(stream(*tiny, PROMPTS[0], 57)) == generate(*tiny, PROMPTS[:1], 57)[0]
 
 
 def test_a_stream_says_what_is_wrong_at_once(tiny):
