@@ -35,6 +35,8 @@ from irqlora_jax.sharding import ROWS, device_bytes, make_mesh, tree_shardings
 from irqlora_jax.text import refusal
 from irqlora_jax.train.step import make_step, state_shardings
 
+TIGHT = 0.95
+"""Above this fraction of the usable memory, fragmentation may fail an allocation."""
 MAX_SPLIT = 8
 """Maximum factor by which a plan may raise the number of devices."""
 
@@ -161,12 +163,21 @@ def read_base_shapes(config: Config) -> tuple[Base, LlamaConfig]:
     llama = read_architecture(config.model, config.quant)
     if is_base(config.model):
         return base_shapes(Path(config.model) / BASE_FILE)
-    values = read_values(config.model)
+    return abstract_base(llama, config.quant, read_dtype(config.model)), llama
+
+
+def read_dtype(source: str) -> Any:
+    """Reads the type of a model's weights from its config.json.
+
+    Raises:
+        FileNotFoundError, ValueError: as `files.hub.read_values`, or another type.
+    """
+    values = read_values(source)
     dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
     if dtype not in ("float32", "bfloat16", "float16"):
         accepted = "float32, bfloat16 or float16"
-        raise refusal(f"{config.model}: config.json: dtype", dtype, accepted)
-    return abstract_base(llama, config.quant, jnp.dtype(dtype)), llama
+        raise refusal(f"{source}: config.json: dtype", dtype, accepted)
+    return jnp.dtype(dtype)
 
 
 def measure(
