@@ -22,7 +22,7 @@ from irqlora_jax.base.statistics import Gradients, Inputs, Statistics
 from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.files.checksums import check_seal
 from irqlora_jax.files.hub import file_marks, read_config, snapshot
-from irqlora_jax.files.kept_values import Values, append_value, read_values
+from irqlora_jax.files.kept_values import append_value, read_values
 from irqlora_jax.files.small import read_json
 from irqlora_jax.files.tensors import Header, aligned, read_into
 from irqlora_jax.machine import installed_version
