@@ -28,7 +28,7 @@ from irqlora_jax.base.source import open_weights
 from irqlora_jax.base.storage import matrix_bits, plan_stacks
 from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.files.checksums import check_seal, seal
-from irqlora_jax.files.hub import snapshot
+from irqlora_jax.files.hub import read_dtype, snapshot
 from irqlora_jax.files.small import read_json, write_text
 from irqlora_jax.files.tensors import FLOATS
 from irqlora_jax.model.config import LlamaConfig
@@ -186,10 +186,7 @@ def find_room(
 
 
 def planned_rules(
-    llama: LlamaConfig,
-    quant: QuantConfig,
-    dtype: DTypeLike = jnp.bfloat16,
-    limit: int | None = None,
+    source: str | Path, llama: LlamaConfig, quant: QuantConfig, limit: int | None = None
 ) -> QuantConfig:
     """Rules of about the size of the budget, without a table of errors.
 
@@ -197,9 +194,10 @@ def planned_rules(
     the budget is exceeded by less than a layer's difference.
 
     Args:
+        source: folder, GGUF file or hub id of the model, whose config.json is read for the type of
+            its weights.
         llama: the architecture.
         quant: with a budget, or without one: then it is returned.
-        dtype: type of the weights that are not quantized.
         limit: as for `find_room`.
 
     Raises:
@@ -207,6 +205,7 @@ def planned_rules(
     """
     if quant.budget is None:
         return quant
+    dtype = read_dtype(source)
     room = find_room(llama, quant, lambda _: dtype, limit)
     order = np.argsort(room.bits.sum(axis=0), kind="stable")
     sums = room.bits.sum(axis=0)[order]

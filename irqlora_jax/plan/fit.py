@@ -6,13 +6,13 @@ import logging
 from irqlora_jax.base.budget import planned_rules
 from irqlora_jax.base.storage import abstract_base, measure_base
 from irqlora_jax.config import Config
+from irqlora_jax.files.hub import read_dtype
 from irqlora_jax.plan.measure import (
     TIGHT,
     PlanDevice,
     device_count,
     find_plan_device,
     measure,
-    read_dtype,
 )
 from irqlora_jax.quant.budget import FIT
 from irqlora_jax.runs.load import read_architecture
@@ -32,7 +32,7 @@ def with_planned_rules(config: Config, target: PlanDevice) -> Config:
         return config
     llama = read_architecture(config.model, quant)
     limit = largest_base(config, target) if quant.budget == FIT else None
-    planned = planned_rules(llama, quant, read_dtype(config.model), limit)
+    planned = planned_rules(config.model, llama, quant, limit)
     return dataclasses.replace(config, quant=planned)
 
 

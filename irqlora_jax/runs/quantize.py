@@ -130,7 +130,8 @@ def quantize_model(config: QuantizeConfig) -> None:
         raise FileExistsError(f"output_dir = '{folder}': exists; expected a new folder")
     check_writable(folder)
     architecture = read_config(config.model)
-    stored = measure_base(abstract_base(architecture, planned_rules(architecture, config.quant)))
+    planned = planned_rules(config.model, architecture, config.quant)
+    stored = measure_base(abstract_base(architecture, planned))
     kept = 0 if config.calibrate.data is None else stored.total - stored.rest
     check_space(folder, stored.total + kept)
     tokenizer = load_tokenizer(config.model)

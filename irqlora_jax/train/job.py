@@ -70,7 +70,8 @@ def read_job(config: Config, source: str | Path, limit: int | None = None) -> Jo
         _check_baselines(config)
     # Check the architecture and the mesh before anything else is read.
     llama, given = read_architecture(source, config.quant), config
-    config = dataclasses.replace(config, quant=planned_rules(llama, config.quant, limit=limit))
+    planned = planned_rules(source, llama, config.quant, limit)
+    config = dataclasses.replace(config, quant=planned)
     mesh = make_mesh(config.mesh, config.train.rows)
     check_mesh(mesh, llama, config.quant)
     with jax.set_mesh(mesh):
