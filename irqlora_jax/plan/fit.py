@@ -66,5 +66,5 @@ def largest_base(config: Config, target: PlanDevice | None = None) -> int:
     # A device holds this share of the packed weights.
     share = (own.total - own.rest) / (whole.total - whole.rest)
     size = whole.total + int(spare / share)
-    logger.info(f"quant.budget = 'fit': a base of up to {size // 10**6}MB fits {target.title}")
+    logger.info(f"quant.budget = 'fit': a base of up to {size // 10**6} MB fits {target.title}")
     return size

@@ -319,7 +319,7 @@ def test_a_budget_is_known_again(model: Path, tmp_path: Path) -> None:
     [
         (
             ["--quant.budget=2.1"],
-            ["quant.budget = 2.1", "at least 3.46", "bits a weight", "smallest"],
+            ["quant.budget = 2.1", "at least 3.04", "bits a weight", "smallest"],
         ),
         (["--quant.budget=9KB"], ["quant.budget = '9KB'", "at least", "bytes"]),
         (["--quant.budget=27TB"], ["quant.budget = '27TB'", '"27GB"', '"fit"']),
@@ -332,6 +332,7 @@ def test_a_budget_is_known_again(model: Path, tmp_path: Path) -> None:
         (["--quant.budget=3", "--quant.allocation.block_sizes=[12]"], ["nf2", "block_size = 12"]),
         (["--quant.budget=3", "--quant.allocation.scale_bits=[1]"], ["scale_bits = 1", "2 to 8"]),
         (["--quant.budget=3", "--quant.allocation.formats=nf8"], ["calibration", "nf8"]),
+        (["--quant.budget=3", "--quant.allocation.scale_bits=[a]"], ["a list such as [1, 2]"]),
         (["--quant.budget=3", "--quant.allocation.tie=0"], ["tie = 0"]),
         (["--quant.budget=3", "--quant.allocation.errors=loss"], ["errors = 'loss'", "fisher"]),
         (["--quant.budget=3", "--quant.allocation.errors=sensitivity"], ["sensitivity = None"]),
@@ -348,6 +349,8 @@ def test_a_budget_is_known_again(model: Path, tmp_path: Path) -> None:
 )
 def test_bad_input(model: Path, tmp_path: Path, capsys, flags: list[str], words: list[str]) -> None:
     command = ["quantize", f"--model={model}", f"--output_dir={tmp_path / 'new'}"]
+    command += ["--quant.calibration=none"] * ("--quant.allocation.formats=nf8" not in flags)
+    command += ["--quant.allocation.block_sizes=16", "--quant.allocation.scale_bits=8"]
     assert cli.main([*command, *flags, "--progress=false"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
