@@ -55,13 +55,14 @@ def plan(config: Config, name: str | None = None) -> bool:
     target = find_plan_device(name, device_count(config))
     if not is_base(config.model):
         check_text(config.quant, config.adapter, config.calibrate)
+    asked = config
     config = with_planned_rules(config, target)
     base, llama = read_base_shapes(config)
     need = measure(config, base, llama, target)
     logger.info(_table(config, need, target))
     calibrated = True
     if config.calibrate.data is not None and not is_base(config.model):
-        needed = measure_calibration(config, llama, target)
+        needed = measure_calibration(asked, llama, target)
         logger.info(_calibration(config, needed, target))
         calibrated = needed.device <= target.memory
     room = target.memory - need.peak
