@@ -80,18 +80,18 @@ def choose_rules(
     groups = list(_groups(room.places, quant.allocation.tie))
     tied = np.stack([errors[own].sum(axis=0) for own in groups])
     bits = np.stack([room.bits[own].sum(axis=0) for own in groups])
-    found_best = allocate(tied, bits, room.limit)
+    best = allocate(tied, bits, room.limit)
     choices = np.empty(len(room.places), int)
-    for own, choice in zip(groups, found_best.choices, strict=True):
+    for own, choice in zip(groups, best.choices, strict=True):
         choices[own] = choice
     chosen = _with_choices(llama, quant, room.places, choices)
-    stored = found_best.bits + room.fixed
+    stored = best.bits + room.fixed
     logger.info(
         f"quant.budget = {quant.budget!r}: {stored / room.weights:.4f} bits a weight with "
         f"{len(chosen.rules)} rules"
     )
     about = {"asked": dataclasses.asdict(quant), "chosen": dataclasses.asdict(chosen)}
-    about |= {"bits": stored / room.weights, "error": found_best.error}
+    about |= {"bits": stored / room.weights, "error": best.error}
     write_text(folder / BUDGET_FILE, json.dumps(seal(about), indent=1) + "\n")
     return chosen
 
@@ -169,7 +169,9 @@ def find_room(
     weights = llama.num_hidden_layers * sum(map(math.prod, shapes.values()))
     rest = _rest(llama, dtype)
     budget = parse_budget(quant.budget)
-    amount = fractions.Fraction(limit) if budget.amount is None and limit else budget.amount
+    amount = budget.amount
+    if amount is None and limit is not None:
+        amount = fractions.Fraction(limit)
     if amount is None:
         accepted = "a size here; only irqlora train knows what fits, and --plan says it"
         raise refusal("quant.budget", FIT, accepted)
