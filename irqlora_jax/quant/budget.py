@@ -47,7 +47,7 @@ def parse_budget(value: float | str) -> Budget:
     """
     if value == FIT:
         return Budget(None, True)
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([a-z]*)", str(value).strip().lower())
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{0,15})?)\s*([a-z]*)", str(value).strip().lower())
     unit = found[2] if found is not None else None
     if (
         found is None
