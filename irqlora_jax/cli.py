@@ -25,9 +25,10 @@ def _train() -> Loaded:
 def _finetune_or_plan(options: Any) -> None:
     config = options.config()
     if options.plan is False:
+        from irqlora_jax.plan.fit import largest_base
         from irqlora_jax.train.finetune import run
 
-        run(config, resume_from=options.resume_from)
+        run(config, resume_from=options.resume_from, fit=largest_base)
         return
     from irqlora_jax.plan.measure import prepare
     from irqlora_jax.plan.plan import plan

@@ -170,12 +170,19 @@ def check_text(quant: QuantConfig, adapter: AdapterConfig | None, given: Calibra
             message names the settings.
     """
     needed = f"a text, needed by quant ({quant.label})" if quant.needs_text else None
+    chooses = quant.budget is not None and quant.allocation.needs_text
+    if chooses:
+        needed = f"a text, needed by quant.allocation.errors {quant.allocation.errors}"
     if adapter is not None and adapter.needs != "nothing":
         needed = f"a text, needed by adapter.init {adapter.init}"
     require(needed is None or given.data is not None, "calibrate.data", None, needed or "")
     ok = adapter is None or adapter.needs != "fisher" or given.metric == "gradients"
     accepted = "gradients, which weigh the errors of adapter.init"
     require(ok, "calibrate.metric", given.metric, accepted)
+    errors = quant.allocation.errors
+    metric = "gradients" if errors == "fisher" else "inputs"
+    ok, accepted = not chooses or given.metric == metric, f"{metric} with quant.allocation.errors"
+    require(ok, "calibrate.metric", given.metric, f"{accepted} {errors}")
     ok = quant.training == "none" or given.metric == "inputs"
     accepted = f"inputs with quant.training {quant.training}"
     require(ok, "calibrate.metric", given.metric, accepted)

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.base.budget import read_budget
 from irqlora_jax.base.file import read_base_config
-from irqlora_jax.config.base import fill_from_base, find_base
+from irqlora_jax.config.base import fill_from_base, find_base, quant_settings
 from irqlora_jax.config.parse import Convert, parse, parse_flags
 from irqlora_jax.data.calibrate import CalibrateConfig
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.sharding import MeshConfig
-from irqlora_jax.text import require
+from irqlora_jax.text import require, shorten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,15 +252,35 @@ def read_stored_config(path: Path) -> Config:
 
 
 def with_base_settings(config: Config) -> Config:
-    """Replaces a `quant` that is `QuantConfig()` by the settings of the base in `config.model`.
+    """Replaces a `quant` that is `QuantConfig()` by the settings of the base in `config.model`, and
+    a budget by the rules that the run or the base was made with.
 
     So in Python, `QuantConfig()` means "not set". `Config.load` knows for each field whether it was
     set.
 
     Raises:
-        ValueError: the base is damaged.
+        ValueError: the base is damaged, or the run was made for another budget.
     """
     base = find_base(config.model, config.output_dir)
+    if config.quant.budget is not None:
+        return _with_known_rules(config, None if base is None else base.parent)
     if base is None or config.quant != QuantConfig():
         return config
     return dataclasses.replace(config, quant=read_base_config(base)[1])
+
+
+def _with_known_rules(config: Config, base: Path | None) -> Config:
+    """`base`: folder of the base that is used; None if the run makes its own."""
+    folder = Path(config.output_dir) if base is None else base
+    known = read_budget(folder)
+    if known is None or (base is None and not (folder / "config.json").is_file()):
+        return config
+    if known[0] == config.quant:
+        return dataclasses.replace(config, quant=known[1])
+    there, here = quant_settings(known[0]), quant_settings(config.quant)
+    name = next(name for name in here if here[name] != there[name])
+    raise ValueError(
+        f"output_dir = '{config.output_dir}': holds formats for another budget ({name} = "
+        f"{shorten(there[name])} there, {shorten(here[name])} here); expected a new folder, or the "
+        "same settings"
+    )

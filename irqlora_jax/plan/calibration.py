@@ -53,7 +53,8 @@ def measure_calibration(config: Config, llama: LlamaConfig, target: PlanDevice) 
         insert(weights, path, {"weight": like(shape)})
     layer = sum(4 * leaf.size for leaf in jax.tree.leaves(weights))
     program, given = input_moments, (alone(llama), weights, x)
-    squares = asked.metric == "gradients" and config.adapter.needs == "fisher"
+    chosen = config.quant.budget is not None and config.quant.allocation.errors == "fisher"
+    squares = asked.metric == "gradients" and (chosen or config.adapter.needs == "fisher")
     if asked.metric == "gradients":
         program, given = gradient_moments, (*given, x, squares)
     with progress_bar("Compiling the calibration of a layer"), silent_stderr():

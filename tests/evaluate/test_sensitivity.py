@@ -133,15 +133,15 @@ def test_an_interrupted_command_continues(model: Path, text: Path, tmp_path: Pat
     folder = tmp_path / "parts"
     appended: list[tuple[int, str]] = []
 
-    def append(file: Path, layer: int, name: str, loss: float) -> None:
+    def append(file: Path, layer: int, name: str, *value: Any) -> None:
         if len(appended) == 5:
             raise KeyboardInterrupt
         appended.append((layer, name))
-        original(file, layer, name, loss)
+        original(file, layer, name, *value)
 
-    original = sensitivity.append_loss
+    original = sensitivity.append_value
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sensitivity, "append_loss", append)
+        patch.setattr(sensitivity, "append_value", append)
         with pytest.raises(KeyboardInterrupt):
             measure_sensitivity(asked(model, text, folder))
         assert "the same command resumes from there" in said[-1]
@@ -152,7 +152,7 @@ def test_an_interrupted_command_continues(model: Path, text: Path, tmp_path: Pat
         assert not (folder / "sensitivity.json").exists()
         appended[:] = []
         patch.setattr(
-            sensitivity, "append_loss", lambda *a: (appended.append(a[1:3]), original(*a))
+            sensitivity, "append_value", lambda *a: (appended.append(a[1:3]), original(*a))
         )
         again = measure_sensitivity(asked(model, text, folder))
     assert appended == [PLACES[1], *PLACES[5:]]

@@ -18,9 +18,18 @@ from irqlora_jax.config import Config, TrainConfig
 from irqlora_jax.data import longest_row
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.plan import fit
 from irqlora_jax.plan import plan as plans
+from irqlora_jax.plan.fit import with_planned_rules
 from irqlora_jax.plan.gpus import DEVICES, find_device
-from irqlora_jax.plan.measure import PlanDevice, find_plan_device, measure, read_base_shapes
+from irqlora_jax.plan.measure import (
+    TIGHT,
+    PlanDevice,
+    find_plan_device,
+    measure,
+    read_base_shapes,
+)
+from irqlora_jax.quant.budget import AllocationOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
 from irqlora_jax.sharding import MeshConfig, device_bytes
@@ -68,6 +77,34 @@ def test_a_base_file_is_as_long_as_the_arithmetic_says(
     assert llama == wide and measure_base(shapes) == stored
     same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype  # noqa: E731
     assert jax.tree.all(jax.tree.map(same, shapes, read_base(file)[0]))
+
+
+def test_a_budget_is_planned_with_its_size(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the largest base that fits does fit, and fills the memory."""
+    few = AllocationOptions(("nf2", "nf4"), (64,), (8,))
+    quant = QuantConfig(calibration="none", budget="fit", allocation=few)
+    config = dataclasses.replace(CONFIG, model=str(write_model(tmp_path / "model")), quant=quant)
+    smallest = quant.candidates[0]
+    base = abstract_base(SMALL, smallest, np.float32)
+    need = measure(dataclasses.replace(config, quant=smallest), base, SMALL, target(2**40))
+    monkeypatch.setattr(fit, "measure", lambda *_: need)  # compiles the same
+    # Room for half of what nf4 needs more.
+    half = measure_base(abstract_base(SMALL, quant.candidates[1], np.float32)).total // 2
+    half -= measure_base(base).total // 2
+    device = target(int((need.peak + half) / TIGHT) + 1)
+    planned = with_planned_rules(config, device)
+    size = int(said[-1].split(" MB")[0].split()[-1])
+    found = measure(planned, *read_base_shapes(planned), device)
+    step = 2 * half // SMALL.num_hidden_layers
+    assert 0 <= found.base.total - (need.base.total + half) < step
+    assert abs(size * 10**6 - found.base.total) < 10**6 + step
+    as_bytes = dataclasses.replace(quant, budget=f"{found.base.total / 1000:.3f}KB")
+    again = with_planned_rules(dataclasses.replace(config, quant=as_bytes), device)
+    assert again == planned
+    with pytest.raises(ValueError, match=r"quant\.budget = 'fit': expected .* less on a device"):
+        with_planned_rules(config, target(need.peak))
 
 
 def test_bits_of_llama_7b() -> None:

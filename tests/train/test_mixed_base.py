@@ -1,5 +1,6 @@
 """A base of several formats through the whole product: first and last layer nf4, the others nf3."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from irqlora_jax import cli, hf
 from irqlora_jax.base.file import read_base
-from irqlora_jax.base.storage import measure_base
+from irqlora_jax.base.storage import abstract_base, measure_base
 from irqlora_jax.config import Config
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.plan.measure import read_base_shapes
@@ -124,6 +125,39 @@ def test_exports_have_the_logits_of_the_run(
     found = opened.model.apply(base, TOKENS)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert "layers.[03].*" in (merged / "README.md").read_text()
+
+
+def test_a_budget_goes_through_the_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choose formats, train, crash, resume with the same settings, export, evaluate."""
+    few = {"formats": ["nf3", "nf4"], "block_sizes": [16], "scale_bits": [8], "tie": 2}
+    asked: dict[str, Any] = {f"quant__allocation__{name}": x for name, x in few.items()}
+    asked |= {"quant__budget": 7.2, "quant__rules": [DOWN], "quant__calibration": "none"}
+    config, folder = settings(tmp_path / "run", **asked), tmp_path / "run"
+    with jax.numpy_dtype_promotion("standard"):
+        with monkeypatch.context() as patch, pytest.raises(StoppedError):
+            at_step(patch, 3, crash)
+            run(config)
+        run(config)
+        with pytest.raises(ValueError, match=r"quant\.budget = 7\.2 there, 7\.3 here"):
+            run(dataclasses.replace(config, quant=dataclasses.replace(config.quant, budget=7.3)))
+    assert [step for step, _ in losses_of(folder)] == [1, 2, 3, 4]
+    stored = Config.load(folder / "config.json").quant
+    assert stored.budget is None and stored.rules[0].match == DOWN["match"]
+    base, llama = read_base(folder / "base.safetensors")
+    assert 7.0 < measure_base(base).bits <= 7.2
+    assert measure_base(abstract_base(llama, stored, "float32")) == measure_base(base)
+    merged = hf.export_merged(folder, tmp_path / "merged", dtype="float32")
+    weights, _ = hf.load_base(merged, None)
+    found: Any = Llama(llama).apply({"params": {}, "base": weights}, TOKENS)
+    expected = logits(folder)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert all(rule.match in (merged / "README.md").read_text() for rule in stored.rules)
+    text = tmp_path / "text.txt"
+    text.write_text("The fact.\n" * 9)
+    command = ["eval", f"--run={folder}", "--task=perplexity", f"--text={text}"]
+    assert cli.main([*command, "--progress=false"]) == 0
+    page = (folder / "report.html").read_text()
+    assert "Bits by layer and projection" in page and DOWN["match"] in page
 
 
 def test_plan_and_report_know_the_formats(
