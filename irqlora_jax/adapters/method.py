@@ -143,6 +143,7 @@ class Initialization:
         options: default options; None for an initialization without options.
         needs: options -> "inputs" if `fit` needs `gram`; "fisher" if it needs `fisher`, the sum of
             the squared gradients [out, in] of the rows of a text.
+        trained: the pair of `fit` is only a start, which `quant.training` has to train.
     """
 
     name: str
@@ -150,6 +151,7 @@ class Initialization:
     fit: Callable[..., tuple[Any, Float[Array, "rank in"], Float[Array, "out rank"]]] | None = None
     options: Any = None
     needs: Callable[[Any], Literal["nothing", "inputs", "fisher"]] = lambda options: "nothing"
+    trained: bool = False
 
 
 LEARNED = "learned/"

@@ -163,12 +163,18 @@ def load_loftq(
 
 
 def check_text(quant: QuantConfig, adapter: AdapterConfig | None, given: CalibrateConfig) -> None:
-    """Checks that the settings of the text are what the other settings need.
+    """Checks that the settings of the text and of the training are what the other settings need.
 
     Raises:
-        ValueError: there is no text although one is needed, or its metric does not fit; the
-            message names the settings.
+        ValueError: there is no text although one is needed, its metric does not fit, or pairs are
+            not trained that have to be; the message names the settings.
     """
+    if adapter is not None and adapter.start.trained:
+        accepted, trainer = f"with adapter.init {adapter.init}", quant.trainer
+        require(trainer is not None, "quant.training", quant.training, f"apiq or block {accepted}")
+        assert trainer is not None
+        rate = f"quant.{quant.training}.pair_lr"
+        require(trainer.pair_lr > 0, rate, trainer.pair_lr, f"a positive number {accepted}")
     needed = f"a text, needed by quant ({quant.label})" if quant.needs_text else None
     if adapter is not None and adapter.needs != "nothing":
         needed = f"a text, needed by adapter.init {adapter.init}"

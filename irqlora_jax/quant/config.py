@@ -106,7 +106,8 @@ class QuantConfig:
     training: Training = "none"
     """Train each decoder layer, so that its outputs come close to those in full precision; needs
     `calibrate.data`, and takes long. "apiq": the range of every block (ApiQ). "block": weights,
-    scales and shifts (EfficientQAT). Both also train the pairs of `adapter.init`."""
+    scales and shifts (EfficientQAT). Both also train the pairs of an `adapter.init` that is not
+    "default"."""
     symmetric: bool = False
     """Integers only: fix the zero point in the middle of the codes."""
     outliers: float = 0.0
