@@ -15,6 +15,7 @@ from irqlora_jax.adapters import lora
 from irqlora_jax.adapters.method import Initialization
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
+from irqlora_jax.quant.inputs import InputMoments
 from irqlora_jax.quant.qtensor import QTensor
 
 
@@ -27,7 +28,7 @@ def start(
     key: PRNGKeyArray,
     dtype: DTypeLike = jnp.float32,
     *,
-    gram: Float[Array, "in in"] | None = None,
+    gram: Float[Array, "in in"] | InputMoments | None = None,
     damping: float = 0.01,
 ) -> tuple[QTensor, Float[Array, "rank in"], Float[Array, "out rank"]]:
     """The quantized weight, a random lora_A and a lora_B of 0. See `Initialization.fit`.

@@ -160,6 +160,8 @@ def _start(job: Job, linear: StoredLinear, weight: Array) -> Leaves:
         # The packed weight need not hold what the pair adds.
         update = jnp.matmul(pair["lora_B"], pair["lora_A"], precision="highest")
         weight = weight - jnp.float32(job.settings.adapter.scale) * update
+    if linear.weight.outliers is not None:  # the other weights determine the ranges
+        weight = linear.weight.outliers.take_out(weight)
     return job.options.start(weight, linear.weight) | pair
 
 

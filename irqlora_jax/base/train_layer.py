@@ -164,5 +164,6 @@ def _store(job: Job, config: QuantConfig, leaves: Leaves, start: StoredLinear) -
     pair = {leaf: leaves[leaf].astype(array.dtype) for leaf, array in start.pair.items()}
     if start.weight is None or not trained_leaves(job.options, set(leaves) - set(pair)):
         return StoredLinear(start.weight, pair)
-    weight, scale, place = job.options.numbers(leaves, start.weight, config.symmetric)
-    return StoredLinear(encode_with(weight, config, scale, place), pair)
+    numbers = job.options.numbers(leaves, start.weight, config.symmetric)
+    packed = encode_with(numbers.weight, config, *numbers[1:], outliers=start.weight.outliers)
+    return StoredLinear(packed, pair)

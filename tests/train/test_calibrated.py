@@ -130,7 +130,8 @@ def test_trained_pairs_are_the_start_of_the_run(tmp_path: Path, text: Path) -> N
         b = [np.asarray(tree["layers"][group][name]["lora_B"]) for tree in (start, last)]
         assert np.abs(b[0]).max() > 0 and (b[0] != b[1]).any()
     # Its base is incomplete without the pairs, so no other run can begin with it.
-    other = run_settings(tmp_path / "run", tmp_path / "other", train__steps=1)
+    other = settings | run_settings(tmp_path / "run", tmp_path / "other")
+    other |= {"adapter.init": "default", "train.steps": 1}
     with pytest.raises(ValueError, match="this base was fitted to the adapter of its run"):
         run(Config.load(QUICKSTART, other))
 
