@@ -139,8 +139,8 @@ class Initialization:
             fisher= if it needs that) -> the quantized weight, lora_A and lora_B, fitted to the
             weight together. `gram` is X^T X [in, in] of inputs of the layer or `InputMoments`, or
             None if neither the initialization nor the quantizer needs it; `damping` is its
-            damping. A fitted base
-            belongs to one run. None: uses the method's own `init`, and the quantizer alone.
+            damping. A fitted base belongs to one run. None: uses the method's own `init`, and the
+            quantizer alone.
         options: default options; None for an initialization without options.
         needs: options -> "inputs" if `fit` needs `gram`; "fisher" if it needs `fisher`, the sum of
             the squared gradients [out, in] of the rows of a text.
