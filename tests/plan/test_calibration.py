@@ -37,7 +37,7 @@ def test_memory_holds_a_layer_and_grows_as_it_should(metric: str) -> None:
     assert first.host == states * (1 if metric == "inputs" else LLAMA.num_hidden_layers + 3)
     twice = need(rows=32)
     assert (twice.device, twice.host) == (first.device, 2 * first.host)
-    assert 1.5 * first.work < twice.work < 2 * first.work
+    assert twice.work == pytest.approx(2 * first.work)  # no feedback, which rows do not change
     assert need(activations="bfloat16").host == states * (1 if metric == "inputs" else 7) // 2
     assert need(batch_size=512).device > first.device
 
@@ -63,6 +63,7 @@ def test_the_command_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "calibration with a text, before the training: " in said and "on the host" in said
 
 
+@pytest.mark.usefixtures("optimizer_promotion")
 def test_training_keeps_more_and_takes_longer() -> None:
     target = PlanDevice("a device", jax.devices(), 2**30, 2**30)
     trained = dataclasses.replace(CONFIG, quant=QuantConfig(training="block"))
