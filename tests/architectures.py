@@ -24,6 +24,7 @@ MODELS = {
     "13b": llama(5120, 13824, 40, 40),
     "30b": llama(6656, 17920, 60, 52),
     "65b": llama(8192, 22016, 80, 64),
+    "70b": llama(8192, 28672, 80, 64, num_key_value_heads=8),  # LLaMA2
     "llama3": llama(4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128256),
     "llama3.1": llama(
         *(4096, 14336, 32, 32),

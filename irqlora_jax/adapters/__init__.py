@@ -15,9 +15,10 @@ from irqlora_jax.adapters.qahira import QAHIRA
 from irqlora_jax.adapters.qalora import QALORA
 from irqlora_jax.adapters.qalora_iec import QALORA_IEC
 from irqlora_jax.adapters.qbara import QBARA
+from irqlora_jax.adapters.trained import TRAINED
 
 _LORAS = (LORA, IEC, DORA, LOKR, BAYESIAN, BINARY)
 _POOLED = (QALORA, QALORA_IEC, QBARA, QAHIRA)
 METHODS: dict[str, Method] = {one.name: one for one in (*_LORAS, *_POOLED)}
-_STARTS = DEFAULT, LOFTQ, CLOQ, LQLORA
+_STARTS = DEFAULT, LOFTQ, CLOQ, LQLORA, TRAINED
 INITIALIZATIONS: dict[str, Initialization] = {one.name: one for one in _STARTS}

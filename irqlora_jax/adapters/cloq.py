@@ -12,15 +12,14 @@ iterations = 1. R is the only matrix besides W and Q that is materialized.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from irqlora_jax.adapters.loftq import loftq
 from irqlora_jax.adapters.method import Initialization
 from irqlora_jax.quant.config import QuantConfig
-from irqlora_jax.quant.feedback import check_factor, check_moments
+from irqlora_jax.quant.inputs import InputMoments, as_moments
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.text import require
 
@@ -31,7 +30,7 @@ def cloq(
     rank: int,
     scaling: float,
     iterations: int,
-    gram: Float[Array, "in in"],
+    gram: Float[Array, "in in"] | InputMoments,
     damping: float,
     key: PRNGKeyArray,
     dtype: DTypeLike = jnp.float32,
@@ -49,7 +48,7 @@ def cloq(
         scaling: s, the factor of the update: alpha / rank.
         iterations: number of iterations.
         gram: H, the sum or the mean of x x^T over inputs x of the layer. The quantizer gets it too
-            if it needs it.
+            if it needs it. `InputMoments` have their own damping.
         damping: this fraction of the mean diagonal of H is added to the diagonal (`input_root`).
         key: random key of `randomized_svd`; without effect on small layers.
         dtype: type of the pair. The next iteration also quantizes its rounding error.
@@ -68,37 +67,11 @@ def cloq(
         True
     """
     columns = weight.shape[1]
-    require(gram.shape == (columns, columns), "gram", gram.shape, f"shape {(columns, columns)}")
-    root = input_root(gram, damping)
-    given = {"gram": gram, "damping": damping, "root": root}
+    inputs = as_moments(gram, damping)
+    shape, accepted = inputs.gram.shape, f"shape {(columns, columns)}"
+    require(shape == (columns, columns), "gram", shape, accepted)
+    given = {"gram": inputs, "root": inputs.root}
     return loftq(weight, config, rank, scaling, iterations, key, dtype, **given)
-
-
-def input_root(gram: Float[Array, "in in"], damping: float) -> Float32[Array, "in in"]:
-    """Lower Cholesky factor R of the damped second moments: R R^T = (H / m + d I) / (1 + d), where
-    m is the mean diagonal of H, and d the damping.
-
-    The factor 1 / (m (1 + d)) makes the mean diagonal 1. It changes no pair, and the error has the
-    size of the Frobenius norm. An input that is always 0 has the weight of the damping alone. If
-    all inputs are 0, all have the same weight.
-
-    Raises:
-        ValueError: as `feedback_factor`.
-    """
-    require(damping >= 0, "damping", damping, "0 or more")
-    check_moments(gram)
-    root = _root(gram, jnp.float32(damping))
-    check_factor(root, damping)
-    return root
-
-
-@jax.jit
-def _root(gram: Array, damping: Array) -> Array:
-    gram = gram.astype(jnp.float32)
-    mean = jnp.diagonal(gram).mean()
-    gram = gram / jnp.where(mean == 0, 1, mean)
-    damped = gram + damping * jnp.eye(len(gram), dtype=jnp.float32)
-    return jnp.linalg.cholesky(damped / (1 + damping))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +95,7 @@ def _fit_layer(
     key: PRNGKeyArray,
     dtype: DTypeLike,
     *,
-    gram: Array | None = None,
+    gram: Array | InputMoments | None = None,
     damping: float = 0.01,
 ) -> tuple[QTensor, Array, Array]:
     if gram is None:

@@ -67,8 +67,9 @@ class AdapterConfig:
     to the weights together (LoftQ), so that the update corrects most of the quantization error. In
     Python: `hf.load_loftq`. "cloq": the same for the outputs of the layer, on calibration text
     (CLoQ). "lqlora": as LoftQ, but the pair takes the largest singular directions of the weights
-    before these are quantized, and gradients can weigh the errors (LQ-LoRA). With all three, the
-    base belongs to this run alone."""
+    before these are quantized, and gradients can weigh the errors (LQ-LoRA). "trained": the update
+    starts at 0, and `quant.training` trains it layer by layer (ApiQ). With all four, the base
+    belongs to this run alone."""
     init_from: str | None = None
     """Start from a trained adapter: the folder of a run (its newest checkpoint) or of a PEFT
     adapter, with the same base, method, rank, alpha and targets. The optimizer starts anew.

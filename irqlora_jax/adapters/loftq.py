@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Float32, PRNGKeyArray
 from irqlora_jax.adapters.method import Initialization
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
+from irqlora_jax.quant.inputs import InputMoments, as_moments
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.quant.slabs import map_slabs, rows_of, slab_rows, sum_slabs
 from irqlora_jax.text import require
@@ -43,7 +44,7 @@ def loftq(
     key: PRNGKeyArray,
     dtype: DTypeLike = jnp.float32,
     *,
-    gram: Float[Array, "in in"] | None = None,
+    gram: Float[Array, "in in"] | InputMoments | None = None,
     damping: float = 0.01,
     root: Float32[Array, "in in"] | None = None,
 ) -> tuple[QTensor, Float[Array, "rank in"], Float[Array, "out rank"]]:
@@ -85,13 +86,13 @@ def loftq(
             raise ValueError(f"{name} = {value}: expected a whole number of at least 1")
     scale = jnp.float32(scaling)
     out_features, in_features = weight.shape
-    gram = gram if config.needs_inputs else None
+    gram = as_moments(gram, damping) if gram is not None and config.needs_inputs else None
     # The first update is 0, so that every iteration runs the same program.
     a, b = (jnp.zeros(shape, dtype) for shape in ((rank, in_features), (out_features, rank)))
     best, least = None, jnp.inf
     for turn in range(iterations):
         minus = _factors(a, b, scale)
-        quantized = quantize(weight, config, minus=minus, gram=gram, damping=damping)
+        quantized = quantize(weight, config, minus=minus, gram=gram)
         own = jax.random.fold_in(key, turn)
         a, b, norm = _fit(weight, quantized, scale, own, rank, jnp.dtype(dtype), root)
         if best is None or norm < least:
@@ -228,7 +229,7 @@ def _fit_layer(
     key: PRNGKeyArray,
     dtype: DTypeLike,
     *,
-    gram: Array | None = None,
+    gram: Array | InputMoments | None = None,
     damping: float = 0.01,
 ) -> tuple[QTensor, Array, Array]:
     turns = options.iterations

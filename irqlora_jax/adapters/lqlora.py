@@ -30,6 +30,7 @@ from irqlora_jax.adapters.loftq import EXACT_UP_TO, exact_svd, product, randomiz
 from irqlora_jax.adapters.method import Initialization
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
+from irqlora_jax.quant.inputs import InputMoments, as_moments
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.quant.slabs import map_slabs, rows_of, slab_rows, sum_slabs
 from irqlora_jax.text import require
@@ -75,7 +76,7 @@ def lqlora(
     fisher: Float[Array, "out in"] | None = None,
     sides: Sides = "both",
     keep_last: bool = False,
-    gram: Float[Array, "in in"] | None = None,
+    gram: Float[Array, "in in"] | InputMoments | None = None,
     damping: float = 0.0,
 ) -> Decomposition:
     """Computes Q, lora_A and lora_B with W ~ Q + scaling * lora_B lora_A.
@@ -116,7 +117,7 @@ def lqlora(
     for name, value in (("iterations", iterations), ("rank", rank)):
         require(value >= 1, name, value, "a whole number of at least 1")
     weights = None if fisher is None else _weights(weight, fisher, sides, damping)
-    gram = gram if config.needs_inputs else None
+    gram = as_moments(gram, damping) if gram is not None and config.needs_inputs else None
     quantized, best, errors = None, None, []
     for _ in range(iterations):
         given = quantized, weights, jnp.float32(scaling), key
@@ -124,7 +125,7 @@ def lqlora(
         a, b = _pair(weight, *given, rank=rank, dtype=jnp.dtype(dtype))
         del given
         minus = b.astype(jnp.float32), a.astype(jnp.float32) * jnp.float32(scaling)
-        quantized = quantize(weight, config, minus=minus, gram=gram, damping=damping)
+        quantized = quantize(weight, config, minus=minus, gram=gram)
         each = None if weights is None else weights.each
         errors.append(float(_error(weight, quantized, minus, each)))
         grew = best is not None and errors[-1] > errors[-2]
@@ -244,7 +245,7 @@ def _fit_layer(
     key: PRNGKeyArray,
     dtype: DTypeLike,
     *,
-    gram: Array | None = None,
+    gram: Array | InputMoments | None = None,
     damping: float = 0.01,
     fisher: Array | None = None,
 ) -> tuple[QTensor, Array, Array]:

@@ -137,12 +137,14 @@ class Initialization:
         title: short name for tables; "" for the method's own `init`.
         fit: (weight [out, in], QuantConfig, rank, scale, options, key, dtype, gram=, damping=, and
             fisher= if it needs that) -> the quantized weight, lora_A and lora_B, fitted to the
-            weight together. `gram` is X^T X [in, in] of inputs of the layer, or None if neither the
-            initialization nor the quantizer needs it; `damping` is its damping. A fitted base
-            belongs to one run. None: uses the method's own `init`, and the quantizer alone.
+            weight together. `gram` is X^T X [in, in] of inputs of the layer or `InputMoments`, or
+            None if neither the initialization nor the quantizer needs it; `damping` is its
+            damping. A fitted base belongs to one run. None: uses the method's own `init`, and the
+            quantizer alone.
         options: default options; None for an initialization without options.
         needs: options -> "inputs" if `fit` needs `gram`; "fisher" if it needs `fisher`, the sum of
             the squared gradients [out, in] of the rows of a text.
+        trained: the pair of `fit` is only a start, which `quant.training` has to train.
     """
 
     name: str
@@ -150,6 +152,7 @@ class Initialization:
     fit: Callable[..., tuple[Any, Float[Array, "rank in"], Float[Array, "out rank"]]] | None = None
     options: Any = None
     needs: Callable[[Any], Literal["nothing", "inputs", "fisher"]] = lambda options: "nothing"
+    trained: bool = False
 
 
 LEARNED = "learned/"

@@ -113,11 +113,9 @@ def fit(
     trained: dict[str, Leaves] = {}
     fixed: dict[str, Leaves] = {}
     for one in names:
-        leaves = _start(job, linears[one], _weight(weights, one))
-        ours = trained_leaves(options, leaves)
+        trained[one], fixed[one] = _divided(job, linears[one], _weight(weights, one))
         # Copies, because a step overwrites the arrays that it gets.
-        trained[one] = {leaf: jnp.array(leaves[leaf]) for leaf in ours}
-        fixed[one] = {leaf: leaves[leaf] for leaf in leaves if leaf not in ours}
+        trained[one] = jax.tree.map(jnp.array, trained[one])
     packed = {one: linears[one].weight for one in names}
     others = {one: linear for one, linear in linears.items() if packed.get(one) is None}
     base = dense_weights(weights, others)
@@ -144,6 +142,49 @@ def fit(
     return {one: trained[one] | fixed[one] for one in names}, np.asarray(jnp.stack(curve))
 
 
+def lower_step(
+    job: Job,
+    weights: Weights,
+    linears: Mapping[str, StoredLinear],
+    x: Float[jax.ShapeDtypeStruct, "batch seq hidden"],
+    device: Any,
+) -> jax.stages.Lowered:
+    """A step that trains all linear layers, from shapes alone (jax.ShapeDtypeStruct).
+
+    Args:
+        job: what is computed.
+        weights: the float weights of the layer.
+        linears: its linear layers.
+        x: the rows of a step.
+        device: the device to compile for.
+    """
+
+    def given(weights: Weights, linears: Mapping[str, StoredLinear], x: Array) -> Any:
+        both = {name: _divided(job, one, _weight(weights, name)) for name, one in linears.items()}
+        trained, fixed = ({name: part[i] for name, part in both.items()} for i in (0, 1))
+        packed = {name: one.weight for name, one in linears.items()}
+        others = {name: one for name, one in linears.items() if one.weight is None}
+        pairs = {name: one.pair for name, one in linears.items()}
+        wanted = [layer_outputs(job, weights, {}, x)] * (1 + job.options.same_inputs)
+        state, base = optax.scale_by_adam().init(trained), dense_weights(weights, others)
+        return trained, state, fixed, base, pairs, packed, x, wanted, jnp.float32(1)
+
+    where = jax.sharding.SingleDeviceSharding(device)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        jax.eval_shape(given, weights, dict(linears), x),
+    )
+    return _step.trace(job, *shapes).lower()
+
+
+def _divided(job: Job, linear: StoredLinear, weight: Array) -> tuple[Leaves, Leaves]:
+    """The leaves of a linear layer that are trained, and the other ones."""
+    leaves = _start(job, linear, weight)
+    ours = trained_leaves(job.options, leaves)
+    fixed = {leaf: value for leaf, value in leaves.items() if leaf not in ours}
+    return {leaf: leaves[leaf] for leaf in ours}, fixed
+
+
 def _weight(weights: Weights, name: str) -> Array:
     group, _ = linear_path(name)
     return jnp.asarray(weights[group][name]["weight"])
@@ -160,6 +201,8 @@ def _start(job: Job, linear: StoredLinear, weight: Array) -> Leaves:
         # The packed weight need not hold what the pair adds.
         update = jnp.matmul(pair["lora_B"], pair["lora_A"], precision="highest")
         weight = weight - jnp.float32(job.settings.adapter.scale) * update
+    if linear.weight.outliers is not None:  # the other weights determine the ranges
+        weight = linear.weight.outliers.take_out(weight)
     return job.options.start(weight, linear.weight) | pair
 
 

@@ -29,6 +29,7 @@ from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.tree import Tree, insert, matrix_name, weight_name, weight_shapes
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
+from irqlora_jax.quant.inputs import InputMoments
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.sharding import LINEAR_NAMES, PAIR
 
@@ -267,11 +268,15 @@ def _make_layer(
         moments = statistics.moments(weights) if matrices else {}
     except ValueError as error:
         raise ValueError(f"layer {layer}: {error}") from error
+    assert task.calibrate is not None
+    inputs: InputMoments | None = None
     for path, matrix in matrices.items():
         (group, name), gram = path, moments[path[-1]]
+        if inputs is None or inputs.gram is not gram:  # the same for q, k and v; one at a time
+            inputs = InputMoments(gram, task.calibrate.config.damping)
         try:
             weight, squares = weights[group][name]["weight"], statistics.squares.get(name)
-            made[path] = task.make(matrix, weight, gram, squares)
+            made[path] = task.make(matrix, weight, inputs, squares)
         except ValueError as error:
             raise ValueError(f"{matrix_name(path, layer)}: {error}") from error
     if matrices and task.quant.training != "none":

@@ -34,6 +34,7 @@ from irqlora_jax.model.tree import Tree, insert, matrix_name, weight_name, weigh
 from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.formats import FORMATS
+from irqlora_jax.quant.inputs import InputMoments
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.sharding import LINEAR_NAMES
 from irqlora_jax.text import require
@@ -72,12 +73,12 @@ def load_base(
             names it), a rule matches no matrix, or there is no text although it is needed.
     """
     quant = QuantConfig(format=KEPT) if quant is None else quant
-    damping = _check_rows(quant, None, calibrate)
+    _check_rows(quant, None, calibrate)
 
     def make(
-        matrix: Matrix, weight: jax.Array, gram: jax.Array | None, squares: jax.Array | None
+        matrix: Matrix, weight: jax.Array, gram: InputMoments | None, squares: jax.Array | None
     ) -> Made:
-        return Made(_packed(weight, matrix.quant, gram, damping), {})
+        return Made(_packed(weight, matrix.quant, gram), {})
 
     finished = _finished(keep, source, calibrate, quant)
     task = Task(quant, make, np.float32, calibrate, finished, watch)
@@ -126,11 +127,11 @@ def load_fitted(
     options = getattr(adapter, start.name, start.options)
 
     def make(
-        matrix: Matrix, weight: jax.Array, gram: jax.Array | None, squares: jax.Array | None
+        matrix: Matrix, weight: jax.Array, gram: InputMoments | None, squares: jax.Array | None
     ) -> Made:
         name, config = matrix.path[-1], matrix.quant
         if name not in adapter.targets:
-            return Made(_packed(weight, config, gram, damping), {})
+            return Made(_packed(weight, config, gram), {})
         own = jax.random.fold_in(key, LINEAR_NAMES.index(name))
         own = jax.random.fold_in(own, matrix.layer)
         if config.format == KEPT:
@@ -163,12 +164,18 @@ def load_loftq(
 
 
 def check_text(quant: QuantConfig, adapter: AdapterConfig | None, given: CalibrateConfig) -> None:
-    """Checks that the settings of the text are what the other settings need.
+    """Checks that the settings of the text and of the training are what the other settings need.
 
     Raises:
-        ValueError: there is no text although one is needed, or its metric does not fit; the
-            message names the settings.
+        ValueError: there is no text although one is needed, its metric does not fit, or pairs are
+            not trained that have to be; the message names the settings.
     """
+    if adapter is not None and adapter.start.trained:
+        accepted, trainer = f"with adapter.init {adapter.init}", quant.trainer
+        require(trainer is not None, "quant.training", quant.training, f"apiq or block {accepted}")
+        assert trainer is not None
+        rate = f"quant.{quant.training}.pair_lr"
+        require(trainer.pair_lr > 0, rate, trainer.pair_lr, f"a positive number {accepted}")
     needed = f"a text, needed by quant ({quant.label})" if quant.needs_text else None
     chooses = quant.budget is not None and quant.allocation.needs_text
     if chooses:
@@ -198,10 +205,8 @@ def _check_rows(
     return given.damping
 
 
-def _packed(
-    weight: jax.Array, config: QuantConfig, gram: jax.Array | None, damping: float
-) -> QTensor:
-    return quantize(weight, config, gram=gram if config.needs_inputs else None, damping=damping)
+def _packed(weight: jax.Array, config: QuantConfig, gram: InputMoments | None) -> QTensor:
+    return quantize(weight, config, gram=gram if config.needs_inputs else None)
 
 
 def _finished(

@@ -13,6 +13,7 @@ from irqlora_jax.adapters.method import Params
 from irqlora_jax.files.tensors import aligned
 from irqlora_jax.model.tree import LAYERS, Keys, Tree, insert, stacks
 from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.inputs import InputMoments
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.sharding import PAIR, sharding
 
@@ -55,7 +56,7 @@ class Made(NamedTuple):
         return whole + scale * jnp.matmul(b, a, precision="highest")
 
 
-Maker = Callable[[Matrix, jax.Array, jax.Array | None, jax.Array | None], Made]
+Maker = Callable[[Matrix, jax.Array, InputMoments | None, jax.Array | None], Made]
 """Makes a matrix from its weight and, if there is a text, X^T X of its inputs and, if they were
 asked for, the sums of its squared gradients."""
 

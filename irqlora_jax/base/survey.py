@@ -154,9 +154,10 @@ def summarize(found: Sequence[Surveyed], config: QuantConfig) -> dict[str, Any]:
     """Summarizes all matrices of a base as plain numbers for JSON.
 
     Returns:
-        "format", "calibration", "block_size", the numbers of "weights" and "sampled" weights, and
-        one dict each for "plain" and "calibrated" (absent if nothing was calibrated): "entropy" and
-        "error" (by projection, lists over the layers with null for a layer that is not quantized),
+        "format", "calibration", "rounding", "training", "block_size", the numbers of "weights" and
+        "sampled" weights, and one dict each for "plain" and "calibrated" (absent if nothing was
+        calibrated): "entropy" and "error" (by projection, lists over the layers with null for a
+        layer that is not quantized),
         "mean_entropy" of all blocks in bits, the counts "codes", and "shifts" (counts of the bins
         of `bin_edges`; absent without shifts). With rules, "formats" has the number of matrices in
         each format, "format" is the most frequent one, and "codes" and "shifts" count only it.
@@ -166,6 +167,8 @@ def summarize(found: Sequence[Surveyed], config: QuantConfig) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "format": format,
         "calibration": config.calibration,
+        "rounding": config.rounding,
+        "training": config.training,
         "block_size": config.block_size,
         "weights": sum(one.weights for one in found),
         "sampled": sum(one.sampled for one in found),

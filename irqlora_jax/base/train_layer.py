@@ -92,11 +92,9 @@ def train_layer(
         ValueError: shapes that do not fit, or a loss that is NaN or infinite; the message names the
             layer.
     """
-    name = f"{LAYERS}.{layer}"
-    configs = {one: quant.for_matrix(matrix_name(linear_path(one), layer)) for one in LINEAR_NAMES}
+    name, configs = f"{LAYERS}.{layer}", layer_configs(quant, layer)
     _check(name, settings, configs, start, inputs, full_inputs)
-    symmetric = tuple((one, config.symmetric) for one, config in configs.items())
-    whole = Job(_lora(settings), options, symmetric, WHOLE)
+    whole = layer_job(settings, configs, options)
     groups = [(whole, LINEAR_NAMES)]
     if options.match == "linear":
         trained = [name for name, (weight, pair) in start.items() if weight is not None or pair]
@@ -124,6 +122,19 @@ def train_layer(
         linears, after, kept = dict(start), before, list(LINEAR_NAMES)
     losses, norms = np.concatenate(curves).T
     return TrainedLayer(linears, float(before[0]), float(after[0]), tuple(kept), losses, norms)
+
+
+def layer_configs(quant: QuantConfig, layer: int) -> dict[str, QuantConfig]:
+    """The configuration of each linear layer of a decoder layer."""
+    return {one: quant.for_matrix(matrix_name(linear_path(one), layer)) for one in LINEAR_NAMES}
+
+
+def layer_job(
+    settings: Settings, configs: Mapping[str, QuantConfig], options: ApiqOptions | BlockOptions
+) -> Job:
+    """Compares the outputs of the decoder layer."""
+    symmetric = tuple((one, config.symmetric) for one, config in configs.items())
+    return Job(_lora(settings), options, symmetric, WHOLE)
 
 
 def _check(
@@ -164,5 +175,6 @@ def _store(job: Job, config: QuantConfig, leaves: Leaves, start: StoredLinear) -
     pair = {leaf: leaves[leaf].astype(array.dtype) for leaf, array in start.pair.items()}
     if start.weight is None or not trained_leaves(job.options, set(leaves) - set(pair)):
         return StoredLinear(start.weight, pair)
-    weight, scale, place = job.options.numbers(leaves, start.weight, config.symmetric)
-    return StoredLinear(encode_with(weight, config, scale, place), pair)
+    numbers = job.options.numbers(leaves, start.weight, config.symmetric)
+    packed = encode_with(numbers.weight, config, *numbers[1:], outliers=start.weight.outliers)
+    return StoredLinear(packed, pair)

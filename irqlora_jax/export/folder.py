@@ -15,10 +15,11 @@ from typing import Any, Literal
 import numpy as np
 
 from irqlora_jax.base.file import read_base_config, read_calibrate
+from irqlora_jax.base.updates import with_scales
 from irqlora_jax.export.card import Card
 from irqlora_jax.export.model import parameters, save_model
 from irqlora_jax.export.peft import save_adapter
-from irqlora_jax.export.quantized import save_quantized, with_scales
+from irqlora_jax.export.quantized import save_quantized
 from irqlora_jax.files.hub import is_hub_id
 from irqlora_jax.files.small import read_json
 from irqlora_jax.messages import progress_bar, shows_messages
@@ -235,8 +236,7 @@ def _dtype(config: ExportConfig, run: Run) -> str:
 def _model_folder(aside: Path, name: str, run: Run, config: ExportConfig) -> None:
     model, variables = run.model, run.variables
     if config.kind == "dequantized":
-        if model.adapter is not None and model.adapter.scales:
-            variables = {**variables, "base": with_scales(model, variables)}
+        model, variables = with_scales(model, variables)
         model = model.clone(adapter=None)
     dtype = _dtype(config, run)
     save_model(

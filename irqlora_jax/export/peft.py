@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.lora import LORA, peft_fields
 from irqlora_jax.adapters.method import Method, Params, Shape
 from irqlora_jax.adapters.scales import split
+from irqlora_jax.export.ranks import ALPHAS, RANKS, has_patterns, rank_fields, read_ranks
 from irqlora_jax.files.small import read_json
 from irqlora_jax.files.tensors import Header, check_float, read_headers, read_into, write_tensors
 from irqlora_jax.model.llama import Llama
@@ -36,7 +38,8 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
     """Reads a LoRA, DoRA or LoKr adapter of PEFT, or an adapter of the released IR-QLoRA code.
 
     A plain LoRA pair can be loaded for any method that equals LoRA when its other leaves have their
-    initial values (IEC with both scalars 0).
+    initial values (IEC with both scalars 0). If ranks differ between layers (`rank_pattern`), zeros
+    fill the smaller pairs up to `adapter.rank`. An added component stays 0 in a training.
 
     Args:
         source: a .safetensors file, or a folder with adapter_model.safetensors.
@@ -50,9 +53,16 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
     if adapter is None:
         raise ValueError("model.adapter = None: expected the AdapterConfig of the adapter")
     file = _adapter_file(Path(source).expanduser())
-    as_peft = False
-    if file.name == ADAPTER and file.with_name(ADAPTER_CONFIG).is_file():
-        as_peft = _check_adapter_config(file.with_name(ADAPTER_CONFIG), adapter)
+    method, depth = adapter.chosen, model.config.num_hidden_layers
+    paths = [linear_path(name) for name in LINEAR_NAMES if name in adapter.targets]
+    as_peft, ranks = False, {}
+    described = file.with_name(ADAPTER_CONFIG)
+    if file.name == ADAPTER and described.is_file():
+        values = read_json(described)
+        as_peft = _check_adapter_config(described, values, adapter)
+        if has_patterns(values):
+            places = [(path, layer) for path in paths for layer in range(depth)]
+            ranks = read_ranks(described, values, adapter, places)
     headers = read_headers(file)
     # PEFT has the name of the adapter in its layers, but not in its files. The released IR-QLoRA
     # code has it in the names of the scalars (lora_default_A_scale).
@@ -61,8 +71,6 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
     }
     if len(names) < len(headers):
         raise ValueError(f"{file}: tensors of several adapters; expected one")
-    method, depth = adapter.chosen, model.config.num_hidden_layers
-    paths = [linear_path(name) for name in LINEAR_NAMES if name in adapter.targets]
     fresh = {
         path: _fresh(method.name, model.config.linear_shapes[path[-1]], adapter) for path in paths
     }
@@ -95,9 +103,24 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
             f"{targets}: {first_few([names[name] for name in extra])}"
         )
 
+    if ranks and method.peft is None and own.keys() - pair.keys():
+        raise ValueError(
+            f"{described}: {RANKS}: expected a LoRA pair alone, or {method.title} of one rank"
+        )
+
     def read(path: Keys, part: str, like: Any) -> np.ndarray:
-        found = [names[adapter_name(path, layer, part)] for layer in range(depth)]
-        return np.stack([_read_adapter(headers[key], key, like, adapter) for key in found])
+        leaf = next((leaf for leaf, name in pair.items() if name == part), "")
+
+        def one(layer: int) -> np.ndarray:
+            key, rank = names[adapter_name(path, layer, part)], ranks.get((path, layer))
+            if rank is None or not leaf:
+                return _read_adapter(headers[key], key, like, f"adapter.rank = {adapter.rank}")
+            shape = (rank.rank, like.shape[1]) if leaf == "lora_A" else (like.shape[0], rank.rank)
+            smaller = jax.ShapeDtypeStruct(shape, like.dtype)
+            value = _read_adapter(headers[key], key, smaller, f"{RANKS}: {rank.rank}")
+            return rank.padded(leaf, value, adapter.rank)
+
+        return np.stack([one(layer) for layer in range(depth)])
 
     adapters: Tree = {}
     for path in paths:
@@ -245,7 +268,7 @@ def save_adapter(
     if folds:  # the pairs may have other ranks
         part = LORA.files["lora_A"]
         found = {place: shapes[adapter_name(*place, part)][0] for place in places}
-        fields |= _rank_fields(adapter, found)
+        fields |= rank_fields(adapter, found)
     values = {
         # PEFT declares alpha as a whole number.
         **{k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in fields.items()},
@@ -256,29 +279,6 @@ def save_adapter(
         "inference_mode": True,
     }
     (folder / ADAPTER_CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-
-
-def _rank_fields(adapter: AdapterConfig, ranks: dict[tuple[Keys, int], int]) -> dict[str, Any]:
-    """Fields for pairs of these ranks by place, whose update has the factor of `adapter`.
-
-    A name in a pattern is a projection, or one in a layer if its rank differs between layers.
-    """
-    own: dict[Keys, set[int]] = {}
-    for (path, _), rank in ranks.items():
-        own.setdefault(path, set()).add(rank)
-    names = {
-        path[-1] if len(own[path]) == 1 else ".".join((LAYERS, str(layer), *path)): rank
-        for (path, layer), rank in ranks.items()
-    }
-    power = 0.5 if adapter.scaling == "sqrt_rank" else 1
-    alphas = {rank: adapter.alpha * (rank / adapter.rank) ** power for rank in ranks.values()}
-    largest = max(alphas)
-    fields: dict[str, Any] = {"r": largest, "lora_alpha": alphas[largest]}
-    others = {name: rank for name, rank in names.items() if rank != largest}
-    if others:
-        fields["rank_pattern"] = others
-        fields["alpha_pattern"] = {name: alphas[rank] for name, rank in others.items()}
-    return fields
 
 
 @functools.partial(jax.jit, static_argnames=("adapter", "shape"))
@@ -314,8 +314,8 @@ def _adapter_file(source: Path) -> Path:
 # Fields of adapter_config.json that can change what an adapter computes, with the values that do
 # not (default first). Initializations that are not listed, e.g. PiSSA, also change the base.
 _ACCEPTED: dict[str, tuple[Any, ...]] = {
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
+    RANKS: ({}, None),
+    ALPHAS: ({}, None),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
 # Fields of a method with their defaults in PEFT. Others matter only in the training.
@@ -335,21 +335,23 @@ _DEFAULTS = {
 _OURS = {"r": "rank", "lora_alpha": "alpha", "alpha": "alpha"}
 
 
-def _check_adapter_config(file: Path, adapter: AdapterConfig) -> bool:
-    """Checks that the file describes `adapter`.
+def _check_adapter_config(file: Path, values: Mapping[str, Any], adapter: AdapterConfig) -> bool:
+    """Checks that the file describes `adapter`, apart from ranks and alphas with a pattern.
 
     Returns:
         Whether it has the fields of PEFT for the method (`Method.peft`). Files of the authors'
         codes do not.
     """
-    values = read_json(file)
     plain, own = peft_fields(adapter), (adapter.chosen.peft or peft_fields)(adapter)
     as_peft = adapter.chosen.file_factor is None or any(
         values.get(name) for name in own.keys() - plain.keys()
     )
     fields = own if as_peft else plain
-    accepted = {name: (value,) for name, value in fields.items() if name in _DEFAULTS}
-    for name, known in {**accepted, **_ACCEPTED}.items():
+    accepted = {name: (value,) for name, value in fields.items() if name in _DEFAULTS} | _ACCEPTED
+    if fields["peft_type"] == "LORA" and has_patterns(values):  # for `read_ranks`
+        for name in ("r", "lora_alpha", RANKS, ALPHAS):
+            del accepted[name]
+    for name, known in accepted.items():
         value, wanted = values.get(name, _DEFAULTS.get(name, known[0])), known[0]
         if value not in known and name in _OURS:
             raise ValueError(
@@ -373,9 +375,9 @@ def _check_adapter_config(file: Path, adapter: AdapterConfig) -> bool:
     return as_peft
 
 
-def _read_adapter(header: Header, key: str, like: Any, adapter: AdapterConfig) -> np.ndarray:
+def _read_adapter(header: Header, key: str, like: Any, why: str) -> np.ndarray:
     """Reads one tensor as float32, or as bytes where `like` has bytes. Files store a scalar with
-    shape [1]."""
+    shape [1]. `why` says where the shape comes from, for messages."""
     shape, packed = like.shape, like.dtype == np.uint8
     if not packed:
         check_float(header, key)
@@ -383,8 +385,7 @@ def _read_adapter(header: Header, key: str, like: Any, adapter: AdapterConfig) -
         raise ValueError(f"{header.file}: {key} has type {header.dtype}: expected U8")
     if header.shape != (shape or (1,)):
         raise ValueError(
-            f"{header.file}: {key} has shape {header.shape}: expected {shape or (1,)} "
-            f"(adapter.rank = {adapter.rank})"
+            f"{header.file}: {key} has shape {header.shape}: expected {shape or (1,)} ({why})"
         )
     value = np.empty(header.shape, np.uint8 if packed else np.float32)
     read_into(value, header, key)

@@ -1,17 +1,16 @@
 """Writes a run as a quantized base with the trained update inside (`adapters/absorb.py`)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from irqlora_jax.adapters.absorb import absorb
-from irqlora_jax.adapters.scales import put, split
 from irqlora_jax.base.file import Base, read_base_config, read_calibrate, save_base
+from irqlora_jax.base.updates import changed_base
 from irqlora_jax.model.llama import Llama
-from irqlora_jax.model.tree import LAYERS, Tree, linear_path, linear_stacks, stacks
+from irqlora_jax.model.tree import Tree, linear_stacks
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs.folder import BASE_FILE, SURVEY_FILE
 from irqlora_jax.runs.load import Run
@@ -36,32 +35,7 @@ def absorbed_base(model: Llama, variables: Mapping[str, Tree], dtype: str) -> Ba
     def change(params: Any, weight: Any) -> QTensor:
         return absorb(adapter, params, weight, jnp.dtype(dtype))
 
-    return _changed(model, variables, change)
-
-
-def with_scales(model: Llama, variables: Mapping[str, Tree]) -> Base:
-    """The base with its trained scales and shifts (`adapter.scales`), without the adapter."""
-    return _changed(model, variables, lambda params, weight: put(split(params)[0], weight))
-
-
-def _changed(
-    model: Llama, variables: Mapping[str, Tree], change: Callable[[Any, Any], QTensor]
-) -> Base:
-    adapter, depth = model.adapter, model.config.num_hidden_layers
-    assert adapter is not None
-    base: Base = dict(variables["base"])
-    for name, layers in stacks(base, depth).items():
-        stack = base[name] = {**base[name]}
-        for target in adapter.targets:
-            group, projection = linear_path(target)
-            params = variables["params"][LAYERS][group][projection]
-            own = jax.tree.map(lambda x, of=layers: x[of.start : of.stop], params)
-            try:
-                weight = jax.jit(jax.vmap(change))(own, stack[group][projection]["weight"])
-            except ValueError as error:
-                raise ValueError(f"{target}: {error}") from error
-            stack[group] = {**stack[group], projection: {"weight": weight}}
-    return base
+    return changed_base(model, variables, change)
 
 
 def save_quantized(folder: Path, run: Run, dtype: str) -> None:

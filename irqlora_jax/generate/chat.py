@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -71,7 +71,7 @@ def chat(
     read = read or ((lambda _: input()) if piped else input)
     with progress_bar("Loading the model"):
         run = load_run(config.run, adapter=not config.baseline, checkpoint=config.checkpoint)
-        decoding = unpacked(run, each_layer=True).variables
+        fast = unpacked(run, each_layer=True)
     style = find_style(run.config, run.tokenizer)
     # Fail before the first message if the settings are invalid or the chat template does not work.
     encode_turns(style, run.tokenizer, "?", system=config.system)
@@ -90,7 +90,7 @@ def chat(
         if dropped:
             note(f"[context full: the oldest {dropped} of {len(turns)} turns are dropped]\n")
             turns = turns[dropped:]
-        turns.append(_answer(run, decoding, style, tokens, message, config, number, write, note))
+        turns.append(_answer(run, fast, style, tokens, message, config, number, write, note))
 
 
 def _messages(read: Callable[[str], str], note: Write) -> Iterator[str | None]:
@@ -128,7 +128,7 @@ def _prompt(
 
 def _answer(
     run: Run,
-    decoding: Mapping[str, Any],
+    fast: Run,
     style: Style,
     prompt: list[int],
     message: str,
@@ -150,7 +150,7 @@ def _answer(
             prompt,
             limit,
             eos_token_ids=eos,
-            decoding=decoding,
+            decoding=(fast.model, fast.variables),
             **_sampling_options(config, number),
         ):
             tokens.append(token)

@@ -42,6 +42,12 @@ class Device:
         """Total memory in bytes."""
         return self.mib << 20
 
+    @property
+    def flops(self) -> float:
+        """Floating-point operations a second in float32, without tensor cores."""
+        lanes = 64 if self.capability < (8, 6) else 128
+        return 2e9 * self.cores * lanes * self.clock
+
 
 DEVICES = {
     "t4": Device("T4", (7, 5), 15360, 40, 320, 4, 1.59),

@@ -54,6 +54,7 @@ class PlanDevice:
         options: options of the compiler.
         shared: host and device share one memory.
         capability: CUDA compute capability, if known.
+        flops: floating-point operations a second in float32, if known.
     """
 
     title: str
@@ -64,6 +65,7 @@ class PlanDevice:
     options: dict[str, Any] | None = None
     shared: bool = False
     capability: tuple[int, int] | None = None
+    flops: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +113,8 @@ def find_plan_device(name: str | None, count: int) -> PlanDevice:
         return _local_device()
     device = find_device(name)
     memory = int(device.memory * usable_fraction())
-    capability = device.capability
-    target = PlanDevice(device.title, [], memory, device.memory, "estimate", capability=capability)
+    known: dict[str, Any] = {"capability": device.capability, "flops": device.flops}
+    target = PlanDevice(device.title, [], memory, device.memory, "estimate", **known)
     found = compile_only_devices(device, MAX_SPLIT * count)
     if found is not None:
         return dataclasses.replace(target, devices=found, compiler="own", options=OPTIONS)

@@ -123,11 +123,15 @@ def _calibration(config: Config, need: CalibrationNeed, target: PlanDevice) -> s
         f"calibration with a text, before the training: {_gib(need.device)} GiB on one device, "
         f"{_gib(need.host)} GiB of hidden states on the host, {need.work / 1e12:,.1f} TFLOP"
     )
-    if config.quant.training != "none":
-        text += "\nThe memory of the device for quant.training is not counted."
+    if target.flops is not None:
+        minutes = need.work / target.flops / 60
+        text += f" ({minutes:,.1f} minutes at the float32 rate of its data sheet)"
     if need.device > target.memory:
         over = readable_size(need.device - target.memory)
-        advice = "a smaller calibrate.batch_size or calibrate.length needs less"
+        sizes = ["calibrate.batch_size", "calibrate.length"]
+        training = config.quant.training
+        sizes += [f"quant.{training}.batch"] if training != "none" else []
+        advice = f"a smaller {' or '.join(sizes)} needs less"
         text += f"\nThis does not fit: {over} too much; {advice}"
     return text
 

@@ -107,12 +107,13 @@ class QuantConfig:
     training: Training = "none"
     """Train each decoder layer, so that its outputs come close to those in full precision; needs
     `calibrate.data`, and takes long. "apiq": the range of every block (ApiQ). "block": weights,
-    scales and shifts (EfficientQAT). Both also train the pairs of `adapter.init`."""
+    scales and shifts (EfficientQAT). Both also train the pairs of an `adapter.init` that is not
+    "default"."""
     symmetric: bool = False
     """Integers only: fix the zero point in the middle of the codes."""
     outliers: float = 0.0
     """Share of the weights of each matrix that keep 16 bits, at least 0 and below 0.5: 0.01 costs
-    0.32 bits a weight. They are chosen before the calibration."""
+    0.32 bits a weight. They are chosen before the calibration, and `quant.training` keeps them."""
     outlier_rule: Literal["magnitude", "sensitivity"] = "magnitude"
     """The weights that are outliers. "magnitude": the largest (AdpQ). "sensitivity": those whose
     quantization would harm the outputs most (SpQR); needs `calibrate.data`."""
@@ -152,8 +153,6 @@ class QuantConfig:
         require(0 <= share < 0.5, "quant.outliers", share, "a number from 0 to below 0.5")
         accepted = "magnitude or sensitivity"
         require(by in ("magnitude", "sensitivity"), "quant.outlier_rule", by, accepted)
-        ok = share == 0 or self.training == "none"
-        require(ok, "quant.outliers", share, f"0 with quant.training {self.training}")
         source = self.codes_from
         require(source in ("stored", "exact"), "quant.codes_from", source, "stored or exact")
         format = FORMATS.get(self.format)

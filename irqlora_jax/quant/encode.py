@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Shaped
 
 from irqlora_jax.quant import packing, stats
 from irqlora_jax.quant.calibrations import CALIBRATIONS, Calibrated
@@ -15,9 +15,15 @@ from irqlora_jax.quant.calibrations.plain import block_ends
 from irqlora_jax.quant.codes import Feedback, codes_with_feedback, encode_codes
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.entropy import FLOAT_MAX, FLOAT_TINY
-from irqlora_jax.quant.feedback import check_moments, feedback_factor
 from irqlora_jax.quant.formats import Format, get_format
-from irqlora_jax.quant.outliers import check_outliers, find_largest, outlier_count, split
+from irqlora_jax.quant.inputs import InputMoments, as_moments
+from irqlora_jax.quant.outliers import (
+    Outliers,
+    check_outliers,
+    find_largest,
+    outlier_count,
+    split,
+)
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.quant.slabs import map_slabs, rows_of, slab_rows
 from irqlora_jax.text import require
@@ -29,7 +35,7 @@ def quantize(
     *,
     shift: Float[Array, "out blocks"] | None = None,
     minus: tuple[Float[Array, "out rank"], Float[Array, "rank in"]] | None = None,
-    gram: Float[Array, "in in"] | None = None,
+    gram: Float[Array, "in in"] | InputMoments | None = None,
     damping: float = 0.01,
 ) -> QTensor:
     """Quantizes a matrix (float32, bfloat16 or float16), or a matrix minus a low-rank product.
@@ -50,7 +56,8 @@ def quantize(
         gram: X^T X of inputs X [tokens, in] of the layer, needed if `config.needs_inputs`. Rounding
             with error feedback (`feedback.py`) uses all of it, and begins with the columns that
             have the largest moments. An outlier receives no errors, and passes on those that reach
-            it. The calibration "importance" uses the diagonal.
+            it. The calibration "importance" uses the diagonal. `InputMoments` keep the factor for
+            other matrices with the same inputs, and have their own damping.
         damping: for the feedback, as a fraction of the mean diagonal of `gram`.
 
     Raises:
@@ -83,10 +90,11 @@ def quantize(
             _check_finite(name, matrix)
     feedback = inputs = None
     if gram is not None:
-        columns = weight.shape[1]
-        require(gram.shape == (columns, columns), "gram", gram.shape, f"shape {(columns, columns)}")
-        feedback = _feedback(gram, damping) if config.needs_factor else None
-        inputs = check_moments(gram)
+        own, columns = as_moments(gram, damping), weight.shape[1]
+        shape, accepted = own.gram.shape, f"shape {(columns, columns)}"
+        require(shape == (columns, columns), "gram", shape, accepted)
+        feedback = own.feedback if config.needs_factor else None
+        inputs = own.diagonal
     if config.outliers:
         largest = jnp.maximum(weight.max(), -weight.min())
         check_outliers(weight.shape, None if isinstance(largest, Tracer) else float(largest))
@@ -98,6 +106,8 @@ def encode_with(
     config: QuantConfig,
     scale: Float[Array, "out blocks"],
     place: Float[Array, "out blocks"] | None = None,
+    *,
+    outliers: Outliers | None = None,
 ) -> QTensor:
     """Packs a matrix with given scales and shifts, e.g. trained ones.
 
@@ -109,10 +119,12 @@ def encode_with(
         scale: the scale of every block.
         place: the shift of every block (NormalFloat and FP4; None: no shifts), or its zero point
             (integers), which is rounded to 8 bits.
+        outliers: these outliers, instead of the largest weights.
 
     Raises:
         ValueError: NaN, infinite or missing values, another shape, format "none"; for integers, a
-            zero point that 8 bits cannot store, or a scale that is not positive.
+            zero point that 8 bits cannot store, or a scale that is not positive; outliers whose
+            number is not `config.outliers` of the weights.
 
     Examples:
         >>> weight = jnp.array([[-0.4, 0.1, 0.5, 1.0, 1.4, 1.9, 2.4, 3.0]])
@@ -138,7 +150,11 @@ def encode_with(
         _check_range(kind, zero, 0.0, largest)
         zero = stats.decode_zero(stats.encode_zero(zero, fmt.bits), fmt.bits)
         found = Calibrated(scale=flat["scale"], zero=zero)
-    return _quantize(weight, None, config, given=found)
+    if outliers is not None:
+        wanted = outlier_count(weight.shape, config.outliers)
+        accepted = f"{wanted} with quant.outliers {config.outliers:g}"
+        require(outliers.values.size == wanted, "outliers", outliers.values.size, accepted)
+    return _quantize(weight, None, config, given=found, outliers=outliers)
 
 
 def _check_range(name: str, values: Array, low: float, high: float) -> None:
@@ -146,11 +162,6 @@ def _check_range(name: str, values: Array, low: float, high: float) -> None:
     if not isinstance(fine, Tracer):
         ends = float(values.min()), float(values.max())
         require(bool(fine), f"{name} (least, largest)", ends, f"numbers from {low:g} to {high:g}")
-
-
-def _feedback(gram: Array, damping: float) -> Feedback:
-    order = jnp.argsort(-jnp.diagonal(gram))
-    return Feedback(order, feedback_factor(gram[order][:, order], damping))
 
 
 def _check_finite(name: str, matrix: Array) -> None:
@@ -218,14 +229,17 @@ def _quantize(
     feedback: Feedback | None = None,
     inputs: Array | None = None,
     given: Calibrated | None = None,
+    outliers: Outliers | None = None,
 ) -> QTensor:
     fmt, size = get_format(config.format), config.block_size
     rows, columns = weight.shape
     per_row = -(-columns // size)
     count = slab_rows((rows, columns))
-    kept, sparse = None, {}
+    kept = None
     some = outlier_count((rows, columns), config.outliers)
-    if some:
+    if outliers is not None:
+        weight = outliers.take_out(weight)
+    elif some:
         if minus is not None:
             weight = map_slabs(functools.partial(_rows, weight, minus, count), rows, count)
             minus = None
@@ -233,23 +247,20 @@ def _quantize(
         if config.outlier_rule == "sensitivity" and feedback is not None:
             size_or_harm = _harm(weight, feedback, config, some)
         kept = find_largest(size_or_harm, some)
-        parts = split(weight, kept, some)._asdict()
-        sparse = {f"outlier_{name}": value for name, value in parts.items()}
+        outliers = split(weight, kept, some)
         weight = jnp.where(kept, 0, weight)
+    sparse = {} if outliers is None else outliers._asdict()
 
     def blocks_from(start: Array | int) -> Array:
         """The blocks of a slab in the type of the weight, to avoid a float32 copy."""
-        part = _rows(weight, minus, count, start)
-        return jnp.pad(part, ((0, 0), (0, per_row * size - columns))).reshape(-1, size)
+        return _cut(_rows(weight, minus, count, start), size)
 
     valid = None
     if per_row * size > columns:
         ends = jnp.minimum(columns - jnp.arange(per_row) * size, size)
         valid = jnp.tile(ends, count)
 
-    moments = None
-    if inputs is not None:
-        moments = jnp.pad(inputs, (0, per_row * size - columns)).reshape(per_row, size)
+    moments = None if inputs is None else _cut(inputs[None], size)
 
     def calibrate(start: Array | int) -> Calibrated:
         found = _calibrate(blocks_from(start), fmt, config, valid, shift is not None, moments)
@@ -271,8 +282,7 @@ def _quantize(
         else:
             part = blocks.reshape(count, -1)[:, :columns]
             own_kept = None if kept is None else rows_of(kept, start, count)
-            codes = codes_with_feedback(part, own_kept, fmt, size, feedback, *own)
-            codes = jnp.pad(codes, ((0, 0), (0, per_row * size - columns))).reshape(-1, size)
+            codes = _cut(codes_with_feedback(part, own_kept, fmt, size, feedback, *own), size)
         return packing.pack(codes, fmt.bits).reshape(count, per_row, -1)
 
     stored = dict(statistics.stored)
@@ -283,12 +293,17 @@ def _quantize(
     return QTensor(
         packed=map_slabs(encode, rows, count),
         **stored,  # type: ignore[arg-type]
-        **sparse,
+        **{f"outlier_{name}": value for name, value in sparse.items()},
         shape=(rows, columns),
         format=fmt.name,
         block_size=size,
         second_level=level,
     )
+
+
+def _cut(rows: Shaped[Array, "rows in"], size: int) -> Shaped[Array, "blocks size"]:
+    """The blocks of some rows, one row after the other. Zeros fill the last block of a row."""
+    return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % size))).reshape(-1, size)
 
 
 def _rows(
@@ -323,8 +338,7 @@ def _harm(weight: Array, feedback: Feedback, config: QuantConfig, some: int) -> 
         part = rows_of(weight, start, count).astype(jnp.float32)
         stored = jax.tree.map(lambda x: rows_of(x, start, count), (core.scale(), zero))
         scale, own_zero = jax.tree.map(jnp.ravel, stored)
-        blocks = jnp.pad(part, ((0, 0), (0, -columns % size))).reshape(-1, size)
-        codes = encode_codes(blocks, fmt, scale, own_zero, None)
+        codes = encode_codes(_cut(part, size), fmt, scale, own_zero, None)
         levels = jnp.asarray(fmt.table)[codes]
         levels = levels if own_zero is None else levels - own_zero[:, None]
         return jnp.abs((levels * scale[:, None]).reshape(count, -1)[:, :columns] - part)

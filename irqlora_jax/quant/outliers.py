@@ -51,6 +51,10 @@ class Outliers(NamedTuple):
         places = weight.at[self.rows(), self.columns.astype(jnp.int32)]
         return places.set(values, unique_indices=True, indices_are_sorted=True)
 
+    def take_out(self, weight: Float[Array, "out in"]) -> Float[Array, "out in"]:
+        """The matrix with 0 in the places of the outliers."""
+        return self._replace(values=jnp.zeros_like(self.values)).put(weight)
+
     def put_rows(
         self, weight: Float[Array, "some in"], place: Int[Array, " out"]
     ) -> Float[Array, "some in"]:

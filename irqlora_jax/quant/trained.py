@@ -51,8 +51,8 @@ def _cut(weight: Float32[Array, "out in"], size: int) -> Float32[Array, "out blo
 
 
 def round_matrix(numbers: Numbers, like: QTensor) -> Float32[Array, "out in"]:
-    """The values nearest to the weights, with straight-through gradients. `like` has the format and
-    the size of the blocks."""
+    """The values nearest to the weights, with straight-through gradients. `like` has the format,
+    the size of the blocks, and the outliers, which nothing changes: their gradient is 0."""
     weight, scale, place = numbers
     fmt, blocks = get_format(like.format), _cut(weight, like.block_size)
     if fmt.integer:
@@ -60,7 +60,8 @@ def round_matrix(numbers: Numbers, like: QTensor) -> Float32[Array, "out in"]:
         values = round_to_integers(blocks, scale, place, fmt)
     else:
         values = round_to_levels(blocks, scale, place, fmt)
-    return values.reshape(weight.shape[0], -1)[:, : weight.shape[1]]
+    values = values.reshape(weight.shape[0], -1)[:, : weight.shape[1]]
+    return values if like.outliers is None else like.outliers.put(values)
 
 
 def _require_common(options: "ApiqOptions | BlockOptions", section: str) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from irqlora_jax.base.survey import bin_edges
 from irqlora_jax.config.base import quant_settings
-from irqlora_jax.quant.calibrations import CALIBRATIONS
-from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.calibrations import CALIBRATIONS, PLAIN
+from irqlora_jax.quant.config import TITLES, QuantConfig
 from irqlora_jax.quant.formats import FORMATS, Format
 from irqlora_jax.report.heat import heat_map
 from irqlora_jax.report.markup import Markup, join, tag
@@ -24,10 +24,18 @@ from irqlora_jax.report.svg import (
 )
 
 
-def calibration_name(name: str) -> str:
-    """Title of a calibration; the name itself if this version does not know it."""
+def calibration_name(settings: Mapping[str, Any]) -> str:
+    """Calibration, rounding and training of a survey or of `quant`; "no calibration" without them.
+
+    A name that this version does not know is its own title.
+    """
+    name, training = (str(settings.get(key, "none")) for key in ("calibration", "training"))
     known = CALIBRATIONS.get(name)
-    return name if known is None else known.title or known.description
+    parts = [name if known is None else known.title]
+    if settings.get("rounding") == "feedback" and not (known and known.feedback):
+        parts.append("error feedback")
+    parts.append(TITLES.get(training, training))
+    return " + ".join(part for part in parts if part) or PLAIN.description
 
 
 def quant_flags(quant: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -163,8 +171,7 @@ def _shared_axis(label: str, by_kind: Mapping[str, Mapping[str, Sequence[float |
 
 def _kinds(survey: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names of the quantizers in the survey, and their keys."""
-    name = survey.get("calibration", "none")
-    names = (("plain", "plain"), (calibration_name(name), "calibrated"))
+    names = (("plain", "plain"), (calibration_name(survey), "calibrated"))
     return [(label, key) for label, key in names if key in survey]
 
 

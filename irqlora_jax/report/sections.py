@@ -70,7 +70,7 @@ def _format_sentence(found: RunData) -> str:
 def _calibration_sentence(found: RunData) -> str:
     if found.quant is None or (found.quant["format"] == "none" and not found.quant.get("rules")):
         return ""
-    name = calibration_name(found.quant["calibration"])
+    name = calibration_name(found.quant)
     survey = found.survey or {}
     if "plain" not in survey:
         return _sentence(name)

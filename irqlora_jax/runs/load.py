@@ -15,6 +15,7 @@ from irqlora_jax.base.file import (
 )
 from irqlora_jax.base.make import load_base
 from irqlora_jax.base.source import read_llama
+from irqlora_jax.base.updates import with_scales
 from irqlora_jax.config import Config, check_settings, quant_settings
 from irqlora_jax.data.chat import end_tokens
 from irqlora_jax.files.checksums import check_seal
@@ -121,8 +122,8 @@ def load_run(
 def unpacked(run: Run, *, each_layer: bool = False) -> Run:
     """On a CPU, a run with dense weights in the type of its activations, if they fit.
 
-    They may take half of the free memory. Else, on other devices, and with trained scales, which
-    belong to packed weights, the run is unchanged.
+    They may take half of the free memory. Else, and on other devices, the run is unchanged. Trained
+    scales become part of the weights.
 
     Args:
         run: the run.
@@ -130,17 +131,18 @@ def unpacked(run: Run, *, each_layer: bool = False) -> Run:
             copies the weights of each layer before it uses them (benchmarks/cpu_speed.py). But
             compiling takes longer, because the layers no longer share a program.
     """
-    dtype, base = jnp.dtype(run.model.compute_dtype), run.variables["base"]
-    adapter = run.model.adapter
-    if jax.default_backend() != "cpu" or (adapter is not None and adapter.scales):
+    if jax.default_backend() != "cpu":
         return run
+    dtype, base = jnp.dtype(run.model.compute_dtype), run.variables["base"]
     shapes = jax.eval_shape(lambda base: dense_weights(base, dtype), base)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     if size > free_memory() // 2:
         return run
+    model, variables = with_scales(run.model, run.variables)
     if each_layer:
-        base = by_layer(base, run.model.config.num_hidden_layers)
-    return dataclasses.replace(run, variables={**run.variables, "base": dense_weights(base, dtype)})
+        variables["base"] = by_layer(variables["base"], model.config.num_hidden_layers)
+    variables["base"] = dense_weights(variables["base"], dtype)
+    return dataclasses.replace(run, model=model, variables=variables)
 
 
 def read_checkpoint(value: str | int) -> Which:

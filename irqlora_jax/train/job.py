@@ -14,11 +14,12 @@ from irqlora_jax.base.file import base_shapes
 from irqlora_jax.base.make import check_text
 from irqlora_jax.base.mesh import check_mesh
 from irqlora_jax.base.storage import abstract_base
+from irqlora_jax.base.updates import with_scales
 from irqlora_jax.config import Config
 from irqlora_jax.data import Example, hold_out, load_examples
 from irqlora_jax.data.calibrate import CalibrationRows, read_calibration
 from irqlora_jax.evaluate import Question, load_questions
-from irqlora_jax.export.quantized import absorbed_base, with_scales
+from irqlora_jax.export.quantized import absorbed_base
 from irqlora_jax.files.hub import is_hub_id, read_config, snapshot
 from irqlora_jax.generate.samples import Samples, read_samples
 from irqlora_jax.messages import progress_bar
@@ -139,7 +140,7 @@ def check_adapter(model: Llama, quant: QuantConfig) -> None:
     base = abstract_base(model.config, quant)
     variables = {"params": jax.eval_shape(model.init_adapters, jax.random.key(0)), "base": base}
     if model.adapter.scales:
-        jax.eval_shape(lambda variables: with_scales(model, variables), variables)
+        jax.eval_shape(lambda variables: with_scales(model, variables)[1], variables)
     if model.adapter.chosen.reduced is None or not quant.quantizes:
         return
     try:

@@ -139,7 +139,7 @@ for make, value in (
     )
     assert done.stdout.splitlines() == [
         f"adapter.method = 'loha': expected {', '.join(METHODS)}",
-        "adapter.init = 'pissa': expected default, loftq, cloq, lqlora",
+        "adapter.init = 'pissa': expected default, loftq, cloq, lqlora, trained",
         "quant.calibration = 'iqc': expected none, icq, joint, robust, importance, gptq",
         "quant.format = 'nf5': expected nf4, nf3, nf2, fp4, int4, int3, int2, nf8, int8, none",
     ]

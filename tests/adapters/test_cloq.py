@@ -10,13 +10,14 @@ import pytest
 
 from irqlora_jax.adapters import cloq as module
 from irqlora_jax.adapters import loftq as loftq_module
-from irqlora_jax.adapters.cloq import CLOQ, CloqOptions, cloq, input_root
+from irqlora_jax.adapters.cloq import CLOQ, CloqOptions, cloq
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.loftq import LOFTQ, LoftqOptions, exact_svd, loftq, randomized_svd
 from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize, quantized_shape
 from irqlora_jax.quant.formats import FORMATS
+from irqlora_jax.quant.inputs import input_root
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.quant.slabs import rows_of
 from tests.models import assert_same

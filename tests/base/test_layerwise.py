@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from irqlora_jax import hf
+from irqlora_jax.adapters.cloq import CloqOptions
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base import layerwise
 from irqlora_jax.data.calibrate import CalibrateConfig, CalibrationRows
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.quant import inputs
 from irqlora_jax.quant.config import QuantConfig, QuantRule
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.qtensor import QTensor
@@ -223,6 +225,32 @@ def test_fitted_pairs_lower_the_error_of_the_outputs(folder: Path) -> None:
             assert pairs["layers"]["mlp"]["up_proj"]["lora_A"].shape == (2, 4, LLAMA.hidden_size)
         seen.append(float(np.mean(errors)))
     assert seen[0] > seen[1] > seen[2]
+
+
+@pytest.mark.parametrize("turns", [0, 2])
+def test_each_inputs_are_factored_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, turns: int
+) -> None:
+    """4 kinds of inputs in each of 2 layers. One factor for each matrix and turn would be 14 a
+    turn, and 14 roots."""
+    counts = {"feedback_factor": 0, "input_root": 0}
+
+    def counted(name: str, real: Any) -> Any:
+        def call(*given: Any) -> Any:
+            counts[name] += 1
+            return real(*given)
+
+        return call
+
+    for name in counts:
+        monkeypatch.setattr(inputs, name, counted(name, getattr(inputs, name)))
+    if turns:
+        fit = {"init": "cloq", "cloq": CloqOptions(iterations=turns)}
+        adapter = AdapterConfig(method="lora", rank=2, **fit)  # type: ignore[arg-type]
+        hf.load_fitted(folder, NF2, adapter, jax.random.key(0), calibrate=ROWS)
+    else:
+        hf.load_base(folder, NF2, calibrate=ROWS)
+    assert counts == {"feedback_factor": 2 * 4, "input_root": 2 * 4 if turns else 0}
 
 
 def test_a_fitted_model_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:

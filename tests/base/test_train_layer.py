@@ -197,6 +197,49 @@ def test_apiq_gains_with_and_without_shifts(format: str, calibration: str) -> No
     assert jax.tree.structure(found.linears) == jax.tree.structure(given.start)
 
 
+def test_outliers_keep_their_places_and_values() -> None:
+    """They are chosen by sensitivity, and training would choose others by size."""
+    quant = QuantConfig("nf2", calibration="joint", outliers=0.02, outlier_rule="sensitivity")
+    given, start = random_layer(dataclasses.replace(quant, outlier_rule="magnitude")), {}
+    gram = jnp.diag(jnp.linspace(0.1, 9.0, 48))
+    for name, (_, pair) in given.start.items():
+        weight = given.weights[linear_path(name)[0]][name]["weight"]
+        start[name] = StoredLinear(quantize(weight, quant, gram=gram), pair)
+        by_size = given.start[name].weight
+        assert (by_size.outlier_columns != start[name].weight.outlier_columns).any()
+    given = given._replace(start=start)
+    found = run(quant, given, FAST)
+    assert found.kept == () and found.loss_after < 0.6 * found.loss_before
+    assert found.loss_after == pytest.approx(output_error(given, found.linears), rel=1e-4)
+    for name, (packed, _) in found.linears.items():
+        assert_same(packed.outliers, start[name].weight.outliers)
+        assert (packed.packed != start[name].weight.packed).any()
+    assert jax.tree.structure(found.linears) == jax.tree.structure(start)
+
+
+@pytest.mark.parametrize("options", [ApiqOptions(), BlockOptions()])
+def test_outliers_have_no_part_in_the_ranges(options: Any) -> None:
+    """An outlier 100 times as large changes nothing but itself, and has no gradient."""
+    quant = QuantConfig("nf3", calibration="none", outliers=1 / 48)
+    weight = jax.random.normal(jax.random.key(0), (48, 48)).at[:, 7].set(9.0)
+    job = Job(settings_with(LORA), options, (("q_proj", False),), fit_layer.WHOLE)
+    found = []
+    for large in (weight, weight.at[:, 7].set(900.0)):
+        linear = StoredLinear(quantize(large, quant), {})
+        leaves = fit_layer._start(job, linear, large)
+
+        def dense(leaves: Any, linear: Any = linear) -> jax.Array:
+            return round_matrix(options.numbers(leaves, linear.weight, False), linear.weight)
+
+        gradient = jax.grad(lambda leaves, dense=dense: (dense(leaves) ** 2).sum())(leaves)
+        found.append((dense(leaves), gradient))
+        np.testing.assert_array_equal(found[-1][0][:, 7], large[:, 7])
+        np.testing.assert_array_equal(gradient["weight"][:, 7], 0)
+    rest = np.arange(48) != 7
+    np.testing.assert_array_equal(found[0][0][:, rest], found[1][0][:, rest])
+    assert_same(found[0][1], found[1][1])
+
+
 def test_linear_layers_one_after_the_other() -> None:
     """ApiQ-lw. 8 rows in batches of 3 are 3 steps; there are 4 groups."""
     quant = QuantConfig(format="int2", calibration="none")

@@ -76,6 +76,36 @@ def test_the_pairs_of_cloq_are_trained_too_and_it_goes_on_where_it_was(
     assert_same(hf.load_fitted(folder, quant, adapter, key, **options)[:2], (base, pairs))
 
 
+def test_pairs_that_start_at_zero_lower_the_error(folder: Path) -> None:
+    """With pairs, the ranges start as without them, and the same steps reach less."""
+    adapter, key = AdapterConfig(method="lora", rank=4, init="trained"), jax.random.key(0)
+    quant = dataclasses.replace(TRAINED["apiq"], apiq=ApiqOptions(epochs=4, pair_lr=5e-3))
+    base, pairs, _ = hf.load_fitted(folder, quant, adapter, key, calibrate=ROWS)
+    for part in pairs["layers"].values():
+        for pair in part.values():
+            assert (np.abs(pair["lora_B"]).max((1, 2)) > 0).all()  # in every layer
+    alone = last_error(folder, hf.load_base(folder, quant, calibrate=ROWS)[0])
+    assert last_error(folder, base, pairs, adapter) < 0.9 * alone
+
+
+@pytest.mark.parametrize(
+    ("quant", "message"),
+    [
+        (QuantConfig("nf2"), r"quant\.training = 'none': expected apiq or block with .* trained"),
+        (
+            QuantConfig("nf2", training="apiq", apiq=ApiqOptions(pair_lr=0.0)),
+            r"quant\.apiq\.pair_lr = 0\.0: expected a positive number with adapter\.init trained",
+        ),
+    ],
+)
+def test_pairs_that_nothing_trains_are_refused(
+    folder: Path, quant: QuantConfig, message: str
+) -> None:
+    adapter = AdapterConfig(method="lora", rank=4, init="trained")
+    with pytest.raises(ValueError, match=message):
+        hf.load_fitted(folder, quant, adapter, jax.random.key(0), calibrate=ROWS)
+
+
 def test_gradients_cannot_serve_and_a_text_is_needed(folder: Path) -> None:
     gradients = CalibrationRows(TOKENS, CalibrateConfig(metric="gradients"))
     message = r"calibrate\.metric = 'gradients': expected inputs with quant\.training apiq"

@@ -155,8 +155,23 @@ CONFIG_FAULTS = {
     "another method": ({"peft_type": "LOHA"}, ["peft_type = 'LOHA'", "'LORA'"]),
     "another scale": ({"use_rslora": True}, ["use_rslora = True", "False"]),
     "DoRA": ({"use_dora": True}, ["use_dora = True", "False"]),
-    "ranks by layer": ({"rank_pattern": {"q_proj": 2}}, ["rank_pattern", "q_proj"]),
-    "alphas by layer": ({"alpha_pattern": {"q_proj": 2}}, ["alpha_pattern", "q_proj"]),
+    "a larger rank": (
+        {"rank_pattern": {"q_proj": 5}},
+        ["largest rank of a layer (r, rank_pattern) is 5, but adapter.rank = 4"],
+    ),
+    "smaller ranks": (
+        {"rank_pattern": {"[qv]_proj": 2, "down_proj": 1}},
+        ["largest rank of a layer (r, rank_pattern) is 2, but adapter.rank = 4"],
+    ),
+    "other alphas": (
+        {"alpha_pattern": {".*": 2}},
+        ["lora_alpha of the layers of rank 4 is 2, but adapter.alpha = 8"],
+    ),
+    "no rank": ({"rank_pattern": {"q_proj": 0}}, ["rank_pattern.q_proj = 0: expected a whole"]),
+    "half a rank": ({"rank_pattern": {"q_proj": 1.5}}, ["rank_pattern.q_proj = 1.5: expected"]),
+    "no alpha": ({"alpha_pattern": {"q_proj": "x"}}, ["alpha_pattern.q_proj = 'x': expected a p"]),
+    "no pattern": ({"rank_pattern": [3]}, ["rank_pattern = [3]: expected numbers by layer"]),
+    "no expression": ({"rank_pattern": {"(": 2}}, ["rank_pattern = ", "regular expressions"]),
     "a changed base": ({"init_lora_weights": "pissa"}, ["init_lora_weights = 'pissa'"]),
 }
 
@@ -169,6 +184,19 @@ def test_an_adapter_config_that_says_something_else_is_refused(tmp_path: Path, f
         hf.load_adapter(folder, LORA)
     for word in words:
         assert word in str(raised.value)
+
+
+def test_a_rank_that_the_tensors_do_not_have_is_refused(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path, make_adapter(), PEFT_CONFIG | {"rank_pattern": {"q_proj": 2}})
+    message = r"q_proj\.lora_A\.weight has shape \(4, 40\): expected \(2, 40\) \(rank_pattern: 2\)"
+    with pytest.raises(ValueError, match=message):
+        hf.load_adapter(folder, LORA)
+    # The connections of IEC depend on the rank, so zeros would change them.
+    small = write_adapter(
+        tmp_path, make_adapter(scalars=0.5), PEFT_CONFIG | {"rank_pattern": {"q_proj": 4}}
+    )
+    with pytest.raises(ValueError, match=r"rank_pattern: expected a LoRA pair alone"):
+        hf.load_adapter(small, IEC)
 
 
 @pytest.mark.parametrize("targets", [".*(q_proj|v_proj|down_proj)", ["self_attn.q_proj", *TARGETS]])

@@ -208,7 +208,7 @@ def test_a_stream_is_generate_token_by_token(tiny, drawing):
 def test_a_stream_reaches_the_last_position(tiny):
     model, variables = tiny
     layers = by_layer(variables["base"], model.config.num_hidden_layers)
-    other = list(stream(*tiny, PROMPTS[0], 57, decoding={**variables, "base": layers}))
+    other = list(stream(*tiny, PROMPTS[0], 57, decoding=(model, {**variables, "base": layers})))
     assert other == list(stream(*tiny, PROMPTS[0], 57)) == generate(*tiny, PROMPTS[:1], 57)[0]
 
 

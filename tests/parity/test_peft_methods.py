@@ -154,6 +154,43 @@ def test_peft_reads_pairs_whose_ranks_differ_between_layers(tmp_path: Path) -> N
     logits = ours.apply({"params": adapters, "base": frozen}, jnp.asarray(TOKENS))
     np.testing.assert_allclose(np.asarray(logits), logits_there(theirs), rtol=0, atol=1e-4)
     assert np.abs(logits_there(theirs) - plain).max() > 1e-3
+    # Read as LoRA of the largest rank: same scale, so the same pairs, with zeros.
+    lora = Llama(llama, AdapterConfig(method="lora", rank=5, alpha=7.5, targets=targets))
+    pairs = hf.load_adapter(tmp_path / "adapter", lora)
+    assert (pairs["layers"]["mlp"]["down_proj"]["lora_A"][0, 2:] == 0).all()
+    again = lora.apply({"params": pairs, "base": frozen}, jnp.asarray(TOKENS))
+    np.testing.assert_allclose(np.asarray(again), np.asarray(logits), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [("lora", {}), ("iec", {"use_rslora": True}), ("dora", {"use_dora": True})],
+)
+def test_pairs_of_peft_whose_ranks_differ(
+    tmp_path: Path, method: Any, changes: dict[str, Any]
+) -> None:
+    """Names in a pattern are ends of module names or regular expressions. The first one counts, in
+    the alphabetical order of PEFT's files."""
+    patterns = {
+        "rank_pattern": {"layers.0.self_attn.q_proj": 3, "layers.1.mlp.*": 2, "self_attn.*": 9},
+        "alpha_pattern": {".*\\.1\\.mlp\\.up_proj": 5, "k_proj": 4.5},
+    }
+    model = fresh_base(tmp_path)
+    frozen, llama = hf.load_base(tmp_path / "base", None)
+    theirs = peft.get_peft_model(model, peft.LoraConfig(**LORA, **patterns, **changes)).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    scaling = "sqrt_rank" if changes.get("use_rslora") else "rank"
+    adapter = AdapterConfig(method=method, rank=9, alpha=9.0, scaling=scaling)
+    ours = Llama(llama, adapter)
+    adapters = hf.load_adapter(tmp_path / "adapter", ours)
+    logits = ours.apply({"params": adapters, "base": frozen}, jnp.asarray(TOKENS))
+    np.testing.assert_allclose(np.asarray(logits), logits_there(theirs), rtol=0, atol=1e-4)
+    ranks = {
+        name: [int((np.abs(leaf["lora_B"][i]).max(0) > 0).sum()) for i in (0, 1)]
+        for group in adapters["layers"].values()
+        for name, leaf in group.items()
+    }
+    assert ranks["q_proj"] == [3, 9] and ranks["k_proj"] == [9, 9] and ranks["up_proj"] == [6, 2]
 
 
 FAULTS = {

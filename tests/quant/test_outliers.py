@@ -22,7 +22,7 @@ from irqlora_jax.config import parse_config
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant import slabs
 from irqlora_jax.quant.config import QuantConfig, QuantRule
-from irqlora_jax.quant.encode import quantize, quantized_shape
+from irqlora_jax.quant.encode import encode_with, quantize, quantized_shape
 from irqlora_jax.quant.formats import FORMATS, get_format
 from irqlora_jax.quant.outliers import find_largest
 from irqlora_jax.quant.qtensor import QTensor
@@ -348,3 +348,12 @@ def test_label_and_earlier_configurations() -> None:
     assert settings(0.005).label == "plain nf3, 0.5 % outliers"
     assert settings(0, "nf4", "icq").label == "nf4 + ICQ"
     assert QuantConfig.from_dict({"format": "nf3"}).outliers == 0
+
+
+def test_given_outliers_have_to_be_as_many_as_configured() -> None:
+    weight = jnp.asarray(heavy(4, 64))
+    found = quantize(weight, settings(0.05))
+    given = weight, settings(0.05), found.scale()
+    assert_same(encode_with(*given, outliers=found.outliers).outliers, found.outliers)
+    with pytest.raises(ValueError, match=r"outliers = 13: expected 26 with quant\.outliers 0\.1"):
+        encode_with(weight, settings(0.1), found.scale(), outliers=found.outliers)

@@ -26,6 +26,7 @@ from irqlora_jax.quant.config import QuantConfig, QuantRule
 from irqlora_jax.report import svg, write
 from irqlora_jax.report.markup import tag
 from irqlora_jax.report.page import page
+from irqlora_jax.report.quantized import calibration_name
 from irqlora_jax.report.run_data import metric_curve, read_metrics, read_run_data
 from irqlora_jax.report.scored import wilson
 from irqlora_jax.report.sensitivity import sensitivity_page
@@ -376,6 +377,34 @@ def test_the_commands_run_from_anywhere(run: Path, monkeypatch: pytest.MonkeyPat
     assert commands[1] == ["irqlora", "train", "--config", config, *output]
     folders = [c[c.index("--mmlu") + 1] for c in commands[2:]]
     assert sorted(folders) == ["/data of x/mmlu data", "mmlu data"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"calibration": "none"}, "no calibration"),
+        ({}, "no calibration"),
+        ({"calibration": "icq", "rounding": "nearest"}, "ICQ"),
+        ({"calibration": "none", "rounding": "feedback"}, "error feedback"),
+        ({"calibration": "gptq", "rounding": "feedback"}, "GPTQ"),
+        ({"calibration": "joint", "rounding": "feedback"}, "joint + error feedback"),
+        ({"calibration": "none", "training": "apiq"}, "ApiQ"),
+        ({"calibration": "newer", "training": "newest"}, "newer + newest"),
+    ],
+)
+def test_rounding_and_training_are_part_of_the_calibration(settings: Any, name: str) -> None:
+    assert calibration_name(settings) == name
+
+
+def test_the_page_names_feedback_on_plain_scales(run: Path) -> None:
+    config = make_config()
+    config["quant"]["rounding"] = "feedback"
+    (run / "config.json").write_text(json.dumps(config))
+    survey = json.loads((run / "quantization.json").read_text())
+    changes = {"calibration": "none", "rounding": "feedback"}
+    (run / "quantization.json").write_text(json.dumps(survey | changes))
+    text = page(dataclasses.replace(read_run_data(run), quant=config["quant"]))
+    assert "no calibration" not in text.lower() and "Error feedback" in text
 
 
 def test_a_cpu_is_never_called_busy(run: Path) -> None:

@@ -10,19 +10,25 @@ import numpy as np
 import pytest
 
 from irqlora_jax import hf
+from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.config import Config
 from irqlora_jax.evaluate.results import identity
 from irqlora_jax.files.small import read_json
+from irqlora_jax.model.llama import Llama
 from irqlora_jax.model.tree import stacks
 from irqlora_jax.plan.measure import read_base_shapes
+from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs import load
-from irqlora_jax.runs.load import load_run, scores, unpacked
+from irqlora_jax.runs.load import Run, load_run, scores, unpacked
 from tests.models import (
+    NARROW,
     TEMPLATE,
     assert_same,
     byte_tokenizer,
     gguf_tokens,
+    random_adapters,
+    random_base,
     tiny_llama,
     write_gguf,
     write_model,
@@ -115,6 +121,23 @@ def test_dense_weights_compute_what_packed_ones_do(
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
     one, other = (each.model.apply(each.variables, tokens) for each in (run, dense))
     np.testing.assert_allclose(one, other, atol=1e-5 if dtype == "float32" else 0.02)
+
+
+def test_trained_scales_become_part_of_dense_weights(tmp_path: Path) -> None:
+    adapter = AdapterConfig(method="lora", rank=2, targets=("q_proj", "down_proj"), scales=64)
+    model = Llama(NARROW, adapter)
+    base = random_base(NARROW, QuantConfig(format="nf3", calibration="none"))
+    variables = {"params": random_adapters(model, 0.2), "base": base}
+    run = Run(tmp_path, None, model, variables, None, None)
+    dense = unpacked(run)
+    leaves = jax.tree.leaves(dense.variables["base"], is_leaf=lambda x: isinstance(x, QTensor))
+    assert not any(isinstance(leaf, QTensor) for leaf in leaves)
+    assert set(dense.variables["params"]["layers"]["mlp"]["down_proj"]) == {"lora_A", "lora_B"}
+    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
+    one, other = (each.model.apply(each.variables, tokens) for each in (run, dense))
+    np.testing.assert_allclose(one, other, atol=1e-5)
+    fixed = Llama(NARROW, dense.model.adapter).apply({**dense.variables, "base": base}, tokens)
+    assert np.abs(fixed - other).max() > 1e-3  # the scales matter
 
 
 def test_weights_stay_packed_without_memory_or_on_another_device(

@@ -5,17 +5,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from irqlora_jax.base import layerwise
 from irqlora_jax.base.file import BASE_FILE, read_calibrate
+from irqlora_jax.base.make import load_fitted
 from irqlora_jax.config import Config, QuantizeConfig
-from irqlora_jax.data.calibrate import CalibrateConfig
+from irqlora_jax.data.calibrate import CalibrateConfig, read_calibration
 from irqlora_jax.export.folder import ExportConfig, export
 from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.runs.load import load_run
 from irqlora_jax.runs.quantize import quantize_model
 from irqlora_jax.train.finetune import run
-from tests.models import QUICKSTART, WORLD, run_settings
+from tests.models import QUICKSTART, WORLD, assert_same, run_settings
 
 MODEL, TEXT = WORLD / "base-small", WORLD / "data" / "train.jsonl"
 GPTQ = QuantConfig(format="nf2", calibration="gptq")
@@ -90,6 +94,46 @@ def test_a_run_tells_how_its_base_was_made_and_resumes_without_the_text(
     card = (tmp_path / "out" / "README.md").read_text()
     assert "rounded with error feedback" in card
     assert "(calibrated with 8 rows of 32 tokens of text.jsonl)" in card
+
+
+@pytest.mark.usefixtures("optimizer_promotion")
+def test_trained_pairs_are_the_start_of_the_run(tmp_path: Path, text: Path) -> None:
+    changes: dict[str, Any] = {
+        "quant.format": "nf2",
+        "quant.calibration": "none",
+        "quant.training": "apiq",
+        "quant.apiq.epochs": 1,
+        "calibrate.data": str(text),
+        "calibrate.format": "input_output",
+        "calibrate.rows": 4,
+        "calibrate.length": 16,
+        "adapter.init": "trained",
+        "adapter.method": "lora",
+        "adapter.rank": 2,
+        "adapter.targets": ["q_proj", "down_proj"],
+        "train.steps": 1,
+        "train.warmup_steps": 0,
+    }
+    settings = run_settings(MODEL, tmp_path / "run") | changes
+    config = Config.load(QUICKSTART, settings)
+    run(config)
+    text.unlink()
+    run(Config.load(QUICKSTART, settings | {"train.steps": 2}))  # goes on without the text
+    start, last = (load_run(tmp_path / "run", checkpoint=c).variables["params"] for c in (0, 2))
+    text.write_bytes(TEXT.read_bytes())
+    rows = read_calibration(config.calibrate, load_run(tmp_path / "run").tokenizer, 4096)
+    key = jax.random.key(config.seed)
+    base, pairs, _ = load_fitted(MODEL, config.quant, config.adapter, key, calibrate=rows)
+    assert_same(start, pairs)
+    assert_same(load_run(tmp_path / "run").variables["base"], base)
+    for group, name in (("self_attn", "q_proj"), ("mlp", "down_proj")):
+        b = [np.asarray(tree["layers"][group][name]["lora_B"]) for tree in (start, last)]
+        assert np.abs(b[0]).max() > 0 and (b[0] != b[1]).any()
+    # Its base is incomplete without the pairs, so no other run can begin with it.
+    other = settings | run_settings(tmp_path / "run", tmp_path / "other")
+    other |= {"adapter.init": "default", "train.steps": 1}
+    with pytest.raises(ValueError, match="this base was fitted to the adapter of its run"):
+        run(Config.load(QUICKSTART, other))
 
 
 def test_a_missing_text_is_said_before_anything_is_written(tmp_path: Path) -> None:
