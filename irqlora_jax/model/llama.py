@@ -230,6 +230,7 @@ class Llama(nn.Module):
             split_rngs={"params": True, "dropout": True},
             unroll=self.unroll,
             in_axes=(0, nn.broadcast),  # type: ignore[arg-type]
+            check_constancy_invariants=False,  # they would trace the layer twice
         )
         stored = None if cache is None else {"k": cache["k"], "v": cache["v"]}
         slots = None if cache is None else positions
