@@ -37,7 +37,7 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-LONGEST = ("run", "mixed_base", "extending", "loftq", "notebooks", "sharding", "plan", "commands")
+LONGEST = ("run", "mixed_base", "extending", "loftq_runs", "notebooks", "sharding", "plan", "commands")
 LONGEST += ("offload", "ablation")
 LONGEST += ("exported", "icq", "qtensor", "kernels", "step", "llama", "harness", "paper", "mmlu")
 
