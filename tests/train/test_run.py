@@ -274,7 +274,7 @@ def test_other_contents_of_the_data_file_are_refused(base, tmp_path, monkeypatch
     data, folder = tmp_path / "data.jsonl", tmp_path / "run"
     lines = (WORLD / "data" / "train.jsonl").read_text().splitlines(keepends=True)
     data.write_text("".join(lines[:16]))
-    changes = {"data__train": str(data), "train__steps": 1}
+    changes = {"data__train": str(data), "data__eval": None, "train__steps": 1}
     run(config_for(base, folder, **changes))
     data.write_text("".join(lines[:15] + lines[16:17]))
     with pytest.raises(ValueError, match=r"data.train = .*data.jsonl': now 16 examples") as error:
@@ -290,11 +290,12 @@ def test_the_original_model_may_be_gone(base, tmp_path, monkeypatch) -> None:
     no_training(monkeypatch)
     copy, folder = tmp_path / "copy", tmp_path / "run"
     shutil.copytree(base, copy)
-    run(config_for(copy, folder, train__steps=1))
+    changes = {"data__eval": None}
+    run(config_for(copy, folder, **changes, train__steps=1))
     shutil.rmtree(copy)
-    assert run(config_for(copy, folder, train__steps=2)).steps == 2
+    assert run(config_for(copy, folder, **changes, train__steps=2)).steps == 2
     with pytest.raises(FileNotFoundError, match=r"evaluate.baselines = True: needs .* model = "):
-        run(config_for(copy, folder, evaluate__baselines=True))
+        run(config_for(copy, folder, **changes, evaluate__baselines=True))
 
 
 DIVERGING = {"train__clip_norm": None, "train__save_every": 1}
