@@ -640,7 +640,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(run: Path, tmp_path: Path, 
     browser = shutil.which("chromium") or shutil.which("google-chrome") or ""
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", wrapper.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     title = done.stdout.split("<title>")[1].split("</title>")[0]
     count = 28 if about == "run" else 10
     expected = [f"{width} wide, 0 cut, {count} drawn" for width in (360, 345)]

@@ -88,6 +88,7 @@ class Training:
         return state, losses
 
 
+@functools.cache
 def both(settings: TrainConfig, **more: Any) -> tuple[Training, Training]:
     away = dataclasses.replace(settings, offload_optimizer=True)
     return Training(settings, **more), Training(away, **more)

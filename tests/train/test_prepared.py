@@ -25,7 +25,7 @@ from irqlora_jax.train.step import penalty, prepare, prepared_model, train_step
 from tests.train.small_runs import StoppedError, assert_same_run, at_step, config_for, crash
 from tests.train.test_step import SETTINGS, setup
 
-pytestmark = pytest.mark.usefixtures("optimizer_promotion")
+pytestmark = pytest.mark.usefixtures("optimizer_promotion", "shared_steps")
 
 
 TARGETS = ("q_proj", "down_proj")  # compiles faster
@@ -194,8 +194,9 @@ def test_the_whole_product(
     plain = AdapterConfig(method="lora", rank=4, targets=TARGETS)
     lora = Llama(trained.model.config, adapter=plain)
     tokens = jnp.arange(12, dtype=jnp.int32)[None, :]
+    apply = jax.jit(Llama.apply, static_argnums=0)
     logits = [
-        np.asarray(model.apply({"params": params, "base": trained.variables["base"]}, tokens))
+        np.asarray(apply(model, {"params": params, "base": trained.variables["base"]}, tokens))
         for model, params in (
             (trained.model, trained.variables["params"]),
             (lora, load_adapter(tmp_path / "adapter", lora)),
