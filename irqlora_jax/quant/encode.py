@@ -259,7 +259,6 @@ def _quantize(
     if per_row * size > columns:
         ends = jnp.minimum(columns - jnp.arange(per_row) * size, size)
         valid = jnp.tile(ends, count)
-
     moments = None if inputs is None else cut_blocks(inputs[None], size)
 
     def calibrate(start: Array | int) -> Calibrated:
