@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Float, Float32, Shaped
+from jaxtyping import Array, Float, Float32
 
 from irqlora_jax.quant import packing, stats
 from irqlora_jax.quant.calibrations import CALIBRATIONS, Calibrated
@@ -25,7 +25,7 @@ from irqlora_jax.quant.outliers import (
     split,
 )
 from irqlora_jax.quant.qtensor import QTensor
-from irqlora_jax.quant.slabs import map_slabs, rows_of, slab_rows
+from irqlora_jax.quant.slabs import cut_blocks, map_slabs, rows_of, slab_rows
 from irqlora_jax.text import require
 
 
@@ -253,14 +253,13 @@ def _quantize(
 
     def blocks_from(start: Array | int) -> Array:
         """The blocks of a slab in the type of the weight, to avoid a float32 copy."""
-        return _cut(_rows(weight, minus, count, start), size)
+        return cut_blocks(_rows(weight, minus, count, start), size)
 
     valid = None
     if per_row * size > columns:
         ends = jnp.minimum(columns - jnp.arange(per_row) * size, size)
         valid = jnp.tile(ends, count)
-
-    moments = None if inputs is None else _cut(inputs[None], size)
+    moments = None if inputs is None else cut_blocks(inputs[None], size)
 
     def calibrate(start: Array | int) -> Calibrated:
         found = _calibrate(blocks_from(start), fmt, config, valid, shift is not None, moments)
@@ -282,7 +281,7 @@ def _quantize(
         else:
             part = blocks.reshape(count, -1)[:, :columns]
             own_kept = None if kept is None else rows_of(kept, start, count)
-            codes = _cut(codes_with_feedback(part, own_kept, fmt, size, feedback, *own), size)
+            codes = cut_blocks(codes_with_feedback(part, own_kept, fmt, size, feedback, *own), size)
         return packing.pack(codes, fmt.bits).reshape(count, per_row, -1)
 
     stored = dict(statistics.stored)
@@ -299,11 +298,6 @@ def _quantize(
         block_size=size,
         second_level=level,
     )
-
-
-def _cut(rows: Shaped[Array, "rows in"], size: int) -> Shaped[Array, "blocks size"]:
-    """The blocks of some rows, one row after the other. Zeros fill the last block of a row."""
-    return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % size))).reshape(-1, size)
 
 
 def _rows(
@@ -338,7 +332,7 @@ def _harm(weight: Array, feedback: Feedback, config: QuantConfig, some: int) -> 
         part = rows_of(weight, start, count).astype(jnp.float32)
         stored = jax.tree.map(lambda x: rows_of(x, start, count), (core.scale(), zero))
         scale, own_zero = jax.tree.map(jnp.ravel, stored)
-        codes = encode_codes(_cut(part, size), fmt, scale, own_zero, None)
+        codes = encode_codes(cut_blocks(part, size), fmt, scale, own_zero, None)
         levels = jnp.asarray(fmt.table)[codes]
         levels = levels if own_zero is None else levels - own_zero[:, None]
         return jnp.abs((levels * scale[:, None]).reshape(count, -1)[:, :columns] - part)

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Shaped
 
 _CACHED = 2**18  # weights in a slab on a CPU: 1 MB
 _WIDE = 2**26  # weights in a slab elsewhere: 256 MB, so that most matrices need a single slab
@@ -62,3 +62,8 @@ def sum_slabs(
 
     like = jax.eval_shape(step, 0, 0.0)
     return lax.fori_loop(0, -(-rows // count), step, jnp.zeros(like.shape, like.dtype))
+
+
+def cut_blocks(rows: Shaped[Array, "rows in"], size: int) -> Shaped[Array, "blocks size"]:
+    """The blocks of some rows, one row after the other. Zeros fill the last block of a row."""
+    return jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % size))).reshape(-1, size)

