@@ -59,7 +59,8 @@ class Method:
 
 
 PLAIN: dict[str, Any] = {"calibration": "none"}
-FEEDBACK: dict[str, Any] = {"calibration": "importance", "rounding": "feedback"}
+IMPORTANCE: dict[str, Any] = {"calibration": "importance"}
+FEEDBACK: dict[str, Any] = {**IMPORTANCE, "rounding": "feedback"}
 LORA: dict[str, Any] = {"method": "lora"}
 IEC: dict[str, Any] = {"method": "iec"}
 METHODS: dict[str, Method] = {
@@ -67,6 +68,8 @@ METHODS: dict[str, Method] = {
     "full+lora": Method(None, LORA),
     "qlora": Method(PLAIN, LORA),
     "ir-qlora": Method({"calibration": "icq"}, IEC),
+    "importance": Method(IMPORTANCE, LORA),
+    "importance+cloq": Method(IMPORTANCE, LORA | {"init": "cloq"}),
     "feedback": Method(FEEDBACK, LORA),
     "feedback+cloq": Method(FEEDBACK, LORA | {"init": "cloq"}),
     "icq": Method({"calibration": "icq"}, LORA),
@@ -74,7 +77,7 @@ METHODS: dict[str, Method] = {
     "robust": Method({"calibration": "robust"}, LORA),
     "joint": Method({"calibration": "joint"}, LORA),
 }
-"""Methods with feedback or CLoQ are calibrated with rows that are trained on."""
+"""Methods with importance, feedback or CLoQ are calibrated with rows that are trained on."""
 
 
 @dataclasses.dataclass(frozen=True)
