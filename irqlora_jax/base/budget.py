@@ -214,6 +214,7 @@ def planned_rules(
     low = int(np.searchsorted(sums, room.limit, side="right")) - 1
     smaller, larger = order[max(low, 0)], order[min(low + 1, len(order) - 1)]
     layers = np.array([layer for layer, _ in room.places])
+    choices = np.full(len(layers), smaller)
     for count in range(llama.num_hidden_layers + 1):
         choices = np.where(layers < count, larger, smaller)
         if room.bits[np.arange(len(layers)), choices].sum() >= room.limit:

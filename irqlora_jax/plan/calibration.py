@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,8 @@ def _step_memory(config: Config, llama: LlamaConfig, weights: Tree, target: Plan
     adapter = None if config.adapter.start.fit is None else config.adapter
     linears: dict[str, StoredLinear] = {}
     for name, (rows, columns) in llama.linear_shapes.items():
-        own, pair = configs[name], {}
+        own = configs[name]
+        pair: Any = {}
         if adapter is not None and name in adapter.targets:
             sizes = {"lora_A": (adapter.rank, columns), "lora_B": (rows, adapter.rank)}
             dtype = jnp.dtype(adapter.dtype)

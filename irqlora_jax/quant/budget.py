@@ -103,7 +103,9 @@ class AllocationOptions:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "AllocationOptions":
         """Reads the output of `dataclasses.asdict`, or JSON of it."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        given: dict[str, Any] = dict(values)
+        lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+        return cls(**(given | lists))
 
     @property
     def needs_text(self) -> bool:
