@@ -103,9 +103,11 @@ class AllocationOptions:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "AllocationOptions":
         """Reads the output of `dataclasses.asdict`, or JSON of it."""
-        given: dict[str, Any] = dict(values)
-        lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-        return cls(**(given | lists))
+        given: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**given)
 
     @property
     def needs_text(self) -> bool:
