@@ -7,9 +7,9 @@ FOLDER is the same model, converted for transformers. Parts: greedy tokens after
 prompt of 512 tokens and one answer token; a training step of LoRA (transformers with PEFT;
 llama.cpp does not train); how fast products of one row read their weights, which limits decoding;
 seconds to quantize with each calibration (once, no peer). "Packed" computes with packed nf4
-weights, "dense" with a dense copy, as `irqlora eval` does if memory allows. "Dense, each layer" has
-an array for every layer and matrix, where "dense" has one for all layers; `irqlora chat` decodes
-with it.
+weights, "dense" with a dense copy, as `irqlora eval` does if memory allows. "Stream" returns every
+token to Python. "Each layer" has an array for every layer and matrix, where "dense" has one for all
+layers; packed weights read the prompt before it, as in `irqlora chat`.
 llama.cpp uses the file's own 4-bit weights and rounds activations to 8 bits.
 """
 
@@ -30,7 +30,7 @@ from timing import Timing, compare, machine, table
 from irqlora_jax import hf
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.config import TrainConfig
-from irqlora_jax.generate.decode import generate
+from irqlora_jax.generate.decode import generate, stream
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.model.tree import by_layer
 from irqlora_jax.quant.config import QuantConfig
@@ -52,12 +52,7 @@ class Bench:
 
         self.file, self.torch = file, torch
         packed, self.config = hf.load_base(file, QuantConfig(calibration="none"))
-        layers = by_layer(packed, self.config.num_hidden_layers)
-        self.bases = {
-            "packed": packed,
-            "dense": dense_weights(packed, jnp.float32),
-            "dense, each layer": dense_weights(layers, jnp.float32),
-        }
+        self.bases = {"packed": packed, "dense": dense_weights(packed, jnp.float32)}
         self.theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.llama_cpp = LlamaCpp(file, port)
         vocabulary = self.config.vocab_size
@@ -85,9 +80,23 @@ class Bench:
             f"here, {name}": functools.partial(generate, model, {"base": base}, [prompt], new)
             for name, base in self.bases.items()
         }
+        if new > 1:
+            calls |= self._streams(model, prompt, new)
         calls["transformers, float32"] = theirs
         calls["llama.cpp"] = lambda: self.llama_cpp.answer(prompt, new)
         return calls
+
+    def _streams(self, model: Llama, prompt: list[int], new: int) -> Calls:
+        """Token by token: with one dense copy, and as `irqlora chat` does."""
+        packed, dense = ({"base": self.bases[name]} for name in ("packed", "dense"))
+        layers = by_layer(packed["base"], self.config.num_hidden_layers)
+        fast = model, {"base": dense_weights(layers, jnp.float32)}
+        return {
+            "here, stream, dense": lambda: list(stream(model, dense, prompt, new)),
+            "here, stream, each layer": lambda: list(
+                stream(model, packed, prompt, new, decoding=fast)
+            ),
+        }
 
     def step(self) -> Calls:
         """A training step of LoRA with AdamW on all linear layers, in float32."""

@@ -209,9 +209,9 @@ def planned_rules(
         return quant
     dtype = read_dtype(source)
     room = find_room(llama, quant, lambda _: dtype, limit)
-    order = np.argsort(room.bits.sum(axis=0), kind="stable")
-    sums = room.bits.sum(axis=0)[order]
-    low = int(np.searchsorted(sums, room.limit, side="right")) - 1
+    sums = room.bits.sum(axis=0)
+    order = np.argsort(sums, kind="stable")
+    low = int(np.searchsorted(sums[order], room.limit, side="right")) - 1
     smaller, larger = order[max(low, 0)], order[min(low + 1, len(order) - 1)]
     layers = np.array([layer for layer, _ in room.places])
     choices = np.full(len(layers), smaller)

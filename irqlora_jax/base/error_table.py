@@ -6,7 +6,6 @@ no new table.
 
 import dataclasses
 import json
-import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from irqlora_jax.base.statistics import Gradients, Inputs, Statistics
 from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.files.checksums import check_seal
 from irqlora_jax.files.hub import file_marks, read_config, snapshot
-from irqlora_jax.files.kept_values import append_value, read_values
+from irqlora_jax.files.kept_values import append_value, kept_in, read_values
 from irqlora_jax.files.small import read_json
 from irqlora_jax.files.tensors import Header, aligned, read_into
 from irqlora_jax.machine import installed_version
@@ -45,7 +44,6 @@ Place = tuple[int, str]
 """Layer and projection of a matrix."""
 ERRORS_FILE = "errors.jsonl"
 """Name of the file of a table, in the folder of a run or of `irqlora quantize`."""
-logger = logging.getLogger(__name__)
 
 
 def make_errors(
@@ -85,16 +83,13 @@ def make_errors(
     identity = _identity(source, quant, calibrate, measured)
     known = read_values(file, identity, "errors", "errors for quant.budget")
     left = [place for place in places if place not in known]
-    with progress_bar("Errors of the formats", len(places), "matrices", show=progress) as bar:
-        bar.update(len(places) - len(left))
-        try:
-            for layer, name, errors in _errors(source, quant, left, calibrate, measured):
-                append_value(file, layer, name, "errors", errors)
-                known[layer, name] = errors
-                bar.update()
-        except KeyboardInterrupt:
-            logger.info(f"finished work is kept in {file}; the same command resumes from there")
-            raise
+    bar = progress_bar("Errors of the formats", len(places), "matrices", show=progress)
+    with bar as shown, kept_in(file):
+        shown.update(len(places) - len(left))
+        for layer, name, errors in _errors(source, quant, left, calibrate, measured):
+            append_value(file, layer, name, "errors", errors)
+            known[layer, name] = errors
+            shown.update()
     table = np.array([known[place] for place in places], np.float64)
     if measured is not None:
         reference = table[:, -1:]

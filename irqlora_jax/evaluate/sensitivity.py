@@ -24,7 +24,7 @@ from irqlora_jax.evaluate.suggested import Suggestion, suggest
 from irqlora_jax.evaluate.swapped import Batches, Whole, measure_whole, swapped_losses
 from irqlora_jax.files.checksums import seal
 from irqlora_jax.files.hub import file_marks, load_tokenizer, read_config, snapshot
-from irqlora_jax.files.kept_values import append_value, read_values
+from irqlora_jax.files.kept_values import append_value, kept_in, read_values
 from irqlora_jax.files.small import write_text
 from irqlora_jax.machine import installed_version
 from irqlora_jax.messages import progress_bar, shows_messages
@@ -195,16 +195,12 @@ def _measure(
     alone = asked.mode == "one"
     pair = (base, packed) if alone else (packed, base)
     bar = progress_bar("Sensitivity", len(wanted), "matrices", show=asked.progress)
-    with bar as shown:
+    with bar as shown, kept_in(file):
         shown.update(len(wanted) - len(left))
-        try:
-            for layer, name, loss in swapped_losses(model, *pair, batches, left):
-                append_value(file, layer, name, "loss", loss)
-                losses[layer, name] = loss
-                shown.update()
-        except KeyboardInterrupt:
-            logger.info(f"finished work is kept in {file}; the same command resumes from there")
-            raise
+        for layer, name, loss in swapped_losses(model, *pair, batches, left):
+            append_value(file, layer, name, "loss", loss)
+            losses[layer, name] = loss
+            shown.update()
     losses = {place: losses[place] for place in wanted}
     costs = {p: loss - full.loss if alone else whole - loss for p, loss in losses.items()}
     dtype = next(weight.dtype for _, weight in linear_stacks(base))

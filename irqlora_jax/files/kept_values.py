@@ -1,7 +1,9 @@
 """Keeps a value for each matrix in a file, so that an interruption loses none."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from irqlora_jax.text import shorten
 
 Values = dict[tuple[int, str], Any]
 """Plain values by layer and projection."""
+logger = logging.getLogger(__name__)
 
 
 def read_values(file: Path, settings: Mapping[str, Any], name: str, of: str) -> Values:
@@ -45,6 +48,16 @@ def read_values(file: Path, settings: Mapping[str, Any], name: str, of: str) -> 
     kept = [head, *(_line(*place, name, value) for place, value in values.items())]
     write_text(file, "\n".join(kept) + "\n")
     return values
+
+
+@contextlib.contextmanager
+def kept_in(file: Path) -> Iterator[None]:
+    """Context of the work that appends values. An interruption says where they are."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        logger.info(f"finished work is kept in {file}; the same command resumes from there")
+        raise
 
 
 def append_value(file: Path, layer: int, projection: str, name: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from irqlora_jax.config import Config
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.tree import Tree, insert, weight_shapes
-from irqlora_jax.plan.measure import PlanDevice, silent_stderr
+from irqlora_jax.plan.measure import PlanDevice, new_bytes, silent_stderr
 from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.encode import quantized_shape
 
@@ -127,8 +127,7 @@ def _step_memory(config: Config, llama: LlamaConfig, weights: Tree, target: Plan
         lowered = lower_step(job, weights, linears, x, target.devices[0])
         found = lowered.compile(compiler_options=target.options).memory_analysis()
     assert found is not None
-    new = found.output_size_in_bytes - found.alias_size_in_bytes
-    return found.argument_size_in_bytes + found.temp_size_in_bytes + new
+    return found.argument_size_in_bytes + new_bytes(found)
 
 
 def _work(config: Config, llama: LlamaConfig) -> float:

@@ -233,9 +233,17 @@ def measure(
             lowered = step.trace(state, base, batch).lower()
             with silent_stderr():
                 program = lowered.compile(compiler_options=options)
-    found = program.memory_analysis()
-    extra = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    extra = new_bytes(program.memory_analysis())
     return dataclasses.replace(need, step=device_bytes(batch) + extra // divisor)
+
+
+def new_bytes(found: Any) -> int:
+    """What a program needs besides its arguments: scratch space, and results in new arrays.
+
+    Args:
+        found: of `memory_analysis()`.
+    """
+    return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ import fractions
 import itertools
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from irqlora_jax.quant.formats import FORMATS
 from irqlora_jax.text import refusal, require
@@ -17,7 +17,7 @@ _ACCEPTED = (
     'bits a weight such as 2.75, a size such as "27GB" or "900MB" (also GiB and MiB), or "fit"'
 )
 ErrorKind = Literal["weights", "inputs", "fisher", "sensitivity"]
-_ERRORS = ("weights", "inputs", "fisher", "sensitivity")
+_ERRORS = get_args(ErrorKind)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,10 +139,8 @@ def quantize_model(config: QuantizeConfig) -> None:
     rows = read_calibration(config.calibrate, tokenizer, architecture.max_position_embeddings)
     with locked(folder):
         options: dict[str, Any] = {"calibrate": rows, "progress": config.progress}
-        keep, quant = (
-            folder / KEPT_LAYERS,
-            choose_rules(config.model, config.quant, folder, **options),
-        )
+        keep = folder / KEPT_LAYERS
+        quant = choose_rules(config.model, config.quant, folder, **options)
         base, llama, summary = quantize_base(config.model, quant, keep=keep, **options)
         save_tokenizer(tokenizer, config.model, folder)
         save_survey(folder, summary)

@@ -320,7 +320,7 @@ def test_a_template_that_would_not_end_is_stopped(tmp_path, monkeypatch, name):
     started = time.perf_counter()
     with ThreadPoolExecutor() as pool:
         found = pool.submit(load, tmp_path, [TALK], chat_tokenizer(chat=STOPPED[name])).exception()
-    assert time.perf_counter() - started < 100  # the machine may be busy; none of them ends
+    assert time.perf_counter() - started < 10  # on a busy machine, too
     assert isinstance(found, ValueError) and "\n" not in str(found)
     assert re.search("row 1: the chat template (was stopped: it|failed for the conv)", str(found))
     # The next conversation has a process that answers.

@@ -318,9 +318,9 @@ def test_prepared_weights_are_the_packed_ones(ablation, modules, tiny):
 def test_small_run_resumes_and_fewer_bits_are_worse(ablation, comparison, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # main sets it, for good
     command = ["--small", "--steps", "10", "--questions", "512", "--rates", "1e-3"]
-    command += ["--methods", "full", "plain", "qlora", "--formats", "nf3", "nf2"]
+    command += ["--methods", "full", "plain", "qlora", "--formats", "nf4", "nf3", "nf2"]
     command += ["--output", str(tmp_path)]
-    ours, made, kill_at = ablation.Bench.run, [], 6
+    ours, made, kill_at = ablation.Bench.run, [], 9
 
     def run(self, run):
         if len(made) == kill_at:
@@ -332,19 +332,19 @@ def test_small_run_resumes_and_fewer_bits_are_worse(ablation, comparison, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         ablation.main(command)
     before = (tmp_path / "results.jsonl").read_text()
-    assert before.count("\n") == 1 + 6
+    assert before.count("\n") == 1 + 9
     kill_at = None
     ablation.main(command)
     after = (tmp_path / "results.jsonl").read_text()
     assert after.startswith(before)
-    assert len(made) == len(set(made)) == 2 * (1 + 2 + 2)
+    assert len(made) == len(set(made)) == 2 * (1 + 3 + 3)
     found, results = comparison.read(tmp_path / "results.jsonl")
     assert list(results) == made and found.bases == 1
 
     for seed in range(2):
         accuracy = [results[comparison.Run("full", "none", seed, None)]["test"]["accuracy"]]
         errors = [0.0]
-        for name in ("nf3", "nf2"):
+        for name in ("nf4", "nf3", "nf2"):
             plain = results[comparison.Run("plain", name, seed, None)]
             accuracy.append(plain["test"]["accuracy"])
             errors.append(plain["error"])
@@ -352,8 +352,8 @@ def test_small_run_resumes_and_fewer_bits_are_worse(ablation, comparison, tmp_pa
             assert qlora["error"] == plain["error"] and qlora["entropy"] == plain["entropy"]
             assert qlora["trained"] == 40_960
             assert qlora["test"]["loss"] < plain["test"]["loss"]  # ten steps teach the format
-        assert accuracy == sorted(accuracy, reverse=True) and len(set(accuracy)) == 3
-        assert errors == sorted(errors) and len(set(errors)) == 3
+        assert accuracy == sorted(accuracy, reverse=True) and len(set(accuracy)) == 4
+        assert errors == sorted(errors) and len(set(errors)) == 4
     one, other = (results[comparison.Run("plain", "nf3", seed, None)] for seed in range(2))
     assert one["error"] != other["error"]  # seeds differ in their blocks
 
@@ -361,7 +361,7 @@ def test_small_run_resumes_and_fewer_bits_are_worse(ablation, comparison, tmp_pa
     (tmp_path / "report.md").unlink()
     ablation.main(["--report", "--output", str(tmp_path)])
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    for bits in (3, 2):
+    for bits in (4, 3, 2):
         assert f"## {bits} bits" in text and f"Order, nf{bits}: " in text
 
 

@@ -110,7 +110,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
 def test_a_hub_that_never_answers_is_not_waited_for(hub: socket.socket) -> None:
     started = time.perf_counter()
     assert not reaches_hub(0.2)
-    assert time.perf_counter() - started < 20  # the hub's own functions ask for half a minute
+    assert time.perf_counter() - started < 2
 
 
 def test_a_hub_that_refuses_or_answers(hub: socket.socket) -> None:
@@ -122,13 +122,13 @@ def test_a_hub_that_refuses_or_answers(hub: socket.socket) -> None:
 
     thread = threading.Thread(target=answer)
     thread.start()
-    assert reaches_hub(60)
+    assert reaches_hub()
     thread.join()
     hub.close()
     machine._answers.cache_clear()  # an answer holds for up to a minute
     started = time.perf_counter()
-    assert not reaches_hub(60)
-    assert time.perf_counter() - started < 20
+    assert not reaches_hub()
+    assert time.perf_counter() - started < 2
 
 
 def write_tokenizer(folder: Path) -> None:
