@@ -318,10 +318,12 @@ def plan(
                         yield Run(stored, method, rank, seed, rate)
 
 
-def parse(words: Sequence[str] | None, methods: Mapping[str, Method]) -> argparse.Namespace:
-    """The command line."""
+def parse(
+    words: Sequence[str] | None, methods: Mapping[str, Method], about: str | None
+) -> argparse.Namespace:
+    """The command line. Its help begins with `about`."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--model", default=MODEL, help="a Hugging Face folder or .gguf file (default: SmolLM2)")
@@ -343,9 +345,13 @@ def parse(words: Sequence[str] | None, methods: Mapping[str, Method]) -> argpars
     return parser.parse_args(words)
 
 
-def main(words: Sequence[str] | None = None, methods: Mapping[str, Method] = METHODS) -> None:
+def main(
+    words: Sequence[str] | None = None,
+    methods: Mapping[str, Method] = METHODS,
+    about: str | None = __doc__,
+) -> None:
     """Does the missing runs, then prints and writes the tables and the plot."""
-    args = parse(words, methods)
+    args = parse(words, methods, about)
     file = args.output / "results.jsonl"
     if args.report:
         claim_tables.report(*read(file, Settings, Run), args.output)
