@@ -196,7 +196,7 @@ class Config:
         Examples:
             >>> config = Config.load("configs/quickstart.yaml", {"quant.format": "nf4"})
             >>> config.quant.format, config.quant.calibration, config.adapter.method
-            ('nf4', 'joint', 'iec')
+            ('nf4', 'robust', 'iec')
         """
         return parse(cls, [("config", str(path)), *(overrides or {}).items()], "train.py")
 
