@@ -115,7 +115,7 @@ class EvaluateConfig:
     """Use only this many questions (null: all)."""
     baselines: bool = False
     """Also measure the full-precision model and the quantized model without finetuning. Besides
-    the run's calibration, the table shows the plain quantizer and, with joint, ICQ."""
+    the run's calibration, the table shows the plain quantizer and ICQ."""
     samples: tuple[str, ...] = ()
     """Prompts to answer at every evaluation (with data.format alpaca: instructions)."""
     sample_tokens: int = 64
