@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
 from irqlora_jax.adapters.config import AdapterConfig
@@ -174,6 +175,7 @@ def make_layers(
     stacks: Stacks,
     outside: Mapping[str, Float[np.ndarray, "..."]],
     bar: Any,
+    mesh: Mesh | None = None,
 ) -> None:
     """Makes all matrices, one layer after the other.
 
@@ -186,6 +188,7 @@ def make_layers(
         outside: weights outside of the layers: "embed_tokens", and for gradients "norm" and, if it
             is not tied, "lm_head".
         bar: the progress bar, which counts weights.
+        mesh: devices for the rows of text; None: one. `quant.training` uses one device.
 
     Raises:
         ValueError: a statistic of a layer is NaN or infinite, or an error of `task.make`.
@@ -201,10 +204,10 @@ def make_layers(
 
     if task.calibrate.config.metric == "gradients":
         squares = task.adapter is not None and task.adapter.needs == "fisher"
-        statistics: Statistics = Gradients(llama, task.calibrate, outside, read, squares)
+        statistics: Statistics = Gradients(llama, task.calibrate, outside, read, squares, mesh)
     else:
         both = task.quant.training != "none"
-        statistics = Inputs(llama, task.calibrate, outside["embed_tokens"], both)
+        statistics = Inputs(llama, task.calibrate, outside["embed_tokens"], both, mesh)
     for count, layer in enumerate(statistics.order):
         own, weights = by_layer[layer], read(layer)
         kept = None if task.finished is None else task.finished.read(layer)

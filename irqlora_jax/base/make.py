@@ -61,7 +61,8 @@ def load_base(
             layer by layer, and the errors of the outputs are measured.
         keep: folder for finished layers, so that an interrupted call goes on there. Only with
             `calibrate`. The caller deletes it.
-        mesh: devices to split the weights over (default: all on the first device).
+        mesh: devices to split the weights over, and the rows of `calibrate` (default: all on the
+            first device).
         progress: show a bar.
         watch: called for each quantized matrix.
 
@@ -246,7 +247,7 @@ def _load(
             wanted = single if task.calibrate.config.metric == "gradients" else [_TABLE]
             outside = {path: _read_single(found, path, single[path]) for path in wanted}
             named = {name: array for (name,), array in outside.items()}
-            make_layers(found, config, matrices, task, stacks, named, bar)
+            make_layers(found, config, matrices, task, stacks, named, bar, mesh)
             del named
         base, pairs = stacks.moved(mesh)
         for path, shape in single.items():

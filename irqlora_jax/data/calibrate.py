@@ -45,7 +45,7 @@ class CalibrateConfig:
     `quant.allocation.errors` fisher need it.
     """
     batch_size: int = 8
-    """Rows of a forward pass."""
+    """Rows of a forward pass on each device."""
     activations: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations between the layers. They are in the memory of the host."""
 

@@ -35,6 +35,7 @@ from irqlora_jax.runs.folder import (
 )
 from irqlora_jax.runs.lock import locked
 from irqlora_jax.runs.recorded import check_recorded, forget, record, write_recorded
+from irqlora_jax.sharding import MeshConfig, make_mesh
 from irqlora_jax.text import readable_size
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,9 @@ def quantize_model(config: QuantizeConfig) -> None:
         options: dict[str, Any] = {"calibrate": rows, "progress": config.progress}
         keep = folder / KEPT_LAYERS
         quant = choose_rules(config.model, config.quant, folder, **options)
+        count = len(jax.devices())
+        if rows is not None and count > 1:  # the devices share the rows
+            options["mesh"] = make_mesh(MeshConfig(), count)
         base, llama, summary = quantize_base(config.model, quant, keep=keep, **options)
         save_tokenizer(tokenizer, config.model, folder)
         save_survey(folder, summary)

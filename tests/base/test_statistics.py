@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from irqlora_jax import hf
-from irqlora_jax.base.statistics import Gradients
+from irqlora_jax.base.statistics import Gradients, Inputs, Statistics
 from irqlora_jax.data.calibrate import CalibrateConfig, CalibrationRows
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.sharding import MeshConfig, make_mesh
 from tests.arrays import read_arrays
 from tests.models import LLAMA, assert_same, write_model
 
@@ -25,18 +27,25 @@ TOKENS = np.random.default_rng(3).integers(0, LLAMA.vocab_size, (5, 9)).astype(n
 Found = dict[int, dict[str, Any]]
 
 
-def statistics_of(base: Any, llama: LlamaConfig, rows: CalibrationRows) -> tuple[Found, Found]:
+def statistics_of(
+    base: Any, llama: LlamaConfig, rows: CalibrationRows, mesh: Mesh | None = None
+) -> tuple[Found, Found]:
     """Moments and squared gradients of all layers, which stay in full precision."""
     outside = {name: np.asarray(base[name]["weight"]) for name in base if name != "layers"}
 
     def read(layer: int) -> Any:
         return jax.tree.map(lambda x: x[layer], base["layers"])
 
-    statistics, found, squares = Gradients(llama, rows, outside, read, squares=True), {}, {}
+    found: Found = {}
+    squares: Found = {}
+    if rows.config.metric == "gradients":
+        statistics: Statistics = Gradients(llama, rows, outside, read, True, mesh)
+    else:
+        statistics = Inputs(llama, rows, outside["embed_tokens"], mesh=mesh)
     for layer in statistics.order:
         found[layer] = statistics.moments(read(layer))
         squares[layer] = statistics.squares
-        if layer:
+        if len(found) < len(statistics.order):
             statistics.advance(read(layer), read(layer))
     return found, squares
 
@@ -93,6 +102,37 @@ def test_the_hessians_are_those_of_whole_gradients(tmp_path: Path) -> None:
                 assert_close(found[layer][name], gram, 1e-4)
                 size = float(each.max())
                 np.testing.assert_allclose(squares[layer][name], each, atol=1e-4 * size)
+
+
+@pytest.mark.parametrize("metric", ["inputs", "gradients"])
+@pytest.mark.parametrize("rows", [8, 5], ids=["even", "a part that does not split"])
+def test_devices_share_the_rows(metric: Any, rows: int, tmp_path: Path) -> None:
+    tokens = np.random.default_rng(4).integers(0, LLAMA.vocab_size, (rows, 9)).astype(np.int32)
+    given = CalibrationRows(tokens, CalibrateConfig(metric=metric, batch_size=1))
+    base, llama = hf.load_base(write_model(tmp_path, LLAMA), None)
+    one = statistics_of(base, llama, given)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), 4)
+    many = statistics_of(base, llama, given, mesh)
+
+    def close(a: Any, b: Any) -> None:
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(np.abs(b).max()))
+
+    jax.tree.map(close, many, one)
+
+
+def test_devices_that_quantize_together(tmp_path: Path) -> None:
+    """In the context of a mesh, as training has it: the errors of the outputs are the same."""
+    folder = write_model(tmp_path, dataclasses.replace(LLAMA, num_hidden_layers=1))
+    mesh = make_mesh(MeshConfig(data=2, tensor=2), 2)
+    given: dict[str, Any] = {"calibrate": CalibrationRows(TOKENS, CalibrateConfig(batch_size=1))}
+    quant = QuantConfig(format="nf3", calibration="none")
+    errors: list[Any] = []
+    given["watch"] = lambda *x: errors.append(x[-1])
+    one = hf.load_base(folder, quant, **given)[0]
+    with jax.set_mesh(mesh):
+        assert_same(hf.load_base(folder, quant, mesh=mesh, **given)[0], one)
+    half = len(errors) // 2
+    np.testing.assert_allclose(errors[:half], errors[half:], rtol=1e-4)
 
 
 def test_a_base_from_gradients_lowers_their_error_and_resumes(tmp_path: Path) -> None:

@@ -136,7 +136,9 @@ def test_quickstart(tmp_path: Path) -> None:
     before, after = numbers(written["entropy-plot"])
     assert 2.5 < before < after < 3
     table = {line[:24].strip(): numbers(line[24:]) for line in written["train"].splitlines()}
-    losses = [table[row][-4] for row in ("full precision", "nf3 + robust", "nf3 + robust, finetuned")]
+    losses = [
+        table[row][-4] for row in ("full precision", "nf3 + robust", "nf3 + robust, finetuned")
+    ]
     assert losses[0] < 1.6 and losses[2] < losses[1] < table["plain nf3"][-4] < 2.8
     assert written["ask"].count("\n") == 3
     assert "<iframe" in written["report"] and "&lt;svg" in written["report"]
