@@ -24,7 +24,7 @@ from irqlora_jax.base.storage import Storage, abstract_base, measure_base
 from irqlora_jax.config import Config
 from irqlora_jax.data import longest_row
 from irqlora_jax.files.hub import read_dtype
-from irqlora_jax.machine import fastest_dtype
+from irqlora_jax.machine import fastest_dtype, total_memory
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.plan.gpus import OPTIONS, compile_only_devices, find_device, usable_fraction
@@ -147,7 +147,7 @@ def _local_device() -> PlanDevice:
     if "bytes_limit" in stats:
         memory = stats["bytes_limit"]
         return PlanDevice(devices[0].device_kind, devices, memory, int(memory / usable_fraction()))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
+    memory = total_memory() // len(devices)
     return PlanDevice(devices[0].device_kind, devices, memory, memory, shared=True)
 
 
