@@ -6,7 +6,7 @@ no new table.
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from irqlora_jax.base.layerwise import check_tokens, output_error
+from irqlora_jax.base.layerwise import Task, output_error
+from irqlora_jax.base.make import make_matrices
 from irqlora_jax.base.source import open_weights
-from irqlora_jax.base.statistics import Gradients, Inputs, Statistics
+from irqlora_jax.base.stacks import Made, Matrix, Stacks
 from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.files.checksums import check_seal
 from irqlora_jax.files.hub import file_marks, read_config, snapshot
 from irqlora_jax.files.kept_values import append_value, kept_in, read_values
 from irqlora_jax.files.small import read_json
-from irqlora_jax.files.tensors import Header, aligned, read_into
 from irqlora_jax.machine import installed_version
 from irqlora_jax.messages import progress_bar
-from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.tree import (
-    Keys,
-    Tree,
-    insert,
-    linear_path,
-    matrix_name,
-    weight_name,
-    weight_shapes,
-)
+from irqlora_jax.model.tree import LAYERS, linear_path, matrix_name
 from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.encode import quantize
+from irqlora_jax.quant.inputs import InputMoments
 from irqlora_jax.text import require
 
 Place = tuple[int, str]
@@ -86,10 +78,14 @@ def make_errors(
     bar = progress_bar("Errors of the formats", len(places), "matrices", show=progress)
     with bar as shown, kept_in(file):
         shown.update(len(places) - len(left))
-        for layer, name, errors in _errors(source, quant, left, calibrate, measured):
+
+        def keep(layer: int, name: str, errors: list[float]) -> None:
             append_value(file, layer, name, "errors", errors)
             known[layer, name] = errors
             shown.update()
+
+        if left:
+            _compute(source, quant, left, calibrate, measured, keep)
     table = np.array([known[place] for place in places], np.float64)
     if measured is not None:
         reference = table[:, -1:]
@@ -161,77 +157,34 @@ def _identity(
     return json.loads(json.dumps(found, default=dataclasses.asdict))
 
 
-def _errors(
+def _compute(
     source: str | Path,
     quant: QuantConfig,
-    places: Collection[Place],
+    places: Sequence[Place],
     calibrate: CalibrationRows | None,
     measured: Measured | None,
-) -> Iterator[tuple[int, str, list[float]]]:
-    """Yields layer, projection and the errors of all candidates; with a measured sensitivity also
-    the error of what was measured."""
-    if not places:
-        return
+    keep: Callable[[int, str, list[float]], None],
+) -> None:
+    """Calls `keep` with layer, projection and the errors of all candidates; with a measured
+    sensitivity also the error of what was measured. The model stays as it is."""
+
+    def make(
+        matrix: Matrix, weight: jax.Array, gram: InputMoments | None, squares: jax.Array | None
+    ) -> Made:
+        configs = list(quant.candidates)
+        if measured is not None:
+            configs.append(measured.quant.for_matrix(matrix_name(matrix.path, matrix.layer)))
+        given = weight, None if gram is None else gram.gram, squares
+        keep(matrix.layer, matrix.path[-1], [_error(config, *given) for config in configs])
+        return Made(None, {})
+
     found, llama = open_weights(snapshot(source))
-    shapes, _ = weight_shapes(llama)
-
-    def read(layer: int) -> Tree:
-        weights: Tree = {}
-        for path in shapes:
-            array = _read(found, weight_name(path, layer))
-            insert(weights, path, {"weight": jax.device_put(array, may_alias=True)})
-        return weights
-
-    statistics: Statistics | None = None
-    if calibrate is not None:
-        check_tokens(calibrate, llama)
-        statistics = _statistics(
-            llama, calibrate, read, lambda path: _read(found, weight_name(path))
-        )
-    by_layer: dict[int, list[str]] = {}
-    for layer, name in places:
-        by_layer.setdefault(layer, []).append(name)
-    order = range(llama.num_hidden_layers) if statistics is None else statistics.order
-    for layer in order:
-        names = by_layer.pop(layer, [])
-        if not names and statistics is None:
-            continue
-        weights, moments, squares = read(layer), {}, {}
-        if statistics is not None and names:
-            try:
-                moments = statistics.moments(weights)
-            except ValueError as error:
-                raise ValueError(f"layer {layer}: {error}") from error
-            squares = statistics.squares
-        for name in names:
-            group, _ = linear_path(name)
-            configs = list(quant.candidates)
-            if measured is not None:
-                configs.append(measured.quant.for_matrix(matrix_name(linear_path(name), layer)))
-            given = weights[group][name]["weight"], moments.get(name), squares.get(name)
-            yield layer, name, [_error(config, *given) for config in configs]
-        if not by_layer:
-            return
-        if statistics is not None:
-            statistics.advance(weights, weights)
-
-
-def _statistics(
-    llama: LlamaConfig,
-    calibrate: CalibrationRows,
-    read: Callable[[int], Tree],
-    read_single: Callable[[Keys], np.ndarray],
-) -> Statistics:
-    if calibrate.config.metric == "gradients":
-        outside = {path[0]: read_single(path) for path in weight_shapes(llama)[1]}
-        return Gradients(llama, calibrate, outside, read, squares=True)
-    return Inputs(llama, calibrate, read_single(("embed_tokens",)))
-
-
-def _read(found: Mapping[str, Header], name: str) -> np.ndarray:
-    array = aligned(found[name].shape, np.float32)
-    read_into(array, found[name], name)
-    return array
+    layers = range(llama.num_hidden_layers)
+    kept = QuantConfig(format=KEPT)
+    matrices = [Matrix(LAYERS, linear_path(name), i, layers, kept) for i, name in places]
+    squares = quant.allocation.errors == "fisher"
+    task = Task(kept, make, np.float32, calibrate, squares=squares)
+    make_matrices(found, llama, matrices, task, Stacks(len(layers)), None)
 
 
 def _error(

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,8 @@ def load_fitted(
     seed = jax.random.key_data(key).tolist()
     finished = _finished(keep, source, calibrate, quant, adapter, seed)
     # Keep the type of the file: each iteration reads the matrix again and widens it slab by slab.
-    task = Task(quant, make, None, calibrate, finished, watch, adapter)
+    squares = adapter.needs == "fisher"
+    task = Task(quant, make, None, calibrate, finished, watch, adapter, squares)
     return _load(source, task, mesh, progress)
 
 
@@ -233,27 +234,43 @@ def _load(
     found, config = open_weights(snapshot(source))
     layered, single = weight_shapes(config)
     stacks = Stacks(config.num_hidden_layers)
-    if task.calibrate is not None:
-        check_tokens(task.calibrate, config)
     total = sum(map(math.prod, single.values()))
     total += config.num_hidden_layers * sum(map(math.prod, layered.values()))
     with progress_bar("Loading", total, "weights", show=progress, unit_scale=True) as bar:
         matrices = _read_kept(found, config, task, stacks, bar)
-        outside = {}
-        if task.calibrate is None:
-            _make_each(found, matrices, task, stacks, bar)
-        else:
-            wanted = single if task.calibrate.config.metric == "gradients" else [_TABLE]
-            outside = {path: _read_single(found, path, single[path]) for path in wanted}
-            named = {name: array for (name,), array in outside.items()}
-            make_layers(found, config, matrices, task, stacks, named, bar)
-            del named
+        outside = make_matrices(found, config, matrices, task, stacks, bar)
         base, pairs = stacks.moved(mesh)
         for path, shape in single.items():
-            arrays = [outside.pop(path) if path in outside else _read_single(found, path, shape)]
+            read = outside.pop(path[0], None)
+            arrays = [_read_single(found, path, shape) if read is None else read]
+            del read
             insert(base, path, {"weight": to_device(arrays, mesh, path)})
             bar.update(math.prod(shape))
     return base, pairs, config
+
+
+def make_matrices(
+    found: Mapping[str, Header],
+    llama: LlamaConfig,
+    matrices: Sequence[Matrix],
+    task: Task,
+    stacks: Stacks,
+    bar: Any,
+) -> dict[str, np.ndarray]:
+    """Makes matrices: one after the other, or with a text layer by layer (`make_layers`).
+
+    Returns:
+        Weights outside of the layers that were read for it: name and array.
+    """
+    if task.calibrate is None:
+        _make_each(found, matrices, task, stacks, bar)
+        return {}
+    check_tokens(task.calibrate, llama)
+    single = weight_shapes(llama)[1]
+    wanted = single if task.calibrate.config.metric == "gradients" else [_TABLE]
+    outside = {path[0]: _read_single(found, path, single[path]) for path in wanted}
+    make_layers(found, llama, matrices, task, stacks, outside, bar)
+    return outside
 
 
 def _read_single(found: Mapping[str, Header], path: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -287,7 +304,7 @@ def _read_kept(
 
 
 def _make_each(
-    found: Mapping[str, Header], matrices: list[Matrix], task: Task, stacks: Stacks, bar: Any
+    found: Mapping[str, Header], matrices: Sequence[Matrix], task: Task, stacks: Stacks, bar: Any
 ) -> None:
     """Makes one matrix after the other, without a text."""
     names = [weight_name(matrix.path, matrix.layer) for matrix in matrices]
