@@ -56,6 +56,8 @@ FORMATS = ("nf2/64", "nf2/16", "nf3/64", "nf3/16", "nf4/64", "int2/64", "int3/64
 BUDGETS = (2.5, 2.75, 3.0, 3.5, 4.0)
 ERRORS = ("weights", "inputs", "fisher")
 WAYS = ("none", "importance + feedback", "lqlora", "importance + feedback + cloq")
+REST = ", rest"
+"""Behind the kind of errors that are measured after the pair took its part."""
 PAIR_BITS = 16
 COLUMNS = ("storage", "errors", "way", "bits", "with the pair", "loss", "over full", "seconds")
 
@@ -78,7 +80,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         for rank in args.ranks if way in PAIRS else (0,):
             for format in args.formats:
                 yield Case(format, None, way, rank)
-            for budget, kind in itertools.product(args.budgets, kinds):
+            rests = [f"{kind}{REST}" for kind in kinds if args.rest and way in PAIRS]
+            for budget, kind in itertools.product(args.budgets, [*kinds, *rests]):
                 yield Case(str(budget), kind, way, rank)
 
 
@@ -91,7 +94,8 @@ def choose(
     if case.errors is None:
         format, _, size = case.storage.partition("/")
         return QuantConfig(**{"format": format, "block_size": int(size), **way.quant})
-    kind: Any = case.errors
+    kind: Any = case.errors.removesuffix(REST)
+    pair = way.adapter if case.errors.endswith(REST) else None
     file = str(args.sensitivity) if kind == "sensitivity" else None
     allocation = AllocationOptions(errors=kind, sensitivity=file)
     # Rounding and training change neither the errors nor the sizes, so these ways share a table.
@@ -100,8 +104,11 @@ def choose(
     asked = QuantConfig(budget=float(case.storage), allocation=allocation, **own)
     settings = dataclasses.replace(rows.config, metric=metric(kind))
     given = CalibrationRows(rows.tokens, settings)
+    if pair is not None:
+        shared += f"-{pair.init}-{pair.rank}"
     folder = args.output / f"errors-{kind}-{shared.replace(' ', '-')}"
-    chosen = choose_rules(args.model, asked, folder, calibrate=given, progress=True)
+    options: dict[str, Any] = {"calibrate": given, "adapter": pair, "progress": True}
+    chosen = choose_rules(args.model, asked, folder, **options)
     return dataclasses.replace(chosen, **way.quant)
 
 
@@ -186,6 +193,7 @@ def main() -> None:
     add("--budgets", nargs="*", type=float, default=BUDGETS, help="bits a weight")
     add("--errors", nargs="*", default=ERRORS, choices=ERRORS)
     add("--sensitivity", type=Path, help="sensitivity.json, for these errors too")
+    add("--rest", action="store_true", help="also choose by what remains after the pair")
     add("--ways", nargs="*", default=WAYS, choices=[*CALIBRATIONS, *PAIRS])
     add("--ranks", nargs="*", type=int, default=[16], help="of the pairs")
     add("--windows", type=int, default=12)

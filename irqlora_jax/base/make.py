@@ -120,11 +120,9 @@ def load_fitted(
             quantized, or if the initialization is not fitted to the weights.
     """
     require(quant.quantizes, "quant.format", quant.format, ", ".join(FORMATS))
-    start, fit = adapter.start, adapter.start.fit
-    if fit is None:
-        raise ValueError(f"adapter.init = {start.name!r}: expected one fitted to the weights")
+    if adapter.start.fit is None:
+        raise ValueError(f"adapter.init = {adapter.init!r}: expected one fitted to the weights")
     damping = _check_rows(quant, adapter, calibrate)
-    options = getattr(adapter, start.name, start.options)
 
     def make(
         matrix: Matrix, weight: jax.Array, gram: InputMoments | None, squares: jax.Array | None
@@ -138,12 +136,7 @@ def load_fitted(
             # There is no quantization error to correct, so initialize the pair as in LoRA.
             rows, columns = weight.shape
             return Made(None, LORA.init(own, (rows, columns), adapter.rank, None, adapter.dtype))
-        rank, dtype = adapter.rank, adapter.dtype
-        scale = adapter.scale_for((weight.shape[0], weight.shape[1]))
-        given = {"gram": gram, "damping": damping}
-        given |= {"fisher": squares} if adapter.needs == "fisher" else {}
-        packed, a, b = fit(weight, config, rank, scale, options, own, dtype, **given)
-        return Made(packed, {"lora_A": a, "lora_B": b})
+        return fit_pair(weight, config, adapter, own, gram, squares, damping)
 
     seed = jax.random.key_data(key).tolist()
     finished = _finished(keep, source, calibrate, quant, adapter, seed)
@@ -151,6 +144,29 @@ def load_fitted(
     squares = adapter.needs == "fisher"
     task = Task(quant, make, None, calibrate, finished, watch, adapter, squares)
     return _load(source, task, mesh, progress)
+
+
+def fit_pair(
+    weight: jax.Array,
+    config: QuantConfig,
+    adapter: AdapterConfig,
+    key: PRNGKeyArray,
+    gram: InputMoments | None,
+    squares: jax.Array | None,
+    damping: float,
+) -> Made:
+    """Fits the quantized weight and the pair by `adapter.init`. `squares` are used if it needs
+    them, `damping` is that of the text."""
+    start = adapter.start
+    assert start.fit is not None
+    options = getattr(adapter, start.name, start.options)
+    scale = adapter.scale_for((weight.shape[0], weight.shape[1]))
+    given: dict[str, Any] = {"gram": gram, "damping": damping}
+    given |= {"fisher": squares} if adapter.needs == "fisher" else {}
+    packed, a, b = start.fit(
+        weight, config, adapter.rank, scale, options, key, adapter.dtype, **given
+    )
+    return Made(packed, {"lora_A": a, "lora_B": b})
 
 
 def load_loftq(
