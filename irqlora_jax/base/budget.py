@@ -22,6 +22,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
+from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.error_table import ERRORS_FILE, Place, make_errors
 from irqlora_jax.base.rule_patterns import ANY, find_patterns
 from irqlora_jax.base.source import open_weights
@@ -52,6 +53,7 @@ def choose_rules(
     folder: Path,
     *,
     calibrate: CalibrationRows | None = None,
+    adapter: AdapterConfig | None = None,
     limit: int | None = None,
     progress: bool = False,
 ) -> QuantConfig:
@@ -61,7 +63,9 @@ def choose_rules(
         source: local folder, GGUF file or hub id of the model.
         quant: quantization settings.
         folder: for the table of errors and budget.json.
-        calibrate: rows of text, if `quant.allocation.errors` needs them.
+        calibrate: rows of text, if `quant.allocation.errors` or the adapter needs them.
+        adapter: its pairs, if they are fitted to the weights, correct some of the errors; None:
+            there are none.
         limit: bytes of the whole base, for `quant.budget` fit.
         progress: show a bar.
 
@@ -75,7 +79,9 @@ def choose_rules(
     room = find_room(llama, quant, lambda path: FLOATS[found[_first(path)].dtype], limit)
     file = folder / ERRORS_FILE
     folder.mkdir(parents=True, exist_ok=True)
+    fitted = adapter is not None and adapter.start.fit is not None and not adapter.start.trained
     options: dict[str, Any] = {"calibrate": calibrate, "progress": progress}
+    options |= {"adapter": adapter if fitted else None}
     errors = make_errors(source, quant, room.places, file, **options)
     groups = list(_groups(room.places, quant.allocation.tie))
     tied = np.stack([errors[own].sum(axis=0) for own in groups])

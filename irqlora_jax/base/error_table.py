@@ -6,7 +6,7 @@ no new table.
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from irqlora_jax.base.layerwise import check_tokens, output_error
+from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.base.layerwise import Task, output_error
+from irqlora_jax.base.make import fit_pair, make_matrices
 from irqlora_jax.base.source import open_weights
-from irqlora_jax.base.statistics import Gradients, Inputs, Statistics
+from irqlora_jax.base.stacks import Made, Matrix, Stacks
 from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.files.checksums import check_seal
 from irqlora_jax.files.hub import file_marks, read_config, snapshot
 from irqlora_jax.files.kept_values import append_value, kept_in, read_values
 from irqlora_jax.files.small import read_json
-from irqlora_jax.files.tensors import Header, aligned, read_into
 from irqlora_jax.machine import installed_version
 from irqlora_jax.messages import progress_bar
-from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.tree import (
-    Keys,
-    Tree,
-    insert,
-    linear_path,
-    matrix_name,
-    weight_name,
-    weight_shapes,
-)
+from irqlora_jax.model.tree import LAYERS, linear_path, matrix_name
 from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.encode import quantize
+from irqlora_jax.quant.inputs import InputMoments
 from irqlora_jax.text import require
 
 Place = tuple[int, str]
@@ -53,6 +46,7 @@ def make_errors(
     file: Path,
     *,
     calibrate: CalibrationRows | None = None,
+    adapter: AdapterConfig | None = None,
     progress: bool = False,
 ) -> Float[np.ndarray, "places candidates"]:
     """Computes the errors that are not in the file yet, and adds them to it.
@@ -62,7 +56,9 @@ def make_errors(
         quant: with `quant.candidates` and `quant.allocation.errors`.
         places: the matrices.
         file: keeps the errors.
-        calibrate: rows of text, for the errors that need them.
+        calibrate: rows of text, for the errors or the pairs that need them.
+        adapter: of pairs that are fitted to the weights; its targets have the errors that remain
+            after one turn of `adapter.init`. None: there are none.
         progress: show a bar.
 
     Returns:
@@ -73,23 +69,30 @@ def make_errors(
             the text does not fit the model; a statistic is NaN or infinite.
     """
     asked = quant.allocation
-    calibrate = calibrate if asked.needs_text else None
+    pairs = adapter is not None and adapter.needs != "nothing"
+    calibrate = calibrate if asked.needs_text or pairs else None
     measured = None if asked.sensitivity is None else read_costs(Path(asked.sensitivity))
     if measured is not None:
         missing = [place for place in places if place not in measured.costs]
         first = matrix_name(linear_path(missing[0][1]), missing[0][0]) if missing else None
         accepted = f"the results of all matrices, but {first} is missing"
         require(not missing, "quant.allocation.sensitivity", asked.sensitivity, accepted)
-    identity = _identity(source, quant, calibrate, measured)
+    if adapter is not None:
+        adapter = _one_turn(adapter)
+    identity = _identity(source, quant, calibrate, measured, adapter)
     known = read_values(file, identity, "errors", "errors for quant.budget")
     left = [place for place in places if place not in known]
     bar = progress_bar("Errors of the formats", len(places), "matrices", show=progress)
     with bar as shown, kept_in(file):
         shown.update(len(places) - len(left))
-        for layer, name, errors in _errors(source, quant, left, calibrate, measured):
+
+        def keep(layer: int, name: str, errors: list[float]) -> None:
             append_value(file, layer, name, "errors", errors)
             known[layer, name] = errors
             shown.update()
+
+        if left:
+            _compute(source, quant, left, calibrate, measured, adapter, keep)
     table = np.array([known[place] for place in places], np.float64)
     if measured is not None:
         reference = table[:, -1:]
@@ -145,6 +148,7 @@ def _identity(
     quant: QuantConfig,
     calibrate: CalibrationRows | None,
     measured: Measured | None,
+    adapter: AdapterConfig | None,
 ) -> dict[str, Any]:
     """Everything that the errors depend on, as plain values."""
     path = snapshot(source)
@@ -158,95 +162,66 @@ def _identity(
         "quant": quant.candidates,
         "sensitivity": None if measured is None else measured.quant,
     }
+    found |= {} if adapter is None else {"adapter": adapter}
     return json.loads(json.dumps(found, default=dataclasses.asdict))
 
 
-def _errors(
+def _one_turn(adapter: AdapterConfig) -> AdapterConfig:
+    """The initialization with a single turn: more turns change little and take long."""
+    name = adapter.start.name
+    options = dataclasses.replace(getattr(adapter, name), iterations=1)
+    return dataclasses.replace(adapter, **{name: options})
+
+
+def _compute(
     source: str | Path,
     quant: QuantConfig,
-    places: Collection[Place],
+    places: Sequence[Place],
     calibrate: CalibrationRows | None,
     measured: Measured | None,
-) -> Iterator[tuple[int, str, list[float]]]:
-    """Yields layer, projection and the errors of all candidates; with a measured sensitivity also
-    the error of what was measured."""
-    if not places:
-        return
+    adapter: AdapterConfig | None,
+    keep: Callable[[int, str, list[float]], None],
+) -> None:
+    """Calls `keep` with layer, projection and the errors of all candidates; with a measured
+    sensitivity also the error of what was measured. The model stays as it is."""
+    kind = quant.allocation.errors
+    damping = 0.0 if calibrate is None else calibrate.config.damping
+
+    def make(
+        matrix: Matrix, weight: jax.Array, gram: InputMoments | None, squares: jax.Array | None
+    ) -> Made:
+        name, key = matrix.path[-1], jax.random.key(0)
+        pair = adapter if adapter is not None and name in adapter.targets else None
+
+        def error(config: QuantConfig, pair: AdapterConfig | None) -> float:
+            """The error with a candidate. A calibration that needs a text counts as none."""
+            if config.format == KEPT:
+                return 0.0
+            config = config.plain if config.needs_inputs else config
+            if pair is None:
+                stored = quantize(weight, config).dequantize()
+            else:
+                made = fit_pair(weight, config, pair, key, gram, squares, damping)
+                stored = made.dense(weight, pair.scale)
+            if kind == "inputs":
+                assert gram is not None
+                return float(output_error(weight, stored, gram.gram))
+            return float(weighed_error(weight, stored, squares if kind == "fisher" else None))
+
+        errors = [error(config, pair) for config in quant.candidates]
+        if measured is not None:
+            place = matrix_name(matrix.path, matrix.layer)
+            errors.append(error(measured.quant.for_matrix(place), None))
+        keep(matrix.layer, name, errors)
+        return Made(None, {})
+
     found, llama = open_weights(snapshot(source))
-    shapes, _ = weight_shapes(llama)
-
-    def read(layer: int) -> Tree:
-        weights: Tree = {}
-        for path in shapes:
-            array = _read(found, weight_name(path, layer))
-            insert(weights, path, {"weight": jax.device_put(array, may_alias=True)})
-        return weights
-
-    statistics: Statistics | None = None
-    if calibrate is not None:
-        check_tokens(calibrate, llama)
-        statistics = _statistics(
-            llama, calibrate, read, lambda path: _read(found, weight_name(path))
-        )
-    by_layer: dict[int, list[str]] = {}
-    for layer, name in places:
-        by_layer.setdefault(layer, []).append(name)
-    order = range(llama.num_hidden_layers) if statistics is None else statistics.order
-    for layer in order:
-        names = by_layer.pop(layer, [])
-        if not names and statistics is None:
-            continue
-        weights, moments, squares = read(layer), {}, {}
-        if statistics is not None and names:
-            try:
-                moments = statistics.moments(weights)
-            except ValueError as error:
-                raise ValueError(f"layer {layer}: {error}") from error
-            squares = statistics.squares
-        for name in names:
-            group, _ = linear_path(name)
-            configs = list(quant.candidates)
-            if measured is not None:
-                configs.append(measured.quant.for_matrix(matrix_name(linear_path(name), layer)))
-            given = weights[group][name]["weight"], moments.get(name), squares.get(name)
-            yield layer, name, [_error(config, *given) for config in configs]
-        if not by_layer:
-            return
-        if statistics is not None:
-            statistics.advance(weights, weights)
-
-
-def _statistics(
-    llama: LlamaConfig,
-    calibrate: CalibrationRows,
-    read: Callable[[int], Tree],
-    read_single: Callable[[Keys], np.ndarray],
-) -> Statistics:
-    if calibrate.config.metric == "gradients":
-        outside = {path[0]: read_single(path) for path in weight_shapes(llama)[1]}
-        return Gradients(llama, calibrate, outside, read, squares=True)
-    return Inputs(llama, calibrate, read_single(("embed_tokens",)))
-
-
-def _read(found: Mapping[str, Header], name: str) -> np.ndarray:
-    array = aligned(found[name].shape, np.float32)
-    read_into(array, found[name], name)
-    return array
-
-
-def _error(
-    config: QuantConfig,
-    weight: Float32[Array, "out in"],
-    gram: Float32[Array, "in in"] | None,
-    squares: Float32[Array, "out in"] | None,
-) -> float:
-    """The error of one matrix. A calibration that needs a text counts as none."""
-    if config.format == KEPT:
-        return 0.0
-    packed = quantize(weight, config.plain if config.needs_inputs else config)
-    if squares is None and gram is not None:
-        return float(output_error(weight, packed.dequantize(), gram))
-    return float(weighed_error(weight, packed.dequantize(), squares))
+    layers = range(llama.num_hidden_layers)
+    kept = QuantConfig(format=KEPT)
+    matrices = [Matrix(LAYERS, linear_path(name), i, layers, kept) for i, name in places]
+    squares = kind == "fisher" or (adapter is not None and adapter.needs == "fisher")
+    task = Task(kept, make, np.float32, calibrate, squares=squares)
+    make_matrices(found, llama, matrices, task, Stacks(len(layers)), None)
 
 
 @jax.jit

@@ -68,6 +68,7 @@ class Task:
         finished: files of finished layers; None: they are not kept.
         watch: called for each quantized matrix.
         adapter: of the fitted pairs; None: there are none.
+        squares: `make` gets the squared gradients too.
     """
 
     quant: QuantConfig
@@ -77,6 +78,7 @@ class Task:
     finished: "FinishedLayers | None" = None
     watch: Watch | None = None
     adapter: AdapterConfig | None = None
+    squares: bool = False
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -177,12 +179,12 @@ def make_layers(
     bar: Any,
     mesh: Mesh | None = None,
 ) -> None:
-    """Makes all matrices, one layer after the other.
+    """Makes matrices, one layer after the other.
 
     Args:
         found: headers of the weights.
         llama: the architecture.
-        matrices: those to make. The other weights of the layers are in `stacks`.
+        matrices: those to make.
         task: what to make of them; with `calibrate`.
         stacks: gets the results.
         outside: weights outside of the layers: "embed_tokens", and for gradients "norm" and, if it
@@ -200,11 +202,10 @@ def make_layers(
         by_layer[matrix.layer][matrix.path] = matrix
 
     def read(layer: int) -> Tree:
-        return _read_layer(found, llama, layer, by_layer[layer], task.dtype, stacks)
+        return _read_layer(found, llama, layer, by_layer[layer], task.dtype)
 
     if task.calibrate.config.metric == "gradients":
-        squares = task.adapter is not None and task.adapter.needs == "fisher"
-        statistics: Statistics = Gradients(llama, task.calibrate, outside, read, squares, mesh)
+        statistics: Statistics = Gradients(llama, task.calibrate, outside, read, task.squares, mesh)
     else:
         both = task.quant.training != "none"
         statistics = Inputs(llama, task.calibrate, outside["embed_tokens"], both, mesh)
@@ -242,17 +243,14 @@ def _read_layer(
     layer: int,
     matrices: Mapping[Any, Matrix],
     dtype: Any,
-    stacks: Stacks,
 ) -> Tree:
-    """All weights of a layer: read from the file, or as they are in the stacks."""
+    """All weights of a layer. Those that are not made have the type of the file."""
     weights: Tree = {}
     for path, shape in weight_shapes(llama)[0].items():
-        if path in matrices:
-            name = weight_name(path, layer)
-            array = aligned(shape, FLOATS[found[name].dtype] if dtype is None else dtype)
-            read_into(array, found[name], name)
-        else:
-            array = stacks.kept(path, layer)
+        name = weight_name(path, layer)
+        own = dtype is not None and path in matrices
+        array = aligned(shape, dtype if own else FLOATS[found[name].dtype])
+        read_into(array, found[name], name)
         insert(weights, path, {"weight": jax.device_put(array, may_alias=True)})
     return weights
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from irqlora_jax import cli, hf
+from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base import budget, error_table
 from irqlora_jax.base.budget import choose_rules, planned_rules, read_budget
 from irqlora_jax.base.error_table import ERRORS_FILE, make_errors, read_costs
@@ -150,6 +151,41 @@ def test_the_table_equals_a_slow_one(
     expected = slow_errors(float_base, kind)
     np.testing.assert_allclose(found, expected, rtol=1e-3)
     assert expected.shape == (21, 3) and (np.diff(expected) < 0).all()
+
+
+@pytest.mark.parametrize(("init", "kind"), [("lqlora", "weights"), ("cloq", "inputs")])
+def test_errors_are_of_what_a_pair_leaves(
+    model: Path, float_base: dict[str, Any], tmp_path: Path, init: Any, kind: Any
+) -> None:
+    turns: Any = {init: dataclasses.replace(getattr(AdapterConfig(), init), iterations=1)}
+    pair = AdapterConfig(method="lora", rank=5, alpha=7.0, init=init, targets=("q_proj",), **turns)
+    quant = dataclasses.replace(QUANT, allocation=dataclasses.replace(FEW, errors=kind))
+    rows = CalibrationRows(TOKENS)
+    places = [(layer, name) for layer in range(3) for name in ("q_proj", "k_proj")]
+    both: Any = {"calibrate": rows, "adapter": pair}
+    found = make_errors(model, quant, places, tmp_path / "table", **both)
+    file = tmp_path / "alone"
+    alone = make_errors(model, quant, places, file, calibrate=rows)
+    np.testing.assert_array_equal(found[1::2], alone[1::2])  # k_proj has no pair
+    assert (found[::2] < alone[::2]).all()
+    bare, q = Llama(LLAMA), float_base["layers"]["self_attn"]["q_proj"]["weight"]
+    stats = bare.apply({"params": {}, "base": float_base}, jnp.asarray(TOKENS), mutable=["stats"])
+    gram = stats[1]["stats"]["layers"]["self_attn"]["q_proj"]["gram"]  # type: ignore[index]
+    expected = np.empty((3, 3))
+    for column, one in enumerate(QUANT.candidates):
+        for layer, weight in enumerate(q):
+            assert pair.start.fit is not None
+            given = {"gram": gram[layer], "damping": rows.config.damping}
+            fixed = 5, 7 / 5, turns[init], jax.random.key(9), jnp.float32
+            packed, a, b = pair.start.fit(weight, one, *fixed, **given)
+            off = np.asarray(weight - packed.dequantize(), np.float64) - 7 / 5 * np.asarray(b @ a)
+            g = np.eye(40) if kind == "weights" else np.asarray(gram[layer], np.float64)
+            w = np.asarray(weight, np.float64)
+            whole = 1 if kind == "weights" else np.trace(w @ g @ w.T)
+            expected[layer, column] = np.trace(off @ g @ off.T) / whole
+    np.testing.assert_allclose(found[::2], expected, rtol=2e-3)
+    with pytest.raises(ValueError, match="other settings"):
+        make_errors(model, quant, places, file, **both)
 
 
 def test_an_interrupted_table_goes_on(

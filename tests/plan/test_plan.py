@@ -138,6 +138,35 @@ def test_a_budget_is_planned_with_its_size(
         with_planned_rules(config, target(need.peak))
 
 
+def test_a_budget_that_fits_a_mesh_fills_every_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two devices hold half of the packed weights each, so the whole base may grow by twice as
+    much as a device has room."""
+    few = AllocationOptions(("nf2", "nf4"), (64,), (8,))
+    quant = QuantConfig(calibration="none", budget="fit", allocation=few)
+    deep = dataclasses.replace(SMALL, num_hidden_layers=8)
+    own = {"model": str(write_model(tmp_path / "model", deep)), "quant": quant}
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, fsdp=2), **own)
+
+    def stored(quant: QuantConfig, config: Config = config) -> MemoryNeed:
+        """What a device holds; compiles nothing."""
+        one = dataclasses.replace(config, quant=quant)
+        base = abstract_base(deep, quant, np.float32)
+        return measure(one, base, deep, target(2**40), limit=0)
+
+    small, large = (stored(one) for one in quant.candidates)
+    alone = stored(quant.candidates[0], dataclasses.replace(config, mesh=MeshConfig(data=1)))
+    assert small.base.total < 0.7 * alone.base.total
+    need = dataclasses.replace(small, step=2**20)
+    monkeypatch.setattr(fit, "measure", lambda *_: need)
+    half = (large.base.total - small.base.total) // 2
+    device = target(int((need.peak + half) / TIGHT) + 1)
+    found = stored(with_planned_rules(config, device).quant)
+    layer = (large.base.total - small.base.total) / 8
+    assert abs(found.base.total - small.base.total - half) < layer
+
+
 def test_bits_of_llama_7b() -> None:
     """4 bits a code; 8 bits a scale and 8 a shift every 64 weights, 32 every 256 of those."""
     stored = measure_base(abstract_base(MODELS["7b"], QuantConfig()))
