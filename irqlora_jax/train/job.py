@@ -118,8 +118,8 @@ def with_chosen_rules(job: Job, asked: QuantConfig, limit: int | None = None) ->
         ValueError: as `base.budget.choose_rules`; or the mesh or the adapter do not suit the rules.
     """
     config, llama = job.config, job.model.config
-    options: dict[str, Any] = {"calibrate": job.calibrate, "adapter": config.adapter}
-    options |= {"limit": limit, "progress": config.log.progress}
+    options: dict[str, Any] = {"calibrate": job.calibrate, "limit": limit}
+    options |= {"progress": config.log.progress}
     quant = choose_rules(config.model, asked, Path(config.output_dir), **options)
     config = dataclasses.replace(config, quant=quant)
     check_mesh(job.mesh, llama, quant)
