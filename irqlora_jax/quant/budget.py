@@ -75,7 +75,8 @@ class AllocationOptions:
     the weights, weighed by the squared gradients of a text (with `calibrate.metric` gradients;
     LQ-LoRA). "sensitivity": squared errors of the weights, scaled for each matrix to the loss
     that `irqlora sensitivity` measured. They are computed with `quant.calibration`, or without one
-    if it needs a text."""
+    if it needs a text. A pair that `adapter.init` fits is not considered: the errors are those
+    before it corrects some of them (`base.budget.choose_rules` can consider it)."""
     sensitivity: str | None = None
     """The sensitivity.json for `errors` sensitivity."""
     tie: int = 1
