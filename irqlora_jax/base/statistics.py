@@ -299,8 +299,8 @@ def gradient_moments(
     start = {name: jnp.zeros((size, size), jnp.float32) for name, (_, size) in shapes.items()}
     each = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items() if squares}
 
-    def of_part(*rows: Array) -> Any:
-        return jax.lax.scan(row_moments, (start, each), rows)
+    def of_part(x: Array, gradient: Array) -> Any:
+        return jax.lax.scan(row_moments, (start, each), (x, gradient))
 
     if parts == 1:
         total, before = of_part(x, gradient)
