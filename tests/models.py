@@ -57,6 +57,11 @@ LLAMA = tiny_llama(
 """No width is a multiple of a block of 64 or of a rank, and most linear layers differ in shape."""
 NARROW = dataclasses.replace(LLAMA, intermediate_size=40, num_key_value_heads=4, head_dim=10)
 """All linear layers have the same shape, which is compiled once."""
+RELATIVES = {
+    "LLaMA with biases": tiny_llama(attention_bias=True),
+    "Qwen2": tiny_llama(model_type="qwen2", hidden_size=32, tie_word_embeddings=True),
+}
+"""Models that differ from LLaMA: all kinds of weights and layers."""
 FLOAT = QuantConfig(format="none")
 PLAIN = QuantConfig(format="nf4", calibration="none")
 IEC = AdapterConfig(method="iec", rank=6, alpha=9.0)
@@ -84,7 +89,8 @@ def quantize_base(
         layers[group] = dict(layers[group])
         for name in layers[group].keys() & set(names):
             parts = [quantize(weight, quant) for weight in layers[group][name]["weight"]]
-            layers[group][name] = {"weight": jax.tree.map(lambda *x: jnp.stack(x), *parts)}
+            packed = jax.tree.map(lambda *x: jnp.stack(x), *parts)
+            layers[group][name] = layers[group][name] | {"weight": packed}
     return base | {"layers": layers}
 
 
@@ -113,8 +119,12 @@ def stack_tensors(tensors: dict[str, Any], llama: LlamaConfig) -> dict[str, Any]
 
     def stack(name: str) -> dict[str, jax.Array]:
         layers = range(llama.num_hidden_layers)
-        parts = [np.asarray(tensors[f"model.layers.{i}.{name}.weight"]) for i in layers]
-        return {"weight": jnp.asarray(np.stack(parts))}
+        found = {}
+        for leaf in ("weight", "bias"):
+            if f"model.layers.0.{name}.{leaf}" in tensors:
+                parts = [np.asarray(tensors[f"model.layers.{i}.{name}.{leaf}"]) for i in layers]
+                found[leaf] = jnp.asarray(np.stack(parts))
+        return found
 
     def single(name: str) -> dict[str, jax.Array]:
         return {"weight": jnp.asarray(np.asarray(tensors[f"{name}.weight"]))}
@@ -182,8 +192,11 @@ def random_tensors(llama: LlamaConfig = LLAMA, dtype: Any = np.float32) -> dict[
         for name, shape in llama.linear_shapes.items():
             block = "self_attn" if name in LINEAR_NAMES[:4] else "mlp"
             shapes[f"model.layers.{i}.{block}.{name}"] = shape
+            if name in llama.biased:
+                shapes[f"model.layers.{i}.{block}.{name}.bias"] = shape[:1]
     draw = lambda shape: rng.normal(0, 0.05, shape).astype(dtype)  # noqa: E731
-    return {f"{name}.weight": draw(shape) for name, shape in shapes.items()}
+    names = {name: name if name.endswith("bias") else f"{name}.weight" for name in shapes}
+    return {names[name]: draw(shape) for name, shape in shapes.items()}
 
 
 def write_config(folder: Path, llama: LlamaConfig = LLAMA, **more: Any) -> Path:

@@ -31,6 +31,7 @@ from irqlora_jax.model.tree import (
     Keys,
     Tree,
     insert,
+    leaf_path,
     linear_path,
     matrix_name,
     weight_name,
@@ -179,7 +180,7 @@ def _errors(
         weights: Tree = {}
         for path in shapes:
             array = _read(found, weight_name(path, layer))
-            insert(weights, path, {"weight": jax.device_put(array, may_alias=True)})
+            insert(weights, leaf_path(path), jax.device_put(array, may_alias=True))
         return weights
 
     statistics: Statistics | None = None

@@ -27,7 +27,7 @@ from irqlora_jax.base.train_layer import train_layer
 from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.files.tensors import FLOATS, Header, aligned, read_into
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.tree import Tree, insert, matrix_name, weight_name, weight_shapes
+from irqlora_jax.model.tree import Tree, insert, leaf_path, matrix_name, weight_name, weight_shapes
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.inputs import InputMoments
@@ -226,7 +226,7 @@ def make_layers(
                     task.watch(layer, name, weight, one.weight, matrix.quant, errors.get(name))
                 bar.update(weight.size)
             stacks.put(matrix, one)
-            changed = {name: {"weight": one.dense(weight, task.scale)}}
+            changed = {name: {**weights[group][name], "weight": one.dense(weight, task.scale)}}
             new = {**new, group: {**new[group], **changed}}
         if count + 1 < depth:
             statistics.advance(weights, new)
@@ -253,7 +253,7 @@ def _read_layer(
             read_into(array, found[name], name)
         else:
             array = stacks.kept(path, layer)
-        insert(weights, path, {"weight": jax.device_put(array, may_alias=True)})
+        insert(weights, leaf_path(path), jax.device_put(array, may_alias=True))
     return weights
 
 

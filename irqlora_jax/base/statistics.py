@@ -33,7 +33,7 @@ from irqlora_jax.model.alone import GROUPS, layer_moments, layer_outputs
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.layer import Settings, rms_norm
 from irqlora_jax.model.loss import row_cross_entropy
-from irqlora_jax.model.tree import Tree
+from irqlora_jax.model.tree import Tree, linear_weights
 from irqlora_jax.sharding import ROWS, put_copies, put_rows
 
 SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -278,7 +278,7 @@ def gradient_moments(
 
     The rows are summed one after the other in each of `parts`, which devices compute side by side.
     """
-    linear = {group: weights[group] for group in GROUPS}
+    linear = {group: weights[group] for group in GROUPS}  # and biases, whose gradients are dropped
 
     def row_moments(
         total: tuple[Moments, Squares], row: tuple[Array, Array]
@@ -290,12 +290,12 @@ def gradient_moments(
 
         wide = jax.tree.map(lambda w: w.astype(jnp.float32), linear)
         own, before = jax.vjp(outputs, wide, x)[1](g)
-        flat = {name: part["weight"] for group in GROUPS for name, part in own[group].items()}
+        flat = linear_weights(own)
         grams = {name: jnp.matmul(g.T, g, precision="highest") for name, g in flat.items()}
         found = grams, {name: g**2 for name, g in flat.items()} if squares else {}
         return jax.tree.map(jnp.add, total, found), before[0]
 
-    shapes = {name: part["weight"].shape for g in GROUPS for name, part in linear[g].items()}
+    shapes = {name: weight.shape for name, weight in linear_weights(linear).items()}
     start = {name: jnp.zeros((size, size), jnp.float32) for name, (_, size) in shapes.items()}
     each = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items() if squares}
 

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from irqlora_jax.model.alone import GROUPS, layer_moments, layer_outputs
+from irqlora_jax.model.alone import layer_moments, layer_outputs
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.layer import Settings, rms_norm
 from irqlora_jax.model.llama import Llama, head_weight
 from irqlora_jax.model.loss import row_cross_entropy
-from irqlora_jax.model.tree import LAYERS, find_stack, linear_path
+from irqlora_jax.model.tree import LAYERS, find_stack, insert, linear_path, linear_weights
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.sharding import LINEAR_NAMES
 
@@ -113,11 +113,9 @@ def _pick_from(stack: Mapping[str, Any], index: Int[Array, ""], dtype: str) -> d
         packed = isinstance(weight, QTensor)
         return weight.dequantize(dtype) if packed else weight.astype(dtype)
 
-    matrices = {
-        group: {name: {"weight": dense(linear["weight"])} for name, linear in own[group].items()}
-        for group in GROUPS
-    }
-    return {**own, **matrices}
+    for name, weight in linear_weights(own).items():
+        insert(own, (*linear_path(name), "weight"), dense(weight))
+    return own
 
 
 @functools.partial(jax.jit, static_argnames="settings")

@@ -1,11 +1,13 @@
-"""The architecture of a LLaMA, as Hugging Face's config.json describes it."""
+"""The architecture of a LLaMA or a relative of it, as Hugging Face's config.json describes it."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from irqlora_jax.model.families import ACCEPTED, FAMILIES, Family
 from irqlora_jax.text import require
 
+ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 _LARGEST = 3e38
 """Larger numbers are infinite in float32."""
 _NEEDED = (
@@ -32,6 +34,12 @@ def _size(field: str, value: Any) -> int:
 
 def _token_id(field: str, value: Any) -> int | None:
     _require(value is None or _is_whole(value), field, value, "a whole number or null")
+    return value
+
+
+def _flag(values: Mapping[str, Any], field: str) -> bool:
+    value = values.get(field, False)
+    _require(isinstance(value, bool), field, value, "true or false")
     return value
 
 
@@ -67,7 +75,10 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The architecture. Fields have the names of Hugging Face's config.json."""
+    """The architecture. Fields have the names of Hugging Face's config.json.
+
+    Not all `model_type` have all options: see `families.py`.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -84,6 +95,9 @@ class LlamaConfig:
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
     pad_token_id: int | None = None
+    model_type: str = "llama"
+    attention_bias: bool = False
+    """Whether q_proj, k_proj, v_proj and o_proj have a bias."""
 
     def __post_init__(self) -> None:
         for name in (*_NEEDED, "num_key_value_heads", "max_position_embeddings"):
@@ -95,6 +109,10 @@ class LlamaConfig:
         _require(ok, "head_dim", self.head_dim, "a positive even number")
         for name in ("rms_norm_eps", "rope_theta"):
             _positive(name, getattr(self, name))
+        _require(self.model_type in FAMILIES, "model_type", self.model_type, ACCEPTED)
+        accepted = f"False with model_type {self.model_type!r}"
+        ok = "attention_bias" in self.family.options or not self.attention_bias
+        _require(ok, "attention_bias", self.attention_bias, accepted)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
@@ -104,17 +122,14 @@ class LlamaConfig:
         tokens, null means that there is no such token.
 
         Raises:
-            ValueError: not a LLaMA, an unsupported variant, or an invalid value. The message names
-                the field.
+            ValueError: another kind of model, an unsupported variant, or an invalid value. The
+                message names the field.
         """
-        given = _given(values)
-        kind = given.get("model_type")
-        _require(kind == "llama", "model_type", kind, "'llama'")
-        for name, default in (
-            ("attention_bias", False),
-            ("mlp_bias", False),
-            ("hidden_act", "silu"),
-        ):
+        kind = values.get("model_type")
+        _require(isinstance(kind, str) and kind in FAMILIES, "model_type", kind, ACCEPTED)
+        defaults = FAMILIES[str(kind)].defaults
+        given, values = {**defaults, **_given(values)}, {**defaults, **values}
+        for name, default in (("mlp_bias", False), ("hidden_act", "silu")):
             value = given.get(name, default)
             _require(value == default, name, value, repr(default))
         sizes = {name: _size(name, given.get(name)) for name in _NEEDED}
@@ -125,8 +140,6 @@ class LlamaConfig:
         head_dim = given.get("head_dim", hidden // heads)
         _require(_is_whole(head_dim), "head_dim", head_dim, "a positive even number")
         theta, scaling = _read_rope(given)
-        tied = given.get("tie_word_embeddings", False)
-        _require(isinstance(tied, bool), "tie_word_embeddings", tied, "true or false")
         eos = values.get("eos_token_id", 2)
         ends = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
         accepted = "a whole number, a list of them, or null"
@@ -143,25 +156,39 @@ class LlamaConfig:
             max_position_embeddings=_size(
                 "max_position_embeddings", given.get("max_position_embeddings", 2048)
             ),
-            tie_word_embeddings=tied,
+            tie_word_embeddings=_flag(given, "tie_word_embeddings"),
             bos_token_id=_token_id("bos_token_id", values.get("bos_token_id", 1)),
             eos_token_ids=ends,
             pad_token_id=_token_id("pad_token_id", values.get("pad_token_id")),
+            model_type=str(kind),
+            attention_bias=_flag(given, "attention_bias"),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """An ordinary config.json, which `from_dict` and transformers read."""
         values = dataclasses.asdict(self)
+        for name in ("model_type", "attention_bias"):  # below, in the order of earlier versions
+            del values[name]
         eos = values.pop("eos_token_ids")
         return values | {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [self.family.architecture],
+            "model_type": self.model_type,
             "hidden_act": "silu",
-            "attention_bias": False,
+            "attention_bias": self.attention_bias,
             "mlp_bias": False,
             "rope_scaling": self.rope_scaling and self.rope_scaling.to_dict(),
             "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
         }
+
+    @property
+    def family(self) -> Family:
+        """What all models of this `model_type` have in common."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """The linear layers with a bias."""
+        return ATTENTION_NAMES if self.attention_bias else self.family.biased
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:

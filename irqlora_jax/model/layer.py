@@ -13,6 +13,7 @@ from irqlora_jax.adapters import scales
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.model.attention import attend, einsum_f32, rotate
 from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.tree import BIAS
 from irqlora_jax.quant.matmul import MatmulName, dequant_matmul
 from irqlora_jax.sharding import SPLIT_INPUTS, gather, split_activation
 
@@ -68,16 +69,18 @@ class Context(NamedTuple):
     segment_ids: Int[Array, "batch seq"] | None
 
 
-def _frozen(module: nn.Module, shape: tuple[int, ...], init: Initializer = _normal) -> Any:
+def _frozen(
+    module: nn.Module, shape: tuple[int, ...], init: Initializer = _normal, name: str = "weight"
+) -> Any:
     """Returns a weight of the base. `Llama.init` has no base, so it makes a random weight."""
 
     def fresh() -> Array:
         return init(module.make_rng("params"), shape, jnp.float32)
 
-    weight = module.variable("base", "weight", fresh).value
+    weight = module.variable("base", name, fresh).value
     if tuple(weight.shape) != shape:
-        name = ".".join((*module.path, "weight"))
-        raise ValueError(f"base: {name} has shape {tuple(weight.shape)}: expected {shape}")
+        path = ".".join((*module.path, name))
+        raise ValueError(f"base: {path} has shape {tuple(weight.shape)}: expected {shape}")
     return weight
 
 
@@ -93,7 +96,8 @@ class Weight(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """W x with a frozen W, plus the scaled update of the adapter if the layer is a target.
+    """W x with a frozen W, plus the scaled update of the adapter if the layer is a target, plus a
+    frozen bias if the architecture has one.
 
     With `mutable=["stats"]` it also returns the second moments of its inputs, "gram" [in, in] in
     float32: the sum of x x^T over all tokens. Data-driven calibrations need them.
@@ -108,6 +112,14 @@ class AdaptedLinear(nn.Module):
     ) -> Float[Array, "batch seq out"]:
         """`params` are the parameters of the adapter; None: the layer is not a target."""
         assert self.name is not None
+
+        def with_bias(y: Array) -> Array:
+            y = split_activation(y, not split_inputs)
+            if self.name not in self.settings.config.biased:
+                return y
+            bias = _frozen(self, self.shape[:1], nn.initializers.zeros, BIAS)
+            return y + bias.astype(y.dtype)[None, None]
+
         split_inputs = self.name in SPLIT_INPUTS
         x = split_activation(x, split_inputs)
         if self.is_mutable_collection("stats"):
@@ -115,8 +127,7 @@ class AdaptedLinear(nn.Module):
             self.sow("stats", "gram", gram, init_fn=lambda: 0.0, reduce_fn=jnp.add)
         weight = gather(_frozen(self, self.shape), self.name)
         if params is None:
-            y = dequant_matmul(x, weight, self.settings.matmul)
-            return split_activation(y, not split_inputs)
+            return with_bias(dequant_matmul(x, weight, self.settings.matmul))
         adapter = self.settings.adapter
         assert adapter is not None
         frozen = adapter.chosen.frozen(adapter.options)
@@ -133,7 +144,7 @@ class AdaptedLinear(nn.Module):
         y = y + method.apply(leaves, x, dropped, scale, weight)
         if method.gain is not None:
             y = y * method.gain(leaves, weight, scale).astype(y.dtype)[None, None]
-        return split_activation(y, not split_inputs)
+        return with_bias(y)  # the gain is one of the weight alone
 
 
 class _Block(nn.Module):

@@ -14,7 +14,7 @@ from irqlora_jax.base.train_layer import layer_configs, layer_job
 from irqlora_jax.config import Config
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.tree import Tree, insert, weight_shapes
+from irqlora_jax.model.tree import Tree, insert, leaf_path, weight_shapes
 from irqlora_jax.plan.measure import PlanDevice, new_bytes, silent_stderr
 from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.encode import quantized_shape
@@ -59,7 +59,7 @@ def measure_calibration(config: Config, llama: LlamaConfig, target: PlanDevice) 
     x = like((asked.batch_size, asked.length, llama.hidden_size))
     weights: Tree = {}
     for path, shape in weight_shapes(llama)[0].items():
-        insert(weights, path, {"weight": like(shape)})
+        insert(weights, leaf_path(path), like(shape))
     layer = sum(4 * leaf.size for leaf in jax.tree.leaves(weights))
     program, given = input_moments, (alone(llama), weights, x)
     chosen = config.quant.budget is not None and config.quant.allocation.errors == "fisher"

@@ -412,9 +412,15 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mistral"}, "model_type = 'mistral': expected 'llama'"),
+        ({"model_type": "mixtral"}, "model_type = 'mixtral': expected 'llama', "),
+        ({"model_type": "gemma2"}, "model_type = 'gemma2': expected 'llama', "),
         ({"model_type": None}, "model_type = None"),
-        ({"attention_bias": True}, "attention_bias = True: expected False"),
+        ({"model_type": ["llama"]}, "model_type = ['llama']: expected 'llama', "),
+        ({"attention_bias": 1}, "attention_bias = 1: expected true or false"),
+        (
+            {"model_type": "qwen2", "attention_bias": True, "num_key_value_heads": 4},
+            "attention_bias = True: expected False with model_type 'qwen2'",
+        ),
         ({"mlp_bias": True}, "mlp_bias = True"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu': expected 'silu'"),
         ({"vocab_size": None}, "vocab_size = None: expected a whole number"),

@@ -1,0 +1,42 @@
+"""The kinds of models that `Llama` computes, by `model_type` of config.json.
+
+They are LLaMAs with a few changes: biases, norms of the heads, sliding windows, layers without
+rotations. The defaults of their files differ too.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What the models of one `model_type` have in common.
+
+    Attributes:
+        architecture: the class in transformers.
+        biased: linear layers that always have a bias.
+        options: fields of `LlamaConfig` that may differ from their defaults.
+        defaults: values of fields that a config.json may leave out, where they are not those of
+            LLaMA. From the classes of configurations in transformers.
+    """
+
+    architecture: str
+    biased: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", options=("attention_bias",)),
+    "qwen2": Family("Qwen2ForCausalLM", ("q_proj", "k_proj", "v_proj"), defaults=_QWEN),
+}
+"""By `model_type`."""
+ACCEPTED = ", ".join(map(repr, FAMILIES))
