@@ -60,6 +60,7 @@ NARROW = dataclasses.replace(LLAMA, intermediate_size=40, num_key_value_heads=4,
 RELATIVES = {
     "LLaMA with biases": tiny_llama(attention_bias=True),
     "Qwen2": tiny_llama(model_type="qwen2", hidden_size=32, tie_word_embeddings=True),
+    "Qwen3": tiny_llama(model_type="qwen3", attention_bias=True, rms_norm_eps=1e-3),
 }
 """Models that differ from LLaMA: all kinds of weights and layers."""
 FLOAT = QuantConfig(format="none")
@@ -131,7 +132,9 @@ def stack_tensors(tensors: dict[str, Any], llama: LlamaConfig) -> dict[str, Any]
 
     norms = ("input_layernorm", "post_attention_layernorm")
     layers: dict[str, Any] = {name: stack(name) for name in norms}
-    layers["self_attn"] = {name: stack(f"self_attn.{name}") for name in LINEAR_NAMES[:4]}
+    names = LINEAR_NAMES[:4]
+    names += ("q_norm", "k_norm") if llama.model_type == "qwen3" else ()
+    layers["self_attn"] = {name: stack(f"self_attn.{name}") for name in names}
     layers["mlp"] = {name: stack(f"mlp.{name}") for name in LINEAR_NAMES[4:]}
     base = {"embed_tokens": single("model.embed_tokens"), "norm": single("model.norm")}
     if not llama.tie_word_embeddings:
@@ -189,6 +192,9 @@ def random_tensors(llama: LlamaConfig = LLAMA, dtype: Any = np.float32) -> dict[
     for i in range(llama.num_hidden_layers):
         shapes[f"model.layers.{i}.input_layernorm"] = vector
         shapes[f"model.layers.{i}.post_attention_layernorm"] = vector
+        if llama.model_type == "qwen3":
+            for norm in ("q_norm", "k_norm"):
+                shapes[f"model.layers.{i}.self_attn.{norm}"] = (llama.head_dim,)
         for name, shape in llama.linear_shapes.items():
             block = "self_attn" if name in LINEAR_NAMES[:4] else "mlp"
             shapes[f"model.layers.{i}.{block}.{name}"] = shape

@@ -16,6 +16,7 @@ class Family:
     Attributes:
         architecture: the class in transformers.
         biased: linear layers that always have a bias.
+        head_norms: whether queries and keys of each head go through an RMS norm.
         options: fields of `LlamaConfig` that may differ from their defaults.
         defaults: values of fields that a config.json may leave out, where they are not those of
             LLaMA. From the classes of configurations in transformers.
@@ -23,6 +24,7 @@ class Family:
 
     architecture: str
     biased: tuple[str, ...] = ()
+    head_norms: bool = False
     options: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -37,6 +39,12 @@ _QWEN = {
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", options=("attention_bias",)),
     "qwen2": Family("Qwen2ForCausalLM", ("q_proj", "k_proj", "v_proj"), defaults=_QWEN),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        head_norms=True,
+        options=("attention_bias",),
+        defaults={**_QWEN, "head_dim": 128},
+    ),
 }
 """By `model_type`."""
 ACCEPTED = ", ".join(map(repr, FAMILIES))

@@ -169,11 +169,20 @@ class Attention(_Block):
         layer: Int[Array, ""],
         context: Context,
     ) -> tuple[Float[Array, "batch seq hidden"], Cache | None]:
-        def heads(name: str) -> Array:
-            return self.linear(name, x).reshape(*x.shape[:2], -1, self.settings.config.head_dim)
+        config = self.settings.config
 
-        rope, slots = context.rope, context.slots
-        q, k, v = rotate(heads("q_proj"), *rope), rotate(heads("k_proj"), *rope), heads("v_proj")
+        def heads(name: str) -> Array:
+            return self.linear(name, x).reshape(*x.shape[:2], -1, config.head_dim)
+
+        def rotated(name: str, norm: str) -> Array:
+            y = heads(name)
+            if config.family.head_norms:
+                weight = Weight((config.head_dim,), nn.initializers.ones, name=norm)()
+                y = rms_norm(y, weight, config.rms_norm_eps)
+            return rotate(y, *context.rope)
+
+        slots = context.slots
+        q, k, v = rotated("q_proj", "q_norm"), rotated("k_proj", "k_norm"), heads("v_proj")
         if cache is not None:
             new = (layer, jnp.arange(x.shape[0])[:, None], slots)
             cache = {"k": cache["k"].at[new].set(k), "v": cache["v"].at[new].set(v)}

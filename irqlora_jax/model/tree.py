@@ -89,6 +89,8 @@ def weight_shapes(config: LlamaConfig) -> tuple[dict[Keys, tuple[int, ...]], dic
         if name in config.biased:
             layered[*linear_path(name), BIAS] = config.linear_shapes[name][:1]
     layered |= {("input_layernorm",): norm, ("post_attention_layernorm",): norm}
+    if config.family.head_norms:
+        layered |= {("self_attn", name): (config.head_dim,) for name in ("q_norm", "k_norm")}
     single = {("embed_tokens",): table, ("norm",): norm}
     if not config.tie_word_embeddings:
         single[("lm_head",)] = table
