@@ -59,8 +59,21 @@ NARROW = dataclasses.replace(LLAMA, intermediate_size=40, num_key_value_heads=4,
 """All linear layers have the same shape, which is compiled once."""
 RELATIVES = {
     "LLaMA with biases": tiny_llama(attention_bias=True),
-    "Qwen2": tiny_llama(model_type="qwen2", hidden_size=32, tie_word_embeddings=True),
-    "Qwen3": tiny_llama(model_type="qwen3", attention_bias=True, rms_norm_eps=1e-3),
+    "Qwen2": tiny_llama(
+        model_type="qwen2",
+        tie_word_embeddings=True,
+        sliding_window=6,
+        sliding_layers=(1,),
+    ),
+    "Mistral": tiny_llama(model_type="mistral", sliding_window=7, sliding_layers=(0, 1)),
+    "Qwen3": tiny_llama(
+        model_type="qwen3",
+        num_hidden_layers=3,
+        attention_bias=True,
+        rms_norm_eps=1e-3,
+        sliding_window=5,
+        sliding_layers=(0, 2),
+    ),
 }
 """Models that differ from LLaMA: all kinds of weights and layers."""
 FLOAT = QuantConfig(format="none")

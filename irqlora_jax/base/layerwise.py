@@ -308,7 +308,7 @@ def _train(
     assert options is not None and full is not None
     start = {name: StoredLinear(None, {}) for name in LINEAR_NAMES}
     start |= {name: StoredLinear(*one) for (_, name), one in made.items()}
-    settings = dataclasses.replace(alone(llama), adapter=task.adapter)
+    settings = dataclasses.replace(alone(llama, layer), adapter=task.adapter)
     states, full = (x.astype(np.float32, copy=False) for x in (statistics.states, full))
     found = train_layer(settings, task.quant, layer, weights, start, states, full, options)
     logger.info(

@@ -45,7 +45,7 @@ def measure_whole(model: Llama, base: Mapping[str, Any], batches: Batches) -> Wh
     tokens = sum(batch.size for batch in batches)
     for layer in range(model.config.num_hidden_layers):
         weights = _pick(model, base, layer)
-        found = [_measured_layer(_settings(model), weights, x) for x in hidden]
+        found = [_measured_layer(_settings(model, layer), weights, x) for x in hidden]
         hidden = [x for x, _ in found]
         sums = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *(m for _, m in found))
         moments.append({name: np.asarray(total) / tokens for name, total in sums.items()})
@@ -73,11 +73,11 @@ def swapped_losses(
     Yields:
         Layer, projection, and mean negative log-likelihood of a token in nats.
     """
-    settings, depth = _settings(model), model.config.num_hidden_layers
+    depth = model.config.num_hidden_layers
     hidden = _embed(model, base, batches)
     last = max((layer for layer, _ in matrices), default=-1)
     for layer in range(last + 1):
-        own = _pick(model, base, layer)
+        own, settings = _pick(model, base, layer), _settings(model, layer)
         names = [name for name in LINEAR_NAMES if (layer, name) in matrices]
         others = _pick(model, other, layer) if names else {}
         for name in names:
@@ -86,13 +86,14 @@ def swapped_losses(
             outputs = [layer_outputs(settings, weights, x) for x in hidden]
             for later in range(layer + 1, depth):
                 weights = _pick(model, base, later)
-                outputs = [layer_outputs(settings, weights, x) for x in outputs]
+                outputs = [layer_outputs(_settings(model, later), weights, x) for x in outputs]
             yield layer, name, _mean_loss(model, base, outputs, batches)
         hidden = [layer_outputs(settings, own, x) for x in hidden]
 
 
-def _settings(model: Llama) -> Settings:
-    return Settings(model.config, None, model.attention, model.matmul, deterministic=True)
+def _settings(model: Llama, layer: int) -> Settings:
+    config = model.config.of_layer(layer)
+    return Settings(config, None, model.attention, model.matmul, deterministic=True)
 
 
 def _embed(model: Llama, base: Mapping[str, Any], batches: Batches) -> list[Array]:

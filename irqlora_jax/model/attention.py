@@ -80,6 +80,7 @@ def attend(
     segment_ids: Int[Array, "batch seq"] | None = None,
     implementation: Literal["xla", "cudnn"] | None = None,
     chunk: int = 256,
+    window: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Causal grouped-query attention. The softmax is float32.
 
@@ -95,17 +96,27 @@ def attend(
             at a time. None: the first of these that can serve.
         chunk: queries whose scores "xla" holds at the same time. With more than two chunks, the
             backward pass recomputes the scores, so memory grows linearly with `seq`.
+        window: number of slots that a query attends to, its own and those before it. None: no
+            limit. An array, if it differs between the layers of a loop.
 
     Raises:
         ValueError: the implementation cannot serve; the message says why, and which ones can.
     """
-    operands = q, k, v, slots, segment_ids
+    if isinstance(window, int) and window >= k.shape[1]:
+        window = None
+    operands = q, k, v, slots, segment_ids, window
     chosen = choose(implementation, _IMPLEMENTATIONS, *operands, setting="attention")
     return chosen.forward(*operands, chunk)
 
 
 def _in_chunks(
-    q: Array, k: Array, v: Array, slots: Array | None, segment_ids: Array | None, chunk: int
+    q: Array,
+    k: Array,
+    v: Array,
+    slots: Array | None,
+    segment_ids: Array | None,
+    window: int | Array | None,
+    chunk: int,
 ) -> Array:
     """The implementation "xla"."""
     batch, seq, *features = q.shape
@@ -116,7 +127,10 @@ def _in_chunks(
 
     def attend_to_all(queries: tuple[Array, Array, Array | None]) -> Array:
         q, slots, ids = queries
-        mask = jnp.arange(k.shape[1])[None, None, :] <= slots[:, :, None]
+        keys_at = jnp.arange(k.shape[1])[None, None, :]
+        mask = keys_at <= slots[:, :, None]
+        if window is not None:
+            mask &= keys_at > slots[:, :, None] - window
         if ids is not None:
             assert segment_ids is not None
             mask &= ids[:, :, None] == segment_ids[:, None, :]
@@ -159,7 +173,12 @@ def _cudnn(q: Array, k: Array, v: Array, *_: Any) -> Array:
 
 
 def _cudnn_refusal(
-    q: Array, k: Array, v: Array, slots: Array | None, segment_ids: Array | None
+    q: Array,
+    k: Array,
+    v: Array,
+    slots: Array | None,
+    segment_ids: Array | None,
+    window: int | Array | None,
 ) -> str | None:
     """Why cuDNN cannot serve, or None."""
     device = jax.devices()[0]
@@ -176,6 +195,8 @@ def _cudnn_refusal(
         # jax passes segments only as a mask over all pairs of tokens, and computes the gradient of
         # that mask too.
         return "it does not support packed rows"
+    if window is not None:
+        return "it does not support rows longer than the sliding window"
     try:
         jax.eval_shape(lambda *x: jax.vjp(_cudnn, *x)[0], q, k, v)
     except (RuntimeError, ValueError, NotImplementedError) as error:

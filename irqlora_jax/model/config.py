@@ -8,6 +8,12 @@ from irqlora_jax.model.families import ACCEPTED, FAMILIES, Family
 from irqlora_jax.text import require
 
 ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers in `layer_types`."""
+_LATER = ("model_type", "attention_bias", "sliding_window", "sliding_layers")
+"""Fields that `to_dict` writes in another form, or at the end as earlier versions did."""
+_MOST_LAYERS = 10_000
+"""More are a damaged file: lists of all layers would not fit into memory."""
 _LARGEST = 3e38
 """Larger numbers are infinite in float32."""
 _NEEDED = (
@@ -30,6 +36,10 @@ def _is_whole(value: Any) -> bool:
 def _size(field: str, value: Any) -> int:
     _require(_is_whole(value) and value >= 1, field, value, "a whole number of at least 1")
     return value
+
+
+def _check_depth(layers: int) -> None:
+    _require(layers <= _MOST_LAYERS, "num_hidden_layers", layers, f"at most {_MOST_LAYERS}")
 
 
 def _token_id(field: str, value: Any) -> int | None:
@@ -98,10 +108,16 @@ class LlamaConfig:
     model_type: str = "llama"
     attention_bias: bool = False
     """Whether q_proj, k_proj, v_proj and o_proj have a bias."""
+    sliding_window: int | None = None
+    """Positions that a token attends to, its own included. Null: all before it."""
+    sliding_layers: tuple[int, ...] = ()
+    """The layers with the sliding window; all layers of a Mistral, or none. Files call them
+    layer_types."""
 
     def __post_init__(self) -> None:
         for name in (*_NEEDED, "num_key_value_heads", "max_position_embeddings"):
             _size(name, getattr(self, name))
+        _check_depth(self.num_hidden_layers)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         accepted = f"a divisor of num_attention_heads = {heads}"
         _require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, accepted)
@@ -113,6 +129,22 @@ class LlamaConfig:
         accepted = f"False with model_type {self.model_type!r}"
         ok = "attention_bias" in self.family.options or not self.attention_bias
         _require(ok, "attention_bias", self.attention_bias, accepted)
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        options, every = self.family.options, tuple(range(self.num_hidden_layers))
+        window, layers = self.sliding_window, self.sliding_layers
+        if "sliding_window" not in options:
+            _require(window is None, "sliding_window", window, f"null for a {self.model_type}")
+        if window is not None:
+            _size("sliding_window", window)
+        accepted = "some of the layers, in order"
+        if window is None or "sliding_layers" not in options:
+            expected = () if window is None else every
+            accepted = "no layers without sliding_window" if window is None else "all layers"
+        else:
+            expected = tuple(layer for layer in every if layer in layers) or every
+        _require(layers == expected, "sliding_layers", layers, accepted)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
@@ -133,6 +165,7 @@ class LlamaConfig:
             value = given.get(name, default)
             _require(value == default, name, value, repr(default))
         sizes = {name: _size(name, given.get(name)) for name in _NEEDED}
+        _check_depth(sizes["num_hidden_layers"])
         heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
         if "head_dim" not in given:
             accepted = f"a multiple of num_attention_heads = {heads}, or any if head_dim is given"
@@ -162,12 +195,13 @@ class LlamaConfig:
             pad_token_id=_token_id("pad_token_id", values.get("pad_token_id")),
             model_type=str(kind),
             attention_bias=_flag(given, "attention_bias"),
+            **_read_windows(given, values, sizes["num_hidden_layers"], str(kind)),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """An ordinary config.json, which `from_dict` and transformers read."""
         values = dataclasses.asdict(self)
-        for name in ("model_type", "attention_bias"):  # below, in the order of earlier versions
+        for name in _LATER:
             del values[name]
         eos = values.pop("eos_token_ids")
         return values | {
@@ -178,7 +212,36 @@ class LlamaConfig:
             "mlp_bias": False,
             "rope_scaling": self.rope_scaling and self.rope_scaling.to_dict(),
             "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
+            **self._windows_to_dict(),
         }
+
+    def _windows_to_dict(self) -> dict[str, Any]:
+        options, window, depth = self.family.options, self.sliding_window, self.num_hidden_layers
+        if "sliding_window" not in options:
+            return {}
+        if "sliding_layers" not in options:
+            return {"sliding_window": window}
+        kinds = [SLIDING if layer in self.sliding_layers else FULL for layer in range(depth)]
+        found: dict[str, Any] = {"use_sliding_window": window is not None}
+        found |= {"sliding_window": window, "layer_types": kinds}
+        if self.model_type.startswith("qwen"):
+            # Tools that do not know layer_types take the layers from here on for sliding ones.
+            found["max_window_layers"] = min(self.sliding_layers, default=depth)
+        return found
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer; None: a token attends to all before it."""
+        layers = range(self.num_hidden_layers)
+        return tuple(self.sliding_window if i in self.sliding_layers else None for i in layers)
+
+    def of_layer(self, layer: int) -> "LlamaConfig":
+        """The architecture of one layer alone. Layers of the same kind have the same."""
+        if len(set(self.windows)) == 1:
+            return self
+        window = self.windows[layer]
+        own = {"sliding_window": window, "sliding_layers": () if window is None else (0,)}
+        return dataclasses.replace(self, num_hidden_layers=1, **own)
 
     @property
     def family(self) -> Family:
@@ -205,6 +268,36 @@ class LlamaConfig:
             "up_proj": (wide, hidden),
             "down_proj": (hidden, wide),
         }
+
+
+def _read_windows(
+    given: Mapping[str, Any], values: Mapping[str, Any], depth: int, kind: str
+) -> dict[str, Any]:
+    """Reads the fields about sliding windows, as the class in transformers does."""
+    options = FAMILIES[kind].options
+    if "sliding_window" not in options:
+        return {}
+    window = values.get("sliding_window")  # null is not the default
+    if window is not None:
+        _size("sliding_window", window)
+    if "sliding_layers" not in options:
+        every = () if window is None else tuple(range(depth))
+        return {"sliding_window": window, "sliding_layers": every}
+    used = _flag(given, "use_sliding_window")
+    first = given.get("max_window_layers", 0)
+    _require(_is_whole(first) and first >= 0, "max_window_layers", first, "a whole number")
+    kinds = given.get("layer_types")
+    if kinds is None:
+        sliding = used and window is not None
+        kinds = [SLIDING if sliding and layer >= first else FULL for layer in range(depth)]
+    accepted = f"a list of {depth} times {FULL!r} or {SLIDING!r}"
+    ok = isinstance(kinds, list | tuple) and len(kinds) == depth
+    ok = ok and all(each in (FULL, SLIDING) for each in kinds)
+    _require(ok, "layer_types", kinds, accepted)
+    layers = tuple(layer for layer, each in enumerate(kinds) if each == SLIDING)
+    accepted = f"{FULL!r} alone, unless use_sliding_window is true and sliding_window is given"
+    _require(not layers or (used and window is not None), "layer_types", kinds, accepted)
+    return {"sliding_window": window if layers else None, "sliding_layers": layers}
 
 
 def _read_rope(given: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:

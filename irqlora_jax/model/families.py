@@ -17,7 +17,8 @@ class Family:
         architecture: the class in transformers.
         biased: linear layers that always have a bias.
         head_norms: whether queries and keys of each head go through an RMS norm.
-        options: fields of `LlamaConfig` that may differ from their defaults.
+        options: fields of `LlamaConfig` that may be set. With "sliding_window" alone, all layers
+            have the window.
         defaults: values of fields that a config.json may leave out, where they are not those of
             LLaMA. From the classes of configurations in transformers.
     """
@@ -29,20 +30,37 @@ class Family:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+_SOME_WINDOWS = ("sliding_window", "sliding_layers")
 _QWEN = {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
     "bos_token_id": None,
     "eos_token_id": None,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
 }
 
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", options=("attention_bias",)),
-    "qwen2": Family("Qwen2ForCausalLM", ("q_proj", "k_proj", "v_proj"), defaults=_QWEN),
+    "mistral": Family(
+        "MistralForCausalLM",
+        options=("sliding_window",),
+        defaults={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+        },
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        ("q_proj", "k_proj", "v_proj"),
+        options=_SOME_WINDOWS,
+        defaults=_QWEN,
+    ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         head_norms=True,
-        options=("attention_bias",),
+        options=("attention_bias", *_SOME_WINDOWS),
         defaults={**_QWEN, "head_dim": 128},
     ),
 }

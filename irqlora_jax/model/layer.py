@@ -23,6 +23,8 @@ Cache = dict[str, Array]
 """Keys and values of the tokens seen: "k", "v" [layer, batch, slot, kv_head, head_dim], and
 "length" [batch], the number of tokens in each row. The token at position p is in slot p."""
 
+_UNLIMITED = 2**30
+"""More slots than a cache has."""
 _normal = nn.initializers.normal(0.02)
 
 
@@ -181,14 +183,22 @@ class Attention(_Block):
                 y = rms_norm(y, weight, config.rms_norm_eps)
             return rotate(y, *context.rope)
 
-        slots = context.slots
+        slots, window = context.slots, _of_layer(config.windows, layer)
         q, k, v = rotated("q_proj", "q_norm"), rotated("k_proj", "k_norm"), heads("v_proj")
         if cache is not None:
             new = (layer, jnp.arange(x.shape[0])[:, None], slots)
             cache = {"k": cache["k"].at[new].set(k), "v": cache["v"].at[new].set(v)}
             k, v = cache["k"][layer], cache["v"][layer]
-        y = attend(q, k, v, slots, context.segment_ids, self.settings.attention)
+        given = slots, context.segment_ids, self.settings.attention
+        y = attend(q, k, v, *given, window=window)
         return self.linear("o_proj", y.reshape(*x.shape[:2], -1)), cache
+
+
+def _of_layer(windows: tuple[int | None, ...], layer: Int[Array, ""]) -> Any:
+    """The window of a layer. It is static unless the layers of the loop differ."""
+    if len(set(windows)) == 1:
+        return windows[0]
+    return jnp.asarray([_UNLIMITED if one is None else one for one in windows], jnp.int32)[layer]
 
 
 class MLP(_Block):

@@ -61,7 +61,7 @@ def measure_calibration(config: Config, llama: LlamaConfig, target: PlanDevice) 
     for path, shape in weight_shapes(llama)[0].items():
         insert(weights, leaf_path(path), like(shape))
     layer = sum(4 * leaf.size for leaf in jax.tree.leaves(weights))
-    program, given = input_moments, (alone(llama), weights, x)
+    program, given = input_moments, (alone(llama, 0), weights, x)
     chosen = config.quant.budget is not None and config.quant.allocation.errors == "fisher"
     squares = asked.metric == "gradients" and (chosen or config.adapter.needs == "fisher")
     if asked.metric == "gradients":
@@ -119,7 +119,7 @@ def _step_memory(config: Config, llama: LlamaConfig, weights: Tree, target: Plan
             pair = {leaf: jax.ShapeDtypeStruct(shape, dtype) for leaf, shape in sizes.items()}
         packed = None if own.format == KEPT else quantized_shape((rows, columns), own)
         linears[name] = StoredLinear(packed, pair)
-    settings = dataclasses.replace(alone(llama), adapter=adapter)
+    settings = dataclasses.replace(alone(llama, 0), adapter=adapter)
     shape = options.batch, config.calibrate.length, llama.hidden_size
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     with progress_bar("Compiling the training of a layer"), silent_stderr():

@@ -353,6 +353,71 @@ OPTIONAL = {
 }
 
 
+def of_kind(kind, **more):
+    return LlamaConfig.from_dict(FILE | {"model_type": kind, "num_key_value_heads": 4} | more)
+
+
+def test_config_defaults_are_those_of_the_family():
+    """Of the classes of configurations in transformers."""
+    mistral, qwen2, qwen3 = map(of_kind, ("mistral", "qwen2", "qwen3"))
+    assert (mistral.sliding_window, mistral.sliding_layers) == (4096, (0, 1, 2))
+    assert (mistral.bos_token_id, mistral.eos_token_ids) == (1, (2,))
+    assert (mistral.max_position_embeddings, qwen2.max_position_embeddings) == (131072, 32768)
+    assert (qwen2.bos_token_id, qwen2.eos_token_ids, qwen2.sliding_layers) == (None, (), ())
+    assert (qwen2.head_dim, qwen3.head_dim) == (6, 128)
+    assert qwen2.biased == ("q_proj", "k_proj", "v_proj") and qwen3.biased == ()
+    assert of_kind("mistral", sliding_window=None).sliding_layers == ()
+    with pytest.raises(ValueError, match="num_key_value_heads = 8: expected a divisor"):
+        LlamaConfig.from_dict(FILE | {"model_type": "mistral"})
+
+
+def test_config_windows_of_layers():
+    some = of_kind("qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    assert (some.sliding_window, some.sliding_layers) == (16, (1, 2))
+    assert some.windows == (None, 16, 16)
+    assert some.to_dict()["max_window_layers"] == 1
+    assert some.of_layer(1) == some.of_layer(2) != some.of_layer(0)
+    assert some.of_layer(0).windows == (None,) and some.of_layer(2).windows == (16,)
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    listed = of_kind("qwen3", use_sliding_window=True, layer_types=kinds)
+    assert (listed.sliding_window, listed.sliding_layers) == (4096, (0,))
+    off = {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 0}
+    assert of_kind("qwen2", **off) == of_kind("qwen2")
+    assert of_kind("llama", sliding_window=8) == of_kind("llama")  # transformers ignores it
+    for config in (some, listed):
+        assert LlamaConfig.from_dict(config.to_dict()) == config
+    plain = of_kind("llama")
+    assert plain.of_layer(1) is plain
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "message"),
+    [
+        ("mistral", {"sliding_window": 0}, "sliding_window = 0: expected a whole number of at"),
+        ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window = 'yes': expected true"),
+        ("qwen2", {"max_window_layers": -1}, "max_window_layers = -1: expected a whole number"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types = ['full_attention']: expe"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 3}, "'full_attention' or 'sliding_att"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "unless use_sliding_window is true"),
+    ],
+)
+def test_config_faults_of_windows(kind, more, message):
+    with pytest.raises(ValueError) as error:
+        of_kind(kind, **more)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_layers_that_a_family_does_not_have_are_refused():
+    with pytest.raises(ValueError, match="sliding_window = 8: expected null for a llama"):
+        dataclasses.replace(CONFIG, sliding_window=8)
+    with pytest.raises(ValueError, match=r"sliding_layers = \(0,\): expected all layers"):
+        tiny_llama(model_type="mistral", sliding_window=8, sliding_layers=(0,))
+    with pytest.raises(ValueError, match=r"sliding_layers = \(1, 0\): expected some of the"):
+        tiny_llama(model_type="qwen2", sliding_window=8, sliding_layers=(1, 0))
+    with pytest.raises(ValueError, match="expected no layers without sliding_window"):
+        tiny_llama(model_type="qwen2", sliding_layers=(0,))
+
+
 def test_config_null_is_absent():
     assert LlamaConfig.from_dict(FILE | dict.fromkeys(OPTIONAL)) == LlamaConfig.from_dict(FILE)
     assert LlamaConfig.from_dict(FILE | OPTIONAL) == LlamaConfig.from_dict(FILE)
