@@ -9,19 +9,34 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from irqlora_jax.machine import compute_capability
-from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.config import LlamaConfig, RopeScaling
 from irqlora_jax.quant.choose import Implementation, choose, serves_all
 
 
-def rope_frequencies(config: LlamaConfig) -> Float32[Array, " half"]:
-    """Radians per position of each of the head_dim / 2 rotations."""
+def rope_frequencies(
+    config: LlamaConfig, length: Int[Array, ""] | None = None
+) -> Float32[Array, " half"]:
+    """Radians per position of each of the head_dim / 2 rotations.
+
+    Args:
+        config: the architecture.
+        length: number of positions, for dynamic scaling (default: max_position_embeddings).
+    """
     exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = 1 / jnp.power(jnp.float32(config.rope_theta), exponent)
-    scaling = config.rope_scaling
-    if scaling is None:
+    scaling, theta = config.rope_scaling, jnp.float32(config.rope_theta)
+    if scaling is not None and scaling.rope_type == "dynamic" and length is not None:
+        most = config.max_position_embeddings
+        longer = jnp.maximum(length, most).astype(jnp.float32) / most
+        power = config.head_dim / (config.head_dim - 2)
+        theta = theta * (scaling.factor * longer - (scaling.factor - 1)) ** power
+    frequencies = 1 / jnp.power(theta, exponent)
+    if scaling is None or scaling.rope_type == "dynamic":
         return frequencies
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
+    if scaling.rope_type == "yarn":
+        divided = _yarn_ramp(config, scaling)
+        return frequencies / scaling.factor * divided + frequencies * (1 - divided)
     # llama3 stretches long waves by `factor`, keeps short ones, and blends the ones between.
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -29,13 +44,35 @@ def rope_frequencies(config: LlamaConfig) -> Float32[Array, " half"]:
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
+def _yarn_ramp(config: LlamaConfig, scaling: RopeScaling) -> Float32[Array, " half"]:
+    """How far each frequency is divided: from 0 for short waves to 1 for long ones."""
+    original, size = scaling.original_max_position_embeddings, config.head_dim
+
+    def feature(turns: float) -> float:
+        """The wave with this many turns within the original context."""
+        ratio = math.log(original / (turns * 2 * math.pi))
+        return size * ratio / (2 * math.log(config.rope_theta))
+
+    low, high = feature(scaling.beta_fast), feature(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    width = high - low or 0.001
+    return jnp.clip((jnp.arange(size // 2, dtype=jnp.float32) - low) / width, 0, 1)
+
+
 def rope_rotations(
     config: LlamaConfig, positions: Int[Array, "batch seq"]
 ) -> tuple[Float32[Array, "batch seq half"], Float32[Array, "batch seq half"]]:
     """Cosines and sines of the rotations at these positions."""
-    frequencies = rope_frequencies(config)[None, None, :]
+    scaling, length = config.rope_scaling, None
+    if scaling is not None and scaling.rope_type == "dynamic":
+        length = positions.max() + 1  # of all rows together, as in transformers
+    frequencies = rope_frequencies(config, length)[None, None, :]
     angles = positions[:, :, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    if scaling is None or scaling.scale == 1:
+        return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * scaling.scale, jnp.sin(angles) * scaling.scale
 
 
 def rotate(

@@ -2,10 +2,20 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from irqlora_jax.model.families import ACCEPTED, FAMILIES, Family
-from irqlora_jax.text import require
+from irqlora_jax.model.rope import RopeScaling as RopeScaling
+from irqlora_jax.model.rope import read_rope
+from irqlora_jax.model.values import (
+    check,
+    is_whole,
+    not_null,
+    read_flag,
+    read_positive,
+    read_size,
+    read_token,
+)
 
 ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -14,8 +24,6 @@ _LATER = ("model_type", "attention_bias", "sliding_window", "sliding_layers")
 """Fields that `to_dict` writes in another form, or at the end as earlier versions did."""
 _MOST_LAYERS = 10_000
 """More are a damaged file: lists of all layers would not fit into memory."""
-_LARGEST = 3e38
-"""Larger numbers are infinite in float32."""
 _NEEDED = (
     "vocab_size",
     "hidden_size",
@@ -25,62 +33,8 @@ _NEEDED = (
 )
 
 
-def _require(ok: bool, field: str, value: Any, accepted: str) -> None:
-    require(ok, f"config.json: {field}", value, accepted)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _size(field: str, value: Any) -> int:
-    _require(_is_whole(value) and value >= 1, field, value, "a whole number of at least 1")
-    return value
-
-
 def _check_depth(layers: int) -> None:
-    _require(layers <= _MOST_LAYERS, "num_hidden_layers", layers, f"at most {_MOST_LAYERS}")
-
-
-def _token_id(field: str, value: Any) -> int | None:
-    _require(value is None or _is_whole(value), field, value, "a whole number or null")
-    return value
-
-
-def _flag(values: Mapping[str, Any], field: str) -> bool:
-    value = values.get(field, False)
-    _require(isinstance(value, bool), field, value, "true or false")
-    return value
-
-
-def _positive(field: str, value: Any) -> float:
-    ok = _is_whole(value) or isinstance(value, float)
-    _require(ok and 0 < value < _LARGEST, field, value, "a positive number")
-    return float(value)
-
-
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that are not null."""
-    return {name: value for name, value in values.items() if value is not None}
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Scaling of the rotary frequencies, for longer contexts than in the pretraining."""
-
-    rope_type: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    """For llama3 only, like the next two fields."""
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def to_dict(self) -> dict[str, Any]:
-        """The values as in config.json."""
-        values = dataclasses.asdict(self)
-        return (
-            values if self.rope_type == "llama3" else {"rope_type": "linear", "factor": self.factor}
-        )
+    check(layers <= _MOST_LAYERS, "num_hidden_layers", layers, f"at most {_MOST_LAYERS}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,35 +70,38 @@ class LlamaConfig:
 
     def __post_init__(self) -> None:
         for name in (*_NEEDED, "num_key_value_heads", "max_position_embeddings"):
-            _size(name, getattr(self, name))
+            read_size(name, getattr(self, name))
         _check_depth(self.num_hidden_layers)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         accepted = f"a divisor of num_attention_heads = {heads}"
-        _require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, accepted)
+        check(heads % kv_heads == 0, "num_key_value_heads", kv_heads, accepted)
         ok = self.head_dim >= 2 and self.head_dim % 2 == 0
-        _require(ok, "head_dim", self.head_dim, "a positive even number")
+        check(ok, "head_dim", self.head_dim, "a positive even number")
+        dynamic = self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic"
+        ok = not dynamic or self.head_dim > 2
+        check(ok, "head_dim", self.head_dim, "at least 4 with dynamic scaling")
         for name in ("rms_norm_eps", "rope_theta"):
-            _positive(name, getattr(self, name))
-        _require(self.model_type in FAMILIES, "model_type", self.model_type, ACCEPTED)
+            read_positive(name, getattr(self, name))
+        check(self.model_type in FAMILIES, "model_type", self.model_type, ACCEPTED)
         accepted = f"False with model_type {self.model_type!r}"
         ok = "attention_bias" in self.family.options or not self.attention_bias
-        _require(ok, "attention_bias", self.attention_bias, accepted)
+        check(ok, "attention_bias", self.attention_bias, accepted)
         self._check_layers()
 
     def _check_layers(self) -> None:
         options, every = self.family.options, tuple(range(self.num_hidden_layers))
         window, layers = self.sliding_window, self.sliding_layers
         if "sliding_window" not in options:
-            _require(window is None, "sliding_window", window, f"null for a {self.model_type}")
+            check(window is None, "sliding_window", window, f"null for a {self.model_type}")
         if window is not None:
-            _size("sliding_window", window)
+            read_size("sliding_window", window)
         accepted = "some of the layers, in order"
         if window is None or "sliding_layers" not in options:
             expected = () if window is None else every
             accepted = "no layers without sliding_window" if window is None else "all layers"
         else:
             expected = tuple(layer for layer in every if layer in layers) or every
-        _require(layers == expected, "sliding_layers", layers, accepted)
+        check(layers == expected, "sliding_layers", layers, accepted)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
@@ -158,43 +115,43 @@ class LlamaConfig:
                 message names the field.
         """
         kind = values.get("model_type")
-        _require(isinstance(kind, str) and kind in FAMILIES, "model_type", kind, ACCEPTED)
+        check(isinstance(kind, str) and kind in FAMILIES, "model_type", kind, ACCEPTED)
         defaults = FAMILIES[str(kind)].defaults
-        given, values = {**defaults, **_given(values)}, {**defaults, **values}
+        given, values = {**defaults, **not_null(values)}, {**defaults, **values}
         for name, default in (("mlp_bias", False), ("hidden_act", "silu")):
             value = given.get(name, default)
-            _require(value == default, name, value, repr(default))
-        sizes = {name: _size(name, given.get(name)) for name in _NEEDED}
+            check(value == default, name, value, repr(default))
+        sizes = {name: read_size(name, given.get(name)) for name in _NEEDED}
         _check_depth(sizes["num_hidden_layers"])
         heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
         if "head_dim" not in given:
             accepted = f"a multiple of num_attention_heads = {heads}, or any if head_dim is given"
-            _require(hidden % heads == 0, "hidden_size", hidden, accepted)
+            check(hidden % heads == 0, "hidden_size", hidden, accepted)
         head_dim = given.get("head_dim", hidden // heads)
-        _require(_is_whole(head_dim), "head_dim", head_dim, "a positive even number")
-        theta, scaling = _read_rope(given)
+        check(is_whole(head_dim), "head_dim", head_dim, "a positive even number")
+        theta, scaling = read_rope(given)
         eos = values.get("eos_token_id", 2)
         ends = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
         accepted = "a whole number, a list of them, or null"
-        _require(all(map(_is_whole, ends)), "eos_token_id", eos, accepted)
+        check(all(map(is_whole, ends)), "eos_token_id", eos, accepted)
         return cls(
             **sizes,
-            num_key_value_heads=_size(
+            num_key_value_heads=read_size(
                 "num_key_value_heads", given.get("num_key_value_heads", heads)
             ),
             head_dim=head_dim,
-            rms_norm_eps=_positive("rms_norm_eps", given.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=read_positive("rms_norm_eps", given.get("rms_norm_eps", 1e-6)),
             rope_theta=theta,
             rope_scaling=scaling,
-            max_position_embeddings=_size(
+            max_position_embeddings=read_size(
                 "max_position_embeddings", given.get("max_position_embeddings", 2048)
             ),
-            tie_word_embeddings=_flag(given, "tie_word_embeddings"),
-            bos_token_id=_token_id("bos_token_id", values.get("bos_token_id", 1)),
+            tie_word_embeddings=read_flag(given, "tie_word_embeddings"),
+            bos_token_id=read_token("bos_token_id", values.get("bos_token_id", 1)),
             eos_token_ids=ends,
-            pad_token_id=_token_id("pad_token_id", values.get("pad_token_id")),
+            pad_token_id=read_token("pad_token_id", values.get("pad_token_id")),
             model_type=str(kind),
-            attention_bias=_flag(given, "attention_bias"),
+            attention_bias=read_flag(given, "attention_bias"),
             **_read_windows(given, values, sizes["num_hidden_layers"], str(kind)),
         )
 
@@ -279,13 +236,13 @@ def _read_windows(
         return {}
     window = values.get("sliding_window")  # null is not the default
     if window is not None:
-        _size("sliding_window", window)
+        read_size("sliding_window", window)
     if "sliding_layers" not in options:
         every = () if window is None else tuple(range(depth))
         return {"sliding_window": window, "sliding_layers": every}
-    used = _flag(given, "use_sliding_window")
+    used = read_flag(given, "use_sliding_window")
     first = given.get("max_window_layers", 0)
-    _require(_is_whole(first) and first >= 0, "max_window_layers", first, "a whole number")
+    check(is_whole(first) and first >= 0, "max_window_layers", first, "a whole number")
     kinds = given.get("layer_types")
     if kinds is None:
         sliding = used and window is not None
@@ -293,35 +250,8 @@ def _read_windows(
     accepted = f"a list of {depth} times {FULL!r} or {SLIDING!r}"
     ok = isinstance(kinds, list | tuple) and len(kinds) == depth
     ok = ok and all(each in (FULL, SLIDING) for each in kinds)
-    _require(ok, "layer_types", kinds, accepted)
+    check(ok, "layer_types", kinds, accepted)
     layers = tuple(layer for layer, each in enumerate(kinds) if each == SLIDING)
     accepted = f"{FULL!r} alone, unless use_sliding_window is true and sliding_window is given"
-    _require(not layers or (used and window is not None), "layer_types", kinds, accepted)
+    check(not layers or (used and window is not None), "layer_types", kinds, accepted)
     return {"sliding_window": window if layers else None, "sliding_layers": layers}
-
-
-def _read_rope(given: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    field = "rope_parameters" if given.get("rope_parameters", {}) != {} else "rope_scaling"
-    rope = given.get(field, {})
-    _require(isinstance(rope, dict), field, rope, "an object, or null")
-    rope = _given(rope)
-    if "rope_theta" in rope:
-        theta = _positive(f"{field}.rope_theta", rope["rope_theta"])
-    else:
-        theta = _positive("rope_theta", given.get("rope_theta", 10000.0))
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    ok = rope_type in ("default", "linear", "llama3")
-    _require(ok, f"{field}.rope_type", rope_type, "'default', 'linear' or 'llama3'")
-    part = rope.get("partial_rotary_factor", 1)
-    _require(part == 1, f"{field}.partial_rotary_factor", part, "1")
-    if rope_type == "default":
-        return theta, None
-    factor = _positive(f"{field}.factor", rope.get("factor"))
-    if rope_type == "linear":
-        return theta, RopeScaling("linear", factor)
-    names = ("low_freq_factor", "high_freq_factor")
-    low, high = (_positive(f"{field}.{name}", rope.get(name)) for name in names)
-    _require(high > low, f"{field}.{names[1]}", high, f"more than {names[0]} = {low}")
-    name = "original_max_position_embeddings"
-    original = _size(f"{field}.{name}", rope.get(name))
-    return theta, RopeScaling("llama3", factor, low, high, original)

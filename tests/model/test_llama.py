@@ -330,6 +330,9 @@ LLAMA3 = {
 }
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
 def test_config_defaults_of_old_files():
     config = LlamaConfig.from_dict(FILE)
     assert (config.num_key_value_heads, config.head_dim) == (4, 6)
@@ -456,7 +459,16 @@ def test_config_rope_old_and_new():
     assert plain.rope_scaling is None
 
 
-@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), RopeScaling(**LLAMA3)])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        RopeScaling("linear", 4.0),
+        RopeScaling(**LLAMA3),
+        RopeScaling("dynamic", 4.0),
+        RopeScaling("yarn", 4.0, attention_factor=1.5, beta_fast=16.0, truncate=False),
+    ],
+)
 @pytest.mark.parametrize("eos", [(), (2,), (128001, 128009)])
 def test_config_round_trip(scaling, eos):
     config = dataclasses.replace(CONFIG, rope_scaling=scaling, eos_token_ids=eos, pad_token_id=0)
@@ -497,10 +509,17 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
         ({"num_key_value_heads": 3}, "num_key_value_heads = 3: expected a divisor"),
         ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
         (
-            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "rope_scaling.rope_type = 'dynamic': expected 'default', 'linear' or 'llama3'",
+            {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+            "rope_scaling.rope_type = 'longrope': expected 'default', 'linear', 'dynamic', 'yarn'",
         ),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type = 'yarn'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor = None"),
+        ({"rope_scaling": YARN | {"beta_fast": 0.5}}, "beta_fast = 0.5: expected at least beta_"),
+        ({"rope_scaling": YARN | {"truncate": 0}}, "truncate = 0: expected true or false"),
+        ({"rope_scaling": YARN | {"mscale": -1}}, "rope_scaling.mscale = -1: expected a positive"),
+        (
+            {"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "head_dim = 2: expected at least 4 with dynamic scaling",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor = None"),
         ({"rope_scaling": LLAMA3 | {"low_freq_factor": "x"}}, "low_freq_factor = 'x'"),
         ({"rope_scaling": LLAMA3 | {"factor": True}}, "rope_scaling.factor = True"),
