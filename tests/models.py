@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.file import save_base
 from irqlora_jax.config import Config, TrainConfig
-from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.config import LlamaConfig, RopeScaling
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
@@ -73,6 +73,17 @@ RELATIVES = {
         rms_norm_eps=1e-3,
         sliding_window=5,
         sliding_layers=(0, 2),
+    ),
+    "SmolLM3": tiny_llama(
+        model_type="smollm3",
+        num_hidden_layers=4,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        sliding_window=6,
+        sliding_layers=(1, 3),
+        unrotated_layers=(1, 2),
+        rope_theta=50.0,
+        rope_scaling=RopeScaling("yarn", 4.0, original_max_position_embeddings=16),
     ),
 }
 """Models that differ from LLaMA: all kinds of weights and layers."""

@@ -21,6 +21,7 @@ ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers in `layer_types`."""
 _LATER = ("model_type", "attention_bias", "sliding_window", "sliding_layers")
+_LATER += ("unrotated_layers",)
 """Fields that `to_dict` writes in another form, or at the end as earlier versions did."""
 _MOST_LAYERS = 10_000
 """More are a damaged file: lists of all layers would not fit into memory."""
@@ -67,6 +68,8 @@ class LlamaConfig:
     sliding_layers: tuple[int, ...] = ()
     """The layers with the sliding window; all layers of a Mistral, or none. Files call them
     layer_types."""
+    unrotated_layers: tuple[int, ...] = ()
+    """The layers without rotary positions. Files have the others, no_rope_layers = 1."""
 
     def __post_init__(self) -> None:
         for name in (*_NEEDED, "num_key_value_heads", "max_position_embeddings"):
@@ -102,6 +105,10 @@ class LlamaConfig:
         else:
             expected = tuple(layer for layer in every if layer in layers) or every
         check(layers == expected, "sliding_layers", layers, accepted)
+        found, can = self.unrotated_layers, "unrotated_layers" in options
+        expected = tuple(layer for layer in every if layer in found) if can else ()
+        accepted = "some of the layers, in order" if can else f"none for a {self.model_type}"
+        check(found == expected, "unrotated_layers", found, accepted)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
@@ -181,6 +188,8 @@ class LlamaConfig:
         kinds = [SLIDING if layer in self.sliding_layers else FULL for layer in range(depth)]
         found: dict[str, Any] = {"use_sliding_window": window is not None}
         found |= {"sliding_window": window, "layer_types": kinds}
+        if "unrotated_layers" in options:
+            found["no_rope_layers"] = list(map(int, self.rotated))
         if self.model_type.startswith("qwen"):
             # Tools that do not know layer_types take the layers from here on for sliding ones.
             found["max_window_layers"] = min(self.sliding_layers, default=depth)
@@ -192,13 +201,23 @@ class LlamaConfig:
         layers = range(self.num_hidden_layers)
         return tuple(self.sliding_window if i in self.sliding_layers else None for i in layers)
 
+    @property
+    def rotated(self) -> tuple[bool, ...]:
+        """Whether each layer has rotary positions."""
+        return tuple(i not in self.unrotated_layers for i in range(self.num_hidden_layers))
+
     def of_layer(self, layer: int) -> "LlamaConfig":
         """The architecture of one layer alone. Layers of the same kind have the same."""
-        if len(set(self.windows)) == 1:
+        if len(set(zip(self.windows, self.rotated, strict=True))) == 1:
             return self
         window = self.windows[layer]
-        own = {"sliding_window": window, "sliding_layers": () if window is None else (0,)}
-        return dataclasses.replace(self, num_hidden_layers=1, **own)
+        return dataclasses.replace(
+            self,
+            num_hidden_layers=1,
+            sliding_window=window,
+            sliding_layers=() if window is None else (0,),
+            unrotated_layers=() if self.rotated[layer] else (0,),
+        )
 
     @property
     def family(self) -> Family:
@@ -240,13 +259,17 @@ def _read_windows(
     if "sliding_layers" not in options:
         every = () if window is None else tuple(range(depth))
         return {"sliding_window": window, "sliding_layers": every}
-    used = read_flag(given, "use_sliding_window")
+    used, found = read_flag(given, "use_sliding_window"), {}
+    sliding = [used and window is not None] * depth
+    if "unrotated_layers" in options:
+        rotated = _read_rotated(given, depth)
+        found = {"unrotated_layers": tuple(i for i, one in enumerate(rotated) if not one)}
+        sliding = [own and not one for own, one in zip(sliding, rotated, strict=True)]
     first = given.get("max_window_layers", 0)
     check(is_whole(first) and first >= 0, "max_window_layers", first, "a whole number")
     kinds = given.get("layer_types")
     if kinds is None:
-        sliding = used and window is not None
-        kinds = [SLIDING if sliding and layer >= first else FULL for layer in range(depth)]
+        kinds = [SLIDING if own and i >= first else FULL for i, own in enumerate(sliding)]
     accepted = f"a list of {depth} times {FULL!r} or {SLIDING!r}"
     ok = isinstance(kinds, list | tuple) and len(kinds) == depth
     ok = ok and all(each in (FULL, SLIDING) for each in kinds)
@@ -254,4 +277,15 @@ def _read_windows(
     layers = tuple(layer for layer, each in enumerate(kinds) if each == SLIDING)
     accepted = f"{FULL!r} alone, unless use_sliding_window is true and sliding_window is given"
     check(not layers or (used and window is not None), "layer_types", kinds, accepted)
-    return {"sliding_window": window if layers else None, "sliding_layers": layers}
+    return {"sliding_window": window if layers else None, "sliding_layers": layers, **found}
+
+
+def _read_rotated(given: Mapping[str, Any], depth: int) -> list[int]:
+    """1 for each layer with rotary positions, else 0."""
+    interval = given.get("no_rope_layer_interval")
+    read_size("no_rope_layer_interval", interval)
+    kinds = given.get("no_rope_layers", [int((i + 1) % interval != 0) for i in range(depth)])
+    ok = isinstance(kinds, list | tuple) and len(kinds) >= depth
+    ok = ok and all(is_whole(one) and one in (0, 1) for one in kinds)
+    check(ok, "no_rope_layers", kinds, f"a list of {depth} times 1 (with rotations) or 0")
+    return list(kinds)[:depth]

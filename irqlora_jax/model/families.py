@@ -63,6 +63,20 @@ FAMILIES = {
         options=("attention_bias", *_SOME_WINDOWS),
         defaults={**_QWEN, "head_dim": 128},
     ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        options=("attention_bias", *_SOME_WINDOWS, "unrotated_layers"),
+        defaults={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+            "pad_token_id": 128004,
+            "tie_word_embeddings": True,
+            "rope_theta": 2000000.0,
+            "no_rope_layer_interval": 4,
+        },
+    ),
 }
 """By `model_type`."""
 ACCEPTED = ", ".join(map(repr, FAMILIES))

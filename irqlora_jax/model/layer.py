@@ -181,9 +181,12 @@ class Attention(_Block):
             if config.family.head_norms:
                 weight = Weight((config.head_dim,), nn.initializers.ones, name=norm)()
                 y = rms_norm(y, weight, config.rms_norm_eps)
-            return rotate(y, *context.rope)
+            return y if turned is False else rotate(y, *rope)
 
-        slots, window = context.slots, _of_layer(config.windows, layer)
+        rope, slots = context.rope, context.slots
+        turned, window = _of_layer(config.rotated, layer), _of_layer(config.windows, layer)
+        if not isinstance(turned, bool):
+            rope = jnp.where(turned, rope[0], 1), jnp.where(turned, rope[1], 0)
         q, k, v = rotated("q_proj", "q_norm"), rotated("k_proj", "k_norm"), heads("v_proj")
         if cache is not None:
             new = (layer, jnp.arange(x.shape[0])[:, None], slots)
@@ -194,11 +197,11 @@ class Attention(_Block):
         return self.linear("o_proj", y.reshape(*x.shape[:2], -1)), cache
 
 
-def _of_layer(windows: tuple[int | None, ...], layer: Int[Array, ""]) -> Any:
-    """The window of a layer. It is static unless the layers of the loop differ."""
-    if len(set(windows)) == 1:
-        return windows[0]
-    return jnp.asarray([_UNLIMITED if one is None else one for one in windows], jnp.int32)[layer]
+def _of_layer(values: tuple[Any, ...], layer: Int[Array, ""]) -> Any:
+    """The value of a layer. It is static unless the layers of the loop differ."""
+    if len(set(values)) == 1:
+        return values[0]
+    return jnp.asarray([_UNLIMITED if value is None else value for value in values])[layer]
 
 
 class MLP(_Block):

@@ -79,7 +79,7 @@ def test_the_hessians_are_the_golden_ones(golden: Path) -> None:
     np.testing.assert_allclose(units, units[0], rtol=1e-5)  # one scale for the whole model
 
 
-@pytest.mark.parametrize("name", ["Qwen3"])
+@pytest.mark.parametrize("name", ["Qwen3", "SmolLM3"])
 def test_inputs_are_those_of_the_whole_model(name: str) -> None:
     """Also if layers differ in their windows or rotations."""
     llama = RELATIVES[name]

@@ -59,7 +59,7 @@ def test_every_step_equals_the_full_pass(tiny):
     np.testing.assert_array_equal(cache["length"], [14, 14])
 
 
-@pytest.mark.parametrize("name", ["Qwen3"])
+@pytest.mark.parametrize("name", ["Qwen3", "SmolLM3"])
 def test_a_cache_keeps_windows_and_rotations_of_layers(name):
     model = Llama(RELATIVES[name])
     variables = random_variables(model, 0.3)

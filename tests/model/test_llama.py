@@ -393,9 +393,28 @@ def test_config_windows_of_layers():
     assert plain.of_layer(1) is plain
 
 
+def test_config_rotations_of_layers():
+    deep = {"num_hidden_layers": 9}
+    smollm = of_kind("smollm3", **deep)
+    assert smollm.unrotated_layers == (3, 7) and smollm.tie_word_embeddings
+    assert (smollm.rope_theta, smollm.eos_token_ids) == (2000000.0, (128001,))
+    assert of_kind("smollm3", no_rope_layers=[0, 1, 1, 0]).unrotated_layers == (0,)
+    window = {"use_sliding_window": True, "sliding_window": 8}
+    both = of_kind("smollm3", no_rope_layer_interval=3, **deep, **window)
+    assert both.sliding_layers == both.unrotated_layers == (2, 5, 8)
+    for config in (smollm, both):
+        assert LlamaConfig.from_dict(config.to_dict()) == config
+    one = both.of_layer(5)
+    assert one == both.of_layer(8) and one.windows == (8,) and one.rotated == (False,)
+    assert both.of_layer(0).windows == (None,) and both.of_layer(0).rotated == (True,)
+
+
 @pytest.mark.parametrize(
     ("kind", "more", "message"),
     [
+        ("smollm3", {"no_rope_layers": [1, 1]}, "no_rope_layers = [1, 1]: expected a list of 3"),
+        ("smollm3", {"no_rope_layers": [1, 2, 1]}, "no_rope_layers = [1, 2, 1]: expected"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval = 0: expected"),
         ("mistral", {"sliding_window": 0}, "sliding_window = 0: expected a whole number of at"),
         ("qwen2", {"use_sliding_window": "yes"}, "use_sliding_window = 'yes': expected true"),
         ("qwen2", {"max_window_layers": -1}, "max_window_layers = -1: expected a whole number"),
@@ -413,6 +432,8 @@ def test_config_faults_of_windows(kind, more, message):
 def test_layers_that_a_family_does_not_have_are_refused():
     with pytest.raises(ValueError, match="sliding_window = 8: expected null for a llama"):
         dataclasses.replace(CONFIG, sliding_window=8)
+    with pytest.raises(ValueError, match=r"unrotated_layers = \(0,\): expected none for a llama"):
+        dataclasses.replace(CONFIG, unrotated_layers=(0,))
     with pytest.raises(ValueError, match=r"sliding_layers = \(0,\): expected all layers"):
         tiny_llama(model_type="mistral", sliding_window=8, sliding_layers=(0,))
     with pytest.raises(ValueError, match=r"sliding_layers = \(1, 0\): expected some of the"):
