@@ -114,8 +114,8 @@ class LlamaConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
         """Reads a config.json. The rotary settings may be in their old or new place.
 
-        A field that is null has its default, as if it were absent. Only for the ids of special
-        tokens, null means that there is no such token.
+        A field that is null has its default, as if it were absent. But null means that there is no
+        such token, no sliding window, or as many heads of keys and values as of queries.
 
         Raises:
             ValueError: another kind of model, an unsupported variant, or an invalid value. The
@@ -144,7 +144,7 @@ class LlamaConfig:
         return cls(
             **sizes,
             num_key_value_heads=read_size(
-                "num_key_value_heads", given.get("num_key_value_heads", heads)
+                "num_key_value_heads", not_null(values).get("num_key_value_heads", heads)
             ),
             head_dim=head_dim,
             rms_norm_eps=read_positive("rms_norm_eps", given.get("rms_norm_eps", 1e-6)),

@@ -14,6 +14,7 @@ class Family:
     """What the models of one `model_type` have in common.
 
     Attributes:
+        title: its name in texts.
         architecture: the class in transformers.
         biased: linear layers that always have a bias.
         head_norms: whether queries and keys of each head go through an RMS norm.
@@ -23,6 +24,7 @@ class Family:
             LLaMA. From the classes of configurations in transformers.
     """
 
+    title: str
     architecture: str
     biased: tuple[str, ...] = ()
     head_norms: bool = False
@@ -41,8 +43,9 @@ _QWEN = {
 }
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", options=("attention_bias",)),
+    "llama": Family("LLaMA", "LlamaForCausalLM", options=("attention_bias",)),
     "mistral": Family(
+        "Mistral",
         "MistralForCausalLM",
         options=("sliding_window",),
         defaults={
@@ -52,18 +55,21 @@ FAMILIES = {
         },
     ),
     "qwen2": Family(
+        "Qwen2",
         "Qwen2ForCausalLM",
         ("q_proj", "k_proj", "v_proj"),
         options=_SOME_WINDOWS,
         defaults=_QWEN,
     ),
     "qwen3": Family(
+        "Qwen3",
         "Qwen3ForCausalLM",
         head_norms=True,
         options=("attention_bias", *_SOME_WINDOWS),
         defaults={**_QWEN, "head_dim": 128},
     ),
     "smollm3": Family(
+        "SmolLM3",
         "SmolLM3ForCausalLM",
         options=("attention_bias", *_SOME_WINDOWS, "unrotated_layers"),
         defaults={

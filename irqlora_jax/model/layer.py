@@ -1,4 +1,4 @@
-"""One decoder layer of LLaMA: norms, attention and MLP, whose linear layers may have an adapter."""
+"""One decoder layer: norms, attention and MLP, whose linear layers may have an adapter."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

@@ -370,6 +370,7 @@ def test_config_defaults_are_those_of_the_family():
     assert (qwen2.head_dim, qwen3.head_dim) == (6, 128)
     assert qwen2.biased == ("q_proj", "k_proj", "v_proj") and qwen3.biased == ()
     assert of_kind("mistral", sliding_window=None).sliding_layers == ()
+    assert of_kind("qwen2", num_key_value_heads=None).num_key_value_heads == 4
     with pytest.raises(ValueError, match="num_key_value_heads = 8: expected a divisor"):
         LlamaConfig.from_dict(FILE | {"model_type": "mistral"})
 
