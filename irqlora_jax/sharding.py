@@ -4,7 +4,7 @@ The rows of a batch are split over data and fsdp together. The axis tensor split
 along its outputs (q, k, v, gate, up) or its inputs (o, down), so that attention and MLP each need
 one all-reduce. The axis fsdp splits a linear layer along its outputs; its parts are gathered in
 packed form before use. Scales and shifts are split like their blocks. Second-level scales,
-outliers, norms and scalars are replicated on all devices.
+outliers, norms, biases and scalars are replicated on all devices.
 """
 
 import dataclasses
@@ -103,7 +103,7 @@ def spec(mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...], splits: 
     if path and path[0] in ("embed_tokens", "lm_head"):
         return P(_fitting(mesh, shape[0], ("tensor", "fsdp")))
     linear = next((name for name in path if name in LINEAR_NAMES), None)
-    if linear is None:
+    if linear is None or path[-1] == "bias":
         return P()
     out, into = _linear_axes(linear)
     if "weight" not in path:

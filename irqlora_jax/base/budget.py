@@ -239,10 +239,11 @@ def _first(path: Keys) -> str:
 
 
 def _rest(llama: LlamaConfig, dtype: Callable[[Keys], DTypeLike]) -> int:
-    """Bits of the embeddings, the head and the norms."""
+    """Bits of the embeddings, the head, the norms and the biases."""
     layered, single = weight_shapes(llama)
     each = [(path, shape, 1) for path, shape in single.items()]
-    each += [(p, s, llama.num_hidden_layers) for p, s in layered.items() if len(p) == 1]
+    kept = [(p, s) for p, s in layered.items() if p[-1] not in LINEAR_NAMES]
+    each += [(path, shape, llama.num_hidden_layers) for path, shape in kept]
     return sum(8 * n * math.prod(shape) * jnp.dtype(dtype(p)).itemsize for p, shape, n in each)
 
 

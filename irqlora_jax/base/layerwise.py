@@ -27,7 +27,7 @@ from irqlora_jax.base.train_layer import train_layer
 from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.files.tensors import FLOATS, Header, aligned, read_into
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.tree import Tree, insert, matrix_name, weight_name, weight_shapes
+from irqlora_jax.model.tree import Tree, insert, leaf_path, matrix_name, weight_name, weight_shapes
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.inputs import InputMoments
@@ -227,7 +227,7 @@ def make_layers(
                     task.watch(layer, name, weight, one.weight, matrix.quant, errors.get(name))
                 bar.update(weight.size)
             stacks.put(matrix, one)
-            changed = {name: {"weight": one.dense(weight, task.scale)}}
+            changed = {name: {**weights[group][name], "weight": one.dense(weight, task.scale)}}
             new = {**new, group: {**new[group], **changed}}
         if count + 1 < depth:
             statistics.advance(weights, new)
@@ -251,7 +251,7 @@ def _read_layer(
         own = dtype is not None and path in matrices
         array = aligned(shape, dtype if own else FLOATS[found[name].dtype])
         read_into(array, found[name], name)
-        insert(weights, path, {"weight": jax.device_put(array, may_alias=True)})
+        insert(weights, leaf_path(path), jax.device_put(array, may_alias=True))
     return weights
 
 
@@ -306,7 +306,7 @@ def _train(
     assert options is not None and full is not None
     start = {name: StoredLinear(None, {}) for name in LINEAR_NAMES}
     start |= {name: StoredLinear(*one) for (_, name), one in made.items()}
-    settings = dataclasses.replace(alone(llama), adapter=task.adapter)
+    settings = dataclasses.replace(alone(llama, layer), adapter=task.adapter)
     states, full = (x.astype(np.float32, copy=False) for x in (statistics.states, full))
     found = train_layer(settings, task.quant, layer, weights, start, states, full, options)
     logger.info(

@@ -30,7 +30,14 @@ from irqlora_jax.files.tensors import FLOATS, Header, aligned, read_ahead, read_
 from irqlora_jax.machine import installed_version
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.tree import Tree, insert, matrix_name, weight_name, weight_shapes
+from irqlora_jax.model.tree import (
+    Tree,
+    insert,
+    leaf_path,
+    matrix_name,
+    weight_name,
+    weight_shapes,
+)
 from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.formats import FORMATS
@@ -261,7 +268,7 @@ def _load(
             read = outside.pop(path[0], None)
             arrays = [_read_single(found, path, shape) if read is None else read]
             del read
-            insert(base, path, {"weight": to_device(arrays, mesh, path)})
+            insert(base, leaf_path(path), to_device(arrays, mesh, path))
             bar.update(math.prod(shape))
     return base, pairs, config
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from irqlora_jax.adapters.method import Params
 from irqlora_jax.files.tensors import aligned
-from irqlora_jax.model.tree import LAYERS, Keys, Tree, insert
+from irqlora_jax.model.tree import LAYERS, Keys, Tree, insert, leaf_path
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.inputs import InputMoments
 from irqlora_jax.quant.qtensor import QTensor
@@ -97,10 +97,10 @@ class Stacks:
         pairs: Tree = {LAYERS: {}}
         for place in list(self._arrays):
             arrays, own = self._arrays.pop(place), place[-1] in PAIR
-            path = place if own else (*place, "weight")
+            path = place if own else leaf_path(place)
             leaves = [to_device(arrays, mesh, path) for _ in range(len(arrays))]
             tree = jax.tree.unflatten(self._structures[place], leaves)
-            insert(pairs if own else base, place, tree if own else {"weight": tree})
+            insert(pairs if own else base, path, tree)
         return base, pairs
 
 

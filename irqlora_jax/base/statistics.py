@@ -33,7 +33,7 @@ from irqlora_jax.model.alone import GROUPS, layer_moments, layer_outputs
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.layer import Settings, rms_norm
 from irqlora_jax.model.loss import row_cross_entropy
-from irqlora_jax.model.tree import Tree
+from irqlora_jax.model.tree import Tree, linear_weights
 from irqlora_jax.sharding import ROWS, put_copies, put_rows
 
 SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -117,7 +117,8 @@ class Inputs(Statistics):
         mesh: Mesh | None = None,
     ) -> None:
         self.order, self.squares = range(llama.num_hidden_layers), {}
-        self._settings, self._devices = alone(llama), Devices(mesh)
+        self._llama, self._devices = llama, Devices(mesh)
+        self._layer = 0
         self._size = rows.config.batch_size * self._devices.count
         self.states = _kept(embeddings[rows.tokens], rows.config.activations)
         self.full = self.states.copy() if both else None
@@ -125,7 +126,7 @@ class Inputs(Statistics):
     def moments(self, weights: Tree) -> Moments:
         total: Any = None
         own = self._devices.copied(weights)
-        measure = functools.partial(input_moments, self._settings, own)
+        measure = functools.partial(input_moments, alone(self._llama, self._layer), own)
         for part in self._parts(self.states):
             found = self._devices.call(measure, part.astype(np.float32))
             total = found if total is None else jax.tree.map(jnp.add, total, found)
@@ -136,9 +137,11 @@ class Inputs(Statistics):
         for states, own in ((self.states, quantized), (self.full, weights)):
             if states is not None:
                 own = self._devices.copied(own)
-                apply = functools.partial(layer_outputs, self._settings, own)
+                settings = alone(self._llama, self._layer)
+                apply = functools.partial(layer_outputs, settings, own)
                 for part in self._parts(states):  # views, so that no second array is needed
                     part[:] = self._devices.call(apply, part.astype(np.float32))
+        self._layer += 1
 
     def _parts(self, states: np.ndarray) -> Iterator[np.ndarray]:
         return (states[i : i + self._size] for i in range(0, len(states), self._size))
@@ -169,7 +172,7 @@ class Gradients(Statistics):
             squares: also sum the squared gradients.
             mesh: devices; None: one.
         """
-        self._settings, self._dtype = alone(llama), rows.config.activations
+        self._llama, self._dtype = llama, rows.config.activations
         self._devices = Devices(mesh)
         depth = llama.num_hidden_layers
         self.order = range(depth - 1, -1, -1)
@@ -177,7 +180,7 @@ class Gradients(Statistics):
         self._states = [[_kept(outside["embed_tokens"][batch], self._dtype) for batch in batches]]
         for layer in range(depth):
             weights = self._devices.copied(read(layer))
-            apply = functools.partial(layer_outputs, self._settings, weights)
+            apply = functools.partial(layer_outputs, alone(llama, layer), weights)
             outputs = (self._devices.call(apply, x.astype(np.float32)) for x in self._states[-1])
             self._states.append([_kept(x, self._dtype) for x in outputs])
         head = outside.get("lm_head", outside["embed_tokens"])
@@ -197,7 +200,8 @@ class Gradients(Statistics):
         for x, g in zip(self._states[-1], self._gradients, strict=True):
             parts = self._devices.count if len(x) % self._devices.count == 0 else 1
             options = {"squares": self._squared, "parts": parts}
-            measure = functools.partial(gradient_moments, self._settings, own, **options)
+            settings = alone(self._llama, len(self._states) - 1)  # states in front of each layer
+            measure = functools.partial(gradient_moments, settings, own, **options)
             before, *found = self._devices.call(measure, x.astype(np.float32), g)
             self._next.append(np.asarray(before))
             total = found if total is None else jax.tree.map(jnp.add, total, found)
@@ -211,9 +215,9 @@ class Gradients(Statistics):
         self._states.pop()
 
 
-def alone(llama: LlamaConfig) -> Settings:
-    """The settings of a layer without adapters."""
-    return Settings(llama, None, None, None, deterministic=True)
+def alone(llama: LlamaConfig, layer: int) -> Settings:
+    """The settings of a layer without adapters. Layers of the same kind have the same."""
+    return Settings(llama.of_layer(layer), None, None, None, deterministic=True)
 
 
 def _batches(rows: CalibrationRows, devices: int) -> list[Int[np.ndarray, "batch length"]]:
@@ -278,7 +282,7 @@ def gradient_moments(
 
     The rows are summed one after the other in each of `parts`, which devices compute side by side.
     """
-    linear = {group: weights[group] for group in GROUPS}
+    linear = {group: weights[group] for group in GROUPS}  # and biases, whose gradients are dropped
 
     def row_moments(
         total: tuple[Moments, Squares], row: tuple[Array, Array]
@@ -290,12 +294,12 @@ def gradient_moments(
 
         wide = jax.tree.map(lambda w: w.astype(jnp.float32), linear)
         own, before = jax.vjp(outputs, wide, x)[1](g)
-        flat = {name: part["weight"] for group in GROUPS for name, part in own[group].items()}
+        flat = linear_weights(own)
         grams = {name: jnp.matmul(g.T, g, precision="highest") for name, g in flat.items()}
         found = grams, {name: g**2 for name, g in flat.items()} if squares else {}
         return jax.tree.map(jnp.add, total, found), before[0]
 
-    shapes = {name: part["weight"].shape for g in GROUPS for name, part in linear[g].items()}
+    shapes = {name: weight.shape for name, weight in linear_weights(linear).items()}
     start = {name: jnp.zeros((size, size), jnp.float32) for name, (_, size) in shapes.items()}
     each = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items() if squares}
 

@@ -15,6 +15,7 @@ from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.tree import (
     find_stack,
     insert,
+    leaf_path,
     linear_path,
     linear_stacks,
     matrix_name,
@@ -107,9 +108,9 @@ def abstract_base(llama: LlamaConfig, quant: QuantConfig, dtype: DTypeLike = jnp
             if path[-1] in LINEAR_NAMES and config.format != KEPT:
                 weight = _quantized(shape, config)
             add = functools.partial(_stacked, len(layers))
-            insert(base, (name, *path), {"weight": jax.tree.map(add, weight)})
+            insert(base, (name, *leaf_path(path)), jax.tree.map(add, weight))
     for path, shape in single.items():
-        insert(base, path, {"weight": jax.ShapeDtypeStruct(shape, dtype)})
+        insert(base, leaf_path(path), jax.ShapeDtypeStruct(shape, dtype))
     return base
 
 

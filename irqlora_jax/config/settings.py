@@ -151,7 +151,7 @@ class Config:
     """The complete configuration of a run."""
 
     model: str
-    """Folder with a Hugging Face LLaMA (safetensors), its id on the hub, a .gguf file, or a folder
+    """Folder with a Hugging Face model (safetensors), its id on the hub, a .gguf file, or a folder
     written by irqlora quantize. With such a folder or a run, unset fields of `quant` come from its
     base."""
     output_dir: str
@@ -206,7 +206,7 @@ class QuantizeConfig:
     """Quantizes a base once for several runs. Use its folder as their `model`."""
 
     model: str
-    """Folder with a Hugging Face LLaMA (safetensors), its id on the hub, or a .gguf file."""
+    """Folder with a Hugging Face model (safetensors), its id on the hub, or a .gguf file."""
     output_dir: str
     """New folder for the quantized base and its tokenizer."""
     quant: QuantConfig = QuantConfig()

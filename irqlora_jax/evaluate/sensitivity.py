@@ -52,7 +52,7 @@ class SensitivityConfig:
     An interrupted command continues when it is given again."""
 
     model: str
-    """Folder with a Hugging Face LLaMA (safetensors), its id on the hub, or a .gguf file."""
+    """Folder with a Hugging Face model (safetensors), its id on the hub, or a .gguf file."""
     text: str
     """A plain text file. Its first tokens are scored."""
     output_dir: str

@@ -135,7 +135,7 @@ def read_config(source: str | Path) -> LlamaConfig:
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
-        ValueError: not a LLaMA, already quantized, or an invalid value.
+        ValueError: not an accepted kind of model, already quantized, or an invalid value.
     """
     values = read_values(source)
     if values.get("quantization_config"):

@@ -22,7 +22,7 @@ class ChatConfig:
     """Talks to a model in the terminal."""
 
     run: str
-    """Folder of a run, of irqlora quantize, or of a Hugging Face LLaMA, or a .gguf file."""
+    """Folder of a run, of irqlora quantize, or of a Hugging Face model, or a .gguf file."""
     baseline: bool = False
     """Leave the finetuned adapter out. With LoftQ or CLoQ, use the initial one."""
     checkpoint: Literal["last", "best"] | int = "last"

@@ -14,7 +14,7 @@ from irqlora_jax.base.train_layer import layer_configs, layer_job
 from irqlora_jax.config import Config
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.tree import Tree, insert, weight_shapes
+from irqlora_jax.model.tree import Tree, insert, leaf_path, weight_shapes
 from irqlora_jax.plan.measure import PlanDevice, new_bytes, silent_stderr
 from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.encode import quantized_shape
@@ -59,9 +59,9 @@ def measure_calibration(config: Config, llama: LlamaConfig, target: PlanDevice) 
     x = like((asked.batch_size, asked.length, llama.hidden_size))
     weights: Tree = {}
     for path, shape in weight_shapes(llama)[0].items():
-        insert(weights, path, {"weight": like(shape)})
+        insert(weights, leaf_path(path), like(shape))
     layer = sum(4 * leaf.size for leaf in jax.tree.leaves(weights))
-    program, given = input_moments, (alone(llama), weights, x)
+    program, given = input_moments, (alone(llama, 0), weights, x)
     chosen = config.quant.budget is not None and config.quant.allocation.errors == "fisher"
     squares = asked.metric == "gradients" and (chosen or config.adapter.needs == "fisher")
     if asked.metric == "gradients":
@@ -119,7 +119,7 @@ def _step_memory(config: Config, llama: LlamaConfig, weights: Tree, target: Plan
             pair = {leaf: jax.ShapeDtypeStruct(shape, dtype) for leaf, shape in sizes.items()}
         packed = None if own.format == KEPT else quantized_shape((rows, columns), own)
         linears[name] = StoredLinear(packed, pair)
-    settings = dataclasses.replace(alone(llama), adapter=adapter)
+    settings = dataclasses.replace(alone(llama, 0), adapter=adapter)
     shape = options.batch, config.calibrate.length, llama.hidden_size
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     with progress_bar("Compiling the training of a layer"), silent_stderr():

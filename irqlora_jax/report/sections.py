@@ -39,7 +39,7 @@ def _model_sentence(found: RunData) -> str:
     size = ""
     if llama is not None:
         size = (
-            f"a LLaMA with {llama.num_hidden_layers} layers of {llama.hidden_size}"
+            f"a {llama.family.title} with {llama.num_hidden_layers} layers of {llama.hidden_size}"
             f", a vocabulary of {llama.vocab_size:,}"
         )
     if found.storage is not None:

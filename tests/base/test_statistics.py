@@ -1,6 +1,7 @@
 """Statistics of layers against golden results and whole-model gradients."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from irqlora_jax.base.statistics import Gradients, Inputs, Statistics
 from irqlora_jax.data.calibrate import CalibrateConfig, CalibrationRows
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.model.tree import linear_path
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.sharding import MeshConfig, make_mesh
 from tests.arrays import read_arrays
-from tests.models import LLAMA, assert_same, write_model
+from tests.models import LLAMA, RELATIVES, assert_same, random_base, write_model
 
 GRADIENTS = CalibrateConfig(metric="gradients", batch_size=3)
 TOKENS = np.random.default_rng(3).integers(0, LLAMA.vocab_size, (5, 9)).astype(np.int32)
@@ -77,9 +79,25 @@ def test_the_hessians_are_the_golden_ones(golden: Path) -> None:
     np.testing.assert_allclose(units, units[0], rtol=1e-5)  # one scale for the whole model
 
 
-def test_the_hessians_are_those_of_whole_gradients(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["Qwen3", "SmolLM3"])
+def test_inputs_are_those_of_the_whole_model(name: str) -> None:
+    """Also if layers differ in their windows or rotations."""
+    llama = RELATIVES[name]
+    base, tokens = random_base(llama, scale=0.3), TOKENS % llama.vocab_size
+    found, _ = statistics_of(base, llama, CalibrationRows(tokens, CalibrateConfig(batch_size=3)))
+    run = jax.jit(functools.partial(Llama(llama).apply, mutable=["stats"]))
+    _, whole = run({"params": {}, "base": base}, jnp.asarray(tokens))
+    for layer, grams in found.items():
+        for projection, gram in grams.items():
+            group, _ = linear_path(projection)
+            of_stack = whole["stats"]["layers"][group][projection]["gram"]
+            assert_close(gram, of_stack[layer], 1e-5)
+
+
+@pytest.mark.parametrize("llama", [LLAMA, RELATIVES["Qwen3"]], ids=["LLaMA", "Qwen3"])
+def test_the_hessians_are_those_of_whole_gradients(tmp_path: Path, llama: LlamaConfig) -> None:
     """One row at a time through the whole model, for every matrix."""
-    base, llama = hf.load_base(write_model(tmp_path, LLAMA), None)
+    base, llama = hf.load_base(write_model(tmp_path, llama), None)
     model = Llama(llama)
 
     def loss(layers: Any, row: jax.Array) -> jax.Array:
@@ -87,16 +105,19 @@ def test_the_hessians_are_those_of_whole_gradients(tmp_path: Path) -> None:
         chosen = jax.nn.log_softmax(logits[0, :-1])  # type: ignore[index]
         return -jnp.take_along_axis(chosen, row[1:, None], 1).sum()
 
-    total: Any = None
-    for row in TOKENS:
-        gradient = jax.grad(loss)(base["layers"], jnp.asarray(row))
+    total, slope = None, jax.jit(jax.grad(loss))
+    rows = TOKENS % llama.vocab_size
+    for row in rows:
+        gradient = slope(base["layers"], jnp.asarray(row))
         part = jax.tree.map(
             lambda g: (jnp.einsum("loi,loj->lij", g, g), g**2) if g.ndim == 3 else g, gradient
         )
         total = part if total is None else jax.tree.map(jnp.add, total, part)
-    found, squares = statistics_of(base, llama, CalibrationRows(TOKENS, GRADIENTS))
+    found, squares = statistics_of(base, llama, CalibrationRows(rows, GRADIENTS))
     for group in ("self_attn", "mlp"):
         for name, part in total[group].items():
+            if name not in found[0]:  # a norm
+                continue
             for layer in range(llama.num_hidden_layers):
                 gram, each = (x[layer] for x in part["weight"])
                 assert_close(found[layer][name], gram, 1e-4)

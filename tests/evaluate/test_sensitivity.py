@@ -26,7 +26,15 @@ from irqlora_jax.model.tree import find_stack, linear_path, matrix_name
 from irqlora_jax.quant.config import QuantConfig, QuantRule
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.sharding import LINEAR_NAMES
-from tests.models import NARROW, random_tensors, word_tokenizer, write_model
+from tests.models import (
+    NARROW,
+    RELATIVES,
+    quantize_base,
+    random_base,
+    random_tensors,
+    word_tokenizer,
+    write_model,
+)
 
 NF2 = QuantConfig(format="nf2", block_size=32, calibration="none")
 MIXED = dataclasses.replace(
@@ -103,6 +111,28 @@ def test_losses_are_those_of_whole_evaluations(model: Path) -> None:
         gram = stack[linear_path(name)[0]][name]["gram"][index]
         expected_moments = np.diagonal(gram) / ROWS.size
         np.testing.assert_allclose(whole.moments[layer][name], expected_moments, rtol=1e-4)
+
+
+def test_layers_of_different_kinds() -> None:
+    llama = RELATIVES["SmolLM3"]
+    model = Llama(llama)
+    full, rows = random_base(llama, scale=0.3), ROWS % llama.vocab_size
+    packed = quantize_base(full, NF2, ["q_proj"])
+    whole = head_loss(model, full, rows)
+    assert measure_whole(model, full, [rows]).loss == pytest.approx(whole, abs=1e-5)
+    other = packed["layers"]["self_attn"]["q_proj"]["weight"]
+    swapped = with_matrix(full, (1, "q_proj"), jax.tree.map(lambda x: x[1], other).dequantize())
+    expected = head_loss(model, swapped, rows)
+    ((layer, name, loss),) = swapped_losses(model, full, packed, [rows], [(1, "q_proj")])
+    assert (layer, name) == (1, "q_proj") and abs(expected - whole) > 1e-3
+    assert loss == pytest.approx(expected, abs=1e-5)
+
+
+def head_loss(model: Llama, base: Any, rows: Any) -> float:
+    """Mean loss of the tokens of whole rows but the first."""
+    logits = jax.jit(model.apply)({"base": base}, jnp.asarray(rows))
+    chosen = jax.nn.log_softmax(logits[:, :-1])
+    return -float(jnp.take_along_axis(chosen, jnp.asarray(rows)[:, 1:, None], 2).mean())
 
 
 def test_one_compiled_layer_serves_all(model: Path, monkeypatch) -> None:

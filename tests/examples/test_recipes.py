@@ -25,6 +25,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 PARAMETERS = {"7b": 6.74e9, "13b": 13.02e9, "30b": 32.53e9, "65b": 65.29e9, "llama3": 8.03e9}
+PARAMETERS |= {"mistral": 7.24e9, "qwen2.5": 7.62e9}
 RECIPES = {
     "alpaca-7b": ("7b", "13b"),
     "alpaca-65b": ("30b", "65b"),
@@ -35,6 +36,8 @@ RECIPES = {
     "gptq-alpaca-7b": ("7b",),
     "qalora-alpaca-7b": ("7b",),
     "guanaco-7b": ("7b", "65b"),
+    "mistral-7b": ("mistral",),
+    "qwen2.5-7b": ("qwen2.5",),
 }
 
 

@@ -22,7 +22,14 @@ from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs.load import load_run
 from irqlora_jax.train.job import check_adapter
-from tests.models import NARROW, random_adapters, random_base, write_run
+from tests.models import (
+    NARROW,
+    RELATIVES,
+    quantize_base,
+    random_adapters,
+    random_base,
+    write_run,
+)
 
 QUANT = QuantConfig(format="nf3", block_size=8)
 QALORA = AdapterConfig("qalora", rank=2, alpha=4.0, qalora=QaloraOptions(8))
@@ -41,6 +48,16 @@ def logits(run: Any) -> np.ndarray:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "run", NARROW, QUANT, QALORA)
+
+
+def test_an_absorbed_update_leaves_biases() -> None:
+    adapter = dataclasses.replace(QALORA, targets=("q_proj", "o_proj"))
+    model = Llama(RELATIVES["LLaMA with biases"], adapter)
+    base = quantize_base(random_base(model.config, scale=0.3), QUANT, adapter.targets)
+    variables = {"params": random_adapters(model, 0.3), "base": base}
+    absorbed = {"base": absorbed_base(model, variables, "float32")}
+    found = jax.jit(Llama(model.config).apply)(absorbed, TOKENS)
+    np.testing.assert_allclose(found, jax.jit(model.apply)(variables, TOKENS), atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), (None, 2e-3)])
