@@ -282,8 +282,7 @@ def _read_windows(
 
 def _read_rotated(given: Mapping[str, Any], depth: int) -> list[int]:
     """1 for each layer with rotary positions, else 0."""
-    interval = given.get("no_rope_layer_interval")
-    read_size("no_rope_layer_interval", interval)
+    interval = read_size("no_rope_layer_interval", given.get("no_rope_layer_interval"))
     kinds = given.get("no_rope_layers", [int((i + 1) % interval != 0) for i in range(depth)])
     ok = isinstance(kinds, list | tuple) and len(kinds) >= depth
     ok = ok and all(is_whole(one) and one in (0, 1) for one in kinds)
