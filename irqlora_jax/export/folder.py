@@ -292,6 +292,7 @@ def _companions(
         folded=config.fold,
         scores=scores(run.folder),
         calibrate=used,
+        model_type=run.model.config.model_type,
     )
     (aside / "README.md").write_text(card.text(), encoding="utf-8")
 

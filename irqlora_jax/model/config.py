@@ -20,8 +20,13 @@ from irqlora_jax.model.values import (
 ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers in `layer_types`."""
-_LATER = ("model_type", "attention_bias", "sliding_window", "sliding_layers")
-_LATER += ("unrotated_layers",)
+_LATER = (
+    "model_type",
+    "attention_bias",
+    "sliding_window",
+    "sliding_layers",
+    "unrotated_layers",
+)
 """Fields that `to_dict` writes in another form, or at the end as earlier versions did."""
 _MOST_LAYERS = 10_000
 """More are a damaged file: lists of all layers would not fit into memory."""
@@ -265,11 +270,13 @@ def _read_windows(
         rotated = _read_rotated(given, depth)
         found = {"unrotated_layers": tuple(i for i, one in enumerate(rotated) if not one)}
         sliding = [own and not one for own, one in zip(sliding, rotated, strict=True)]
-    first = given.get("max_window_layers", 0)
-    check(is_whole(first) and first >= 0, "max_window_layers", first, "a whole number")
+    else:
+        first = given.get("max_window_layers", 0)
+        check(is_whole(first) and first >= 0, "max_window_layers", first, "a whole number")
+        sliding = [own and i >= first for i, own in enumerate(sliding)]
     kinds = given.get("layer_types")
     if kinds is None:
-        kinds = [SLIDING if own and i >= first else FULL for i, own in enumerate(sliding)]
+        kinds = [SLIDING if own else FULL for own in sliding]
     accepted = f"a list of {depth} times {FULL!r} or {SLIDING!r}"
     ok = isinstance(kinds, list | tuple) and len(kinds) == depth
     ok = ok and all(each in (FULL, SLIDING) for each in kinds)

@@ -184,7 +184,7 @@ class Attention(_Block):
             return y if turned is False else rotate(y, *rope)
 
         rope, slots = context.rope, context.slots
-        turned, window = _of_layer(config.rotated, layer), _of_layer(config.windows, layer)
+        turned = _of_layer(config.rotated, layer)
         if not isinstance(turned, bool):
             rope = jnp.where(turned, rope[0], 1), jnp.where(turned, rope[1], 0)
         q, k, v = rotated("q_proj", "q_norm"), rotated("k_proj", "k_norm"), heads("v_proj")
@@ -193,6 +193,9 @@ class Attention(_Block):
             cache = {"k": cache["k"].at[new].set(k), "v": cache["v"].at[new].set(v)}
             k, v = cache["k"][layer], cache["v"][layer]
         given = slots, context.segment_ids, self.settings.attention
+        # Layers whose windows no row reaches are alike, so cuDNN can serve them.
+        windows = tuple(w if w and w < k.shape[1] else None for w in config.windows)
+        window = _of_layer(windows, layer)
         y = attend(q, k, v, *given, window=window)
         return self.linear("o_proj", y.reshape(*x.shape[:2], -1)), cache
 

@@ -11,6 +11,8 @@ import pytest
 
 from irqlora_jax.model import attention
 from irqlora_jax.model.attention import attend
+from irqlora_jax.model.llama import Llama
+from tests.models import RELATIVES
 
 Arrays = list[Any]
 
@@ -200,3 +202,18 @@ def test_a_refusal_by_the_library_is_a_reason_too(monkeypatch) -> None:
 def test_on_a_cpu_cudnn_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the device is cpu; 'xla' serves here"):
         attend(*(jnp.zeros(x.shape, x.dtype) for x in HALF), implementation="cudnn")
+
+
+def test_layers_whose_windows_no_row_reaches_are_alike(monkeypatch) -> None:
+    """One of two layers has a window of 6."""
+    fake_gpu(monkeypatch)
+    llama, key = RELATIVES["Qwen2"], jax.random.key(0)
+    model = Llama(llama, attention="cudnn", compute_dtype="bfloat16")
+    base = jax.eval_shape(Llama(llama).init, key, jnp.zeros((1, 4), jnp.int32))["base"]
+
+    def run(length: int) -> None:
+        jax.eval_shape(model.apply, {"base": base}, jnp.zeros((1, length), jnp.int32))
+
+    run(6)
+    with pytest.raises(ValueError, match="rows longer than the sliding window"):
+        run(8)

@@ -79,6 +79,7 @@ def test_exported(name: str, tmp_path: Path) -> None:
     assert type(model).__name__ == llama.to_dict()["architectures"][0]
     np.testing.assert_allclose(their_logits(model, tokens), expected, **CLOSE)
     assert hf.read_config(merged) == llama
+    assert f"tags:\n- {llama.model_type}\n" in (merged / "README.md").read_text()
 
     both = hf.export_dequantized(tmp_path / "run", tmp_path / "both", dtype="float32")
     auto = peft.AutoPeftModelForCausalLM.from_pretrained(both / "adapter")
