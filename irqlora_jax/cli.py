@@ -93,7 +93,7 @@ def _chat() -> Loaded:
 # Name: the line in the help, and a function that imports what the command needs.
 _COMMANDS: dict[str, tuple[str, Callable[[], Loaded]]] = {
     "train": (
-        "finetune a quantized LLaMA (also: python train.py); --plan only checks whether it fits",
+        "finetune a quantized model (also: python train.py); --plan only checks whether it fits",
         _train,
     ),
     "eval": ("questions, MMLU, perplexity, generation (also: python eval.py)", _eval),

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from irqlora_jax.text import require
 
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of a LLaMA. They are quantized, and adapters may target them."""
+"""The linear layers of a model. They are quantized, and adapters may target them."""
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 """The mesh axes that split the rows of a batch."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Int
 
@@ -55,6 +56,7 @@ def choose_rules(
     calibrate: CalibrationRows | None = None,
     adapter: AdapterConfig | None = None,
     limit: int | None = None,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> QuantConfig:
     """Replaces `quant.budget` by rules, and writes budget.json. Without a budget, does nothing.
@@ -67,6 +69,7 @@ def choose_rules(
         adapter: its pairs, if they are fitted to the weights, correct some of the errors; None:
             there are none.
         limit: bytes of the whole base, for `quant.budget` fit.
+        mesh: devices for the rows of text; None: one.
         progress: show a bar.
 
     Raises:
@@ -80,7 +83,7 @@ def choose_rules(
     file = folder / ERRORS_FILE
     folder.mkdir(parents=True, exist_ok=True)
     fitted = adapter is not None and adapter.start.fit is not None and not adapter.start.trained
-    options: dict[str, Any] = {"calibrate": calibrate, "progress": progress}
+    options: dict[str, Any] = {"calibrate": calibrate, "mesh": mesh, "progress": progress}
     options |= {"adapter": adapter if fitted else None}
     errors = make_errors(source, quant, room.places, file, **options)
     groups = list(_groups(room.places, quant.allocation.tie))

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
 from irqlora_jax.adapters.config import AdapterConfig
@@ -47,6 +48,7 @@ def make_errors(
     *,
     calibrate: CalibrationRows | None = None,
     adapter: AdapterConfig | None = None,
+    mesh: Mesh | None = None,
     progress: bool = False,
 ) -> Float[np.ndarray, "places candidates"]:
     """Computes the errors that are not in the file yet, and adds them to it.
@@ -59,6 +61,7 @@ def make_errors(
         calibrate: rows of text, for the errors or the pairs that need them.
         adapter: of pairs that are fitted to the weights; its targets have the errors that remain
             after one turn of `adapter.init`. None: there are none.
+        mesh: devices for the rows of text; None: one.
         progress: show a bar.
 
     Returns:
@@ -92,7 +95,7 @@ def make_errors(
             shown.update()
 
         if left:
-            _compute(source, quant, left, calibrate, measured, adapter, keep)
+            _compute(source, quant, left, calibrate, measured, adapter, mesh, keep)
     table = np.array([known[place] for place in places], np.float64)
     if measured is not None:
         reference = table[:, -1:]
@@ -180,6 +183,7 @@ def _compute(
     calibrate: CalibrationRows | None,
     measured: Measured | None,
     adapter: AdapterConfig | None,
+    mesh: Mesh | None,
     keep: Callable[[int, str, list[float]], None],
 ) -> None:
     """Calls `keep` with layer, projection and the errors of all candidates; with a measured
@@ -221,7 +225,7 @@ def _compute(
     matrices = [Matrix(LAYERS, linear_path(name), i, layers, kept) for i, name in places]
     squares = kind == "fisher" or (adapter is not None and adapter.needs == "fisher")
     task = Task(kept, make, np.float32, calibrate, squares=squares)
-    make_matrices(found, llama, matrices, task, Stacks(len(layers)), None)
+    make_matrices(found, llama, matrices, task, Stacks(len(layers)), None, mesh)
 
 
 @jax.jit

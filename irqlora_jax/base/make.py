@@ -59,7 +59,7 @@ def load_base(
     progress: bool = False,
     watch: Watch | None = None,
 ) -> tuple[Tree, LlamaConfig]:
-    """Reads a LLaMA and quantizes its linear layers, but not the head and the embeddings.
+    """Reads a model and quantizes its linear layers, but not the head and the embeddings.
 
     Args:
         source: local folder, GGUF file or hub id.

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from irqlora_jax.model.values import check, not_null, read_flag, read_positive, read_size
 
 _ORIGINAL = "original_max_position_embeddings"
+_MSCALES = ("mscale", "mscale_all_dim")
+"""Of yarn; 0 counts as absent."""
 _TYPES = ("linear", "dynamic", "yarn", "llama3")
 
 
@@ -110,9 +112,11 @@ def _read_yarn(
     assert fast is not None and slow is not None
     check(fast >= slow, f"{field}.beta_fast", fast, f"at least beta_slow = {slow}")
     scale = number("attention_factor", None)
-    one, all_dim = number("mscale", None), number("mscale_all_dim", None)
+    one, all_dim = (number(name, None) if rope.get(name) else None for name in _MSCALES)
     if scale is None and one is not None and all_dim is not None:
         scale = _magnitude(factor, one) / _magnitude(factor, all_dim)
+    theta = read_positive("rope_theta", rope.get("rope_theta", given.get("rope_theta", 10000.0)))
+    check(theta != 1, "rope_theta", theta, "another number than 1 with yarn")
     truncate = read_flag({"truncate": True, **rope}, "truncate")
     return RopeScaling(
         "yarn",

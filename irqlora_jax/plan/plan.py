@@ -125,7 +125,7 @@ def _calibration(config: Config, need: CalibrationNeed, target: PlanDevice) -> s
     )
     if target.flops is not None:
         minutes = need.work / target.flops / 60
-        text += f" ({minutes:,.1f} minutes at the float32 rate of its data sheet)"
+        text += f" ({minutes:,.1f} minutes on one device at the float32 rate of its data sheet)"
     if need.device > target.memory:
         over = readable_size(need.device - target.memory)
         sizes = ["calibrate.batch_size", "calibrate.length"]

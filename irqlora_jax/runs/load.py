@@ -68,7 +68,7 @@ def load_run(
     checkpoint: Which = "last",
     compute_dtype: str | None = None,
 ) -> Run:
-    """Reads a run, a folder of `irqlora quantize`, or a LLaMA without quantizing it.
+    """Reads a run, a folder of `irqlora quantize`, or a model without quantizing it.
 
     Args:
         folder: the folder, also of a Hugging Face model, or a GGUF file.
@@ -215,7 +215,7 @@ def read_architecture(source: str | Path, quant: QuantConfig) -> LlamaConfig:
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: not a LLaMA with float weights, or a base with other settings than `quant`.
+        ValueError: no known model with float weights, or a base of other settings than `quant`.
     """
     if not is_base(source):
         return read_config(source) if is_hub_id(source) else read_llama(snapshot(source))

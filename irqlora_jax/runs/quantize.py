@@ -141,10 +141,10 @@ def quantize_model(config: QuantizeConfig) -> None:
     with locked(folder):
         options: dict[str, Any] = {"calibrate": rows, "progress": config.progress}
         keep = folder / KEPT_LAYERS
-        quant = choose_rules(config.model, config.quant, folder, **options)
         count = len(jax.devices())
         if rows is not None and count > 1:  # the devices share the rows
             options["mesh"] = make_mesh(MeshConfig(), count)
+        quant = choose_rules(config.model, config.quant, folder, **options)
         base, llama, summary = quantize_base(config.model, quant, keep=keep, **options)
         save_tokenizer(tokenizer, config.model, folder)
         save_survey(folder, summary)

@@ -119,7 +119,7 @@ def with_chosen_rules(job: Job, asked: QuantConfig, limit: int | None = None) ->
     """
     config, llama = job.config, job.model.config
     options: dict[str, Any] = {"calibrate": job.calibrate, "limit": limit}
-    options |= {"progress": config.log.progress}
+    options |= {"mesh": job.mesh, "progress": config.log.progress}
     quant = choose_rules(config.model, asked, Path(config.output_dir), **options)
     config = dataclasses.replace(config, quant=quant)
     check_mesh(job.mesh, llama, quant)

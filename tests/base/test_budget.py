@@ -14,7 +14,7 @@ import pytest
 
 from irqlora_jax import cli, hf
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.base import budget, error_table
+from irqlora_jax.base import error_table
 from irqlora_jax.base.budget import choose_rules, planned_rules, read_budget
 from irqlora_jax.base.error_table import ERRORS_FILE, make_errors, read_costs
 from irqlora_jax.base.file import read_base, read_base_config
@@ -398,4 +398,3 @@ def test_bad_input(model: Path, tmp_path: Path, capsys, flags: list[str], words:
 def test_a_budget_is_no_rule_yet(model: Path) -> None:
     with pytest.raises(ValueError, match=r"quant\.budget = 3\.9: expected null here"):
         hf.load_base(model, QUANT)
-    assert budget.BUDGET_FILE == "budget.json"

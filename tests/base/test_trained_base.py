@@ -17,6 +17,7 @@ from irqlora_jax.data.calibrate import CalibrateConfig, CalibrationRows
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.trained import ApiqOptions, BlockOptions
+from irqlora_jax.sharding import MeshConfig, make_mesh
 from tests.models import LLAMA, assert_same, write_model
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
@@ -58,6 +59,21 @@ def test_training_lowers_the_error_of_every_layer_and_of_the_model(
     assert last_error(folder, trained) < last_error(folder, plain)
     stored = [base["layers"]["mlp"]["up_proj"]["weight"] for base in (trained, plain)]
     assert stored[0].nbytes == stored[1].nbytes
+
+
+def test_a_mesh_trains_the_layers_too_and_goes_on_where_it_was(
+    folder: Path, tmp_path: Path
+) -> None:
+    mesh = make_mesh(MeshConfig(data=2), 2)
+    block = dataclasses.replace(BLOCK, epochs=1)
+    quant = dataclasses.replace(TRAINED["block"], calibration="gptq", block=block)
+    options: dict[str, Any] = {"calibrate": ROWS, "mesh": mesh, "keep": tmp_path}
+    with jax.set_mesh(mesh):
+        base = hf.load_base(folder, quant, **options)[0]
+        (tmp_path / f"layer_{LLAMA.num_hidden_layers - 1}.safetensors").unlink()
+        assert_same(hf.load_base(folder, quant, **options)[0], base)
+    plain = hf.load_base(folder, quant.plain, mesh=mesh)[0]
+    assert last_error(folder, base) < last_error(folder, plain)
 
 
 def test_the_pairs_of_cloq_are_trained_too_and_it_goes_on_where_it_was(
