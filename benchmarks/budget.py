@@ -11,7 +11,7 @@ Every way is applied to the uniform formats and to every budget with every kind 
 FOLDER gets the tables of errors, which serve all budgets and ways, and results.jsonl with a line
 for each result as soon as it is known. Another call skips what is there, and prints everything.
 
-Ways are named as in real_calibration.py. "bits" are those of the linear layers with scales and
+Ways are named as in real_calibration.py. "bits" count the linear layers with scales and
 shifts; the budget limits them. "with the pair" adds 16 bits for each number of a LoRA pair.
 """
 

@@ -39,7 +39,7 @@ from irqlora_jax.train.step import train_step
 
 UNIFORM = QuantConfig(format="nf3", calibration="none")
 BUDGET = 3.1875
-"""Bits a weight, about those of `UNIFORM`."""
+"""Bits a weight, about as many as `UNIFORM` has."""
 COLUMNS = ("base", "stacks", "rules", "error", "load (s)", "compile (s)", "to uniform")
 COLUMNS += ("step (ms)", "speed to uniform (min-max)")
 

@@ -190,7 +190,8 @@ def make_layers(
         outside: weights outside of the layers: "embed_tokens", and for gradients "norm" and, if it
             is not tied, "lm_head".
         bar: the progress bar, which counts weights.
-        mesh: devices for the rows of text; None: one. `quant.training` uses one device.
+        mesh: devices for the rows of text; None: one. Everything else, also
+            `quant.training`, is computed on each device.
 
     Raises:
         ValueError: a statistic of a layer is NaN or infinite, or an error of `task.make`.
@@ -209,7 +210,9 @@ def make_layers(
     else:
         both = task.quant.training != "none"
         statistics = Inputs(llama, task.calibrate, outside["embed_tokens"], both, mesh)
-    for count, layer in enumerate(statistics.order):
+    # Layers behind the last one with a matrix to make, e.g. of a resumed table, are not computed.
+    needed = max((i + 1 for i, layer in enumerate(statistics.order) if by_layer[layer]), default=0)
+    for count, layer in enumerate(statistics.order[:needed]):
         own, weights = by_layer[layer], read(layer)
         kept = None if task.finished is None else task.finished.read(layer)
         if kept is None:
@@ -229,7 +232,7 @@ def make_layers(
             stacks.put(matrix, one)
             changed = {name: {**weights[group][name], "weight": one.dense(weight, task.scale)}}
             new = {**new, group: {**new[group], **changed}}
-        if count + 1 < depth:
+        if count + 1 < needed:
             statistics.advance(weights, new)
         if errors:
             plain, now = (math.fsum(x) / len(errors) for x in zip(*errors.values(), strict=True))

@@ -14,7 +14,7 @@ LQ-LoRA needs it.
 Calibrations do not depend on the size of these matrices, so each is divided by its mean diagonal.
 
 With a mesh, the rows of a forward pass are split over its devices. Sums over rows are then rounded
-in another order, so a few codes may differ from those of one device.
+in another order, so a few codes may differ from the codes that one device gives.
 """
 
 import abc

@@ -20,8 +20,8 @@ class Family:
         head_norms: whether queries and keys of each head go through an RMS norm.
         options: fields of `LlamaConfig` that may be set. With "sliding_window" alone, all layers
             have the window.
-        defaults: values of fields that a config.json may leave out, where they are not those of
-            LLaMA. From the classes of configurations in transformers.
+        defaults: values of fields that a config.json may leave out, where LLaMA has other values.
+            From the classes of configurations in transformers.
     """
 
     title: str
