@@ -27,6 +27,14 @@ from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.state import init_state, make_optimizer
 from irqlora_jax.sharding import LINEAR_NAMES
 
+# ----------------------------------------------------------------------------------------- choices
+
+
+def long(*values: Any) -> list[Any]:
+    """Parameters of a test that only `pytest -m ""` and `pytest -m long` use."""
+    return [pytest.param(value, marks=pytest.mark.long) for value in values]
+
+
 # ------------------------------------------------------------------------------------------ places
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from irqlora_jax.plan.plan import plan
 from irqlora_jax.runs.load import load_run
 from irqlora_jax.train import finetune
 from irqlora_jax.train.finetune import RunResult, run
-from tests.models import WORLD, assert_same
+from tests.models import WORLD, assert_same, long
 from tests.train.small_runs import (
     StoppedError,
     assert_same_run,
@@ -62,11 +62,12 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_the_initial_checkpoint_is_kept_beside_the_newest(finished: Path) -> None:
     assert steps_of(finished) == [0, 6]
 
 
-@pytest.mark.parametrize("moment", ["save_config", "step 1"])
+@pytest.mark.parametrize("moment", ["step 1", *long("save_config")])
 def test_a_crashed_run_ends_as_if_it_had_not(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:

@@ -141,6 +141,7 @@ def test_devices_share_the_rows(metric: Any, rows: int, tmp_path: Path) -> None:
     jax.tree.map(close, many, one)
 
 
+@pytest.mark.long
 def test_devices_that_quantize_together(tmp_path: Path) -> None:
     """In the context of a mesh, as training has it: the errors of the outputs are the same."""
     folder = write_model(tmp_path, dataclasses.replace(LLAMA, num_hidden_layers=1))
@@ -156,6 +157,7 @@ def test_devices_that_quantize_together(tmp_path: Path) -> None:
     np.testing.assert_allclose(errors[:half], errors[half:], rtol=1e-4)
 
 
+@pytest.mark.long
 def test_a_base_from_gradients_lowers_their_error_and_resumes(tmp_path: Path) -> None:
     folder, rows = write_model(tmp_path, LLAMA), CalibrationRows(TOKENS, GRADIENTS)
     quant = QuantConfig(format="nf2", calibration="gptq")

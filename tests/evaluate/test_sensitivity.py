@@ -113,6 +113,7 @@ def test_losses_are_those_of_whole_evaluations(model: Path) -> None:
         np.testing.assert_allclose(whole.moments[layer][name], expected_moments, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_layers_of_different_kinds() -> None:
     llama = RELATIVES["SmolLM3"]
     model = Llama(llama)
@@ -157,6 +158,7 @@ def asked(model: Path, text: Path, folder: Path, **changes: Any) -> SensitivityC
     return SensitivityConfig(str(model), str(text), str(folder), **(settings | changes))
 
 
+@pytest.mark.long
 def test_an_interrupted_command_continues(model: Path, text: Path, tmp_path: Path, said) -> None:
     """And the result is that of a command without an interruption."""
     whole = measure_sensitivity(asked(model, text, tmp_path / "whole"))

@@ -144,6 +144,7 @@ def test_quickstart(tmp_path: Path) -> None:
     assert "<iframe" in written["report"] and "&lt;svg" in written["report"]
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # of other packages
 def test_gradients(tmp_path: Path) -> None:
     written = ran("gradients", tmp_path)
@@ -158,6 +159,7 @@ def test_gradients(tmp_path: Path) -> None:
     assert 0 < correlation <= 1 and added > 0.5 and at_once > 0.5
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # of other packages
 def test_llama_alpaca(tmp_path: Path) -> None:
     written = ran("llama_alpaca", tmp_path)

@@ -110,6 +110,7 @@ def test_a_base_file_is_as_long_as_the_arithmetic_says(
     assert jax.tree.all(jax.tree.map(same, shapes, read_base(file)[0]))
 
 
+@pytest.mark.long
 def test_a_budget_is_planned_with_its_size(
     tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,6 +243,7 @@ def test_an_offloaded_state_is_counted_on_the_host() -> None:
     assert away.host + away.optimizer == here.optimizer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("share", [1.2, 0.6])
 def test_suggested_settings_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], share: float

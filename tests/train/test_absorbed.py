@@ -49,6 +49,7 @@ def perplexity(folder: Path, output: Path) -> float:
     return evaluate_run(asked)["perplexity"]
 
 
+@pytest.mark.long
 def test_the_whole_product(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(config_for(base, whole, **CHANGES))

@@ -69,6 +69,7 @@ def test_a_base_is_the_same_after_an_interruption(
         assert len(errors) == len(plain) and sum(errors) < sum(plain)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("optimizer_promotion", "shared_steps")
 def test_a_run_tells_how_its_base_was_made_and_resumes_without_the_text(
     tmp_path: Path, text: Path
@@ -97,6 +98,7 @@ def test_a_run_tells_how_its_base_was_made_and_resumes_without_the_text(
     assert "(calibrated with 8 rows of 32 tokens of text.jsonl)" in card
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("optimizer_promotion")
 def test_trained_pairs_are_the_start_of_the_run(tmp_path: Path, text: Path) -> None:
     changes: dict[str, Any] = {

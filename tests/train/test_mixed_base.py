@@ -90,6 +90,7 @@ def test_a_crashed_run_ends_as_if_it_had_not(
     assert_same_run(folder, finished[0])
 
 
+@pytest.mark.long
 def test_a_mesh_gives_the_same_run(finished: tuple[Path, RunResult], tmp_path: Path) -> None:
     mesh = {"mesh__data": 1, "mesh__fsdp": 2, "mesh__tensor": 2}
     with jax.numpy_dtype_promotion("standard"):
@@ -111,6 +112,7 @@ def test_a_mixed_base_is_quantized_onto_a_mesh() -> None:
         assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
 
 
+@pytest.mark.long
 def test_a_mixed_base_is_quantized_once_and_finetuned(
     finished: tuple[Path, RunResult], tmp_path: Path
 ) -> None:
@@ -143,6 +145,7 @@ def test_exports_have_the_logits_of_the_run(
     assert "layers.[03].*" in (merged / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_a_budget_goes_through_the_product(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Choose formats, train, crash, resume with the same settings, export, evaluate."""
     few = {"formats": ["nf3", "nf4"], "block_sizes": [16], "scale_bits": [8], "tie": 2}
@@ -177,6 +180,7 @@ def test_a_budget_goes_through_the_product(tmp_path: Path, monkeypatch: pytest.M
     assert "Bits by layer and projection" in page and DOWN["match"] in page
 
 
+@pytest.mark.long
 def test_plan_and_report_know_the_formats(
     finished: tuple[Path, RunResult],
     tmp_path: Path,

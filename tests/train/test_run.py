@@ -161,6 +161,7 @@ def test_the_second_signal_ends_at_once(base, tmp_path, monkeypatch) -> None:
     assert steps_of(folder) == [2]
 
 
+@pytest.mark.long
 def test_several_devices_are_used_and_another_mesh_may_go_on(
     base, whole, tmp_path, monkeypatch, said
 ) -> None:
@@ -198,6 +199,7 @@ WORSENING = {
 }
 
 
+@pytest.mark.long
 def test_early_stopping_and_the_best_checkpoint(
     base: Path, worsening: Path, said: list[str]
 ) -> None:
@@ -220,6 +222,7 @@ def test_early_stopping_and_the_best_checkpoint(
     assert [loss for _, loss in evaluations_of(worsening)] == losses
 
 
+@pytest.mark.long
 def test_patience_survives_a_crash(base, worsening, tmp_path, monkeypatch) -> None:
     """Crashed after two evaluations without a better loss: the third ends it, not three more."""
     last = evaluations_of(worsening)[-1][0]
@@ -315,6 +318,7 @@ def test_a_nan_loss_names_step_examples_and_checkpoint(base: Path, tmp_path: Pat
     assert steps_of(folder) == [failed - 1]
 
 
+@pytest.mark.long
 def test_a_state_that_is_not_finite_is_never_saved(base: Path, tmp_path: Path) -> None:
     """The first loss and gradient are finite, but float32 cannot hold the update."""
     folder = tmp_path / "run"
@@ -324,6 +328,7 @@ def test_a_state_that_is_not_finite_is_never_saved(base: Path, tmp_path: Path) -
     assert steps_of(folder) == [] and np.isfinite(losses_of(folder)).all()
 
 
+@pytest.mark.long
 def test_packed_and_half_precision(base: Path, tmp_path: Path) -> None:
     """Packing and bfloat16 adapters through a whole run: the loss falls."""
     folder = tmp_path / "run"
@@ -368,6 +373,7 @@ def test_baselines_show_the_papers_calibration_too(
     assert [row.model for row in rows] == ["full precision", *quantized]
 
 
+@pytest.mark.long
 def test_questions_and_baselines_make_the_table(tmp_path, monkeypatch) -> None:
     no_training(monkeypatch)
     questions = str(WORLD / "data" / "questions.jsonl")
@@ -415,6 +421,7 @@ def test_evaluations_take_as_many_rows_as_a_forward_pass_of_the_training(
     assert all(rows * length <= 2 * longest for rows, length in seen)
 
 
+@pytest.mark.long
 def test_a_gguf_file_is_needed_only_until_the_base_is_written(tmp_path, monkeypatch) -> None:
     no_training(monkeypatch)
     # All linear layers have the same shape, which is compiled once.
