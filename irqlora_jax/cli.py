@@ -1,4 +1,5 @@
-"""The command line: `irqlora train | eval | report | quantize | sensitivity | export | chat`.
+"""The command line: `irqlora COMMAND`, with train, eval, report, quantize, sensitivity, export,
+chat and serve.
 
 A command's modules are imported only when it runs, so help and usage errors appear at once.
 """
@@ -90,6 +91,12 @@ def _chat() -> Loaded:
     return ChatConfig, chat
 
 
+def _serve() -> Loaded:
+    from irqlora_jax.serve.command import ServeConfig, serve
+
+    return ServeConfig, serve
+
+
 # Name: the line in the help, and a function that imports what the command needs.
 _COMMANDS: dict[str, tuple[str, Callable[[], Loaded]]] = {
     "train": (
@@ -102,6 +109,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[], Loaded]]] = {
     "sensitivity": ("quantize one matrix at a time: which ones cost most?", _sensitivity),
     "export": ("write a run as Hugging Face folders: adapter, merged or dequantized", _export),
     "chat": ("talk to a model in the terminal", _chat),
+    "serve": ("serve a model with the OpenAI API", _serve),
 }
 # What the command of this name would do.
 _ELSEWHERE = {

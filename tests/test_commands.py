@@ -166,7 +166,7 @@ def test_quantizing_into_a_used_folder_is_refused(base: Path, capsys) -> None:
     [
         (
             ["trian"],
-            ["trian", "'train'?", "train, eval, report, quantize, sensitivity, export, chat"],
+            ["trian", "'train'?", "eval, report, quantize, sensitivity, export, chat, serve"],
         ),
         (["train"], ["model", "irqlora train --help"]),
         (["quantize", "--model=a", "--output_dir=b", "--quant.fromat=nf4"], ["--quant.fromat"]),
@@ -174,6 +174,8 @@ def test_quantizing_into_a_used_folder_is_refused(base: Path, capsys) -> None:
         (["export", "--run=nowhere", "--output_dir=b"], ["nowhere"]),
         (["export", "--run=a", "--output_dir=b", "--kind=gguf"], ["kind", "gguf", "merged"]),
         (["chat", "--run=nowhere"], ["nowhere"]),
+        (["serve", "--run=nowhere", "--port=-1"], ["port = -1", "65535"]),
+        (["serve", "--run=nowhere", "--max_batch=0"], ["max_batch = 0", "at least 1"]),
         (["eval", "--run=nowhere", "--task=mmlu", "--mmlu=x"], ["nowhere"]),
         (["report", "--run=nowhere"], ["nowhere", "the folder of a run"]),
     ],
@@ -191,7 +193,8 @@ def test_bad_commands(
 def test_help_lists_the_commands_and_every_option(capsys) -> None:
     assert cli.main([]) == 0
     out, _ = capsys.readouterr()
-    for command in ("train", "eval", "report", "quantize", "sensitivity", "export", "chat"):
+    commands = ("train", "eval", "report", "quantize", "sensitivity", "export", "chat", "serve")
+    for command in commands:
         assert f"\n  {command} " in out
         with pytest.raises(SystemExit) as exit_:
             cli.main([command, "--help"])

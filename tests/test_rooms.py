@@ -16,7 +16,7 @@ FLOORS = (
     ("config",),
     ("runs",),
     ("generate", "export"),
-    ("evaluate",),
+    ("evaluate", "serve"),
     ("report",),
     ("train",),
     ("plan", "hf"),

@@ -1,11 +1,17 @@
 """Writes prompts in the style of the training data, and decodes answers as they are generated."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from irqlora_jax.config import Config
-from irqlora_jax.data import alpaca_prompt, encode, encode_source, read_chat_template
+from irqlora_jax.data import (
+    alpaca_prompt,
+    encode,
+    encode_pairs,
+    encode_source,
+    read_chat_template,
+)
 from irqlora_jax.data.chat import render_chat
 from irqlora_jax.data.formats import GUANACO
 
@@ -120,6 +126,51 @@ def encode_turns(
     return tokens
 
 
+def encode_messages(
+    style: Style, tokenizer: Any, messages: Sequence[Mapping[str, str]]
+) -> list[int]:
+    """Makes the tokens of a prompt from messages, up to the start of the answer.
+
+    Args:
+        style: from `find_style`; not the style "text", which has no turns.
+        tokenizer: a transformers tokenizer.
+        messages: of {"role": "system", "user" or "assistant", "content": text}. A chat template
+            decides which order of roles it takes. In other styles, system messages come first, then
+            a message of the user, and so on by turns. The last message is one of the user.
+
+    Raises:
+        ValueError: another order of roles, or the chat template failed.
+    """
+    if style.kind == "chat":
+        # The template writes bos itself.
+        return encode(tokenizer, render_chat(tokenizer, [messages], style.template, prompt=True))[0]
+    roles = [message["role"] for message in messages]
+    texts = [message["content"] for message in messages]
+    head = next((place for place, role in enumerate(roles) if role != "system"), len(roles))
+    wanted = [("user", "assistant")[place % 2] for place in range(len(roles) - head)]
+    if roles[head:] != wanted or len(wanted) % 2 == 0:
+        raise ValueError(
+            f"roles {', '.join(roles)}: expected system messages, then messages of user and "
+            "assistant by turns, the last one of the user"
+        )
+    said = texts[head:]
+    turns = [
+        _past_turn(style, tokenizer, user, answer)
+        for user, answer in zip(said[:-1:2], said[1::2], strict=True)
+    ]
+    system = "\n\n".join(texts[:head])
+    return encode_turns(style, tokenizer, said[-1], turns=turns, system=system)
+
+
+def _past_turn(style: Style, tokenizer: Any, user: str, answer: str) -> Turn:
+    """A turn whose answer is known as text, written and tokenized as in the training data."""
+    if style.kind in _SPEAKERS:
+        return Turn(user, f" {answer.strip()}", ())
+    seam = "" if style.kind == "alpaca" else user
+    (_, tokens), *_ = encode_pairs(tokenizer, [seam], [answer], join=style.kind != "alpaca")
+    return Turn(user, answer, tuple(tokens))
+
+
 def _render(style: Style, tokenizer: Any, turns: Sequence[Turn], system: str) -> str:
     messages = [{"role": "system", "content": system}] if system else []
     for turn in turns:
@@ -145,28 +196,55 @@ def decode_stream(
         prompt: the tokens before them, which decide whether the text starts with a space.
         stops: the text ends before the first of these strings.
     """
-    # Decode with the previous chunk: leading spaces depend on context. A chunk starts with a whole
-    # character; a fixed number of previous tokens would not.
-    before, fresh, held = list(prompt), [], ""
+    text = TextStream(tokenizer, prompt, stops)
     for token in tokens:
-        fresh.append(token)
-        text = _decode(tokenizer, before + fresh)
+        piece = text.push(token)
+        if piece:
+            yield piece
+        if text.stopped:
+            return
+    rest = text.end()
+    if rest:
+        yield rest
+
+
+class TextStream:
+    """Decodes tokens that are given one by one; see `decode_stream`.
+
+    Attributes:
+        stopped: whether the text has ended before a stop string. Give no more tokens then.
+    """
+
+    def __init__(
+        self, tokenizer: Any, prompt: Sequence[int] = (), stops: Sequence[str] = ()
+    ) -> None:
+        """Starts a text. The arguments are those of `decode_stream`."""
+        self.stopped = False
+        self._tokenizer, self._stops = tokenizer, tuple(stops)
+        # Decode with the previous chunk: leading spaces depend on context. A chunk starts with a
+        # whole character; a fixed number of previous tokens would not.
+        self._before, self._fresh, self._held = list(prompt), [], ""
+
+    def push(self, token: int) -> str:
+        """Adds a token. Returns the text that has become certain, in whole characters."""
+        self._fresh.append(token)
+        text = _decode(self._tokenizer, self._before + self._fresh)
         # Several tokens may share the bytes of one character.
         if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            continue
-        held += text[len(_decode(tokenizer, before)) :]
-        before, fresh = fresh, []
-        place = min((held.find(stop) for stop in stops if stop in held), default=-1)
-        if place >= 0:
-            yield held[:place]
-            return
-        ready = len(held) - _overlap(held, stops)
-        if ready:
-            yield held[:ready]
-            held = held[ready:]
-    rest = _decode(tokenizer, before + fresh)[len(_decode(tokenizer, before)) :]
-    if held + rest:
-        yield held + rest
+            return ""
+        held = self._held + text[len(_decode(self._tokenizer, self._before)) :]
+        self._before, self._fresh = self._fresh, []
+        place = min((held.find(stop) for stop in self._stops if stop in held), default=-1)
+        self.stopped = place >= 0
+        ready = place if self.stopped else len(held) - _overlap(held, self._stops)
+        self._held = "" if self.stopped else held[ready:]
+        return held[:ready]
+
+    def end(self) -> str:
+        """Ends the text. Returns what was held back."""
+        text = _decode(self._tokenizer, self._before + self._fresh)
+        rest = text[len(_decode(self._tokenizer, self._before)) :]
+        return "" if self.stopped else self._held + rest
 
 
 def _decode(tokenizer: Any, tokens: Sequence[int]) -> str:

@@ -1,0 +1,171 @@
+"""Decodes the texts of all requests in one batch, in a thread of its own.
+
+Only this thread uses the model. A text joins the batch at the next step with a free row, and leaves
+it when it ends. Texts that find no row wait in the order of their arrival.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import queue
+import threading
+from collections.abc import Callable, Collection
+from typing import Literal
+
+from irqlora_jax.generate.conversation import TextStream
+from irqlora_jax.generate.rows import Rows, Sampling
+
+STOPPING = "the server is stopping"
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A piece of a text.
+
+    Attributes:
+        text: the new characters; may be empty.
+        tokens: number of tokens of the text so far.
+        finish: why the text has ended ("stop": by itself or before a stop string; "length": no
+            more tokens are allowed); None if it goes on.
+        error: why the text cannot go on; None if it can.
+    """
+
+    text: str
+    tokens: int
+    finish: Literal["stop", "length"] | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A text to decode.
+
+    Attributes:
+        prompt: its token ids.
+        limit: largest number of new tokens, at least 1.
+        sampling: how to choose the tokens.
+        text: decodes them.
+        tell: gets each piece, in the thread of the worker. The last piece has `finish` or `error`.
+        cancelled: set this to end the text. Nobody is told then.
+        tokens: number of new tokens so far.
+    """
+
+    prompt: list[int]
+    limit: int
+    sampling: Sampling
+    text: TextStream
+    tell: Callable[[Piece], None]
+    cancelled: bool = False
+    tokens: int = 0
+
+
+class Worker:
+    """The thread. `stop` ends it.
+
+    Attributes:
+        slots: largest number of tokens of a prompt and its text.
+        cache_bytes: memory of the cache.
+    """
+
+    def __init__(self, make_rows: Callable[[], Rows], eos_token_ids: Collection[int]) -> None:
+        """Starts the thread.
+
+        Args:
+            make_rows: makes empty rows; called again after an error.
+            eos_token_ids: tokens that end a text.
+        """
+        self._make_rows, self._eos = make_rows, frozenset(eos_token_ids)
+        self._rows = make_rows()
+        self.slots, self.cache_bytes = self._rows.slots, self._rows.cache_bytes
+        self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._active: dict[int, Job] = {}
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Takes a text. It may come from any thread."""
+        if self._stopping:
+            job.tell(Piece("", 0, error=STOPPING))
+        else:
+            self._waiting.put(job)
+
+    def stop(self) -> None:
+        """Ends all texts at the next step. A signal handler may call this."""
+        self._stopping = True
+        self._waiting.put(None)
+
+    def join(self, seconds: float) -> None:
+        """Waits for the end of the thread, after `stop`."""
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        while True:
+            if not self._active:
+                self._start(self._waiting.get())
+            self._start_waiting()
+            if self._stopping:
+                self._fail(STOPPING)
+                return
+            self._step()
+
+    def _start_waiting(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while len(self._active) < self._rows.size:
+                self._start(self._waiting.get_nowait())
+
+    def _start(self, job: Job | None) -> None:
+        if job is None or job.cancelled or self._stopping:
+            if job is not None and self._stopping:
+                job.tell(Piece("", 0, error=STOPPING))
+            return
+        row = next(row for row in range(self._rows.size) if row not in self._active)
+        self._active[row] = job
+        try:
+            token = self._rows.start(row, job.prompt, job.sampling)
+        except Exception as error:
+            self._broken(error)
+        else:
+            self._advance(row, token)
+
+    def _step(self) -> None:
+        for row in [row for row, job in self._active.items() if job.cancelled]:
+            del self._active[row]
+        if not self._active:
+            return
+        try:
+            tokens = self._rows.step()
+        except Exception as error:
+            self._broken(error)
+            return
+        for row in list(self._active):
+            self._advance(row, tokens[row])
+
+    def _advance(self, row: int, token: int) -> None:
+        job = self._active[row]
+        job.tokens += 1
+        text = job.text.push(token)
+        ended = job.text.stopped or token in self._eos
+        if not ended and job.tokens < job.limit:
+            if text:
+                job.tell(Piece(text, job.tokens))
+            return
+        del self._active[row]
+        job.tell(Piece(text + job.text.end(), job.tokens, "stop" if ended else "length"))
+
+    def _broken(self, error: Exception) -> None:
+        """Fails all texts and starts with new rows: the cache may be gone after an error."""
+        reason = f"the model failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        logger.warning(reason)
+        self._fail(reason)
+        self._rows = self._make_rows()
+
+    def _fail(self, reason: str) -> None:
+        jobs, self._active = list(self._active.values()), {}
+        with contextlib.suppress(queue.Empty):
+            while self._stopping:
+                job = self._waiting.get_nowait()
+                jobs += [] if job is None else [job]
+        for job in jobs:
+            job.tell(Piece("", job.tokens, error=reason))
