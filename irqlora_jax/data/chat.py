@@ -50,10 +50,15 @@ def read_conversations(source: str, limit: int | None = None) -> list[Conversati
     Raises:
         FileNotFoundError, ValueError: as `read_rows`; a malformed message or malformed tools.
     """
-    return [_conversation(row) for row in read_rows(source, ())[:limit]]
+    return [to_conversation(row) for row in read_rows(source, ())[:limit]]
 
 
-def _conversation(row: Row) -> Conversation:
+def to_conversation(row: Row) -> Conversation:
+    """Makes the conversation of a row.
+
+    Raises:
+        ValueError: as `read_conversations`.
+    """
     name = next((name for name in CONVERSATIONS if row.columns.get(name) is not None), None)
     if name is None:
         there = ", ".join(row.columns) or "none"
