@@ -72,7 +72,8 @@ def load_examples(
         return _windows(source, config, tokenizer, max_length)
     said: Said = Counter()
     items = _read_items(source, config)
-    drafts = draft_examples(items, config, tokenizer, max_length, said)
+    template = read_chat_template(config.chat_template) if config.format == "chat" else None
+    drafts = draft_examples(items, config, tokenizer, max_length, template, said)
     found = [to_example(draft) for draft in drafts]
     examples = [example for example in found if example.targets.any()]
     if not examples:
@@ -116,6 +117,7 @@ def draft_examples(
     config: DataConfig,
     tokenizer: Any,
     max_length: int | None,
+    template: str | None,
     said: Said,
     implied: bool | None = None,
 ) -> list[Draft]:
@@ -126,6 +128,7 @@ def draft_examples(
         config: the format and the lengths.
         tokenizer: a transformers tokenizer.
         max_length: context length of the model in tokens.
+        template: chat template, used instead of the tokenizer's.
         said: counts truncated and empty rows.
         implied: as for `encode_pairs`.
 
@@ -135,8 +138,7 @@ def draft_examples(
     if config.format in PAIR_COLUMNS:
         return _pairs(cast(Sequence[Pair], items), config, tokenizer, max_length, said, implied)
     if config.format == "chat":
-        talks, template = cast(Sequence[Conversation], items), config.chat_template
-        template, whole = read_chat_template(template), config.train_on_source
+        talks, whole = cast(Sequence[Conversation], items), config.train_on_source
         encoded = encode_conversations(tokenizer, talks, template, whole=whole)
         drafts: list[Draft] = [(tokens.tolist(), mask.tolist()) for tokens, mask in encoded]
     else:

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Int
 
 _BLOCK = 4096  # draws whose sources come from one random generator
-_POOL = 16_384  # least number of rows that are shuffled together
+POOL = 16_384
+"""Least number of rows that are shuffled together where blocks are read one after the other."""
 
 
 class Part(NamedTuple):
@@ -49,7 +50,7 @@ def block_order(blocks: Sequence[int], *seed: int) -> Int[np.ndarray, " rows"]:
     for block in rng.permutation(len(blocks)):
         chosen.append(np.arange(ends[block] - blocks[block], ends[block]))
         held += blocks[block]
-        if held >= _POOL:
+        if held >= POOL:
             pools.append(rng.permutation(np.concatenate(chosen)))
             chosen, held = [], 0
     if chosen:
@@ -63,8 +64,8 @@ def split_blocks(parts: Sequence[Part]) -> list[int] | None:
         return None
     found: list[int] = []
     for part in parts:
-        whole, rest = divmod(part.count, _POOL)
-        found += part.blocks or [*([_POOL] * whole), *([rest] if rest else [])]
+        whole, rest = divmod(part.count, POOL)
+        found += part.blocks or [POOL] * whole + [rest] * (rest > 0)
     return found
 
 
