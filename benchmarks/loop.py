@@ -23,7 +23,8 @@ from timing import machine, table, verdict
 from train_step import SHIFTED, Ours, add_size, fill_size, random_base, shape
 
 from irqlora_jax.config import Config, LogConfig
-from irqlora_jax.data import Example
+from irqlora_jax.data import Example, make_batches
+from irqlora_jax.data.order import Part
 from irqlora_jax.generate.conversation import Style
 from irqlora_jax.generate.samples import Samples
 from irqlora_jax.runs.checkpoints import Checkpoints
@@ -78,15 +79,19 @@ def make_job(args: argparse.Namespace, ours: Ours, folder: Path) -> Job:
         train=ours.settings,
         log=LogConfig(every=1, progress=False),
     )
+    examples = [Example(row, targets) for row in rows]
     return Job(
         config=config,
         mesh=make_mesh(config.mesh, args.batch),
         model=ours.model,
         optimizer=ours.optimizer,
-        examples=[Example(row, targets) for row in rows],
+        examples=examples,
         eval_examples=[],
         questions=[],
         samples=Samples((), [], Style("text"), None, 0),
+        calibrate=None,
+        batches=make_batches(examples, config.data, args.batch, config.seed),
+        parts=(Part(len(examples)),),
     )
 
 

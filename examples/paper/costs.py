@@ -66,7 +66,7 @@ def cost(row: Row, table: Table, asked: Asked, llama: LlamaConfig, device: str |
         stored += 3 * size * (4 if config.adapter.dtype == "float32" else 2)
         paper = _paper_hours(row, config, llama)
         train, data = config.train, config.data
-        tokens = train.steps * train.batch_size * (data.source_length + data.target_length)
+        tokens = train.total_steps * train.batch_size * (data.source_length + data.target_length)
         derived = _hours(tokens * (6 * weights(llama) + 8 * size))
         if device is not None:
             mesh = dataclasses.replace(config.mesh, data=1)
@@ -121,7 +121,7 @@ def _paper_hours(row: Row, config: Config, llama: LlamaConfig) -> float:
     method = "IR-QLoRA" if config.quant.calibration == "icq" else "Vanilla"
     printed = [r for r in read_tables()[7].rows if (r.size, r.method) == (size, method)]
     share = weights(llama) / weights(architecture(size))
-    work = config.train.steps * config.train.batch_size / (10_000 * 16)
+    work = config.train.total_steps * config.train.batch_size / (10_000 * 16)
     return printed[0].figures[0] * share * work
 
 

@@ -211,13 +211,13 @@ def finetune(
     state = init_state(model, make_optimizer(config), run.seed, made.pairs)
     batches = Batches(rows, config.batch_size, run.seed, multiple=length)
     losses, ends = [], []
-    with tqdm(range(config.steps), run.name, leave=False) as bar:
+    with tqdm(range(config.total_steps), run.name, leave=False) as bar:
         for number in bar:
             state, metrics = step(state, made.base, batches[number])
             losses.append(float(metrics["loss"]))
             ends.append(time.perf_counter())
             bar.set_postfix_str(f"loss {losses[-1]:.3f}")
-    figures = {"train": float(np.mean(losses[-max(config.steps // 10, 1) :]))}
+    figures = {"train": float(np.mean(losses[-max(config.total_steps // 10, 1) :]))}
     figures["trained"] = sum(leaf.size for leaf in jax.tree.leaves(state.adapters))
     if len(ends) > 1:
         # The median: other work disturbs some steps.

@@ -98,7 +98,7 @@ def _print_help(kind: type, argv: Sequence[str], script: str) -> NoReturn:
     parser.add_argument("--print_config", action="store_true", help="Print the configuration.")
     parser.add_class_arguments(kind, as_group=False)
     for flag in argv:
-        if re.fullmatch(r"--[\w.]+\.help", flag) and flag.startswith("--quant.rules"):
+        if flag in ("--quant.rules.help", "--data.train.help", "--data.eval.help"):
             parser.parse_args([flag])
     parser.print_help()
     raise SystemExit(0)
@@ -234,6 +234,11 @@ def _convert(name: str, kind: Any, value: Any, script: str) -> Any:
     if types.NoneType in kinds and (value is None or value in ("null", "~")):
         return None
     for one in kinds:
+        if typing.get_origin(one) is tuple and _is_list(name, one, value):
+            return _convert_list(name, one, value, script)
+    for one in kinds:
+        if typing.get_origin(one) is tuple:
+            continue
         if typing.get_origin(one) is Literal:
             if isinstance(value, str) and value in typing.get_args(one):
                 return value
@@ -244,8 +249,10 @@ def _convert(name: str, kind: Any, value: Any, script: str) -> Any:
         # A bool is an int for isinstance.
         if type(found) is one and (one is not int or abs(found) < _LIMIT):
             return found
-    quotes = " in quotes" if str in kinds and isinstance(value, int | float) else ""
-    raise refusal(name, value, _in_words(kind) + quotes)
+    words = _in_words(kind)
+    if str in kinds and isinstance(value, int | float):
+        words = words.replace("text", "text in quotes", 1)
+    raise refusal(name, value, words)
 
 
 _LIMIT = 2**63
@@ -255,6 +262,14 @@ _LIMIT = 2**63
 def _alternatives(kind: Any) -> tuple[Any, ...]:
     is_union = typing.get_origin(kind) in (types.UnionType, typing.Union)
     return typing.get_args(kind) if is_union else (kind,)
+
+
+def _is_list(name: str, kind: Any, value: Any) -> bool:
+    """Whether a value is meant as a list where the field may also be text."""
+    found = read_value(value) if isinstance(value, str) else value
+    ok = not (isinstance(found, str) and found.startswith("[{"))
+    require(ok, name, value, _in_words(kind))
+    return isinstance(found, list | tuple | dict)
 
 
 def _convert_list(name: str, kind: Any, value: Any, script: str) -> tuple[Any, ...]:
@@ -272,6 +287,8 @@ def _convert_list(name: str, kind: Any, value: Any, script: str) -> tuple[Any, .
     one: Any
     for place, one in enumerate(found):
         prefix = f"{name}[{place}]."
+        if isinstance(one, str) and hasattr(inner, "text_field"):
+            one = {inner.text_field: one}  # text stands for an entry with this field alone
         if not isinstance(one, inner):
             require(isinstance(one, dict), prefix[:-1], one, _in_words(inner))
             fields = _flatten(dict(_fields(inner, prefix)), one, "", prefix, script)
@@ -284,7 +301,8 @@ def _in_words(kind: Any) -> str:
     """Says which values a field accepts."""
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
-        many = {str: "[a, b]", int: "[1, 2]"}.get(inner, "[{match: PATTERN, format: nf4}]")
+        example = getattr(inner, "example", "[{match: PATTERN, format: nf4}]")
+        many = {str: "[a, b]", int: "[1, 2]"}.get(inner, example)
         return f"a list such as {many}, or a single value"
     if dataclasses.is_dataclass(kind):
         return f"a section with {' or '.join(field.name for field in dataclasses.fields(kind))}"
@@ -292,7 +310,11 @@ def _in_words(kind: Any) -> str:
     words |= {float: "a number", str: "text", types.NoneType: "null"}
     accepted: list[str] = []
     for one in _alternatives(kind):
-        is_choice = typing.get_origin(one) is Literal
-        accepted += typing.get_args(one) if is_choice else [words[one]]
+        if typing.get_origin(one) is tuple:
+            accepted.append(_in_words(one).removesuffix(", or a single value"))
+        elif typing.get_origin(one) is Literal:
+            accepted += typing.get_args(one)
+        else:
+            accepted.append(words[one])
     *most, last = accepted
     return f"{', '.join(most)} or {last}" if most else last

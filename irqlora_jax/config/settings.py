@@ -20,13 +20,19 @@ from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.sharding import MeshConfig
 from irqlora_jax.text import require, shorten
 
+_STEPS = 10_000
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The optimization. The defaults are from the paper for LLaMA 7B and 13B (appendix B.4)."""
 
-    steps: int = 10_000
-    """Number of optimizer steps."""
+    steps: int | None = None
+    """Number of optimizer steps. Null: as many as `epochs` need, or 10,000 without them."""
+    epochs: float | None = None
+    """How many times the training uses every row of the data, instead of `steps`; also a fraction.
+    With data.packing, packed rows count; with weights in data.train, an epoch has as many rows as
+    all sources together."""
     batch_size: int = 16
     """Examples per optimizer step."""
     accumulation: int = 1
@@ -78,9 +84,18 @@ class TrainConfig:
     """Stop after this many consecutive evaluations without a better loss (0: never)."""
 
     def __post_init__(self) -> None:
+        ok = self.steps is None or self.epochs is None
+        accepted = f"null, as train.epochs = {self.epochs} determines it, or no train.epochs"
+        require(ok, "train.steps", self.steps, accepted)
+        if self.steps is None and self.epochs is None:
+            object.__setattr__(self, "steps", _STEPS)
+        epochs = self.epochs
+        ok = epochs is None or 0 < epochs < math.inf
+        require(ok, "train.epochs", epochs, "a positive finite number, or null")
         for name in ("steps", "batch_size", "accumulation", "loss_chunk", "keep_checkpoints"):
             value = getattr(self, name)
-            require(value >= 1, f"train.{name}", value, "a whole number of at least 1")
+            ok = value is None or value >= 1
+            require(ok, f"train.{name}", value, "a whole number of at least 1")
         for name in ("warmup_steps", "eval_every", "save_every", "weight_decay", "early_stopping"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"train.{name}", value, "a finite number of 0 or more")
@@ -102,6 +117,25 @@ class TrainConfig:
     def rows(self) -> int:
         """Rows of a forward pass."""
         return self.batch_size // self.accumulation
+
+    @property
+    def total_steps(self) -> int:
+        """Number of optimizer steps.
+
+        Raises:
+            ValueError: it depends on the data (`with_steps`).
+        """
+        if self.steps is None:
+            raise ValueError(f"train.epochs = {self.epochs}: the number of steps is not known yet")
+        return self.steps
+
+    def with_steps(self, rows: int) -> "TrainConfig":
+        """Replaces `epochs` by the number of steps, for data with this many rows in an epoch."""
+        if self.epochs is None:
+            return self
+        # Rounded, as 0.1 * 30 is more than 3.
+        steps = math.ceil(round(self.epochs * rows / self.batch_size, 6))
+        return dataclasses.replace(self, steps=max(steps, 1), epochs=None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,14 @@ from jaxtyping import Int
 
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.data.examples import Example
+from irqlora_jax.data.order import (
+    Part,
+    WeightedDraws,
+    block_order,
+    epoch_order,
+    source_seed,
+    split_blocks,
+)
 from irqlora_jax.data.packing import pack, pad_packed
 
 Item = TypeVar("Item")
@@ -24,9 +32,13 @@ class Batches:
     """Batches for training, as a pure function of the step.
 
     A row holds one example, or several with packing. Each epoch visits all rows once, in a new
-    random order. A batch may hold the end of one epoch and the start of the next. `batches[step]`
-    depends only on the arguments and the step, so training resumed from a checkpoint sees the
-    same batches as training without an interruption.
+    random order. A batch may hold the end of one epoch and the start of the next. With weights,
+    each row of a batch comes from a source that is drawn by weight, and each source goes through
+    its own epochs. `batches[step]` depends only on the arguments and the step, so training resumed
+    from a checkpoint sees the same batches as training without an interruption.
+
+    Attributes:
+        rows: number of rows of an epoch.
     """
 
     def __init__(
@@ -37,11 +49,13 @@ class Batches:
         multiple: int | None = None,
         group_by_length: bool = False,
         packing_length: int | None = None,
+        parts: Sequence[Part] | None = None,
     ) -> None:
         """Stores the examples and plans the rows.
 
         Args:
-            examples: the training set.
+            examples: the training set. Without packing and grouping, no example is read here if
+                `multiple` is given.
             batch_size: rows of a batch; may exceed the number of rows in the training set.
             seed: seed of the random orders.
             multiple: the length of a batch is the length of its longest row, rounded up to a
@@ -50,27 +64,53 @@ class Batches:
                 longest example, so that a lack of memory shows at the first step.
             packing_length: pack several examples into each row of this length. The same examples
                 share a row in all epochs; the order of the rows changes in every epoch.
+            parts: the sources of the examples, in their order (default: one source). With weights,
+                a packed row holds examples of one source, and the weights count rows.
 
         Raises:
             ValueError: no examples, or an argument out of range.
         """
         multiple = length_multiple(examples) if multiple is None else multiple
         _check(examples, batch_size, multiple)
-        self._examples, self._batch_size = examples, batch_size
+        self._examples, self._batch_size, self._seed = examples, batch_size, seed
         self._multiple, self._packing_length = multiple, packing_length
-        lengths = np.array([len(example.tokens) for example in examples])
-        if packing_length is None:
-            self._rows = [[index] for index in range(len(examples))]
-        elif group_by_length:
-            raise ValueError("group_by_length = True: expected False with a packing_length")
-        else:
-            self._rows = pack(lengths, packing_length, seed)
+        parts = [Part(len(examples))] if parts is None else parts
+        if sum(part.count for part in parts) != len(examples):
+            raise ValueError(f"parts = {parts}: expected counts with the sum {len(examples)}")
+        weights = [part.weight for part in parts if part.weight is not None]
+        if weights and (len(weights) < len(parts) or group_by_length):
+            raise ValueError("parts: expected weights for all or none, and none when grouped")
+        self._draws = WeightedDraws(weights, seed) if weights else None
+        counts = [part.count for part in parts]
+        # Rows of packed examples; None if every example is a row.
+        self._rows: list[list[int]] | None = None
+        if packing_length is not None:
+            if group_by_length:
+                raise ValueError("group_by_length = True: expected False with a packing_length")
+            lengths = _lengths(examples)
+            groups = np.split(lengths, np.cumsum(counts)[:-1]) if weights else [lengths]
+            packed = [pack(group, packing_length, seed) for group in groups]
+            starts = [0, *np.cumsum([len(group) for group in groups]).tolist()]
+            self._rows = [
+                [start + index for index in row]
+                for start, rows in zip(starts, packed, strict=False)
+                for row in rows
+            ]
+            counts = list(map(len, packed))
+        self._counts = counts
+        self.rows = sum(counts)
+        blocks = split_blocks(parts)
         # A batch spans at most two epochs, unless it is larger than the training set.
-        self._order = functools.lru_cache(maxsize=2)(
-            functools.partial(_grouped_order, lengths, batch_size, seed)
-            if group_by_length
-            else lambda epoch: np.random.default_rng((seed, epoch)).permutation(len(self._rows))
-        )
+        cached = functools.lru_cache(maxsize=2 * len(parts))
+        if weights:
+            self._order = cached(functools.partial(_source_order, tuple(parts), counts, seed))
+        elif group_by_length:
+            order = functools.partial(_grouped_order, _lengths(examples), batch_size, seed)
+            self._order = cached(lambda _, epoch: order(epoch))
+        elif blocks is None:
+            self._order = cached(lambda _, epoch: epoch_order(self.rows, seed, epoch))
+        else:
+            self._order = cached(lambda _, epoch: block_order(blocks, seed, epoch))
 
     def indices(self, step: int) -> list[int]:
         """Indices of the examples in the batch of a step."""
@@ -79,10 +119,18 @@ class Batches:
     def _rows_of(self, step: int) -> list[list[int]]:
         if step < 0:
             raise IndexError(f"step = {step}: expected 0 or more")
-        count = len(self._rows)
         first = step * self._batch_size
-        places = range(first, first + self._batch_size)
-        return [self._rows[self._order(place // count)[place % count]] for place in places]
+        if self._draws is None:
+            places = [(0, place) for place in range(first, first + self._batch_size)]
+            counts = [self.rows]
+        else:
+            places, counts = self._draws.places(first, self._batch_size), self._counts
+        rows = [
+            sum(counts[:source])
+            + int(self._order(source, place // counts[source])[place % counts[source]])
+            for source, place in places
+        ]
+        return [[row] for row in rows] if self._rows is None else [self._rows[row] for row in rows]
 
     def __getitem__(self, step: int) -> Batch:
         rows = [[self._examples[index] for index in row] for row in self._rows_of(step)]
@@ -103,6 +151,7 @@ def make_batches(
     batch_size: int,
     seed: int,
     max_length: int | None = None,
+    parts: Sequence[Part] | None = None,
 ) -> Batches:
     """Makes the batches of a configuration: in random order, grouped by length, or packed.
 
@@ -112,14 +161,17 @@ def make_batches(
         batch_size: rows of a batch.
         seed: seed of the random orders.
         max_length: context length of the model in tokens, as given to `load_examples`.
+        parts: the sources of the examples; default: one source.
 
     Raises:
         ValueError: no examples, or one that is longer than `packing_length`.
     """
-    if not config.packing:
-        return Batches(examples, batch_size, seed, group_by_length=config.group_by_length)
     length = longest_row(config, max_length)
-    return Batches(examples, batch_size, seed, packing_length=length)
+    if config.packing:
+        return Batches(examples, batch_size, seed, packing_length=length, parts=parts)
+    grouped = config.group_by_length
+    multiple = min(64, length) if config.streaming else None  # no look at the examples
+    return Batches(examples, batch_size, seed, multiple, grouped, parts=parts)
 
 
 def prefetch(make: Callable[[int], Item], steps: Iterable[int]) -> Generator[Item, None, None]:
@@ -148,10 +200,22 @@ def longest_row(config: DataConfig, max_length: int | None = None) -> int:
     if config.packing and config.packing_length is not None:
         return config.packing_length
     pair = config.source_length + config.target_length
-    length = config.sequence_length if config.format == "text" else pair
+    length = max(config.sequence_length if kind == "text" else pair for kind in config.formats)
     length = min(length, length if max_length is None else max_length)
     multiple = 64 if length >= 64 else 8
     return length if config.packing else -(-length // multiple) * multiple
+
+
+def _lengths(examples: Sequence[Example]) -> Int[np.ndarray, " examples"]:
+    return np.array([len(example.tokens) for example in examples])
+
+
+def _source_order(
+    parts: tuple[Part, ...], counts: Sequence[int], seed: int, source: int, epoch: int
+) -> Int[np.ndarray, " rows"]:
+    """Returns an order of one epoch of one of several sources."""
+    blocks, place = parts[source].blocks, source_seed(seed, source, epoch)
+    return epoch_order(counts[source], *place) if blocks is None else block_order(blocks, *place)
 
 
 def _grouped_order(
@@ -227,16 +291,25 @@ def hold_out(
     Raises:
         ValueError: no example would remain.
     """
-    count = len(examples)
+    chosen = held_indices(len(examples), fraction, seed)
+    held = set(chosen)
+    stay = [example for index, example in enumerate(examples) if index not in held]
+    return stay, [examples[index] for index in chosen]
+
+
+def held_indices(count: int, fraction: float, seed: int) -> list[int]:
+    """Indices of the examples that `hold_out` holds out, in their order.
+
+    Raises:
+        ValueError: no example would remain.
+    """
     held = max(1, round(count * fraction)) if fraction > 0 else 0
     if held >= count:
         raise ValueError(
             f"data.eval_fraction = {fraction} holds out {held} of {count} examples: expected a "
             "share that leaves at least one"
         )
-    chosen = set(np.random.default_rng(seed).permutation(count)[:held].tolist())
-    stay = [example for index, example in enumerate(examples) if index not in chosen]
-    return stay, [examples[index] for index in sorted(chosen)]
+    return sorted(np.random.default_rng(seed).permutation(count)[:held].tolist())
 
 
 def _check(examples: Sequence[Example], batch_size: int, multiple: int) -> None:

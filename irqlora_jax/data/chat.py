@@ -11,9 +11,20 @@ from jaxtyping import Bool, Int
 
 from irqlora_jax.data.rows import CONVERSATIONS, Row, check_text, format_hint, read_rows
 from irqlora_jax.data.template import render
+from irqlora_jax.data.templates import CHAT_TEMPLATES
 from irqlora_jax.text import read_text, require
 
-_SHAREGPT = {"human": "user", "gpt": "assistant"}
+_SHAREGPT = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+}
+"""Names of the roles in ShareGPT's files and those in its form."""
 _OTHER_TEMPLATE = "give another one as data.chat_template"
 
 
@@ -27,33 +38,41 @@ class Conversation(NamedTuple):
 
 
 def read_chat_template(file: str | None) -> str | None:
-    """Reads the file named by `data.chat_template`; None if that is null.
+    """Returns the template that `data.chat_template` names, or reads its file; None if it is null.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such template and no such file.
         ValueError: not UTF-8.
     """
-    if file is None:
-        return None
+    if file is None or file in CHAT_TEMPLATES:
+        return None if file is None else CHAT_TEMPLATES[file]
     if not Path(file).is_file():
-        raise FileNotFoundError(f"data.chat_template = '{file}': there is no such file")
+        raise FileNotFoundError(
+            f"data.chat_template = '{file}': there is no such file; expected a file or "
+            f"{', '.join(CHAT_TEMPLATES)}"
+        )
     return read_text(Path(file))
 
 
 def read_conversations(source: str, limit: int | None = None) -> list[Conversation]:
     """Reads rows of "messages" (role, content) or "conversations" (from, value; ShareGPT).
 
-    A row may also have "tools", a list of objects or such a list as JSON text. A message with
-    "tool_calls" needs no content. A message may have a "weight", 1 or 0; see
-    `encode_conversations`.
+    A column "system" is the system message of a conversation without one. A row may also have
+    "tools", a list of objects or such a list as JSON text. A message with "tool_calls" needs no
+    content. A message may have a "weight", 1 or 0; see `encode_conversations`.
 
     Raises:
         FileNotFoundError, ValueError: as `read_rows`; a malformed message or malformed tools.
     """
-    return [_conversation(row) for row in read_rows(source, ())[:limit]]
+    return [to_conversation(row) for row in read_rows(source, ())[:limit]]
 
 
-def _conversation(row: Row) -> Conversation:
+def to_conversation(row: Row) -> Conversation:
+    """Makes the conversation of a row.
+
+    Raises:
+        ValueError: as `read_conversations`.
+    """
     name = next((name for name in CONVERSATIONS if row.columns.get(name) is not None), None)
     if name is None:
         there = ", ".join(row.columns) or "none"
@@ -65,11 +84,11 @@ def _conversation(row: Row) -> Conversation:
     if not isinstance(messages, list) or not messages:
         kind = type(messages).__name__ if messages else "empty"
         raise ValueError(f"{row.place}: {name} is {kind}: expected a list of messages")
-    return Conversation(
-        row.place,
-        [_message(m, f"{row.place}, message {number}") for number, m in enumerate(messages, 1)],
-        _tools(row),
-    )
+    found = [_message(m, f"{row.place}, message {number}") for number, m in enumerate(messages, 1)]
+    system = row.text("system", "")
+    if system and found[0]["role"] != "system":
+        found = [{"role": "system", "content": system}, *found]
+    return Conversation(row.place, found, _tools(row))
 
 
 def _tools(row: Row) -> list[dict[str, Any]] | None:
@@ -132,7 +151,7 @@ def encode_conversations(
     if template is None and getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
             "data.format = 'chat': the tokenizer has no chat template; give a file with one as "
-            "data.chat_template"
+            f"data.chat_template, or {' or '.join(CHAT_TEMPLATES)}"
         )
     if not tokenizer.is_fast:
         raise ValueError(

@@ -1,7 +1,9 @@
 """Configuration of the data."""
 
 import dataclasses
-from typing import Literal
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 from irqlora_jax.text import require
 
@@ -19,14 +21,36 @@ DataFormat = Literal[
 
 
 @dataclasses.dataclass(frozen=True)
+class DataSource:
+    """One data set of several."""
+
+    text_field: ClassVar[str] = "path"
+    example: ClassVar[str] = "[{path: FILE, weight: 1}]"
+
+    path: str
+    """Local file, pattern of files, or data set on the hub, as for `data.train`."""
+    weight: float | None = None
+    """Share of the examples that come from this source, relative to the other sources. Null for
+    all: every example once an epoch."""
+    format: DataFormat | None = None
+    """Columns of a row. Null: `data.format`."""
+    max_examples: int | None = None
+    """Use at most this many rows. Null: `data.max_examples`."""
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The training data and its format."""
 
-    train: str = ""
-    """Local file (.json, .jsonl, .csv, .tsv, .parquet or .txt), or a data set on the Hugging Face
-    hub: ID, ID:CONFIGURATION or ID:CONFIGURATION:SPLIT (default split: train)."""
-    eval: str | None = None
-    """Data set for the evaluation loss, given like `train`. Null: use `eval_fraction`."""
+    train: str | tuple[DataSource, ...] = ""
+    """Local file (.json, .jsonl, .csv, .tsv, .parquet or .txt), a pattern of files
+    ("data/*.jsonl"), or a data set on the Hugging Face hub: ID, ID:CONFIGURATION or
+    ID:CONFIGURATION:SPLIT (default split: train). Or a list of these, or a list of entries
+    {path, weight, format, max_examples}. With weights, examples are drawn by weight, and every
+    source goes through its own epochs."""
+    eval: str | tuple[DataSource, ...] | None = None
+    """Data sets for the evaluation loss, given like `train`, without weights. Null: use
+    `eval_fraction`."""
     eval_fraction: float = 0.0
     """Fraction of the training rows held out for the evaluation loss when `eval` is null."""
     format: DataFormat = "alpaca"
@@ -46,9 +70,14 @@ class DataConfig:
     sequence_length: int = 256
     """Plain text only: length of a training example in tokens."""
     max_examples: int | None = None
-    """Use at most this many rows (null: all)."""
+    """Use at most this many rows of each entry of `train` and `eval` (null: all)."""
+    streaming: bool = False
+    """Read and tokenize the rows of `train` when they are used, for sets larger than the memory.
+    Files must be .jsonl or .parquet. Rows without a token to learn are not left out, and a bad row
+    is found only when it is used. The evaluation set is in memory in any case."""
     chat_template: str | None = None
-    """Chat only: file with a Jinja template, used instead of the tokenizer's template."""
+    """Chat only: chatml, llama-2, llama-3, alpaca, mistral or zephyr, or a file with a Jinja
+    template. Used instead of the tokenizer's template, and kept in the tokenizer of the run."""
     group_by_length: bool = False
     """Put examples of similar length into a batch: less padding, but a less random order."""
     packing: bool = False
@@ -69,3 +98,71 @@ class DataConfig:
         limit = self.max_examples
         ok = limit is None or limit >= 1
         require(ok, "data.max_examples", limit, "a whole number of at least 1, or null")
+        _check_sources("data.train", self.sources)
+        _check_sources("data.eval", self.eval_sources)
+        for place, source in enumerate(self.eval_sources):
+            name = f"data.eval[{place}].weight"
+            require(source.weight is None, name, source.weight, "null; weights are for data.train")
+        ok = not (self.group_by_length and self.weights)
+        accepted = "false with weights in data.train"
+        require(ok, "data.group_by_length", self.group_by_length, accepted)
+        if self.streaming:
+            self._check_streaming()
+
+    def _check_streaming(self) -> None:
+        # They need the lengths of all examples in tokens.
+        for name in ("packing", "group_by_length"):
+            value = getattr(self, name)
+            require(not value, f"data.{name}", value, "false with data.streaming true")
+        for source in self.sources:
+            kind = source.format or self.format
+            accepted = "a format with an example in each row, with data.streaming true"
+            require(kind != "text", "data.format", kind, accepted)
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """The entries of `train`."""
+        return _as_sources(self.train)
+
+    @property
+    def eval_sources(self) -> tuple[DataSource, ...]:
+        """The entries of `eval`."""
+        return () if self.eval is None else _as_sources(self.eval)
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """The weights of the sources; None if every example comes once an epoch."""
+        found = [source.weight for source in self.sources if source.weight is not None]
+        return tuple(found) or None
+
+    @property
+    def formats(self) -> tuple[DataFormat, ...]:
+        """The formats of the sources, each once, in their order."""
+        return tuple(dict.fromkeys(source.format or self.format for source in self.sources))
+
+    def of_source(self, source: DataSource) -> "DataConfig":
+        """The configuration for one source alone."""
+        format, limit = source.format or self.format, source.max_examples or self.max_examples
+        return dataclasses.replace(
+            self, train=source.path, eval=None, format=format, max_examples=limit
+        )
+
+
+def _as_sources(value: str | tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+    return (DataSource(value),) if isinstance(value, str) else value
+
+
+def _check_sources(field: str, sources: Sequence[DataSource]) -> None:
+    weighted = any(source.weight is not None for source in sources)
+    for place, source in enumerate(sources):
+        name = f"{field}[{place}]"
+        ok = bool(source.path.strip()) or len(sources) == 1  # data.train may still be ""
+        require(ok, f"{name}.path", source.path, "a file or the id of a data set")
+        weight, limit = source.weight, source.max_examples
+        if weighted:
+            accepted = "a positive number, as other entries have a weight"
+            require(weight is not None, f"{name}.weight", weight, accepted)
+        ok = weight is None or 0 < weight < math.inf
+        require(ok, f"{name}.weight", weight, "a positive finite number, or null")
+        ok = limit is None or limit >= 1
+        require(ok, f"{name}.max_examples", limit, "a whole number of at least 1, or null")

@@ -32,7 +32,12 @@ def encode_source(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def encode_pairs(
-    tokenizer: Any, sources: Sequence[str], targets: Sequence[str], *, join: bool
+    tokenizer: Any,
+    sources: Sequence[str],
+    targets: Sequence[str],
+    *,
+    join: bool,
+    implied: bool | None = None,
 ) -> list[tuple[list[int], list[int]]]:
     """Tokenizes each source (with bos in front) and each target separately.
 
@@ -43,13 +48,20 @@ def encode_pairs(
         join: put one space between source and target if neither has white space at the seam. The
             space goes to the side where the tokenizer has it in running text: byte-level BPE
             splits "the cat" into "the" + " cat"; SentencePiece adds the space of "cat" by itself.
+        implied: whether the tokenizer adds the space by itself; None: `implies_space` of the pairs.
     """
     if join:
         seams = [_seam(*pair) for pair in zip(sources, targets, strict=True)]
-        implied = _implies_space(tokenizer, seams)
+        if implied is None:
+            implied = _implies_space(tokenizer, seams)
         sources = [source for source, _, _ in seams]
         targets = [target if implied else space + target for _, space, target in seams]
     return list(zip(encode_source(tokenizer, sources), encode(tokenizer, targets), strict=True))
+
+
+def implies_space(tokenizer: Any, sources: Sequence[str], targets: Sequence[str]) -> bool:
+    """Whether the tokenizer adds a space in front of a target by itself, as SentencePiece does."""
+    return _implies_space(tokenizer, [_seam(*pair) for pair in zip(sources, targets, strict=True)])
 
 
 def _seam(source: str, target: str) -> tuple[str, str, str]:

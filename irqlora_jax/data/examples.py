@@ -1,18 +1,24 @@
 """Makes examples (tokens and their loss mask) from files and data sets of the hub."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from irqlora_jax.data.chat import encode_conversations, read_chat_template, read_conversations
+from irqlora_jax.data.chat import (
+    Conversation,
+    encode_conversations,
+    read_chat_template,
+    read_conversations,
+)
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.data.encode import encode_pairs as encode_pairs
 from irqlora_jax.data.encode import encode_source as encode_source
 from irqlora_jax.data.encode import prefix_tokens
-from irqlora_jax.data.formats import PAIR_COLUMNS, read_pairs, read_texts
+from irqlora_jax.data.formats import PAIR_COLUMNS, Pair, Text, read_pairs, read_texts
 from irqlora_jax.data.formats import alpaca_prompt as alpaca_prompt
 from irqlora_jax.data.rows import Row as Row
 from irqlora_jax.data.rows import read_documents
@@ -64,40 +70,104 @@ def load_examples(
         raise ValueError(f"max_length = {max_length}: expected a whole number of at least 2")
     if config.format == "text":
         return _windows(source, config, tokenizer, max_length)
-    if config.format in PAIR_COLUMNS:
-        drafts = _pairs(source, config, tokenizer, max_length)
-    elif config.format == "chat":
-        drafts = _chats(source, config, tokenizer, max_length)
-    else:
-        drafts = _texts(source, config, tokenizer, max_length)
-    examples = []
-    for tokens, learned in drafts:
-        targets = np.array(learned, bool)
-        targets[:1] = False
-        if targets.any():
-            examples.append(Example(np.array(tokens, np.int32), targets))
+    said: Said = Counter()
+    items = _read_items(source, config)
+    template = read_chat_template(config.chat_template) if config.format == "chat" else None
+    drafts = draft_examples(items, config, tokenizer, max_length, template, said)
+    found = [to_example(draft) for draft in drafts]
+    examples = [example for example in found if example.targets.any()]
     if not examples:
         raise ValueError(
             f"{source}: none of its {len(drafts)} rows has a token to learn (data.format = "
             f"'{config.format}')"
         )
-    if len(examples) < len(drafts):
-        left_out = len(drafts) - len(examples)
-        _warn(source, left_out, len(drafts), "have no token to learn and are left out")
+    said["have no token to learn and are left out"] = len(drafts) - len(examples)
+    for what, count in said.items():
+        if count:
+            logger.warning("%s: %d of %d rows %s", source, count, len(drafts), what)
     return examples
 
 
-_Draft = tuple[Sequence[int], Sequence[bool]]
+Draft = tuple[Sequence[int], Sequence[bool]]
 """Tokens, and which of them are targets."""
+Item = Pair | Text | Conversation
+"""What a row of a format holds."""
+Said = Counter[str]
+"""What happened to rows, in words, and to how many."""
 
 
-def _pairs(source: str, config: DataConfig, tokenizer: Any, max_length: int | None) -> list[_Draft]:
-    rows = read_pairs(source, config.format, config.max_examples)
-    prompts, answers = [row.prompt for row in rows], [row.answer for row in rows]
+def to_example(draft: Draft) -> Example:
+    """Makes an example, whose first token is never a target."""
+    tokens, learned = draft
+    targets = np.array(learned, bool)
+    targets[:1] = False
+    return Example(np.array(tokens, np.int32), targets)
+
+
+def _read_items(source: str, config: DataConfig) -> Sequence[Item]:
+    if config.format in PAIR_COLUMNS:
+        return read_pairs(source, config.format, config.max_examples)
+    if config.format == "chat":
+        return read_conversations(source, config.max_examples)
+    return read_texts(source, config.format, config.max_examples)
+
+
+def draft_examples(
+    items: Sequence[Item],
+    config: DataConfig,
+    tokenizer: Any,
+    max_length: int | None,
+    template: str | None,
+    said: Said,
+    implied: bool | None = None,
+) -> list[Draft]:
+    """Tokenizes rows of any format but plain text, and truncates them, as `load_examples` does.
+
+    Args:
+        items: of the type that belongs to the format.
+        config: the format and the lengths.
+        tokenizer: a transformers tokenizer.
+        max_length: context length of the model in tokens.
+        template: chat template, used instead of the tokenizer's.
+        said: counts truncated and empty rows.
+        implied: as for `encode_pairs`.
+
+    Raises:
+        ValueError: a row cannot be tokenized; the message names it.
+    """
+    if config.format in PAIR_COLUMNS:
+        return _pairs(cast(Sequence[Pair], items), config, tokenizer, max_length, said, implied)
+    if config.format == "chat":
+        talks, whole = cast(Sequence[Conversation], items), config.train_on_source
+        encoded = encode_conversations(tokenizer, talks, template, whole=whole)
+        drafts: list[Draft] = [(tokens.tolist(), mask.tolist()) for tokens, mask in encoded]
+    else:
+        texts, end = [item.text for item in cast(Sequence[Text], items)], _eos_tokens(tokenizer)
+        tokens = [ids + end for ids in encode_source(tokenizer, texts)]
+        said["are empty"] += sum(not text for text in texts)
+        drafts = [(ids, [True] * len(ids)) for ids in tokens]
+    return _cut_right(drafts, config, max_length, said)
+
+
+def joins(config: DataConfig) -> bool:
+    """Whether a space stands between prompt and answer."""
     # Alpaca's prompt ends with a colon, and its answers follow without a space.
-    pairs = encode_pairs(tokenizer, prompts, answers, join=config.format != "alpaca")
+    return config.format in PAIR_COLUMNS and config.format != "alpaca"
+
+
+def _pairs(
+    rows: Sequence[Pair],
+    config: DataConfig,
+    tokenizer: Any,
+    max_length: int | None,
+    said: Said,
+    implied: bool | None,
+) -> list[Draft]:
+    prompts, answers = [row.prompt for row in rows], [row.answer for row in rows]
+    pairs = encode_pairs(tokenizer, prompts, answers, join=joins(config), implied=implied)
     head, end = len(prefix_tokens(tokenizer)), _eos_tokens(tokenizer)
-    drafts, cut, over, blank = [], 0, 0, 0
+    drafts: list[Draft] = []
+    cut, over, blank = 0, 0, 0
     for row, (prompt, answer) in zip(rows, pairs, strict=True):
         blank += not answer
         answer = answer + end
@@ -118,26 +188,10 @@ def _pairs(source: str, config: DataConfig, tokenizer: Any, max_length: int | No
         drafts.append((prompt + answer, learned))
     source_end, target_end = config.source_length, config.target_length
     what = f"were cut to data.source_length = {source_end} or data.target_length = {target_end}"
-    _warn(source, cut, len(rows), what)
-    _warn(source, over, len(rows), f"were cut to the model's context of {max_length} tokens")
-    _warn(source, blank, len(rows), "have an empty answer")
+    said[what] += cut
+    said[f"were cut to the model's context of {max_length} tokens"] += over
+    said["have an empty answer"] += blank
     return drafts
-
-
-def _texts(source: str, config: DataConfig, tokenizer: Any, max_length: int | None) -> list[_Draft]:
-    rows = read_texts(source, config.format, config.max_examples)
-    end = _eos_tokens(tokenizer)
-    tokens = [ids + end for ids in encode_source(tokenizer, [row.text for row in rows])]
-    _warn(source, sum(not row.text for row in rows), len(rows), "are empty")
-    return _cut_right(source, [(ids, [True] * len(ids)) for ids in tokens], config, max_length)
-
-
-def _chats(source: str, config: DataConfig, tokenizer: Any, max_length: int | None) -> list[_Draft]:
-    conversations = read_conversations(source, config.max_examples)
-    template = read_chat_template(config.chat_template)
-    encoded = encode_conversations(tokenizer, conversations, template, whole=config.train_on_source)
-    drafts: list[_Draft] = [(tokens.tolist(), mask.tolist()) for tokens, mask in encoded]
-    return _cut_right(source, drafts, config, max_length)
 
 
 def _cut_left(prompt: list[int], head: int, length: int) -> list[int]:
@@ -146,16 +200,14 @@ def _cut_left(prompt: list[int], head: int, length: int) -> list[int]:
 
 
 def _cut_right(
-    source: str, drafts: list[_Draft], config: DataConfig, max_length: int | None
-) -> list[_Draft]:
+    drafts: list[Draft], config: DataConfig, max_length: int | None, said: Said
+) -> list[Draft]:
     longest = config.source_length + config.target_length
     cut = sum(len(tokens) > longest for tokens, _ in drafts)
-    what = f"were cut to data.source_length + data.target_length = {longest}"
-    _warn(source, cut, len(drafts), what)
+    said[f"were cut to data.source_length + data.target_length = {longest}"] += cut
     if max_length is not None and max_length < longest:
         over = sum(len(tokens) > max_length for tokens, _ in drafts)
-        what = f"were cut to the model's context of {max_length} tokens"
-        _warn(source, over, len(drafts), what)
+        said[f"were cut to the model's context of {max_length} tokens"] += over
         longest = max_length
     return [(tokens[:longest], learned[:longest]) for tokens, learned in drafts]
 
@@ -188,8 +240,3 @@ def _windows(
 
 def _eos_tokens(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-
-def _warn(source: str, count: int, total: int, what: str) -> None:
-    if count:
-        logger.warning("%s: %d of %d rows %s", source, count, total, what)

@@ -52,17 +52,21 @@ def read_pairs(source: str, format: str, limit: int | None = None) -> list[Pair]
     Raises:
         FileNotFoundError, ValueError: as `read_rows`.
     """
-    columns = PAIR_COLUMNS[format]
-    rows = read_rows(source, columns)[:limit]
+    return [to_pair(row, format) for row in read_rows(source, PAIR_COLUMNS[format])[:limit]]
+
+
+def to_pair(row: Row, format: str) -> Pair:
+    """Makes the prompt and the answer of a row.
+
+    Raises:
+        ValueError: a column is not text, or not of this format.
+    """
     if format == "alpaca":
-        prompts = [alpaca_prompt(r.text("instruction"), r.text("input", "")) for r in rows]
-        return [
-            Pair(row.place, prompt, row.text("output"))
-            for row, prompt in zip(rows, prompts, strict=True)
-        ]
+        prompt = alpaca_prompt(row.text("instruction"), row.text("input", ""))
+        return Pair(row.place, prompt, row.text("output"))
     if format == "chip2":
-        return [_chip2(row) for row in rows]
-    return [Pair(row.place, *(row.text(name) for name in columns)) for row in rows]
+        return _chip2(row)
+    return Pair(row.place, *(row.text(name) for name in PAIR_COLUMNS[format]))
 
 
 def _chip2(row: Row) -> Pair:

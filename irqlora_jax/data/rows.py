@@ -1,15 +1,17 @@
 """Reads rows from files and from data sets of the hub."""
 
+import contextlib
 import csv
+import glob
 import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from irqlora_jax.machine import reaches_hub
+from irqlora_jax.data.hub import read_hub
 from irqlora_jax.text import read_text, shorten
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
@@ -28,8 +30,6 @@ TEXT_COLUMNS: dict[str, tuple[str, ...]] = {"hh_rlhf": ("chosen",), "oasst1": ("
 """Columns of the formats with a conversation in each row. The loss covers every turn."""
 # ID, ID:CONFIGURATION, ID:CONFIGURATION:SPLIT or ID::SPLIT.
 _HUB = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[\w.-]*)(:(?P<split>[\w.-]+))?)?")
-# Errors of `datasets` that list the valid names and contain nothing secret.
-_HUB_NAMES = ("Unknown split", "BuilderConfig", "Config name is missing")
 
 
 class Row(NamedTuple):
@@ -72,9 +72,10 @@ def read_rows(source: str, columns: Sequence[str]) -> list[Row]:
     Args:
         source: a .json file (a list of objects, or an object that has such a list as "data"), a
             .jsonl file (an object on each line), a .csv or .tsv file (its first line names the
-            columns), or a .parquet file. If there is no such file: the id of a data set on the
-            hub, as ID, ID:CONFIGURATION, ID:CONFIGURATION:SPLIT or ID::SPLIT. The default split
-            is "train".
+            columns), or a .parquet file; or a shell pattern of such files (*, ?, [ab], ** for
+            folders), which are read in the order of their names. If there is no such file: the id
+            of a data set on the hub, as ID, ID:CONFIGURATION, ID:CONFIGURATION:SPLIT or ID::SPLIT.
+            The default split is "train".
         columns: names that every row must have.
 
     Raises:
@@ -82,36 +83,50 @@ def read_rows(source: str, columns: Sequence[str]) -> list[Row]:
         ValueError: not readable, no rows, a name that stands twice in a row, or a row without one
             of the columns.
     """
-    path = _local(source)
-    if path is None:
-        rows = _hub_rows(source)
-    elif path.suffix == ".json":
-        rows = _json_rows(path)
-    elif path.suffix == ".jsonl":
-        rows = _jsonl_rows(path)
-    elif path.suffix == ".parquet":
-        rows = _parquet_rows(path)
-    elif path.suffix in (".csv", ".tsv"):
-        rows = _csv_rows(path)
+    paths = local_files(source)
+    if paths is None:
+        found = read_hub(source, *_hub_names(source))
+        rows = [Row(f"{source}, row {n}", columns) for n, columns in enumerate(found, 1)]
     else:
-        accepted = f"{', '.join(SUFFIXES[:-2])} or {SUFFIXES[-2]}"
-        raise ValueError(f"{source}: a file of rows is {accepted}; .txt is plain text")
+        rows = [row for path in paths for row in _file_rows(path)]
     if not rows:
         raise ValueError(f"{source} has no rows")
     for row in rows:
-        if not isinstance(row.columns, dict):
-            kind = type(row.columns).__name__
-            raise ValueError(f"{row.place} is of type {kind}: expected an object")
-        for name in columns:
-            if name not in row.columns:
-                there = ", ".join(map(str, row.columns)) or "none"
-                wanted = ", ".join(columns)
-                hint = format_hint(row)
-                raise ValueError(
-                    f"{row.place} has no column {shorten(name)}: its columns are {there}; "
-                    f"expected are {wanted}{hint}"
-                )
+        check_columns(row, columns)
     return rows
+
+
+def _file_rows(path: Path) -> list[Row]:
+    if path.suffix == ".json":
+        return _json_rows(path)
+    if path.suffix == ".jsonl":
+        return _jsonl_rows(path)
+    if path.suffix == ".parquet":
+        return _parquet_rows(path)
+    if path.suffix in (".csv", ".tsv"):
+        return _csv_rows(path)
+    accepted = f"{', '.join(SUFFIXES[:-2])} or {SUFFIXES[-2]}"
+    raise ValueError(f"{path}: a file of rows is {accepted}; .txt is plain text")
+
+
+def check_columns(row: Row, columns: Sequence[str]) -> None:
+    """Checks that a row is an object with these columns.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(row.columns, dict):
+        kind = type(row.columns).__name__
+        raise ValueError(f"{row.place} is of type {kind}: expected an object")
+    for name in columns:
+        if name not in row.columns:
+            there = ", ".join(map(str, row.columns)) or "none"
+            wanted = ", ".join(columns)
+            hint = format_hint(row)
+            raise ValueError(
+                f"{row.place} has no column {shorten(name)}: its columns are {there}; "
+                f"expected are {wanted}{hint}"
+            )
 
 
 def format_hint(row: Row) -> str:
@@ -129,32 +144,58 @@ def read_documents(source: str) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: as `read_rows`.
     """
-    path = _local(source)
-    if path is None or path.suffix != ".txt":
+    paths = local_files(source)
+    if paths is None or any(path.suffix != ".txt" for path in paths):
         documents = [row.text("text") for row in read_rows(source, ("text",))]
     else:
-        documents = re.split(rf"(?m)^{re.escape(DOCUMENT_END)}[ \t]*$", read_text(path))
+        end = rf"(?m)^{re.escape(DOCUMENT_END)}[ \t]*$"
+        documents = [text for path in paths for text in re.split(end, read_text(path))]
     documents = [text.strip("\n") for text in documents if text.strip()]
     if not documents:
         raise ValueError(f"{source} has no text")
     return documents
 
 
-def _local(source: str) -> Path | None:
-    """Returns the file, or None if `source` can only be the id of a data set on the hub."""
+def local_files(source: str) -> list[Path] | None:
+    """Returns the file, or the files that fit a pattern, in the order of their names.
+
+    None if `source` can only be the id of a data set on the hub.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file.
+    """
     accepted = f"a file ({', '.join(SUFFIXES)}) or the id of a data set on the hub"
     if not source.strip():
         raise ValueError(f"the data set {source!r} has no name: expected {accepted}")
     path = Path(source)
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise ValueError(f"{source}: expected {accepted}")
-        return path
+    if not path.exists() and glob.has_magic(source):
+        paths = [Path(name) for name in sorted(glob.glob(source, recursive=True))]
+        paths = [path for path in paths if path.is_file()]
+        if not paths:
+            raise FileNotFoundError(f"{source}: no file fits this pattern")
+    else:
+        paths = [path]
+    for path in paths:
+        if path.is_file() and path.suffix not in SUFFIXES:
+            raise ValueError(f"{path}: expected {accepted}")
+    if paths[0].is_file():
+        return paths
     if path.is_dir():
-        raise ValueError(f"{source} is a folder: expected {accepted}")
+        raise ValueError(
+            f"{source} is a folder: expected {accepted}; a pattern such as {source}/*.jsonl names "
+            "the files in it"
+        )
     if path.suffix in SUFFIXES or not _HUB.fullmatch(source):
         raise FileNotFoundError(f"{source}: there is no such file")
     return None
+
+
+def _hub_names(source: str) -> tuple[list[str], str]:
+    """The id with the configuration (if given), and the split of a data set on the hub."""
+    parts = _HUB.fullmatch(source)
+    assert parts is not None  # checked by `local_files`
+    return [name for name in (parts["id"], parts["config"]) if name], parts["split"] or "train"
 
 
 def _json_rows(path: Path) -> list[Row]:
@@ -170,11 +211,16 @@ def _json_rows(path: Path) -> list[Row]:
 
 def _jsonl_rows(path: Path) -> list[Row]:
     lines = enumerate(read_text(path).split("\n"), 1)
-    return [
-        _json_row(f"{path}, line {number}", _parse(line, path, number))
-        for number, line in lines
-        if line.strip()
-    ]
+    return [line_row(path, number, line) for number, line in lines if line.strip()]
+
+
+def line_row(path: Path, number: int, line: str) -> Row:
+    """Parses a line of a .jsonl file. `number` counts from 1.
+
+    Raises:
+        ValueError: not JSON, or a key stands twice.
+    """
+    return _json_row(f"{path}, line {number}", _parse(line, path, number))
 
 
 class _Refused(NamedTuple):
@@ -267,32 +313,56 @@ def _csv_rows(path: Path) -> list[Row]:
 
 
 def _parquet_rows(path: Path) -> list[Row]:
+    with open_parquet(path) as file:
+        return table_rows(path, file.read())
+
+
+@contextlib.contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """Opens a .parquet file, as a `pyarrow.parquet.ParquetFile`.
+
+    Raises:
+        ValueError: inside of the context, too, if the file is damaged.
+    """
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            table = file.read()
+            yield file
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # e.g. no permission: not the fault of the content
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a whole parquet file: {reason}") from None
+
+
+def table_rows(path: Path, table: Any, first: int = 1) -> list[Row]:
+    """Converts a table of pyarrow to rows.
+
+    Args:
+        path: its file.
+        table: the table.
+        first: number of its first row in the file.
+
+    Raises:
+        ValueError: a column stands twice, or a value has no counterpart in Python.
+    """
     twice = _find_twice(table.column_names)
     if twice is not None:
         raise ValueError(f"{path} names the column {shorten(twice)} twice")
     names = table.column_names
-    columns = [_column(path, *pair) for pair in zip(names, table.columns, strict=True)]
+    columns = [_column(path, *pair, first) for pair in zip(names, table.columns, strict=True)]
     return [
         Row(f"{path}, row {number}", dict(zip(names, cells, strict=True)))
-        for number, cells in enumerate(zip(*columns, strict=True), 1)
+        for number, cells in enumerate(zip(*columns, strict=True), first)
     ]
 
 
-def _column(path: Path, name: str, cells: Iterable[Any]) -> list[Any]:
+def _column(path: Path, name: str, cells: Iterable[Any], first: int) -> list[Any]:
     """Converts a column of a pyarrow table to values of Python."""
     values = []
-    for number, cell in enumerate(cells, 1):
+    for number, cell in enumerate(cells, first):
         try:
             values.append(cell.as_py())
         except UnicodeDecodeError as error:
@@ -302,51 +372,3 @@ def _column(path: Path, name: str, cells: Iterable[Any]) -> list[Any]:
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}, row {number}: {name} cannot be read: {reason}") from None
     return values
-
-
-def _hub_rows(source: str) -> list[Row]:
-    import datasets
-    from huggingface_hub import constants
-
-    parts = _HUB.fullmatch(source)
-    assert parts is not None  # checked by `_local`
-    names = [name for name in (parts["id"], parts["config"]) if name]
-    reached, offline = reaches_hub(), constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = not reached  # without a network, only the cache is read
-    try:
-        data = datasets.load_dataset(*names, split=parts["split"] or "train")
-        place = f"{source}, row"
-        return [Row(f"{place} {number}", dict(columns)) for number, columns in enumerate(data, 1)]
-    except Exception as error:
-        reason = _hub_reason(error if reached else ConnectionError())
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-    # Raised outside of the handler: the traceback of the cause could show a token.
-    raise FileNotFoundError(f"{source}: there is no such file, and {reason}, or give a local file")
-
-
-def _hub_reason(error: Exception) -> str:
-    """Says why the hub does not provide a data set, and what to do.
-
-    The text of an unknown error stays out: it may contain the request headers with the token.
-    """
-    text, kind = " ".join(str(error).split()), type(error).__name__
-    if kind == "DatasetNotFoundError":
-        if "gated" in text:
-            return (
-                "the data set is gated: accept its terms on the hub and log in with `hf auth login`"
-            )
-        return (
-            "the hub has no such data set, or it is private; check the name, or log in with "
-            "`hf auth login`"
-        )
-    if isinstance(error, ValueError) and text.startswith(_HUB_NAMES):
-        return f"the data set on the hub has no such part: {text} Give ID:CONFIGURATION:SPLIT"
-    if text.startswith("Dataset scripts"):
-        return "the data set on the hub is made by a script, which is never run; download its files"
-    if isinstance(error, ConnectionError | TimeoutError):
-        return "the hub could not be reached; connect to the network"
-    return (
-        f"the hub does not provide it ({kind}); check the name, or log in with `hf auth login` if "
-        "it is private"
-    )

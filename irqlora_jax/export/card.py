@@ -7,6 +7,7 @@ from typing import Any
 
 from irqlora_jax.adapters.lora import LORA
 from irqlora_jax.config import Config
+from irqlora_jax.data.config import DataSource
 from irqlora_jax.files.hub import is_hub_id
 from irqlora_jax.model.families import FAMILIES
 from irqlora_jax.quant.calibrations import CALIBRATIONS, PLAIN
@@ -212,11 +213,17 @@ def _settings(section: Any) -> str:
                 words.append(f"{field.name}: {_settings(value).replace(';', ',')}")
             continue
         if field.name in ("train", "eval", "chat_template") and value:
-            value = public_name(value)
+            several = isinstance(value, tuple)
+            value = ", ".join(map(_source, value)) if several else public_name(value)
         if value not in (None, "", ()):
             value = ", ".join(map(_word, value)) if isinstance(value, tuple) else value
             words.append(f"{field.name} {value}")
     return "; ".join(words)
+
+
+def _source(source: DataSource) -> str:
+    name = public_name(source.path)
+    return name if source.weight is None else f"{name} (weight {source.weight:g})"
 
 
 def _word(value: Any) -> str:

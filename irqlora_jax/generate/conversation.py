@@ -14,6 +14,7 @@ from irqlora_jax.data import (
 )
 from irqlora_jax.data.chat import render_chat
 from irqlora_jax.data.formats import GUANACO
+from irqlora_jax.data.templates import SOURCE, find_end
 
 # Text in front of the user's message and in front of the answer. The latter has no space at its
 # end: in running text, the space is part of the first token of the answer.
@@ -42,15 +43,19 @@ class Style:
             "pairs" uses prompts unchanged and ends answers with eos. "oasst1" and "hh_rlhf" write
             the names of the speakers. "text" continues the prompt.
         template: the template of "chat"; None: the tokenizer's.
+        end: text that ends an answer, where the tokenizer has no token for it.
     """
 
     kind: Literal["chat", "alpaca", "pairs", "oasst1", "hh_rlhf", "text"]
     template: str | None = None
+    end: str = ""
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Strings that end an answer: the name of the other speaker."""
-        return (_SPEAKERS[self.kind][0].rstrip(),) if self.kind in _SPEAKERS else ()
+        """Strings that end an answer: the name of the other speaker, or the end of a turn."""
+        if self.kind in _SPEAKERS:
+            return (_SPEAKERS[self.kind][0].rstrip(),)
+        return (self.end,) if self.end else ()
 
     @property
     def continues(self) -> bool:
@@ -61,6 +66,8 @@ class Style:
 def find_style(config: Config | None, tokenizer: Any) -> Style:
     """Returns the style of a run's training data; without a run, the chat template or plain text.
 
+    With several formats, it is the style of the first source.
+
     Raises:
         FileNotFoundError: the file data.chat_template of the run does not exist.
         ValueError: the file is not UTF-8.
@@ -68,9 +75,13 @@ def find_style(config: Config | None, tokenizer: Any) -> Style:
     own = getattr(tokenizer, "chat_template", None)
     if config is None:
         return Style("chat" if own else "text")
-    learned = config.data.format
+    learned = config.data.formats[0] if config.data.formats else config.data.format
     if learned == "chat":
-        return Style("chat", read_chat_template(config.data.chat_template))
+        name = config.data.chat_template
+        # The tokenizer of a run has the template, except in runs of earlier versions.
+        kept = SOURCE in getattr(tokenizer, "init_kwargs", {})
+        template = None if kept else read_chat_template(name)
+        return Style("chat", template, find_end(tokenizer, name))
     if learned in ("alpaca", "oasst1", "hh_rlhf", "text"):
         return Style(learned)
     return Style("pairs")

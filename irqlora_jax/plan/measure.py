@@ -183,7 +183,8 @@ def measure(
     Raises:
         ValueError: the mesh does not fit the model, the batch or the devices.
     """
-    train, divisor = config.train, 1
+    # The number of steps needs the data, and the memory does not depend on it.
+    train, divisor = config.train.with_steps(1), 1
     rows = train.rows
     mesh = make_mesh(config.mesh, rows, target.devices)
     check_mesh(mesh, llama, config.quant)

@@ -36,6 +36,9 @@ from irqlora_jax.base.error_table import ERRORS_FILE
 from irqlora_jax.base.file import BASE_FILE as BASE_FILE
 from irqlora_jax.config import Config, read_stored_config
 from irqlora_jax.data import Example
+from irqlora_jax.data.config import DataSource
+from irqlora_jax.data.order import Part
+from irqlora_jax.data.streaming import StreamedExamples
 from irqlora_jax.files.small import read_json, refuse_folder
 from irqlora_jax.runs.checkpoint_files import check_path
 from irqlora_jax.runs.lock import LOCK_FILE
@@ -110,7 +113,7 @@ def _stored_config(folder: Path, config: Config) -> Config | None:
     stored, asked = _settings(stored_config), _settings(config)
     may_change = _MAY_CHANGE
     if config.train.schedule == "constant":
-        may_change += ("train.steps",)
+        may_change += ("train.steps", "train.epochs")
     for name in sorted(stored.keys() | asked.keys()):
         if stored.get(name) != asked.get(name) and not _is_in(name, may_change):
             there, here = shorten(stored.get(name)), shorten(asked.get(name))
@@ -153,7 +156,9 @@ def _holds_start(checkpoints: Path) -> bool:
 
 def _settings(config: Config) -> dict[str, Any]:
     """Returns the fields by dotted name, with values as they are read from a file."""
-    return _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+    found = _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
+    # data.train may change, e.g. if the files have moved, but not the weights.
+    return found | {"weights of data.train": list(config.data.weights or ()) or None}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -213,13 +218,27 @@ Fingerprint = dict[str, dict[str, Any]]
 """Of the data: for "train" and "eval", sizes and a hash that identify the examples."""
 
 
-def fingerprint(train: Sequence[Example], evaluation: Sequence[Example]) -> Fingerprint:
-    """Counts the examples and tokens, and hashes tokens and targets."""
-    return {"train": _digest(train), "eval": _digest(evaluation)}
+def fingerprint(
+    train: Sequence[Example], evaluation: Sequence[Example], parts: Sequence[Part] = ()
+) -> Fingerprint:
+    """Counts the examples and tokens, and hashes tokens and targets.
+
+    Of a stream, it counts the examples and hashes the files.
+
+    Args:
+        train: the training examples.
+        evaluation: the evaluation examples.
+        parts: the sources of `train`; with weights, a change of their sizes is a change.
+    """
+    sizes = [part.count for part in parts if part.weight is not None]
+    return {"train": _digest(train, sizes), "eval": _digest(evaluation)}
 
 
-def _digest(examples: Sequence[Example]) -> dict[str, Any]:
-    digest = hashlib.sha256()
+def _digest(examples: Sequence[Example], sizes: Sequence[int] = ()) -> dict[str, Any]:
+    digest = hashlib.sha256(json.dumps(sizes).encode() if sizes else b"")
+    if isinstance(examples, StreamedExamples):
+        digest.update(examples.digest.encode())
+        return {"examples": len(examples), "sha256": digest.hexdigest()}
     for example in examples:
         digest.update(len(example.tokens).to_bytes(8, "little"))
         digest.update(example.tokens.tobytes())
@@ -255,11 +274,17 @@ def check_data(folder: Path, config: Config, found: Fingerprint) -> None:
     for part, source in (("train", config.data.train), ("eval", config.data.eval)):
         if stored[part] != found[part]:
             raise ValueError(
-                f"data.{part} = {source!r}: now {_say(found[part])}, but the run in "
+                f"data.{part} = {_name(source)}: now {_say(found[part])}, but the run in "
                 f"output_dir = '{folder}' started with {_say(stored[part])}; expected the same "
                 "data, or a new folder"
             )
 
 
+def _name(source: str | tuple[DataSource, ...] | None) -> str:
+    """The sources of data, for a message."""
+    return shorten([each.path for each in source] if isinstance(source, tuple) else source)
+
+
 def _say(part: dict[str, Any]) -> str:
-    return f"{part['examples']} examples, {part['tokens']} tokens (sha256 {part['sha256'][:12]})"
+    tokens = f", {part['tokens']} tokens" if "tokens" in part else ""
+    return f"{part['examples']} examples{tokens} (sha256 {part['sha256'][:12]})"

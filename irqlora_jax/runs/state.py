@@ -38,13 +38,16 @@ class TrainState:
 
 
 def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Schedule with warmup from 0, then constant or decaying to 0 at the last step."""
+    """Schedule with warmup from 0, then constant or decaying to 0 at the last step.
+
+    Raises:
+        ValueError: a decaying schedule, and the number of steps is not known.
+    """
     peak, warmup = config.learning_rate, config.warmup_steps
-    rest = max(config.steps - warmup, 1)
     after = {
         "constant": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, 0.0, rest),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest),
+        "linear": lambda: optax.linear_schedule(peak, 0.0, max(config.total_steps - warmup, 1)),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, max(config.total_steps - warmup, 1)),
     }[config.schedule]()
     if not warmup:
         return after

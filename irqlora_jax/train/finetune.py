@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from irqlora_jax.base.file import Base, read_base, save_base
 from irqlora_jax.base.make import load_fitted
@@ -22,7 +21,6 @@ from irqlora_jax.data import longest_row
 from irqlora_jax.evaluate.scores import Row, Scorer, baselines, table
 from irqlora_jax.machine import fastest_dtype
 from irqlora_jax.messages import progress_bar, shows_messages
-from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.quant.budget import FIT
 from irqlora_jax.quant.matmul import with_preferred_layout
 from irqlora_jax.report.run_data import metric_curve, read_metrics
@@ -62,9 +60,9 @@ from irqlora_jax.runs.state import learning_rate as learning_rate
 from irqlora_jax.runs.state import make_optimizer as make_optimizer
 from irqlora_jax.runs.state import make_state as make_state
 from irqlora_jax.sharding import bytes_by_device
-from irqlora_jax.text import readable_size, require
+from irqlora_jax.text import readable_size
 from irqlora_jax.train.initial import check_start, read_start
-from irqlora_jax.train.job import Job, read_job, with_chosen_rules
+from irqlora_jax.train.job import Job, check_warmup, read_job, with_chosen_rules
 from irqlora_jax.train.loop import early_stop_reason, train
 from irqlora_jax.train.metrics import MetricsLog, check_log, check_packages
 from irqlora_jax.train.step import sharded_state as sharded_state
@@ -136,10 +134,8 @@ def _run_locked(
     if not resumed:
         if resume_from is not None:
             raise ValueError(f"resume_from = {resume_from}: no run in '{folder}'; expected null")
-        # Not in TrainConfig: runs of earlier versions have to open.
-        accepted = f"at most train.steps = {config.train.steps}"
-        ok = config.train.warmup_steps <= config.train.steps
-        require(ok, "train.warmup_steps", config.train.warmup_steps, accepted)
+        if config.train.epochs is None:
+            check_warmup(config)
         check_model(config)
         check_start(config)
     elif stored.model != config.model:
@@ -148,8 +144,10 @@ def _run_locked(
     job = read_job(config, folder if resumed else config.model, limit)
     if config.quant.budget is not None:
         job = with_chosen_rules(job, config.quant, limit)
-        config = job.config
-    data = fingerprint(job.examples, job.eval_examples)
+    config = job.config
+    if not resumed:
+        check_warmup(config)
+    data = fingerprint(job.examples, job.eval_examples, job.parts)
     if resumed:
         check_data(folder, config, data)
     elif not is_base(config.model):
@@ -172,7 +170,7 @@ def _run_locked(
         del pairs
         # The layout changes only in memory, not in the file.
         base = with_preferred_layout(base, config.train.matmul)
-        logger.info(describe(config, job.model.config, base, len(job.examples), job.mesh))
+        logger.info(describe(job, base))
         return _finetune(job, base, folder, seconds, stored, resume_from)
 
 
@@ -207,8 +205,8 @@ def _finetune(
                 return dataclasses.replace(finished, best=checkpoints.best())
         if resume_from is not None:
             checkpoints.drop_after(first)
-        if stored not in (None, config):
-            save_config(folder, config)
+        if stored not in (None, job.stored_config):
+            save_config(folder, job.stored_config)
         forget_end(folder)
         save_environment(folder, job.mesh)
         if first > 0:
@@ -221,12 +219,14 @@ def _finetune(
         state, step = ended.state, int(ended.state.step)
         if ended.signal is not None:
             logger.info(
-                f"{ended.signal.name}: ended after step {step} of {config.train.steps}, saved in "
-                f"{folder}; the same command resumes the run"
+                f"{ended.signal.name}: ended after step {step} of {config.train.total_steps}, saved "
+                f"in {folder}; the same command resumes the run"
             )
             raise SystemExit(128 + ended.signal)
         if ended.early is not None:
-            logger.info(f"ended early, after step {step} of {config.train.steps}: {ended.early}")
+            logger.info(
+                f"ended early, after step {step} of {config.train.total_steps}: {ended.early}"
+            )
         best, loss = checkpoints.best(), checkpoints.loss(step)
         scorer = Scorer(
             job.eval_examples,
@@ -269,7 +269,7 @@ def _finished(
     Raises:
         ValueError: results.json is damaged.
     """
-    steps, file = job.config.train.steps, folder / RESULTS_FILE
+    steps, file = job.config.train.total_steps, folder / RESULTS_FILE
     early = early_stop_reason(job, evaluations)
     if step > steps:
         reason = f"train.steps = {steps}: the run is at step {step} already"
@@ -341,7 +341,7 @@ def _begin_folder(
         _save_start(folder, job, pairs, base)
     save_data(folder, data)
     # Write the configuration last: it marks a folder that can be resumed.
-    save_config(folder, config)
+    save_config(folder, job.stored_config)
     shutil.rmtree(folder / KEPT_LAYERS, ignore_errors=True)
 
 
@@ -357,8 +357,9 @@ def _save_start(folder: Path, job: Job, pairs: Base, base: Base) -> None:
         checkpoints.save(0, state)
 
 
-def describe(config: Config, llama: LlamaConfig, base: Base, examples: int, mesh: Mesh) -> str:
+def describe(job: Job, base: Base) -> str:
     """Describes the run in two lines, and with several devices in a third one."""
+    config, llama, mesh, examples = job.config, job.model.config, job.mesh, len(job.examples)
     adapter, train = config.adapter, config.train
     stored = measure_base(base)
     devices = ""
@@ -370,12 +371,14 @@ def describe(config: Config, llama: LlamaConfig, base: Base, examples: int, mesh
             f"{readable_size(largest)} of the base on each"
         )
     quantized = config.quant.label if config.quant.quantizes else "unquantized"
+    epochs = "" if job.epochs is None else f" ({job.epochs:g} epochs of {job.batches.rows:,} rows)"
     start = f" from {adapter.source or adapter.start.title}" if adapter.start_title else ""
     return (
         f"{config.model}: {llama.num_hidden_layers} layers of {llama.hidden_size}, {quantized}, "
         f"{stored.bits:.2f} bits a weight, {readable_size(stored.total)} with embeddings\n"
-        f"{adapter.method} of rank {adapter.rank}{start}, {examples:,} examples, {train.steps:,} "
-        f"steps of {train.batch_size} on {jax.devices()[0].device_kind}{devices}"
+        f"{adapter.method} of rank {adapter.rank}{start}, {examples:,} examples, "
+        f"{train.total_steps:,} steps of {train.batch_size}{epochs} on "
+        f"{jax.devices()[0].device_kind}{devices}"
     )
 
 

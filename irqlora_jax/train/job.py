@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from irqlora_jax.base.mesh import check_mesh
 from irqlora_jax.base.storage import abstract_base
 from irqlora_jax.base.updates import with_scales
 from irqlora_jax.config import Config
-from irqlora_jax.data import Example, hold_out, load_examples
+from irqlora_jax.data import Batches, Example, make_batches, read_chat_template
 from irqlora_jax.data.calibrate import CalibrationRows, read_calibration
+from irqlora_jax.data.order import Part
+from irqlora_jax.data.sources import load_data_sets
+from irqlora_jax.data.templates import set_chat_template
 from irqlora_jax.evaluate import Question, load_questions
 from irqlora_jax.export.quantized import absorbed_base
 from irqlora_jax.files.hub import is_hub_id, read_config, snapshot
@@ -33,23 +37,50 @@ from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import is_base, read_architecture, read_tokenizer, with_end_tokens
 from irqlora_jax.runs.state import make_model, make_optimizer
 from irqlora_jax.sharding import make_mesh
+from irqlora_jax.text import require
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Everything that a run needs except its weights. It does not change during the training."""
+    """Everything that a run needs except its weights. It does not change during the training.
+
+    Attributes:
+        config: of the run, with the number of steps in place of `train.epochs`.
+        mesh: the devices.
+        model: without weights.
+        optimizer: with the schedule.
+        examples: for the training.
+        eval_examples: for the evaluation loss.
+        questions: for the end of the run.
+        samples: prompts for every evaluation.
+        calibrate: text for the quantizer.
+        batches: for the training, by step.
+        parts: the sources of the examples.
+        epochs: `train.epochs`.
+    """
 
     config: Config
     mesh: Mesh
     model: Llama
     optimizer: optax.GradientTransformation
-    examples: list[Example]
+    examples: Sequence[Example]
     eval_examples: list[Example]
     questions: list[Question]
     samples: Samples
     calibrate: CalibrationRows | None
+    batches: Batches
+    parts: tuple[Part, ...]
+    epochs: float | None = None
+
+    @property
+    def stored_config(self) -> Config:
+        """The configuration as a run stores it: with `train.epochs` as it was given."""
+        if self.epochs is None:
+            return self.config
+        train = dataclasses.replace(self.config.train, steps=None, epochs=self.epochs)
+        return dataclasses.replace(self.config, train=train)
 
 
 def read_job(config: Config, source: str | Path, limit: int | None = None) -> Job:
@@ -78,11 +109,15 @@ def read_job(config: Config, source: str | Path, limit: int | None = None) -> Jo
     with jax.set_mesh(mesh):
         _check_matmul(config, llama, source)
     tokenizer = read_tokenizer(source)
+    set_chat_template(tokenizer, config.data, read_chat_template(config.data.chat_template))
     if is_hub_id(source):  # its files are here now
         llama = read_architecture(snapshot(source), config.quant)
     llama = with_end_tokens(llama, tokenizer, source)
     with progress_bar("Reading the data", show=config.log.progress):
-        examples, eval_examples = _load_data(config, tokenizer, llama.max_position_embeddings)
+        longest = llama.max_position_embeddings
+        examples, eval_examples, parts = load_data_sets(
+            config.data, tokenizer, longest, config.seed
+        )
         rows = _load_calibration(given, source, tokenizer, llama.max_position_embeddings)
     if config.train.early_stopping and not eval_examples:
         raise ValueError(
@@ -93,17 +128,56 @@ def read_job(config: Config, source: str | Path, limit: int | None = None) -> Jo
     if asked.questions is not None:
         questions = load_questions(asked.questions, tokenizer, asked.max_questions)
     samples = read_samples(config, tokenizer, llama)
-    sequences = [*(e.tokens for e in (*examples, *eval_examples)), *samples.prompts]
-    highest = max(int(max(tokens)) for tokens in sequences)
+    # The other examples of a stream are checked when they are read.
+    some = examples[:64] if config.data.streaming else examples
+    sequences = [*(e.tokens for e in (*some, *eval_examples)), *samples.prompts]
+    check_tokens(config, llama, max(int(max(tokens)) for tokens in sequences))
+    sizes = config.train.batch_size, config.seed, longest
+    batches = make_batches(examples, config.data, *sizes, parts)
+    epochs = config.train.epochs
+    config = dataclasses.replace(config, train=config.train.with_steps(batches.rows))
+    model = make_model(llama, config.adapter, config.train)
+    check_adapter(model, config.quant)
+    optimizer = make_optimizer(config.train, config.adapter.chosen)
+    return Job(
+        config,
+        mesh,
+        model,
+        optimizer,
+        examples,
+        eval_examples,
+        questions,
+        samples,
+        rows,
+        batches,
+        parts,
+        epochs,
+    )
+
+
+def check_warmup(config: Config) -> None:
+    """Checks, for a new run, that the warmup ends before the training.
+
+    Raises:
+        ValueError: it does not.
+    """
+    # Not in TrainConfig: runs of earlier versions have to open.
+    accepted = f"at most train.steps = {config.train.total_steps}"
+    ok = config.train.warmup_steps <= config.train.total_steps
+    require(ok, "train.warmup_steps", config.train.warmup_steps, accepted)
+
+
+def check_tokens(config: Config, llama: LlamaConfig, highest: int) -> None:
+    """Checks that the model has an embedding for the highest token of the data.
+
+    Raises:
+        ValueError: it has not.
+    """
     if highest >= llama.vocab_size:  # indexing would silently clamp it
         raise ValueError(
             f"model = '{config.model}': the tokenizer yields token {highest}, the embedding has "
             f"{llama.vocab_size} rows; expected a tokenizer that belongs to the model"
         )
-    model = make_model(llama, config.adapter, config.train)
-    check_adapter(model, config.quant)
-    optimizer = make_optimizer(config.train, config.adapter.chosen)
-    return Job(config, mesh, model, optimizer, examples, eval_examples, questions, samples, rows)
 
 
 def with_chosen_rules(job: Job, asked: QuantConfig, limit: int | None = None) -> Job:
@@ -194,15 +268,3 @@ def _check_baselines(config: Config) -> None:
         read_config(config.model)
     except OSError as error:
         raise FileNotFoundError(f"{needs} {error}") from error
-
-
-def _load_data(
-    config: Config, tokenizer: Any, max_length: int
-) -> tuple[list[Example], list[Example]]:
-    data = config.data
-    if not data.train:
-        raise ValueError("data.train = '': expected a file or the id of a data set")
-    examples = load_examples(data.train, data, tokenizer, max_length)
-    if data.eval is not None:
-        return examples, load_examples(data.eval, data, tokenizer, max_length)
-    return hold_out(examples, data.eval_fraction, config.seed)

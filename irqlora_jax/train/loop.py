@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.method import LEARNED
 from irqlora_jax.base.file import Base
-from irqlora_jax.data import make_batches, prefetch
+from irqlora_jax.data import prefetch
 from irqlora_jax.evaluate import evaluation_loss
 from irqlora_jax.generate.samples import answer_samples
 from irqlora_jax.machine import peak_memory
@@ -28,7 +28,7 @@ from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.state import TrainState
 from irqlora_jax.sharding import put_batch
 from irqlora_jax.text import readable_size
-from irqlora_jax.train.job import Job
+from irqlora_jax.train.job import Job, check_tokens
 from irqlora_jax.train.metrics import MetricsLog
 from irqlora_jax.train.step import make_step
 from irqlora_jax.train.stop import Stop
@@ -61,26 +61,23 @@ def train(
         OSError: a checkpoint or the log cannot be written.
     """
     settings, first = job.config.train, int(state.step)
-    batches = make_batches(
-        job.examples,
-        job.config.data,
-        settings.batch_size,
-        job.config.seed,
-        job.model.config.max_position_embeddings,
-    )
+    steps, batches = settings.total_steps, job.batches
     advance = make_step(job.mesh, state, model=job.model, optimizer=job.optimizer, config=settings)
     show = job.config.log.progress
-    progressing = progress_bar("finetuning", settings.steps, "step", show=show, initial=first)
+    progressing = progress_bar("finetuning", steps, "step", show=show, initial=first)
 
     def prepare(step: int) -> tuple[int, list[int], dict[str, Array]]:
-        return step + 1, batches.indices(step), put_batch(job.mesh, batches[step])
+        batch = batches[step]
+        if job.config.data.streaming:
+            check_tokens(job.config, job.model.config, int(batch["tokens"].max()))
+        return step + 1, batches.indices(step), put_batch(job.mesh, batch)
 
     early = early_stop_reason(job, log.evaluations)
-    steps = range(first, first if early else settings.steps)
+    todo = range(first, first if early else steps)
     with (
         progressing as bar,
         Stop() as stop,
-        contextlib.closing(prefetch(prepare, steps)) as prepared,
+        contextlib.closing(prefetch(prepare, todo)) as prepared,
     ):
         meter = _Meter(job, log, checkpoints, bar)
         bar.set_description_str("compiling the training step", refresh=False)
@@ -88,7 +85,7 @@ def train(
             meter.mark_start()
             state, metrics = advance(state, base, batch)
             meter.put(done, indices, metrics)
-            last = done == settings.steps
+            last = done == steps
             evaluates = last or _is_due(settings.eval_every, done)
             saves = last or _is_due(settings.save_every, done)
             if not (evaluates or saves or stop.signal):
@@ -123,7 +120,7 @@ def train(
                     checkpoints.save(done, state, loss, log.checksum())
             if ends:
                 break
-    return LoopResult(state, stop.signal, None if int(state.step) == settings.steps else early)
+    return LoopResult(state, stop.signal, None if int(state.step) == steps else early)
 
 
 def learned(adapter: AdapterConfig, adapters: dict[str, Any]) -> dict[str, float]:
@@ -262,7 +259,7 @@ class _Meter:
         else:
             self._tokens += sum(len(self._job.examples[index].tokens) for index in indices)
         config = self._job.config
-        if step % config.log.every and step != config.train.steps:
+        if step % config.log.every and step != config.train.total_steps:
             return
         speed = ""
         if self._tokens:

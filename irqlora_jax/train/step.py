@@ -156,7 +156,7 @@ def train_step(
     keys = jax.random.split(step_key, config.accumulation)
     # Once a step: all parts of the batch share the pairs, and their gradients are summed first.
     prepare_key = jax.random.fold_in(step_key, 1)
-    progress = state.step.astype(jnp.float32) / max(config.steps - 1, 1)
+    progress = state.step.astype(jnp.float32) / max(config.total_steps - 1, 1)
     pairs, pull = jax.vjp(
         lambda adapters: prepare(model, adapters, prepare_key, progress), state.adapters
     )

@@ -255,7 +255,7 @@ def test_a_folder_and_an_empty_name_are_refused(tmp_path):
 @pytest.fixture
 def hub(monkeypatch):
     """hub(load): `load` in place of `datasets.load_dataset`, and a hub that answers."""
-    monkeypatch.setattr("irqlora_jax.data.rows.reaches_hub", lambda: True)
+    monkeypatch.setattr("irqlora_jax.data.hub.reaches_hub", lambda: True)
     return lambda load: monkeypatch.setattr(datasets, "load_dataset", load)
 
 
@@ -352,7 +352,7 @@ def test_without_a_network_only_the_cache_of_the_hub_is_read(hub, monkeypatch):
         raise FileNotFoundError("not cached")
 
     hub(load)
-    monkeypatch.setattr("irqlora_jax.data.rows.reaches_hub", lambda: False)
+    monkeypatch.setattr("irqlora_jax.data.hub.reaches_hub", lambda: False)
     with pytest.raises(FileNotFoundError, match="the hub could not be reached; connect"):
         load_examples("someone/data", config(), make_tokenizer())
     assert seen == [True] and not constants.is_offline_mode()
