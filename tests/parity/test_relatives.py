@@ -1,5 +1,6 @@
 """Models that differ a little from LLaMA, against transformers: logits, and what export writes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,18 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.load import load_run
-from tests.models import PLAIN, RELATIVES, stack_tensors, write_run
+from irqlora_jax.train.finetune import run as finetune
+from tests.models import (
+    PLAIN,
+    RELATIVES,
+    long,
+    random_tensors,
+    stack_tensors,
+    word_tokenizer,
+    write_model,
+    write_run,
+)
+from tests.train.small_runs import config_for, losses_of
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -84,3 +96,30 @@ def test_exported(name: str, tmp_path: Path) -> None:
     both = hf.export_dequantized(tmp_path / "run", tmp_path / "both", dtype="float32")
     auto = peft.AutoPeftModelForCausalLM.from_pretrained(both / "adapter")
     np.testing.assert_allclose(their_logits(auto, tokens), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["Qwen3", *long(*sorted(RELATIVES.keys() - {"Qwen3"}))])
+def test_trained(name: str, tmp_path: Path) -> None:
+    """From the folder of a model through a finetune to a merged model."""
+    llama = RELATIVES[name]
+    words = word_tokenizer(llama.vocab_size)
+    drawn = random_tensors(llama)
+    tensors = {key: np.float32(4 * value + ("norm" in key)) for key, value in drawn.items()}
+    folder = write_model(tmp_path / "model", llama, tensors, tokenizer=words)
+    rows = [{"input": f"w{i} w{i + 1}", "output": "w5 w6"} for i in range(3, 35)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    data = {"data__train": str(tmp_path / "rows.jsonl"), "data__format": "input_output"}
+    data |= {"data__eval": None, "data__max_examples": None}
+    quant = {"quant__format": "nf3", "quant__block_size": 8, "quant__calibration": "icq"}
+    train = {"train__steps": 6, "train__learning_rate": 0.1, "adapter__dropout": 0.0}
+    with jax.numpy_dtype_promotion("standard"):
+        finetune(config_for(folder, tmp_path / "run", **data, **quant, **train))
+    losses = [loss for _, loss in losses_of(tmp_path / "run")]
+    assert losses[-1] < losses[0] - 0.1
+    opened = load_run(tmp_path / "run", compute_dtype="float32")
+    assert opened.model.config == llama
+    tokens = np.random.default_rng(0).integers(0, llama.vocab_size, (2, 40))
+    expected = np.asarray(jax.jit(opened.model.apply)(opened.variables, jnp.asarray(tokens)))
+    merged = hf.export_merged(tmp_path / "run", tmp_path / "merged", dtype="float32")
+    model = transformers.AutoModelForCausalLM.from_pretrained(merged)
+    np.testing.assert_allclose(their_logits(model, tokens), expected, **CLOSE)
