@@ -22,7 +22,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast, overload
+from typing import Any, BinaryIO, Protocol, cast, overload
 
 import numpy as np
 from jaxtyping import Int64
@@ -77,6 +77,7 @@ class JsonlFile:
         self._path, starts, blank = path, array.array("q"), array.array("q")
         digest, place = hashlib.sha256(), 0
         with open(path, "rb") as file:
+            self._state = _state(file)
             for line in file:
                 digest.update(line)
                 text = line.removeprefix(codecs.BOM_UTF8) if place == 0 else line
@@ -89,12 +90,6 @@ class JsonlFile:
         starts.append(place)
         self._starts = np.frombuffer(starts, np.int64)
         self._blank = np.array(blank, np.int64)
-        self._file = open(path, "rb")  # noqa: SIM115, as long as this object
-        self._state = self._stat()
-
-    def _stat(self) -> tuple[int, int]:
-        found = os.fstat(self._file.fileno())
-        return found.st_size, found.st_mtime_ns
 
     def read(self, index: int) -> Row:
         """Reads a row.
@@ -102,12 +97,20 @@ class JsonlFile:
         Raises:
             ValueError: not UTF-8 or not JSON, or the file was changed since the start.
         """
-        if self._stat() != self._state:
-            raise ValueError(f"{self._path}: changed during the run; expected the same file")
         start, end = self._starts[index : index + 2].tolist()
-        data = os.pread(self._file.fileno(), end - start, start).strip()
+        with open(self._path, "rb") as file:
+            if _state(file) != self._state:
+                raise ValueError(f"{self._path}: changed during the run; expected the same file")
+            file.seek(start)
+            data = file.read(end - start).strip()
         number = index + 1 + int(np.searchsorted(self._blank, index, side="right"))
         return line_row(self._path, number, decode_text(data, f"{self._path}, row {index + 1}"))
+
+
+def _state(file: BinaryIO) -> tuple[int, int]:
+    """What changes with the content of a file: its size, and when it was last written."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns
 
 
 class ParquetFile:
