@@ -182,7 +182,7 @@ def test_digests_tell_files_and_settings_apart(tmp_path):
 
 def test_the_memory_does_not_hold_the_file(tmp_path):
     rows = [row | {"rest": "x" * 5000} for row in rows_of(20)]
-    source = write_file(tmp_path, "a.jsonl", rows * 200)
+    source = write_file(tmp_path, "a.jsonl", rows * 50)
     load(source, streaming=True)  # imports and caches
     peaks = {}
     for streaming in (True, False):
@@ -196,7 +196,7 @@ def test_the_memory_does_not_hold_the_file(tmp_path):
         peaks[streaming] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     size = Path(source).stat().st_size
-    assert size > 20e6
+    assert size > 5e6
     assert peaks[True] < size / 10 and peaks[False] > size
 
 
@@ -212,11 +212,12 @@ def test_an_epoch_reads_every_row_group_of_parquet_once(tmp_path, monkeypatch):
     monkeypatch.setattr("irqlora_jax.data.streaming.read_group", read)
     sets = load(write_parquet(tmp_path / "a.parquet", rows_of(240), 10), streaming=True)
     batches = make_batches(sets.train, config(streaming=True), 8, 0, 64, sets.parts)
-    assert reads == list(range(7))  # the first 64 rows are checked
+    assert reads[:7] == list(range(7))  # the first 64 rows are checked
+    before = len(reads)
     for step in range(30):
         batches[step]
-    # Those may still be there.
-    assert set(reads) == set(range(24)) and len(reads) <= 24 + 7
+    # Some of the first ones may still be there.
+    assert set(reads) == set(range(24)) and len(reads) - before <= 24
 
 
 def test_the_index_is_8_bytes_a_row(tmp_path):
