@@ -313,3 +313,13 @@ def test_a_plan_with_a_kernel_equals_one_with_xla() -> None:
     base = abstract_base(SMALL, CONFIG.quant)
     plain, kernel = (measure(one, base, SMALL, target(2**40)) for one in (CONFIG, asked))
     assert kernel == plain
+
+
+def test_a_plan_needs_no_data_for_epochs(tmp_path: Path) -> None:
+    model = str(write_model(tmp_path / "model"))
+    train = dataclasses.replace(CONFIG.train, steps=None, epochs=2, schedule="linear")
+    config = dataclasses.replace(CONFIG, model=model, train=train)
+    base, llama = read_base_shapes(config)
+    need = measure(config, base, llama, target(2**40), limit=0)
+    plain = dataclasses.replace(config, train=CONFIG.train)
+    assert need == measure(plain, base, llama, target(2**40), limit=0)
