@@ -248,8 +248,10 @@ def test_bad_sources_are_refused(value, message):
             {"train": (DataSource("a", 1.0),), "group_by_length": True},
             "data.group_by_length = True: expected false with weights",
         ),
-        ({"streaming": True, "packing": True}, "data.packing = True: expected false with data.str"),
-        ({"streaming": True, "format": "text"}, "data.format = 'text': expected a format with an"),
+        (
+            {"packing": True, "group_by_length": True, "streaming": True},
+            "data.group_by_length = True: expected false with data.packing true",
+        ),
     ],
 )
 def test_settings_that_exclude_each_other_are_refused(fields, message):

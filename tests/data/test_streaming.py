@@ -11,9 +11,9 @@ from irqlora_jax.data import Batches, load_examples, make_batches
 from irqlora_jax.data.chat import read_conversations
 from irqlora_jax.data.config import DataSource
 from irqlora_jax.data.order import Part
+from irqlora_jax.data.row_files import JsonlFile, read_group
 from irqlora_jax.data.sources import load_data_sets
-from irqlora_jax.data.streaming import JsonlFile, read_group
-from tests.data.small_data import config, make_tokenizer, write_file
+from tests.data.small_data import WORDS, config, make_tokenizer, write_file
 from tests.data.test_sources import rows_of, same
 
 
@@ -97,6 +97,46 @@ def test_streamed_batches_are_a_function_of_the_step(tmp_path, kind):
         assert again.indices(step) == batches.indices(step) == wanted.indices(step)
         for name, values in wanted[step].items():
             np.testing.assert_array_equal(again[step][name], values)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("fields", [{}, {"sequence_length": 100}, {"max_examples": 3}])
+def test_windows_of_streamed_text_are_those_in_memory(tmp_path, kind, fields):
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, count)) for count in rng.integers(1, 40, 50)]
+    texts[3:6] = [" \n", "\nred\n", "  "]
+    source = write(tmp_path, kind, [{"text": text} for text in texts])
+    fields = {"format": "text", "sequence_length": 7} | fields
+    kept, streamed = load(source, **fields), load(source, streaming=True, **fields)
+    assert same(streamed.train, kept.train)
+    for one, other in zip(streamed.train, kept.train, strict=True):
+        assert (one.targets == other.targets).all()
+    (part,) = streamed.parts
+    assert kind == "jsonl" or sum(part.blocks or ()) == part.count == len(kept.train)
+
+
+def test_streamed_text_without_windows_is_refused(tmp_path):
+    source = write_file(tmp_path, "a.jsonl", [{"text": " "}, {"text": "\n"}])
+    with pytest.raises(ValueError, match=r"a.jsonl has fewer than 2 tokens"):
+        load(source, format="text", streaming=True)
+    source = write_file(tmp_path, "a.jsonl", [{"txt": "red"}])
+    with pytest.raises(ValueError, match="line 1 has no column 'text'"):
+        load(source, format="text", streaming=True)
+
+
+@pytest.mark.parametrize("name", ["packing", "group_by_length"])
+def test_streams_are_packed_and_grouped_as_in_memory(tmp_path, name):
+    source = write(tmp_path, "jsonl", rows_of(40))
+    sets = {streaming: load(source, streaming=streaming) for streaming in (True, False)}
+    batches = [
+        make_batches(found.train, config(streaming=streaming, **{name: True}), 4, 0, 64)
+        for streaming, found in sets.items()
+    ]
+    for step in (0, 5, 3):
+        assert batches[0].indices(step) == batches[1].indices(step)
+    other = write_parquet(tmp_path / "c.parquet", rows_of(5), 2)
+    with pytest.raises(ValueError, match=rf"data.{name} = True: expected false for streamed .parq"):
+        load(other, streaming=True, **{name: True})
 
 
 def test_streams_are_drawn_by_weight(tmp_path):
@@ -202,14 +242,14 @@ def test_the_memory_does_not_hold_the_file(tmp_path):
 
 def test_an_epoch_reads_every_row_group_of_parquet_once(tmp_path, monkeypatch):
     monkeypatch.setattr("irqlora_jax.data.order.POOL", 30)
-    monkeypatch.setattr("irqlora_jax.data.streaming.POOL", 30)
+    monkeypatch.setattr("irqlora_jax.data.row_files.POOL", 30)
     reads = []
 
     def read(path, group):
         reads.append(group)
         return read_group(path, group)
 
-    monkeypatch.setattr("irqlora_jax.data.streaming.read_group", read)
+    monkeypatch.setattr("irqlora_jax.data.row_files.read_group", read)
     sets = load(write_parquet(tmp_path / "a.parquet", rows_of(240), 10), streaming=True)
     batches = make_batches(sets.train, config(streaming=True), 8, 0, 64, sets.parts)
     assert reads[:7] == list(range(7))  # the first 64 rows are checked
