@@ -74,7 +74,8 @@ class DataConfig:
     streaming: bool = False
     """Read and tokenize the rows of `train` when they are used, for sets larger than the memory.
     Files must be .jsonl or .parquet. Rows without a token to learn are not left out, and a bad row
-    is found only when it is used. The evaluation set is in memory in any case."""
+    is found only when it is used. Plain text, packing and group_by_length tokenize every row once
+    at the start, to know the lengths. The evaluation set is in memory in any case."""
     chat_template: str | None = None
     """Chat only: chatml, llama-2, llama-3, alpaca, mistral or zephyr, or a file with a Jinja
     template. Used instead of the tokenizer's template, and kept in the tokenizer of the run."""
@@ -106,18 +107,6 @@ class DataConfig:
         ok = not (self.group_by_length and self.weights)
         accepted = "false with weights in data.train"
         require(ok, "data.group_by_length", self.group_by_length, accepted)
-        if self.streaming:
-            self._check_streaming()
-
-    def _check_streaming(self) -> None:
-        # They need the lengths of all examples in tokens.
-        for name in ("packing", "group_by_length"):
-            value = getattr(self, name)
-            require(not value, f"data.{name}", value, "false with data.streaming true")
-        for source in self.sources:
-            kind = source.format or self.format
-            accepted = "a format with an example in each row, with data.streaming true"
-            require(kind != "text", "data.format", kind, accepted)
 
     @property
     def sources(self) -> tuple[DataSource, ...]:

@@ -142,7 +142,7 @@ def draft_examples(
         encoded = encode_conversations(tokenizer, talks, template, whole=whole)
         drafts: list[Draft] = [(tokens.tolist(), mask.tolist()) for tokens, mask in encoded]
     else:
-        texts, end = [item.text for item in cast(Sequence[Text], items)], _eos_tokens(tokenizer)
+        texts, end = [item.text for item in cast(Sequence[Text], items)], eos_tokens(tokenizer)
         tokens = [ids + end for ids in encode_source(tokenizer, texts)]
         said["are empty"] += sum(not text for text in texts)
         drafts = [(ids, [True] * len(ids)) for ids in tokens]
@@ -165,7 +165,7 @@ def _pairs(
 ) -> list[Draft]:
     prompts, answers = [row.prompt for row in rows], [row.answer for row in rows]
     pairs = encode_pairs(tokenizer, prompts, answers, join=joins(config), implied=implied)
-    head, end = len(prefix_tokens(tokenizer)), _eos_tokens(tokenizer)
+    head, end = len(prefix_tokens(tokenizer)), eos_tokens(tokenizer)
     drafts: list[Draft] = []
     cut, over, blank = 0, 0, 0
     for row, (prompt, answer) in zip(rows, pairs, strict=True):
@@ -215,17 +215,8 @@ def _cut_right(
 def _windows(
     source: str, config: DataConfig, tokenizer: Any, max_length: int | None
 ) -> list[Example]:
-    length, documents = config.sequence_length, read_documents(source)
-    if max_length is not None and max_length < length:
-        logger.warning(
-            "%s: data.sequence_length = %d is more than the model's context of %d tokens, which is "
-            "used instead",
-            source,
-            length,
-            max_length,
-        )
-        length = max_length
-    end = _eos_tokens(tokenizer)
+    documents, length = read_documents(source), window_length(source, config, max_length)
+    end = eos_tokens(tokenizer)
     parts = [np.array(ids + end, np.int32) for ids in encode_source(tokenizer, documents)]
     stream = np.concatenate(parts)
     examples = []
@@ -238,5 +229,21 @@ def _windows(
     return examples[: config.max_examples]
 
 
-def _eos_tokens(tokenizer: Any) -> list[int]:
+def window_length(source: str, config: DataConfig, max_length: int | None) -> int:
+    """Length of the windows of plain text, in tokens. Says if the context of the model is less."""
+    length = config.sequence_length
+    if max_length is not None and max_length < length:
+        logger.warning(
+            "%s: data.sequence_length = %d is more than the model's context of %d tokens, which is "
+            "used instead",
+            source,
+            length,
+            max_length,
+        )
+        length = max_length
+    return length
+
+
+def eos_tokens(tokenizer: Any) -> list[int]:
+    """The tokens at the end of an example: [eos], or [] if the tokenizer has no eos."""
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]

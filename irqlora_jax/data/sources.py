@@ -9,7 +9,7 @@ from irqlora_jax.data.batches import held_indices
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.data.examples import Example, load_examples
 from irqlora_jax.data.order import Part
-from irqlora_jax.data.streaming import Stream, StreamedExamples
+from irqlora_jax.data.streaming import StreamedExamples, open_stream
 
 
 class DataSets(NamedTuple):
@@ -75,7 +75,7 @@ def _stream(
     evaluation: list[Example],
 ) -> DataSets:
     streams = [
-        Stream(source.path, config.of_source(source), tokenizer, max_length)
+        open_stream(source.path, config.of_source(source), tokenizer, max_length)
         for source in config.sources
     ]
     train = StreamedExamples(streams)

@@ -4,157 +4,118 @@ The memory holds 8 bytes a row: where each row of a .jsonl file starts. A .parqu
 row group at a time. Any row can be read at any time, so batches stay a pure function of the step
 and a resumed run sees the same batches, as without streaming.
 
+What needs the lengths of all examples in tokens (plain text, packing, grouping by length) tokenizes
+every row once at the start, and keeps only the lengths.
+
 What this cannot do:
-- Packing, grouping by length and plain text need the lengths of all examples in tokens.
 - Rows without a token to learn are known only when they are read. They stay in the batches, where
   they count like padding.
-- The order of .parquet rows is less random: see `order.block_order`.
-- .json, .csv, .tsv and data sets of the hub: convert or download them first.
+- A bad row behind the first 64 is found when it is used.
+- The order of .parquet rows is less random (`order.block_order`), and they cannot be packed or
+  grouped, which would need row groups from everywhere.
+- .json, .csv, .tsv, .txt and data sets of the hub: convert or download them first.
 """
 
 import array
-import codecs
 import copy
 import functools
 import hashlib
 import logging
-import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Protocol, cast, overload
+from collections.abc import Iterator, Sequence
+from typing import Any, Self, cast, overload
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 
 from irqlora_jax.data.chat import read_chat_template, to_conversation
 from irqlora_jax.data.config import DataConfig
-from irqlora_jax.data.encode import implies_space
-from irqlora_jax.data.examples import Example, Item, Said, draft_examples, joins, to_example
-from irqlora_jax.data.formats import PAIR_COLUMNS, TEXT_COLUMNS, Pair, Text, to_pair
-from irqlora_jax.data.order import POOL
-from irqlora_jax.data.rows import (
-    Row,
-    check_columns,
-    line_row,
-    local_files,
-    open_parquet,
-    table_rows,
+from irqlora_jax.data.encode import encode_source, implies_space
+from irqlora_jax.data.examples import (
+    Example,
+    Item,
+    Said,
+    draft_examples,
+    eos_tokens,
+    joins,
+    to_example,
+    window_length,
 )
-from irqlora_jax.text import decode_text
+from irqlora_jax.data.formats import PAIR_COLUMNS, TEXT_COLUMNS, Pair, Text, to_pair
+from irqlora_jax.data.row_files import RowFile, first_blocks, open_files
+from irqlora_jax.data.rows import Row, check_columns
 
 logger = logging.getLogger(__name__)
 
 _FIRST = 64  # rows that are checked at the start
 _KEPT = 1024  # examples that stay in memory, for those who ask for them again
+_CHUNK = 256  # rows that are tokenized together
 
 
-class RowFile(Protocol):
-    """A file whose rows are read one by one.
+class Rows:
+    """The rows of the files of a source.
 
     Attributes:
         count: number of rows.
-        blocks: numbers of rows that are read together; None if each is read alone.
-        digest: sha256 of the file.
+        files: the files.
+        digest: hash of the files.
     """
 
-    count: int
-    blocks: tuple[int, ...] | None
-    digest: str
-
-    def read(self, index: int) -> Row:
-        """Reads a row. `index` counts from 0."""
-        ...
-
-
-class JsonlFile:
-    """A .jsonl file with the place of every line. See `RowFile`."""
-
-    blocks = None
-
-    def __init__(self, path: Path) -> None:
-        """Finds the lines, in one pass through the file."""
-        self._path, starts, blank = path, array.array("q"), array.array("q")
-        digest, place = hashlib.sha256(), 0
-        with open(path, "rb") as file:
-            for line in file:
-                digest.update(line)
-                text = line.removeprefix(codecs.BOM_UTF8) if place == 0 else line
-                if text.strip():
-                    starts.append(place + len(line) - len(text))
-                else:
-                    blank.append(len(starts))
-                place += len(line)
-        self.count, self.digest = len(starts), digest.hexdigest()
-        starts.append(place)
-        self._starts = np.frombuffer(starts, np.int64)
-        self._blank = np.array(blank, np.int64)
-        self._file = open(path, "rb")  # noqa: SIM115, as long as this object
-        self._state = self._stat()
-
-    def _stat(self) -> tuple[int, int]:
-        found = os.fstat(self._file.fileno())
-        return found.st_size, found.st_mtime_ns
-
-    def read(self, index: int) -> Row:
-        """Reads a row.
+    def __init__(self, source: str) -> None:
+        """Finds the rows.
 
         Raises:
-            ValueError: not UTF-8 or not JSON, or the file was changed since the start.
+            FileNotFoundError, ValueError: as `open_files`, or there are no rows.
         """
-        if self._stat() != self._state:
-            raise ValueError(f"{self._path}: changed during the run; expected the same file")
-        start, end = self._starts[index : index + 2].tolist()
-        data = os.pread(self._file.fileno(), end - start, start).strip()
-        number = index + 1 + int(np.searchsorted(self._blank, index, side="right"))
-        return line_row(self._path, number, decode_text(data, f"{self._path}, row {index + 1}"))
+        self.files: list[RowFile] = open_files(source)
+        self._ends = np.cumsum([file.count for file in self.files])
+        self.count = int(self._ends[-1])
+        self.digest = hashlib.sha256("".join(f.digest for f in self.files).encode()).hexdigest()
+        if not self.count:
+            raise ValueError(f"{source} has no rows")
 
-
-class ParquetFile:
-    """A .parquet file that is read a row group at a time. See `RowFile`."""
-
-    def __init__(self, path: Path) -> None:
-        """Reads the sizes of the row groups, and hashes the file."""
-        self._path = path
-        with open_parquet(path) as file:
-            found = file.metadata
-            sizes = [found.row_group(group).num_rows for group in range(found.num_row_groups)]
-        self.blocks = tuple(size for size in sizes if size)
-        self._groups = [group for group, size in enumerate(sizes) if size]
-        self._ends = np.cumsum(self.blocks, dtype=np.int64)
-        self.count = sum(self.blocks)
-        with open(path, "rb") as file:
-            self.digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.tables: Callable[[Path, int], Any] = read_group
-
-    def read(self, index: int) -> Row:
-        """Reads a row.
-
-        Raises:
-            ValueError: the file is damaged, or a value has no counterpart in Python.
-        """
-        group = int(np.searchsorted(self._ends, index, side="right"))
-        place = index - int(self._ends[group] - self.blocks[group])
-        table = self.tables(self._path, self._groups[group])
-        if place >= table.num_rows:
-            raise ValueError(f"{self._path}: changed during the run; expected the same file")
-        return table_rows(self._path, table.slice(place, 1), index + 1)[0]
-
-
-def read_group(path: Path, group: int) -> Any:
-    """Reads a row group of a .parquet file, as a table of pyarrow."""
-    with open_parquet(path) as file:
-        return file.read_row_group(group)
+    def __getitem__(self, index: int) -> Row:
+        file = int(np.searchsorted(self._ends, index, side="right"))
+        return self.files[file].read(index - int(self._ends[file] - self.files[file].count))
 
 
 class Stream:
-    """The examples of one source, read and tokenized when they are used.
+    """The examples of one source. `RowStream` and `TextStream` say how they are made.
 
     Attributes:
         count: number of examples.
         blocks: numbers of examples that are read together; None if each is read alone.
         digest: hash of the files and of what else the examples depend on.
     """
+
+    count: int
+    blocks: tuple[int, ...] | None
+    digest: str
+    _chosen: Int64[np.ndarray, " examples"] | None = None  # None: all
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < self.count:
+            raise IndexError(f"index = {index}: expected 0 to {self.count - 1}")
+        return self._example(index if self._chosen is None else int(self._chosen[index]))
+
+    def _example(self, index: int) -> Example:
+        raise NotImplementedError
+
+    def without(self, held: Int64[np.ndarray, " held"]) -> Self:
+        """The stream without some of its examples, given by increasing index."""
+        there = np.arange(self.count) if self._chosen is None else self._chosen
+        found = copy.copy(self)
+        found._chosen = np.delete(there, held)
+        found.count = len(found._chosen)
+        if self.blocks is not None:
+            lost = np.searchsorted(np.cumsum(self.blocks), held, side="right")
+            left = np.array(self.blocks) - np.bincount(lost, minlength=len(self.blocks))
+            found.blocks = tuple(left[left > 0].tolist())
+        return found
+
+
+class RowStream(Stream):
+    """A stream with an example in each row: every format but plain text."""
 
     def __init__(
         self, source: str, config: DataConfig, tokenizer: Any, max_length: int | None
@@ -171,24 +132,16 @@ class Stream:
             FileNotFoundError: no such file.
             ValueError: a source of another kind, no rows, or a bad row among the first ones.
         """
-        files = _open_files(source)
-        self._source, self._config, self._files = source, config, files
+        self._rows, self._config = Rows(source), config
         self._tokenizer, self._max_length = tokenizer, max_length
-        self._template = (
-            read_chat_template(config.chat_template) if config.format == "chat" else None
-        )
-        self._ends = np.cumsum([file.count for file in files])
-        self._chosen: Int64[np.ndarray, " rows"] | None = None
+        is_chat = config.format == "chat"
+        self._template = read_chat_template(config.chat_template) if is_chat else None
         self._said: set[str] = set()
-        limit, rows = config.max_examples, int(self._ends[-1])
-        self.count = rows if limit is None else min(rows, limit)
-        if not self.count:
-            raise ValueError(f"{source} has no rows")
-        self.blocks = _first_blocks(files, self.count)
-        parts = [file.digest for file in files]
-        parts += [config.format, str(self.count), self._template or ""]
+        self.count = min(self._rows.count, config.max_examples or self._rows.count)
+        self.blocks = first_blocks(self._rows.files, self.count)
+        parts = [self._rows.digest, config.format, str(self.count), self._template or ""]
         self.digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
-        items = [self._item(index) for index in range(min(self.count, _FIRST))]
+        items = [to_item(self._rows[i], config.format) for i in range(min(self.count, _FIRST))]
         self._implied = None
         if joins(config):
             pairs = cast(list[Pair], items)
@@ -200,28 +153,8 @@ class Stream:
                 f"= '{config.format}')"
             )
 
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < self.count:
-            raise IndexError(f"index = {index}: expected 0 to {self.count - 1}")
-        return self._encode(self._item(index))
-
-    def without(self, held: Int64[np.ndarray, " held"]) -> "Stream":
-        """The stream without some of its examples, given by increasing index."""
-        there = np.arange(self.count) if self._chosen is None else self._chosen
-        found = copy.copy(self)
-        found._chosen = np.delete(there, held)
-        found.count = len(found._chosen)
-        if self.blocks is not None:
-            lost = np.searchsorted(np.cumsum(self.blocks), held, side="right")
-            left = np.array(self.blocks) - np.bincount(lost, minlength=len(self.blocks))
-            found.blocks = tuple(left[left > 0].tolist())
-        return found
-
-    def _item(self, index: int) -> Item:
-        row = index if self._chosen is None else int(self._chosen[index])
-        file = int(np.searchsorted(self._ends, row, side="right"))
-        found = self._files[file].read(row - int(self._ends[file] - self._files[file].count))
-        return to_item(found, self._config.format)
+    def _example(self, index: int) -> Example:
+        return self._encode(to_item(self._rows[index], self._config.format))
 
     def _encode(self, item: Item) -> Example:
         said: Said = Counter()
@@ -233,6 +166,71 @@ class Stream:
             self._said.add(what)
             logger.warning("%s and perhaps others %s", item.place, what)
         return example
+
+
+class TextStream(Stream):
+    """A stream of windows of plain text. A window tokenizes its documents again."""
+
+    def __init__(
+        self, source: str, config: DataConfig, tokenizer: Any, max_length: int | None
+    ) -> None:
+        """Tokenizes all rows once, and keeps their numbers of tokens.
+
+        The arguments and errors are those of `RowStream`.
+        """
+        self._rows, self._tokenizer = Rows(source), tokenizer
+        self._length = window_length(source, config, max_length)
+        counts = array.array("q")
+        for first in range(0, self._rows.count, _CHUNK):
+            last = min(first + _CHUNK, self._rows.count)
+            counts.extend(map(len, self._tokens(range(first, last))))
+        self._ends: Int64[np.ndarray, " rows"] = np.cumsum(np.frombuffer(counts, np.int64))
+        total = int(self._ends[-1])
+        windows = -(-(total - 1) // self._length)  # a last window has at least 2 tokens
+        if windows < 1:
+            raise ValueError(f"{source} has fewer than 2 tokens")
+        self.count = min(windows, config.max_examples or windows)
+        rows = first_blocks(self._rows.files, self._rows.count)
+        self.blocks = None
+        if rows is not None:
+            row = np.searchsorted(self._ends, np.arange(self.count) * self._length, side="right")
+            block = np.searchsorted(np.cumsum(rows), row, side="right")
+            self.blocks = tuple(size for size in np.bincount(block).tolist() if size)
+        parts = [self._rows.digest, str(self.count), str(total)]
+        self.digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def _tokens(self, rows: Sequence[int]) -> Iterator[list[int]]:
+        """The tokens of some rows; none for a row of white space."""
+        texts = []
+        for row in map(self._rows.__getitem__, rows):
+            check_columns(row, ("text",))
+            texts.append(row.text("text").strip("\n"))
+        encoded = iter(encode_source(self._tokenizer, [text for text in texts if text.strip()]))
+        end = eos_tokens(self._tokenizer)
+        return (next(encoded) + end if text.strip() else [] for text in texts)
+
+    def _example(self, index: int) -> Example:
+        start = index * self._length
+        stop = min(start + self._length, int(self._ends[-1]))
+        first = int(np.searchsorted(self._ends, start, side="right"))
+        last = int(np.searchsorted(self._ends, stop, side="left"))
+        parts = [np.array(ids, np.int32) for ids in self._tokens(range(first, last + 1))]
+        there: Int32[np.ndarray, " tokens"] = np.concatenate(parts)
+        skipped = start - int(self._ends[first - 1] if first else 0)
+        tokens = there[skipped : skipped + stop - start]
+        return Example(tokens, np.arange(len(tokens)) > 0)
+
+
+def open_stream(source: str, config: DataConfig, tokenizer: Any, max_length: int | None) -> Stream:
+    """Opens the stream of a source. The arguments and errors are those of `RowStream`."""
+    kind = TextStream if config.format == "text" else RowStream
+    found = kind(source, config, tokenizer, max_length)
+    if found.blocks is not None and (config.packing or config.group_by_length):
+        name = "packing" if config.packing else "group_by_length"
+        raise ValueError(
+            f"data.{name} = True: expected false for streamed .parquet files ({source}), or .jsonl"
+        )
+    return found
 
 
 def to_item(row: Row, format: str) -> Item:
@@ -254,42 +252,6 @@ def to_item(row: Row, format: str) -> Item:
             "false"
         )
     return Text(row.place, row.text(columns[0]))
-
-
-def _open_files(source: str) -> list[RowFile]:
-    accepted = ".jsonl or .parquet files with data.streaming true"
-    paths = local_files(source)
-    if paths is None:
-        name = source.partition(":")[0]
-        raise ValueError(
-            f"{source}: a data set of the hub; expected {accepted}, e.g. downloaded with `hf "
-            f"download --repo-type dataset {name}`"
-        )
-    kinds = {path.suffix for path in paths}
-    if len(kinds) > 1 or not kinds <= {".jsonl", ".parquet"}:
-        raise ValueError(f"{source}: {' and '.join(sorted(kinds))}; expected {accepted}")
-    if kinds == {".jsonl"}:
-        return [JsonlFile(path) for path in paths]
-    files = [ParquetFile(path) for path in paths]
-    sizes = [size for file in files for size in file.blocks]
-    # Two pools: a batch may hold the end of one and the start of the next.
-    held = 2 * (-(-POOL * max(len(sizes), 1) // max(sum(sizes), 1)) + 1)
-    tables = functools.lru_cache(held)(read_group)
-    for file in files:
-        file.tables = tables
-    return list[RowFile](files)
-
-
-def _first_blocks(files: Sequence[RowFile], count: int) -> tuple[int, ...] | None:
-    """The blocks of the first `count` rows of the files."""
-    if files[0].blocks is None:
-        return None
-    found: list[int] = []
-    for block in (block for file in files for block in file.blocks or ()):
-        if count > 0:
-            found.append(min(block, count))
-        count -= block
-    return tuple(found)
 
 
 class StreamedExamples(Sequence[Example]):

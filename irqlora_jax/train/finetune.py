@@ -219,8 +219,8 @@ def _finetune(
         state, step = ended.state, int(ended.state.step)
         if ended.signal is not None:
             logger.info(
-                f"{ended.signal.name}: ended after step {step} of {config.train.total_steps}, saved "
-                f"in {folder}; the same command resumes the run"
+                f"{ended.signal.name}: ended after step {step} of {config.train.total_steps}, "
+                f"saved in {folder}; the same command resumes the run"
             )
             raise SystemExit(128 + ended.signal)
         if ended.early is not None:

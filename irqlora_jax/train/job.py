@@ -115,10 +115,9 @@ def read_job(config: Config, source: str | Path, limit: int | None = None) -> Jo
     llama = with_end_tokens(llama, tokenizer, source)
     with progress_bar("Reading the data", show=config.log.progress):
         longest = llama.max_position_embeddings
-        examples, eval_examples, parts = load_data_sets(
-            config.data, tokenizer, longest, config.seed
-        )
+        sets = load_data_sets(config.data, tokenizer, longest, config.seed)
         rows = _load_calibration(given, source, tokenizer, llama.max_position_embeddings)
+    examples, eval_examples, parts = sets
     if config.train.early_stopping and not eval_examples:
         raise ValueError(
             f"train.early_stopping = {config.train.early_stopping}: needs an evaluation loss; "

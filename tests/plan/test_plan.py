@@ -369,3 +369,13 @@ def test_the_budgets_hold_by_the_estimate_too(size: str, most: float) -> None:
 def test_a_plan_with_a_kernel_equals_one_with_xla() -> None:
     """It is made where the kernel's device may not be."""
     assert need_of(train=dataclasses.replace(CONFIG.train, matmul="triton")) == need_of()
+
+
+def test_a_plan_needs_no_data_for_epochs(tmp_path: Path) -> None:
+    model = str(write_model(tmp_path / "model"))
+    train = dataclasses.replace(CONFIG.train, steps=None, epochs=2, schedule="linear")
+    config = dataclasses.replace(CONFIG, model=model, train=train)
+    base, llama = read_base_shapes(config)
+    need = measure(config, base, llama, target(2**40), limit=0)
+    plain = dataclasses.replace(config, train=CONFIG.train)
+    assert need == measure(plain, base, llama, target(2**40), limit=0)
