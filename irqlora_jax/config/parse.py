@@ -98,7 +98,9 @@ def _print_help(kind: type, argv: Sequence[str], script: str) -> NoReturn:
     parser.add_argument("--print_config", action="store_true", help="Print the configuration.")
     parser.add_class_arguments(kind, as_group=False)
     for flag in argv:
-        if re.fullmatch(r"--[\w.]+\.help", flag) and flag.startswith("--quant.rules"):
+        if re.fullmatch(r"--[\w.]+\.help", flag) and flag.startswith(
+            ("--quant.rules", "--train.rates")
+        ):
             parser.parse_args([flag])
     parser.print_help()
     raise SystemExit(0)
@@ -235,8 +237,11 @@ def _convert(name: str, kind: Any, value: Any, script: str) -> Any:
         return None
     for one in kinds:
         if typing.get_origin(one) is Literal:
-            if isinstance(value, str) and value in typing.get_args(one):
-                return value
+            for choice in typing.get_args(one):
+                if value == choice and type(value) is type(choice):
+                    return choice
+                if isinstance(choice, int) and value == str(choice):  # a flag
+                    return choice
             continue
         found: Any = read_value(value) if isinstance(value, str) and one is not str else value
         if one is float and type(found) is int and abs(found) < _LIMIT:
@@ -284,7 +289,9 @@ def _in_words(kind: Any) -> str:
     """Says which values a field accepts."""
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
-        many = "[a, b]" if inner is str else "[{match: PATTERN, format: nf4}]"
+        many = "[a, b]"
+        if inner is not str:
+            many = f"[{{match: PATTERN, {dataclasses.fields(inner)[1].name}: VALUE}}]"
         return f"a list such as {many}, or a single value"
     if dataclasses.is_dataclass(kind):
         return f"a section with {' or '.join(field.name for field in dataclasses.fields(kind))}"
@@ -293,6 +300,6 @@ def _in_words(kind: Any) -> str:
     accepted: list[str] = []
     for one in _alternatives(kind):
         is_choice = typing.get_origin(one) is Literal
-        accepted += typing.get_args(one) if is_choice else [words[one]]
+        accepted += map(str, typing.get_args(one)) if is_choice else [words[one]]
     *most, last = accepted
     return f"{', '.join(most)} or {last}" if most else last

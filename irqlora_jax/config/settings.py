@@ -21,6 +21,21 @@ from irqlora_jax.text import require
 
 
 @dataclasses.dataclass(frozen=True)
+class RateRule:
+    """Learning rate and weight decay of some leaves of the adapter."""
+
+    match: str
+    """Shell pattern for the names of the leaves (*, ?, [0-3]). A name is
+    layers.LAYER.self_attn.PROJECTION.LEAF or layers.LAYER.mlp.PROJECTION.LEAF, with layers counted
+    from 0. "*.lora_B" is one matrix of all pairs, "layers.0.*" the first layer."""
+    factor: float | None = None
+    """They learn with this many times train.learning_rate; 0 freezes them. Null: as without the
+    rule (1, or train.lora_plus_ratio)."""
+    weight_decay: float | None = None
+    """Null: train.weight_decay."""
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The optimization. The defaults are from the paper for LLaMA 7B and 13B (appendix B.4)."""
 
@@ -33,7 +48,11 @@ class TrainConfig:
     learning_rate: float = 2e-4
     """Peak learning rate."""
     lora_plus_ratio: float = 1.0
-    """LoRA+: the matrix lora_B learns with this many times the learning rate."""
+    """LoRA+: the matrix lora_B learns with this many times the learning rate, unless a rule of
+    `rates` gives its factor."""
+    rates: tuple[RateRule, ...] = ()
+    """Learning rates and weight decays for parts of the adapter. The first rule that matches a leaf
+    applies; a rule that applies to nothing is an error."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate schedule after the warmup; linear and cosine end at 0 at the last step."""
     warmup_steps: int = 0
@@ -46,6 +65,12 @@ class TrainConfig:
     """AdamW: constant added to the square root of the second moment."""
     weight_decay: float = 0.0
     """AdamW: decoupled weight decay."""
+    optimizer_bits: Literal[8, 32] = 32
+    """Bits of the stored moments of AdamW. 8: as in bitsandbytes, in blocks of 256 with the dynamic
+    map. Leaves below 4,096 numbers a layer keep `adapter.dtype`, as all do with 32."""
+    neftune_alpha: float = 0.0
+    """NEFTune: add uniform noise to the embeddings of the training tokens, up to
+    alpha / sqrt(L x hidden size) with L tokens in an example. 0: no noise; 5 to 15 are usual."""
     clip_norm: float | None = 0.3
     """Clip gradients to this global norm (null: no clipping)."""
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -80,7 +105,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "accumulation", "loss_chunk", "keep_checkpoints"):
             value = getattr(self, name)
             require(value >= 1, f"train.{name}", value, "a whole number of at least 1")
-        for name in ("warmup_steps", "eval_every", "save_every", "weight_decay", "early_stopping"):
+        limits = ("warmup_steps", "eval_every", "save_every", "early_stopping")
+        for name in (*limits, "weight_decay", "neftune_alpha"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"train.{name}", value, "a finite number of 0 or more")
         ok = self.early_stopping == 0 or self.eval_every > 0
@@ -91,6 +117,16 @@ class TrainConfig:
         for name in ("learning_rate", "lora_plus_ratio", "eps"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"train.{name}", value, "a positive finite number")
+        bits = self.optimizer_bits
+        require(bits in (8, 32), "train.optimizer_bits", bits, "8 or 32")
+        for place, rule in enumerate(self.rates):
+            field = f"train.rates[{place}]"
+            values = {"factor": rule.factor, "weight_decay": rule.weight_decay}
+            ok = any(value is not None for value in values.values())
+            require(ok, field, rule.match, "a rule with a factor or a weight_decay")
+            for name, value in values.items():
+                ok = value is None or 0 <= value < math.inf
+                require(ok, f"{field}.{name}", value, "a finite number of 0 or more, or null")
         clip = self.clip_norm
         require(clip is None or clip > 0, "train.clip_norm", clip, "a positive number, or null")
         ok = self.batch_size % self.accumulation == 0

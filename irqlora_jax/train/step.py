@@ -187,15 +187,16 @@ def train_step(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) if scaled else None
 
-    def update(grads: Any, opt_state: Any, adapters: Any) -> tuple[Any, Any]:
+    def update(grads: Any, opt_state: Any, adapters: Any, layer: Any = None) -> tuple[Any, Any]:
         if config.clip_norm is not None:
             grads = _clip(grads, norm, config.clip_norm)
-        updates, new = optimizer.update(grads, opt_state, adapters)
+        updates, new = whole.update(grads, opt_state, adapters, layer=layer)
         pair = optax.apply_updates(adapters, updates), new
         if finite is None:
             return pair
         return jax.tree.map(functools.partial(jnp.where, finite), pair, (adapters, opt_state))
 
+    whole = optax.with_extra_args_support(optimizer)
     if config.offload_optimizer:
         update = functools.partial(_update_by_layer, update)
     opt_state = _with_schedule_at(state.opt_state, state.step) if scaled else state.opt_state
@@ -248,7 +249,7 @@ def _clip(grads: Any, norm: Array, largest: float) -> Any:
 
 
 def _update_by_layer(
-    update: Callable[[Any, Any, Any], tuple[Any, Any]], grads: Any, opt_state: Any, adapters: Any
+    update: Callable[..., tuple[Any, Any]], grads: Any, opt_state: Any, adapters: Any
 ) -> tuple[Any, Any]:
     """Applies `update` with moments in the memory of the host (`state_shardings`).
 
@@ -274,7 +275,7 @@ def _update_by_layer(
 
         old = [jax.tree.map(read, tree) for tree in (grads, carry[0])]
         state = jax.tree.map(fetch, carry[1], opt_state)
-        new, new_state = update(old[0], state, old[1])
+        new, new_state = update(old[0], state, old[1], (layer, layers))
         return jax.tree.map(write, carry[0], new), jax.tree.map(store, carry[1], new_state)
 
     layers = jax.tree.leaves(adapters)[0].shape[0]
