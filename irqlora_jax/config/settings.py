@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.file import read_base_config
+from irqlora_jax.config.adapter import fill_from_adapter
 from irqlora_jax.config.base import fill_from_base, find_base
 from irqlora_jax.config.parse import Convert, parse, parse_flags
 from irqlora_jax.data.calibrate import CalibrateConfig
@@ -214,8 +215,9 @@ class Config:
 
     @staticmethod
     def fill(given: dict[str, Any], convert: Convert) -> dict[str, Any]:
-        """Adds the settings of a quantized base in `model`; `parse` calls it."""
-        return fill_from_base(given, convert)
+        """Adds the settings of a quantized base in `model`, and of a trained adapter in
+        `adapter.init_from`; `parse` calls it."""
+        return fill_from_adapter(fill_from_base(given, convert), convert, _stored_adapter)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> "Config":
@@ -286,15 +288,28 @@ def read_stored_config(path: Path) -> Config:
     return parse(Config, [("config", str(path))], "train.py", fill=False)
 
 
+def _stored_adapter(path: Path) -> AdapterConfig:
+    return read_stored_config(path).adapter
+
+
 def with_base_settings(config: Config) -> Config:
-    """Replaces a `quant` that is `QuantConfig()` by the settings of the base in `config.model`.
+    """Replaces a `quant` that is `QuantConfig()` by the settings of the base in `config.model`, and
+    an `adapter` with nothing but `init_from` by the settings of that adapter.
 
     So in Python, `QuantConfig()` means "not set". `Config.load` knows for each field whether it was
     set.
 
     Raises:
-        ValueError: the base is damaged.
+        FileNotFoundError, ValueError: the base or the adapter is damaged or not there.
     """
+    source = config.adapter.source
+    if source is not None and config.adapter == AdapterConfig(init_from=source):
+        written = {name: getattr(config, name) for name in ("model", "output_dir")}
+        written["adapter.init_from"] = source
+        convert = lambda name, value: value  # noqa: E731
+        found = fill_from_adapter(written, convert, _stored_adapter)
+        filled = parse(Config, found.items(), "train.py", fill=False)
+        config = dataclasses.replace(config, adapter=filled.adapter)
     base = find_base(config.model, config.output_dir)
     if base is None or config.quant != QuantConfig():
         return config
