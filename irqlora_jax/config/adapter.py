@@ -1,6 +1,7 @@
 """Settings of the adapter that a run takes from the trained adapter in `adapter.init_from`."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,17 +45,18 @@ def fill_from_adapter(
     source = None if written is None else convert("adapter.init_from", written)
     if source is None or source == NEW:
         return given
-    stored = Path(str(given.get("output_dir", ""))) / CONFIG_FILE
-    if stored.is_file():
-        own = read_run(stored)
+    stored = os.path.join(str(given.get("output_dir", "")), CONFIG_FILE)
+    if os.path.isfile(stored):  # unlike Path.is_file, false for names that no file can have
+        own = read_run(Path(stored))
         if own.init_from != source:
             return given  # another run, which is refused later
         settings = _settings(own)
     else:
         folder = adapter_folder(source)
-        if (folder / BASE_FILE).is_file() and (folder / CONFIG_FILE).is_file():
-            settings = _settings(read_run(folder / CONFIG_FILE))
-        elif (folder / ADAPTER_CONFIG).is_file():
+        of_run, of_peft = folder / CONFIG_FILE, folder / ADAPTER_CONFIG
+        if os.path.isfile(folder / BASE_FILE) and os.path.isfile(of_run):
+            settings = _settings(read_run(of_run))
+        elif os.path.isfile(of_peft):
             settings = read_peft_settings(folder, convert)
         else:
             return given  # refused later, if there is no adapter
