@@ -34,6 +34,9 @@ follows the outputs; None if it is not split."""
 PAIR: Splits = {"lora_A": (None, "in"), "lora_B": ("out", None)}
 """How a LoRA pair is split."""
 
+MOMENT = ("codes", "absmax")
+"""The arrays of a moment in 8 bits (`runs.moments.Moment`), which are split like their leaf."""
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -108,7 +111,8 @@ def spec(mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...], splits: 
     out, into = _linear_axes(linear)
     if "weight" not in path:
         axes = {"out": out, "in": (*into, "fsdp"), "blocks": into, None: ()}
-        roles = splits.get(path[-1], (None,) * len(shape[1:]))
+        leaf = path[-2] if path[-1] in MOMENT else path[-1]
+        roles = splits.get(leaf, (None,) * len(shape[1:]))
         sizes = zip(shape[1:], roles, strict=True)
         return P(None, *(_fitting(mesh, size, axes[role]) for size, role in sizes))
     if len(shape) < 3:

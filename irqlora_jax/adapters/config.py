@@ -71,9 +71,10 @@ class AdapterConfig:
     starts at 0, and `quant.training` trains it layer by layer (ApiQ). With all four, the base
     belongs to this run alone."""
     init_from: str | None = None
-    """Start from a trained adapter: the folder of a run (its newest checkpoint) or of a PEFT
-    adapter, with the same base, method, rank, alpha and targets. The optimizer starts anew.
-    "new": `model` is a run, of which only the base is used. Also written adapter.from."""
+    """Start from a trained adapter of the same base: the folder of a run (its newest checkpoint),
+    the folder of a PEFT adapter, or its id on the hub. Unset fields of its method, rank, alpha,
+    scaling and targets come from the adapter. The optimizer starts anew. "new": `model` is a run,
+    of which only the base is used. Also written adapter.from."""
     scales: int = 0
     """Also train the scale and the shift of every block of the targets. Give quant.block_size; 0:
     they stay as quantized. EfficientQAT trains them, without an adapter, in its second phase."""

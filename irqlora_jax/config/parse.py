@@ -82,6 +82,10 @@ def parse(
     return _build(kind, given, script)
 
 
+_LISTS = tuple(f"--{name}.help" for name in ("quant.rules", "train.rates", "data.train", "data.eval"))
+"""Flags that print the fields of an entry of a list."""
+
+
 def _print_help(kind: type, argv: Sequence[str], script: str) -> NoReturn:
     import jsonargparse
 
@@ -98,7 +102,7 @@ def _print_help(kind: type, argv: Sequence[str], script: str) -> NoReturn:
     parser.add_argument("--print_config", action="store_true", help="Print the configuration.")
     parser.add_class_arguments(kind, as_group=False)
     for flag in argv:
-        if flag in ("--quant.rules.help", "--data.train.help", "--data.eval.help"):
+        if flag in _LISTS:
             parser.parse_args([flag])
     parser.print_help()
     raise SystemExit(0)
@@ -240,8 +244,11 @@ def _convert(name: str, kind: Any, value: Any, script: str) -> Any:
         if typing.get_origin(one) is tuple:
             continue
         if typing.get_origin(one) is Literal:
-            if isinstance(value, str) and value in typing.get_args(one):
-                return value
+            for choice in typing.get_args(one):
+                if value == choice and type(value) is type(choice):
+                    return choice
+                if isinstance(choice, int) and value == str(choice):  # a flag
+                    return choice
             continue
         found: Any = read_value(value) if isinstance(value, str) and one is not str else value
         if one is float and type(found) is int and abs(found) < _LIMIT:
@@ -301,8 +308,7 @@ def _in_words(kind: Any) -> str:
     """Says which values a field accepts."""
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
-        example = getattr(inner, "example", "[{match: PATTERN, format: nf4}]")
-        many = {str: "[a, b]", int: "[1, 2]"}.get(inner, example)
+        many = {str: "[a, b]", int: "[1, 2]"}.get(inner) or inner.example
         return f"a list such as {many}, or a single value"
     if dataclasses.is_dataclass(kind):
         return f"a section with {' or '.join(field.name for field in dataclasses.fields(kind))}"
@@ -313,7 +319,7 @@ def _in_words(kind: Any) -> str:
         if typing.get_origin(one) is tuple:
             accepted.append(_in_words(one).removesuffix(", or a single value"))
         elif typing.get_origin(one) is Literal:
-            accepted += typing.get_args(one)
+            accepted += map(str, typing.get_args(one))
         else:
             accepted.append(words[one])
     *most, last = accepted

@@ -7,11 +7,12 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.budget import read_budget
 from irqlora_jax.base.file import read_base_config
+from irqlora_jax.config.adapter import fill_from_adapter
 from irqlora_jax.config.base import fill_from_base, find_base, quant_settings
 from irqlora_jax.config.parse import Convert, parse, parse_flags
 from irqlora_jax.data.calibrate import CalibrateConfig
@@ -21,6 +22,23 @@ from irqlora_jax.sharding import MeshConfig
 from irqlora_jax.text import require, shorten
 
 _STEPS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class RateRule:
+    """Learning rate and weight decay of some leaves of the adapter."""
+
+    example: ClassVar[str] = "[{match: PATTERN, factor: 0.5}]"
+
+    match: str
+    """Shell pattern for the names of the leaves (*, ?, [0-3]). A name is
+    layers.LAYER.self_attn.PROJECTION.LEAF or layers.LAYER.mlp.PROJECTION.LEAF, with layers counted
+    from 0. "*.lora_B" is one matrix of all pairs, "layers.0.*" the first layer."""
+    factor: float | None = None
+    """They learn with this many times train.learning_rate; 0 freezes them. Null: as without the
+    rule (1, or train.lora_plus_ratio)."""
+    weight_decay: float | None = None
+    """Null: train.weight_decay."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +58,11 @@ class TrainConfig:
     learning_rate: float = 2e-4
     """Peak learning rate."""
     lora_plus_ratio: float = 1.0
-    """LoRA+: the matrix lora_B learns with this many times the learning rate."""
+    """LoRA+: the matrix lora_B learns with this many times the learning rate, unless a rule of
+    `rates` gives its factor."""
+    rates: tuple[RateRule, ...] = ()
+    """Learning rates and weight decays for parts of the adapter. The first rule that matches a leaf
+    applies; a rule that applies to nothing is an error."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate schedule after the warmup; linear and cosine end at 0 at the last step."""
     warmup_steps: int = 0
@@ -53,6 +75,12 @@ class TrainConfig:
     """AdamW: constant added to the square root of the second moment."""
     weight_decay: float = 0.0
     """AdamW: decoupled weight decay."""
+    optimizer_bits: Literal[8, 32] = 32
+    """Bits of the stored moments of AdamW. 8: as in bitsandbytes, in blocks of 256 with the dynamic
+    map. Leaves below 4,096 numbers a layer keep `adapter.dtype`, as all do with 32."""
+    neftune_alpha: float = 0.0
+    """NEFTune: add uniform noise to the embeddings of the training tokens, up to
+    alpha / sqrt(L x hidden size) with L tokens in an example. 0: no noise; 5 to 15 are usual."""
     clip_norm: float | None = 0.3
     """Clip gradients to this global norm (null: no clipping)."""
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -96,7 +124,8 @@ class TrainConfig:
             value = getattr(self, name)
             ok = value is None or value >= 1
             require(ok, f"train.{name}", value, "a whole number of at least 1")
-        for name in ("warmup_steps", "eval_every", "save_every", "weight_decay", "early_stopping"):
+        limits = ("warmup_steps", "eval_every", "save_every", "early_stopping")
+        for name in (*limits, "weight_decay", "neftune_alpha"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"train.{name}", value, "a finite number of 0 or more")
         ok = self.early_stopping == 0 or self.eval_every > 0
@@ -107,6 +136,16 @@ class TrainConfig:
         for name in ("learning_rate", "lora_plus_ratio", "eps"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"train.{name}", value, "a positive finite number")
+        bits = self.optimizer_bits
+        require(bits in (8, 32), "train.optimizer_bits", bits, "8 or 32")
+        for place, rule in enumerate(self.rates):
+            field = f"train.rates[{place}]"
+            values = {"factor": rule.factor, "weight_decay": rule.weight_decay}
+            ok = any(value is not None for value in values.values())
+            require(ok, field, rule.match, "a rule with a factor or a weight_decay")
+            for name, value in values.items():
+                ok = value is None or 0 <= value < math.inf
+                require(ok, f"{field}.{name}", value, "a finite number of 0 or more, or null")
         clip = self.clip_norm
         require(clip is None or clip > 0, "train.clip_norm", clip, "a positive number, or null")
         ok = self.batch_size % self.accumulation == 0
@@ -213,8 +252,9 @@ class Config:
 
     @staticmethod
     def fill(given: dict[str, Any], convert: Convert) -> dict[str, Any]:
-        """Adds the settings of a quantized base in `model`; `parse` calls it."""
-        return fill_from_base(given, convert)
+        """Adds the settings of a quantized base in `model`, and of a trained adapter in
+        `adapter.init_from`; `parse` calls it."""
+        return fill_from_adapter(fill_from_base(given, convert), convert, _stored_adapter)
 
     @classmethod
     def load(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> "Config":
@@ -285,16 +325,30 @@ def read_stored_config(path: Path) -> Config:
     return parse(Config, [("config", str(path))], "train.py", fill=False)
 
 
+def _stored_adapter(path: Path) -> AdapterConfig:
+    return read_stored_config(path).adapter
+
+
 def with_base_settings(config: Config) -> Config:
     """Replaces a `quant` that is `QuantConfig()` by the settings of the base in `config.model`, and
-    a budget by the rules that the run or the base was made with.
+    an `adapter` with nothing but `init_from` by the settings of that adapter, and a budget by the
+    rules that the run or the base was made with.
 
     So in Python, `QuantConfig()` means "not set". `Config.load` knows for each field whether it was
     set.
 
     Raises:
-        ValueError: the base is damaged, or the run was made for another budget.
+        FileNotFoundError, ValueError: the base or the adapter is damaged or not there, or the run
+            was made for another budget.
     """
+    source = config.adapter.source
+    if source is not None and config.adapter == AdapterConfig(init_from=source):
+        written = {name: getattr(config, name) for name in ("model", "output_dir")}
+        written["adapter.init_from"] = source
+        convert = lambda name, value: value  # noqa: E731
+        found = fill_from_adapter(written, convert, _stored_adapter)
+        filled = parse(Config, found.items(), "train.py", fill=False)
+        config = dataclasses.replace(config, adapter=filled.adapter)
     base = find_base(config.model, config.output_dir)
     if config.quant.budget is not None:
         return _with_known_rules(config, None if base is None else base.parent)

@@ -14,10 +14,12 @@ from irqlora_jax.files.gguf_tokenizer import make_tokenizer
 from irqlora_jax.files.small import read_json
 from irqlora_jax.machine import reaches_hub
 from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.tree import ADAPTER, ADAPTER_CONFIG
 from irqlora_jax.text import refusal
 
 # Not "consolidated.safetensors" and "original/": they hold the same weights under other names.
 _FETCHED = ("model*.safetensors", "*.json", "tokenizer*", "*.jinja")
+_ADAPTER_FILES = (ADAPTER, ADAPTER_CONFIG)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -56,11 +58,37 @@ def snapshot(source: str | Path) -> Path:
     return _fetch(source, fetch)
 
 
-def _fetch(source: str | Path, fetch: Callable[..., str]) -> Path:
-    """Calls `fetch` with the id of a model on the hub; without a network, for the cache alone.
+def adapter_folder(source: str | Path) -> Path:
+    """Returns the local folder of a trained adapter. If there is none, downloads a PEFT adapter.
+
+    A path that cannot be the id of an adapter on the hub is returned as it is.
 
     Raises:
-        FileNotFoundError: the hub does not provide the model.
+        FileNotFoundError: no such folder, and the hub does not provide the adapter.
+    """
+    if not is_hub_id(source):
+        return Path(source).expanduser()
+    import huggingface_hub
+
+    fetch = functools.partial(
+        huggingface_hub.snapshot_download, allow_patterns=list(_ADAPTER_FILES)
+    )
+    return _fetch(source, fetch, "adapter.init_from", "an adapter")
+
+
+def _fetch(
+    source: str | Path, fetch: Callable[..., str], field: str = "model", kind: str = "a model"
+) -> Path:
+    """Calls `fetch` with an id on the hub; without a network, for the cache alone.
+
+    Args:
+        source: the id.
+        fetch: downloads it.
+        field: of the configuration, for the error message.
+        kind: what is fetched, with an article.
+
+    Raises:
+        FileNotFoundError: the hub does not provide it.
     """
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -68,17 +96,17 @@ def _fetch(source: str | Path, fetch: Callable[..., str]) -> Path:
     try:
         return Path(fetch(str(source), local_files_only=not reaches_hub()))
     except GatedRepoError:
-        reason = "gated: accept the model's license on the hub and log in with `hf auth login`"
+        reason = "gated: accept its license on the hub and log in with `hf auth login`"
     except RepositoryNotFoundError:
         reason = (
-            "neither a local folder nor a model on the hub that you can see; check the name, log "
-            "in with `hf auth login` if the model is private"
+            f"neither a local folder nor {kind} on the hub that you can see; check the name, log "
+            "in with `hf auth login` if it is private"
         )
     except Exception as error:
         # The error has many types. Leave its text out: it may contain the headers with the token.
         reason = f"no such folder, and the hub could not be reached ({type(error).__name__})"
         advice = "connect to the network, or give a local folder"
-    raise FileNotFoundError(f"model = '{source}': {reason}, {advice}")
+    raise FileNotFoundError(f"{field} = '{source}': {reason}, {advice}")
 
 
 def load_tokenizer(source: str | Path) -> Any:

@@ -48,6 +48,19 @@ def read_headers(file: Path) -> dict[str, Header]:
         raise ValueError(f"{file}: not a whole safetensors file: {error}") from error
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """Reads the texts in the header of a file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return dict(tensors.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file: {error}") from error
+
+
 def check_float(header: Header, name: str) -> None:
     """Checks that a tensor has a floating-point type.
 

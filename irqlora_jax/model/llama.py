@@ -99,13 +99,14 @@ class Llama(nn.Module):
         segment_ids: Int[Array, "batch seq"] | None = None,
         deterministic: bool = True,
         cache: Cache | None = None,
+        noise: Float[Array, "batch seq hidden"] | None = None,
     ) -> Float[Array, "batch seq hidden"]:
         """Returns the hidden states after the last norm, the input of `head_logits`.
 
         The arguments are those of `__call__`, and `cache`, with the tokens before the rows. With a
-        cache, pass no positions or segments.
+        cache, pass no positions or segments. `noise` is added to the embeddings of the tokens.
         """
-        return self._trunk(tokens, positions, segment_ids, deterministic, cache)[0]
+        return self._trunk(tokens, positions, segment_ids, deterministic, cache, noise)[0]
 
     def decode(
         self,
@@ -207,6 +208,7 @@ class Llama(nn.Module):
         segment_ids: Array | None,
         deterministic: bool,
         cache: Cache | None = None,
+        noise: Array | None = None,
     ) -> tuple[Array, Array, Cache | None]:
         """Hidden states, the output matrix, and the cache's new "k" and "v"."""
         config, depth = self.config, self.config.num_hidden_layers
@@ -223,6 +225,8 @@ class Llama(nn.Module):
         table = (config.vocab_size, config.hidden_size)
         embeddings = gather(Weight(table, name="embed_tokens")(), "embed_tokens")
         x = embeddings[tokens].astype(self.compute_dtype)
+        if noise is not None:
+            x += noise.astype(x.dtype)
         settings = Settings(config, self.adapter, self.attention, self.matmul, deterministic)
         scanned = nn.scan(
             nn.remat(Layer, prevent_cse=False) if self.remat else Layer,

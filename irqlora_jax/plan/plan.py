@@ -238,6 +238,8 @@ def _savings(config: Config, target: PlanDevice) -> Iterator[dict[str, Any]]:
         yield {"train.loss_chunk": _SMALL_CHUNK}
     if not train.offload_optimizer and not target.shared:
         yield {"train.offload_optimizer": True}
+    if train.optimizer_bits == 32 and not train.offload_optimizer:
+        yield {"train.optimizer_bits": 8}
     if config.adapter.dtype == "float32":
         yield {"adapter.dtype": "bfloat16"}
     for fsdp in [n * mesh.fsdp for n in _divisors(MAX_SPLIT)[1:]]:

@@ -3,7 +3,7 @@
 import dataclasses
 import fnmatch
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from irqlora_jax.quant.budget import AllocationOptions, parse_budget
 from irqlora_jax.quant.calibrations import CALIBRATIONS, PLAIN
@@ -39,6 +39,8 @@ else:
 @dataclasses.dataclass(frozen=True)
 class QuantRule:
     """Overrides `quant` for some matrices. Null fields keep the value of `quant`."""
+
+    example: ClassVar[str] = "[{match: PATTERN, format: nf4}]"
 
     match: str
     """Shell pattern for the names of the matrices (*, ?, [0-3]). A name is

@@ -10,11 +10,11 @@ import optax
 from jaxtyping import Array, Float32, Int32, UInt32
 
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.adapters.lora import LORA
-from irqlora_jax.adapters.method import Method
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.runs.optimizer import learning_rate as learning_rate
+from irqlora_jax.runs.optimizer import make_optimizer as make_optimizer
 
 _FIRST_LOSS_SCALE = 2.0**15  # float16: halved after an overflow, doubled after many good steps
 
@@ -35,51 +35,6 @@ class TrainState:
     key: UInt32[Array, "..."]
     loss_scale: Float32[Array, ""]
     good_steps: Int32[Array, ""]
-
-
-def learning_rate(config: TrainConfig) -> optax.Schedule:
-    """Schedule with warmup from 0, then constant or decaying to 0 at the last step.
-
-    Raises:
-        ValueError: a decaying schedule, and the number of steps is not known.
-    """
-    peak, warmup = config.learning_rate, config.warmup_steps
-    after = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, 0.0, max(config.total_steps - warmup, 1)),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, max(config.total_steps - warmup, 1)),
-    }[config.schedule]()
-    if not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
-
-
-def make_optimizer(config: TrainConfig, method: Method = LORA) -> optax.GradientTransformation:
-    """AdamW without clipping. It is elementwise; `train_step` clips, which needs all gradients.
-
-    With `lora_plus_ratio` (LoRA+, arXiv 2402.12354) the leaves `method.faster` have their own
-    learning rate, also in the weight decay, like the groups of PEFT's `create_loraplus_optimizer`.
-    PEFT's group for adapters of embeddings has no counterpart here.
-    """
-    adamw = optax.adamw(
-        learning_rate(config),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
-    if config.lora_plus_ratio == 1:
-        return adamw
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        def scaled(path: Any, step: Array) -> Array:
-            return step * config.lora_plus_ratio if path[-1].key in method.faster else step
-
-        steps, state = adamw.update(updates, state, params)
-        return jax.tree_util.tree_map_with_path(scaled, steps), state
-
-    # The state is AdamW's, so a run may change the ratio when it resumes.
-    return optax.GradientTransformation(adamw.init, update)
 
 
 def make_model(llama: LlamaConfig, adapter: AdapterConfig, train: TrainConfig) -> Llama:

@@ -35,6 +35,7 @@ from irqlora_jax.quant.matmul import check_implementation, preferred_layout
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import is_base, read_architecture, read_tokenizer, with_end_tokens
+from irqlora_jax.runs.optimizer import check_rates
 from irqlora_jax.runs.state import make_model, make_optimizer
 from irqlora_jax.sharding import make_mesh
 from irqlora_jax.text import require
@@ -137,6 +138,7 @@ def read_job(config: Config, source: str | Path, limit: int | None = None) -> Jo
     config = dataclasses.replace(config, train=config.train.with_steps(batches.rows))
     model = make_model(llama, config.adapter, config.train)
     check_adapter(model, config.quant)
+    check_rates(config.train, jax.eval_shape(model.init_adapters, jax.random.key(0)))
     optimizer = make_optimizer(config.train, config.adapter.chosen)
     return Job(
         config,

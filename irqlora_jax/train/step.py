@@ -19,12 +19,14 @@ from irqlora_jax.model.loss import cross_entropy
 from irqlora_jax.model.tree import LAYERS
 from irqlora_jax.runs.state import TrainState, learning_rate
 from irqlora_jax.sharding import PAIR, Splits, tree_shardings
+from irqlora_jax.train.noise import embedding_noise
 
 Batch = dict[str, Array]
 """tokens int32 [batch, seq]; targets bool [batch, seq], true for tokens that count in the loss;
 packed batches also have segment_ids int32 [batch, seq]."""
 
 _GOOD_STEPS = 1000
+_NOISE = 0x4E4546  # folded into the key of the dropout, for another stream of numbers
 
 
 def state_shardings(
@@ -69,13 +71,20 @@ def loss_sum(
     *,
     model: Llama,
     chunk: int,
+    neftune_alpha: float = 0.0,
 ) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
     """Sums the negative log-likelihoods of the targets (nats); also returns their number."""
+    noise = None
+    if neftune_alpha:
+        key, size = jax.random.fold_in(dropout_key, _NOISE), model.config.hidden_size
+        segments = batch.get("segment_ids")
+        noise = embedding_noise(key, neftune_alpha, batch["targets"], segments, size)
     features: Any = model.apply(
         {"params": adapters, "base": base},
         batch["tokens"],
         segment_ids=batch.get("segment_ids"),
         deterministic=False,
+        noise=noise,
         rngs={"dropout": dropout_key},
         method="features",
     )
@@ -164,7 +173,8 @@ def train_step(
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def scaled_loss(pairs: dict[str, Any], part: Batch, key: Array) -> tuple[Array, tuple]:
-        nll, count = loss_sum(pairs, base, part, key, model=own, chunk=config.loss_chunk)
+        options: Any = {"chunk": config.loss_chunk, "neftune_alpha": config.neftune_alpha}
+        nll, count = loss_sum(pairs, base, part, key, model=own, **options)
         return nll * (scale / total), (nll, count)
 
     # Divide by the number of targets before the backward pass: in float16 the sum would overflow.
@@ -187,15 +197,16 @@ def train_step(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) if scaled else None
 
-    def update(grads: Any, opt_state: Any, adapters: Any) -> tuple[Any, Any]:
+    def update(grads: Any, opt_state: Any, adapters: Any, layer: Any = None) -> tuple[Any, Any]:
         if config.clip_norm is not None:
             grads = _clip(grads, norm, config.clip_norm)
-        updates, new = optimizer.update(grads, opt_state, adapters)
+        updates, new = whole.update(grads, opt_state, adapters, layer=layer)
         pair = optax.apply_updates(adapters, updates), new
         if finite is None:
             return pair
         return jax.tree.map(functools.partial(jnp.where, finite), pair, (adapters, opt_state))
 
+    whole = optax.with_extra_args_support(optimizer)
     if config.offload_optimizer:
         update = functools.partial(_update_by_layer, update)
     opt_state = _with_schedule_at(state.opt_state, state.step) if scaled else state.opt_state
@@ -248,7 +259,7 @@ def _clip(grads: Any, norm: Array, largest: float) -> Any:
 
 
 def _update_by_layer(
-    update: Callable[[Any, Any, Any], tuple[Any, Any]], grads: Any, opt_state: Any, adapters: Any
+    update: Callable[..., tuple[Any, Any]], grads: Any, opt_state: Any, adapters: Any
 ) -> tuple[Any, Any]:
     """Applies `update` with moments in the memory of the host (`state_shardings`).
 
@@ -274,7 +285,7 @@ def _update_by_layer(
 
         old = [jax.tree.map(read, tree) for tree in (grads, carry[0])]
         state = jax.tree.map(fetch, carry[1], opt_state)
-        new, new_state = update(old[0], state, old[1])
+        new, new_state = update(old[0], state, old[1], (layer, layers))
         return jax.tree.map(write, carry[0], new), jax.tree.map(store, carry[1], new_state)
 
     layers = jax.tree.leaves(adapters)[0].shape[0]

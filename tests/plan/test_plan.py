@@ -243,6 +243,23 @@ def test_an_offloaded_state_is_counted_on_the_host() -> None:
     assert away.host + away.optimizer == here.optimizer
 
 
+def test_moments_of_8_bits_are_counted() -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        adapter=AdapterConfig(rank=64),
+        train=dataclasses.replace(CONFIG.train, optimizer_bits=8),
+    )
+    base, llama = abstract_base(SMALL, config.quant), SMALL
+    need = measure(config, base, llama, target(2**40), limit=0)  # compiles nothing
+    optimizer = make_optimizer(config.train)
+    init = lambda: init_state(make_model(llama, config.adapter, config.train), optimizer, 0)  # noqa: E731
+    state = jax.eval_shape(init)
+    assert need.optimizer == sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(state.opt_state)
+    )
+    assert need.optimizer < 0.3 * 2 * need.adapters
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("share", [1.2, 0.6])
 def test_suggested_settings_fit(
