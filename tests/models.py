@@ -388,10 +388,10 @@ def made_once(make_step: Callable[..., Any]) -> Callable[..., Any]:
     """`train.step.make_step` that returns the same compiled step for the same settings."""
     made: dict[Any, Any] = {}
 
-    def make(mesh: Any, state: Any, *, model: Any, optimizer: Any, config: Any) -> Any:
-        key = (mesh, model, config)
+    def make(mesh: Any, state: Any, *, optimizer: Any, **settings: Any) -> Any:
+        key = (mesh, *settings.values())
         if key not in made:
-            made[key] = make_step(mesh, state, model=model, optimizer=optimizer, config=config)
+            made[key] = make_step(mesh, state, optimizer=optimizer, **settings)
         return made[key]
 
     return make

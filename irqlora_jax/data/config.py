@@ -15,6 +15,7 @@ DataFormat = Literal[
     "oasst1",
     "chat",
     "text",
+    "preference",
 ]
 
 
@@ -35,7 +36,10 @@ class DataConfig:
     "chip2": text with <human>: and <bot>:. "hh_rlhf": chosen; the loss covers every turn. "oasst1":
     text with all turns, or the messages of the original trees; the loss covers every turn. "chat":
     messages with role and content, and optionally tools, written with the chat template; the loss
-    covers the assistant's turns, except for messages with weight 0. "text": plain text."""
+    covers the assistant's turns, except for messages with weight 0. "text": plain text.
+    "preference": prompt, chosen, rejected, as text or as lists of messages; without a prompt, it is
+    what chosen and rejected begin with. The model is trained with DPO (`train.dpo`), and
+    train.batch_size counts pairs."""
     source_length: int = 384
     """Longest prompt in tokens. Longer prompts are truncated on the left."""
     target_length: int = 128
@@ -66,6 +70,9 @@ class DataConfig:
             require(ok, f"data.{name}", value, "a whole number of at least 2")
         ok = not (self.packing and self.group_by_length)
         require(ok, "data.group_by_length", self.group_by_length, "false with data.packing true")
+        for name in ("packing", "train_on_source"):
+            value, accepted = getattr(self, name), "false with data.format preference"
+            require(not (value and self.format == "preference"), f"data.{name}", value, accepted)
         limit = self.max_examples
         ok = limit is None or limit >= 1
         require(ok, "data.max_examples", limit, "a whole number of at least 1, or null")

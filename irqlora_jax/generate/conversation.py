@@ -63,7 +63,7 @@ def find_style(config: Config | None, tokenizer: Any) -> Style:
     if config is None:
         return Style("chat" if own else "text")
     learned = config.data.format
-    if learned == "chat":
+    if learned == "chat" or (learned == "preference" and (own or config.data.chat_template)):
         return Style("chat", read_chat_template(config.data.chat_template))
     if learned in ("alpaca", "oasst1", "hh_rlhf", "text"):
         return Style(learned)

@@ -31,7 +31,7 @@ import numpy as np
 
 from irqlora_jax.base.file import BASE_FILE as BASE_FILE
 from irqlora_jax.config import Config, read_stored_config
-from irqlora_jax.data import Example
+from irqlora_jax.data import Example, Pair
 from irqlora_jax.files.small import read_json, refuse_folder
 from irqlora_jax.runs.checkpoint_files import check_path
 from irqlora_jax.runs.lock import LOCK_FILE
@@ -208,12 +208,14 @@ Fingerprint = dict[str, dict[str, Any]]
 """Of the data: for "train" and "eval", sizes and a hash that identify the examples."""
 
 
-def fingerprint(train: Sequence[Example], evaluation: Sequence[Example]) -> Fingerprint:
+def fingerprint(
+    train: Sequence[Example | Pair], evaluation: Sequence[Example | Pair]
+) -> Fingerprint:
     """Counts the examples and tokens, and hashes tokens and targets."""
     return {"train": _digest(train), "eval": _digest(evaluation)}
 
 
-def _digest(examples: Sequence[Example]) -> dict[str, Any]:
+def _digest(examples: Sequence[Example | Pair]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(len(example.tokens).to_bytes(8, "little"))

@@ -196,9 +196,12 @@ def _finetune(
         save_environment(folder, job.mesh)
         if first > 0:
             logger.info(f"resuming from step {first} of {folder}")
+        reference = None
+        if job.preference and config.adapter.start_title:
+            reference = checkpoints.restore(0, state).adapters
         started = time.perf_counter()
         with MetricsLog(folder, first, config) as log:
-            ended = train(job, base, state, checkpoints, log)
+            ended = train(job, base, state, checkpoints, log, reference)
         checkpoints.wait()
         seconds = time.perf_counter() - started
         state, step = ended.state, int(ended.state.step)
@@ -212,7 +215,8 @@ def _finetune(
             logger.info(f"ended early, after step {step} of {config.train.steps}: {ended.early}")
         best, loss = checkpoints.best(), checkpoints.loss(step)
         scorer = Scorer(
-            job.eval_examples,
+            # DPO's loss compares with the base of the run, so it says nothing of other bases.
+            [] if job.preference else job.eval_examples,  # type: ignore[arg-type]
             job.questions,
             config.train.rows,
             longest_row(config.data, model.config.max_position_embeddings),

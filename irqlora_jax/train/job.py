@@ -15,7 +15,7 @@ from irqlora_jax.base.mesh import check_mesh
 from irqlora_jax.base.storage import abstract_base
 from irqlora_jax.base.updates import with_scales
 from irqlora_jax.config import Config
-from irqlora_jax.data import Example, hold_out, load_examples
+from irqlora_jax.data import Example, Pair, hold_out, load_examples, load_pairs
 from irqlora_jax.data.calibrate import CalibrationRows, read_calibration
 from irqlora_jax.evaluate import Question, load_questions
 from irqlora_jax.export.quantized import absorbed_base
@@ -44,11 +44,16 @@ class Job:
     mesh: Mesh
     model: Llama
     optimizer: optax.GradientTransformation
-    examples: list[Example]
-    eval_examples: list[Example]
+    examples: list[Example] | list[Pair]
+    eval_examples: list[Example] | list[Pair]
     questions: list[Question]
     samples: Samples
     calibrate: CalibrationRows | None
+
+    @property
+    def preference(self) -> bool:
+        """Whether the examples are preference pairs."""
+        return self.config.data.format == "preference"
 
 
 def read_job(config: Config, source: str | Path) -> Job:
@@ -166,13 +171,12 @@ def _check_baselines(config: Config) -> None:
         raise FileNotFoundError(f"{needs} {error}") from error
 
 
-def _load_data(
-    config: Config, tokenizer: Any, max_length: int
-) -> tuple[list[Example], list[Example]]:
+def _load_data(config: Config, tokenizer: Any, max_length: int) -> tuple[list[Any], list[Any]]:
     data = config.data
     if not data.train:
         raise ValueError("data.train = '': expected a file or the id of a data set")
-    examples = load_examples(data.train, data, tokenizer, max_length)
+    load: Any = load_pairs if data.format == "preference" else load_examples
+    examples = load(data.train, data, tokenizer, max_length)
     if data.eval is not None:
-        return examples, load_examples(data.eval, data, tokenizer, max_length)
+        return examples, load(data.eval, data, tokenizer, max_length)
     return hold_out(examples, data.eval_fraction, config.seed)
