@@ -136,7 +136,10 @@ def _split(row: Row) -> tuple[str, str, str]:
     """Returns the prompt, the chosen answer and the rejected answer."""
     chosen, rejected = row.text("chosen"), row.text("rejected")
     if row.columns.get("prompt") is not None:
-        return row.text("prompt"), chosen, rejected
+        prompt = row.text("prompt")
+        if prompt.endswith(" "):  # in running text it is part of the next token, in both answers
+            return prompt[:-1], f" {chosen}", f" {rejected}"
+        return prompt, chosen, rejected
     shared = chosen[: _shared(chosen, rejected)]
     place = shared.rfind(_ANSWER)
     if place >= 0:
