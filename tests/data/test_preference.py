@@ -52,7 +52,7 @@ HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: A color?\n\nAssistant:"
     ("row", "prompt", "chosen", "rejected"),
     [
         (ROW, "<s>Name a color.", " red$", " twelve$"),
-        ({**ROW, "prompt": "A: ", "chosen": " red"}, "<s>A:", " red$", " twelve$"),
+        ({**ROW, "prompt": "A: ", "chosen": " red"}, "<s>A:", "  red$", " twelve$"),
         ({**ROW, "chosen": " red</s>"}, "<s>Name a color.", " red$", " twelve$"),
         # Anthropic's dialogues; both answers begin with "The ".
         (
@@ -119,7 +119,7 @@ def test_both_answers_keep_the_same_part_of_a_long_prompt(tmp_path, caplog) -> N
 def test_long_conversations_are_cut_on_the_right(tmp_path, caplog) -> None:
     row = {"prompt": [user("Color?")], "chosen": [bot("red roses")], "rejected": [bot("12")]}
     (pair,) = load(tmp_path, [row], source_length=20, target_length=8)
-    assert texts(pair)[0][1] == "red" and "were cut to data.source_length + " in caplog.text
+    assert texts(pair)[0][1] == "red " and "were cut to data.source_length + " in caplog.text
     with pytest.raises(ValueError, match="none of its 1 rows has two different answers"):
         load(tmp_path, [row], source_length=16, target_length=8)
 
