@@ -58,6 +58,11 @@ def pair_losses(
         ratios: log(p / p_reference) of the chosen and the rejected answer, in nats.
         counts: number of tokens of the two answers.
         options: the loss and its constants.
+
+    Examples:
+        >>> ratios, counts = jnp.array([[0.0, 0.0], [2.0, -2.0]]), jnp.ones((2, 2))
+        >>> print(pair_losses(ratios, counts, DpoOptions(beta=0.5)).round(3))
+        [0.693 0.127]
     """
     if options.loss in ("sigmoid_norm", "ipo"):
         ratios = ratios / jnp.maximum(counts, 1)

@@ -92,6 +92,24 @@ def test_the_plan_counts_the_arrays_of_a_run() -> None:
     assert (need.rows, need.length, need.devices) == (4, 64, 1)
 
 
+def test_the_plan_of_pairs_counts_both_rows_and_the_reference(said: list[str]) -> None:
+    """Without remat, the activations of two rows; those of the reference are gone by then."""
+    base = random_base(SMALL, CONFIG.quant)
+    plain = dataclasses.replace(CONFIG.train, remat=False)
+    pairs = dataclasses.replace(CONFIG.data, format="preference")
+    one = dataclasses.replace(CONFIG, train=plain)
+    both = dataclasses.replace(CONFIG, train=plain, data=pairs)
+    need, twice = (measure(config, base, SMALL, target(2**40)) for config in (one, both))
+    assert twice.rows == need.rows and twice.adapters == need.adapters
+    assert 1.5 < twice.step / need.step < 2.5
+    fitted = dataclasses.replace(both.adapter, init="loftq")
+    # A limit of 0 compiles nothing.
+    fitted = measure(dataclasses.replace(both, adapter=fitted), base, SMALL, target(2**40), 0)
+    assert fitted.adapters == 2 * need.adapters
+    text = plans._table(both, twice, target(2**40))
+    assert "4 pairs of rows of 64 tokens per forward pass, 1 passes per step, and as many" in text
+
+
 def adapter_size(method: str, out: int, into: int, rank: int) -> int:
     """Parameters of a layer, with the default options of the method."""
     pair = rank * (out + into)
