@@ -67,7 +67,9 @@ def plan(config: Config, name: str | None = None) -> bool:
         logger.info(f"fits, with {readable_size(room)} to spare")
         rows, most = _most_rows(config, base, llama, target, need)
         if rows > need.rows:
-            logger.info(f"up to {rows} rows at a time fit (tried: peak {readable_size(most.peak)})")
+            what = "pairs" if config.data.format == "preference" else "rows"
+            peak = readable_size(most.peak)
+            logger.info(f"up to {rows} {what} at a time fit (tried: peak {peak})")
         return calibrated
     if room >= 0:
         logger.info(f"fits, but tightly: {readable_size(room)} to spare")

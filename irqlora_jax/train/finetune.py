@@ -357,11 +357,12 @@ def describe(config: Config, llama: LlamaConfig, base: Base, examples: int, mesh
             f"{readable_size(largest)} of the base on each"
         )
     quantized = config.quant.label if config.quant.quantizes else "unquantized"
+    what = "pairs" if config.data.format == "preference" else "examples"
     start = f" from {adapter.source or adapter.start.title}" if adapter.start_title else ""
     return (
         f"{config.model}: {llama.num_hidden_layers} layers of {llama.hidden_size}, {quantized}, "
         f"{stored.bits:.2f} bits a weight, {readable_size(stored.total)} with embeddings\n"
-        f"{adapter.method} of rank {adapter.rank}{start}, {examples:,} examples, {train.steps:,} "
+        f"{adapter.method} of rank {adapter.rank}{start}, {examples:,} {what}, {train.steps:,} "
         f"steps of {train.batch_size} on {jax.devices()[0].device_kind}{devices}"
     )
 

@@ -33,7 +33,7 @@ def texts(pair: Any) -> list[tuple[str, str]]:
     shown = []
     for tokens, targets in pair:
         parts = (TOKENIZER.decode(tokens[mask]) for mask in (~targets, targets))
-        shown.append(tuple(part.replace("</s>", "$") for part in parts))
+        shown.append(tuple(str(part).replace("</s>", "$") for part in parts))
     return shown
 
 

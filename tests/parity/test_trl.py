@@ -84,7 +84,8 @@ def test_losses_rewards_and_gradients_are_those_of_trl(name: str) -> None:
         "ref_rejected_logps": rejected,
     }
     trainer = trainer_for(name, options)
-    loss = trl.DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
+    compute: Any = trl.DPOTrainer._compute_loss
+    loss = compute(trainer, lambda **_: outputs, inputs, False)
     loss.backward()
 
     def ours(own: Any) -> Any:

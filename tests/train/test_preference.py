@@ -60,7 +60,7 @@ def setup(settings: TrainConfig = SETTINGS, dropout: float = 0.0) -> Any:
 
 def logps(model: Llama, adapters: Any, base: Any, batch: Any) -> Any:
     """Log-probabilities of the answers from all logits."""
-    logits = model.apply({"params": adapters, "base": base}, batch["tokens"])
+    logits: Any = model.apply({"params": adapters, "base": base}, batch["tokens"])
     chances = jax.nn.log_softmax(logits[:, :-1])
     own = jnp.take_along_axis(chances, batch["tokens"][:, 1:, None], 2)[:, :, 0]
     return jnp.where(batch["targets"][:, 1:], own, 0).sum(axis=1).reshape(4, 2)
