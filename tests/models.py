@@ -440,10 +440,13 @@ def made_once(make_step: Callable[..., Any]) -> Callable[..., Any]:
     """`train.step.make_step` that returns the same compiled step for the same program."""
     made: dict[Any, Any] = {}
 
-    def make(mesh: Any, state: Any, *, model: Any, optimizer: Any, config: Any) -> Any:
-        key = (mesh, *_program(model, config))
+    def make(
+        mesh: Any, state: Any, *, model: Any, optimizer: Any, config: Any, **settings: Any
+    ) -> Any:
+        key = (mesh, *_program(model, config), *settings.values())
+        settings |= {"model": model, "config": config}
         if key not in made:
-            made[key] = make_step(mesh, state, model=model, optimizer=optimizer, config=config)
+            made[key] = make_step(mesh, state, optimizer=optimizer, **settings)
         return made[key]
 
     return make

@@ -39,6 +39,7 @@ SHOWN = {
     "adapters.iec": ("init", "spread", "apply", "fold"),
     "adapters.loftq": ("loftq",),
     "adapters.cloq": ("cloq",),
+    "model.dpo": ("pair_losses",),
     "config.settings": ("Config.load",),
     "evaluate.suggested": ("larger_format", "rules_text"),
 }

@@ -82,7 +82,7 @@ def parse(
     return _build(kind, given, script)
 
 
-_LISTS = tuple(f"--{name}.help" for name in ("quant.rules", "train.rates", "data.train", "data.eval"))
+_LISTS = ("--quant.rules.help", "--train.rates.help", "--data.train.help", "--data.eval.help")
 """Flags that print the fields of an entry of a list."""
 
 

@@ -17,6 +17,7 @@ from irqlora_jax.config.base import fill_from_base, find_base, quant_settings
 from irqlora_jax.config.parse import Convert, parse, parse_flags
 from irqlora_jax.data.calibrate import CalibrateConfig
 from irqlora_jax.data.config import DataConfig
+from irqlora_jax.model.dpo import DpoOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.sharding import MeshConfig
 from irqlora_jax.text import require, shorten
@@ -110,6 +111,7 @@ class TrainConfig:
     LoftQ the checkpoint of step 0, are also kept."""
     early_stopping: int = 0
     """Stop after this many consecutive evaluations without a better loss (0: never)."""
+    dpo: DpoOptions = DpoOptions()
 
     def __post_init__(self) -> None:
         ok = self.steps is None or self.epochs is None
@@ -246,6 +248,12 @@ class Config:
         # A fitted initialization corrects the quantization error.
         ok = self.quant.quantizes or self.adapter.start.fit is None
         require(ok, "adapter.init", self.adapter.init, "default with quant.format none")
+        ok = self.data.format == "preference" or self.train.dpo == DpoOptions()
+        accepted = f"the default with data.format {self.data.format}, which has no pairs"
+        require(ok, "train.dpo", self.train.dpo, accepted)
+        ok = self.data.format != "preference" or self.train.neftune_alpha == 0
+        noise = self.train.neftune_alpha
+        require(ok, "train.neftune_alpha", noise, "0 with data.format preference")
         ok = self.train.lora_plus_ratio == 1 or len(self.adapter.chosen.faster) > 0
         accepted = f"1 with adapter.method {self.adapter.method}, which has no lora_B"
         require(ok, "train.lora_plus_ratio", self.train.lora_plus_ratio, accepted)

@@ -15,5 +15,7 @@ from irqlora_jax.data.encode import encode_source as encode_source
 from irqlora_jax.data.examples import Example as Example
 from irqlora_jax.data.examples import load_examples as load_examples
 from irqlora_jax.data.formats import alpaca_prompt as alpaca_prompt
+from irqlora_jax.data.preference import Pair as Pair
+from irqlora_jax.data.preference import load_pairs as load_pairs
 from irqlora_jax.data.rows import Row as Row
 from irqlora_jax.data.rows import read_rows as read_rows

@@ -19,11 +19,13 @@ from irqlora_jax.data.order import (
     split_blocks,
 )
 from irqlora_jax.data.packing import pack, pad_packed
+from irqlora_jax.data.preference import Pair, rows_of
 
 Item = TypeVar("Item")
 Batch = dict[str, np.ndarray]
 """{"tokens": int32 [batch, seq], "targets": bool [batch, seq]}, padded on the right. Packed batches
-also have "segment_ids": int32 [batch, seq], which are 1, 2, ..., and 0 for padding."""
+also have "segment_ids": int32 [batch, seq], which are 1, 2, ..., and 0 for padding. A preference
+pair has two rows, one after the other: chosen and rejected."""
 
 _SORTED_BATCHES = 50  # grouping by length sorts the examples within chunks of this many batches
 
@@ -43,7 +45,7 @@ class Batches:
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Example | Pair],
         batch_size: int,
         seed: int,
         multiple: int | None = None,
@@ -56,7 +58,7 @@ class Batches:
         Args:
             examples: the training set. Without packing and grouping, no example is read here if
                 `multiple` is given.
-            batch_size: rows of a batch; may exceed the number of rows in the training set.
+            batch_size: rows (or pairs) of a batch; may exceed the number in the training set.
             seed: seed of the random orders.
             multiple: the length of a batch is the length of its longest row, rounded up to a
                 multiple of this (default: `length_multiple`).
@@ -135,8 +137,9 @@ class Batches:
     def __getitem__(self, step: int) -> Batch:
         rows = [[self._examples[index] for index in row] for row in self._rows_of(step)]
         if self._packing_length is not None:
-            return pad_packed(rows, self._packing_length)
-        return pad([row[0] for row in rows], self._batch_size, self._multiple)
+            return pad_packed(rows, self._packing_length)  # type: ignore[arg-type]
+        flat = rows_of([row[0] for row in rows])
+        return pad(flat, len(flat), self._multiple)
 
     def __iter__(self) -> Iterator[Batch]:
         step = 0
@@ -146,7 +149,7 @@ class Batches:
 
 
 def make_batches(
-    examples: Sequence[Example],
+    examples: Sequence[Example | Pair],
     config: DataConfig,
     batch_size: int,
     seed: int,
@@ -158,7 +161,7 @@ def make_batches(
     Args:
         examples: the training set.
         config: `packing`, `packing_length`, `group_by_length`, and the lengths.
-        batch_size: rows of a batch.
+        batch_size: rows (or pairs) of a batch.
         seed: seed of the random orders.
         max_length: context length of the model in tokens, as given to `load_examples`.
         parts: the sources of the examples; default: one source.
@@ -241,20 +244,21 @@ def _grouped_order(
 
 
 def eval_batches(
-    examples: Sequence[Example], batch_size: int, multiple: int | None = None
+    examples: Sequence[Example | Pair], batch_size: int, multiple: int | None = None
 ) -> Iterator[Batch]:
-    """Yields all examples once, the longest first. Empty rows fill up the last batch."""
+    """Yields all examples (or pairs) once, the longest first. Empty rows fill up the last batch."""
     multiple = length_multiple(examples) if multiple is None else multiple
     for indices in batches_by_length([len(example.tokens) for example in examples], batch_size):
-        yield pad([examples[index] for index in indices], batch_size, multiple)
+        rows = rows_of([examples[index] for index in indices])
+        yield pad(rows, batch_size * len(rows) // len(indices), multiple)
 
 
-def length_multiple(examples: Sequence[Example]) -> int:
+def length_multiple(examples: Sequence[Example | Pair]) -> int:
     """64 tokens, or less if all examples are shorter: then all batches have one shape.
 
     In that case the result is the longest length, rounded up to a multiple of 8.
     """
-    longest = max((len(example.tokens) for example in examples), default=64)
+    longest = max((len(row.tokens) for row in rows_of(examples)), default=64)
     return min(64, -(-longest // 8) * 8)
 
 
@@ -280,10 +284,8 @@ def pad(rows: Sequence[Example], batch_size: int, multiple: int) -> Batch:
     return {"tokens": tokens, "targets": targets}
 
 
-def hold_out(
-    examples: Sequence[Example], fraction: float, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """Splits off a random fraction of the examples, at least one unless `fraction` is 0.
+def hold_out(examples: Sequence[Item], fraction: float, seed: int) -> tuple[list[Item], list[Item]]:
+    """Splits off a random fraction of the examples (or pairs), at least one unless `fraction` is 0.
 
     Returns:
         The remaining examples and the held-out examples, both in their original order.
@@ -312,7 +314,7 @@ def held_indices(count: int, fraction: float, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).permutation(count)[:held].tolist())
 
 
-def _check(examples: Sequence[Example], batch_size: int, multiple: int) -> None:
+def _check(examples: Sequence[Example | Pair], batch_size: int, multiple: int) -> None:
     if not examples:
         raise ValueError("there are no examples")
     for name, value in (("batch_size", batch_size), ("multiple", multiple)):

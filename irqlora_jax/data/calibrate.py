@@ -55,6 +55,8 @@ class CalibrateConfig:
             accepted = f"a whole number of at least {least}"
             require(value >= least, f"calibrate.{name}", value, accepted)
         require(0 <= self.damping < 1, "calibrate.damping", self.damping, "0 <= value < 1")
+        ok, accepted = self.format != "preference", "a format of single examples"
+        require(ok, "calibrate.format", self.format, accepted)
         metric = self.metric
         require(
             metric in ("inputs", "gradients"), "calibrate.metric", metric, "inputs or gradients"

@@ -80,18 +80,34 @@ def to_conversation(row: Row) -> Conversation:
             f"{row.place} has no column 'messages': its columns are {there}; expected is messages "
             f"(of role and content) or conversations (of from and value){format_hint(row)}"
         )
-    messages = row.columns[name]
+    return Conversation(row.place, read_messages(row, name), read_tools(row))
+
+
+def read_messages(row: Row, name: str) -> list[dict[str, Any]]:
+    """The messages in a column of a row, as `Conversation` has them.
+
+    Raises:
+        ValueError: not a list of messages, or one is malformed.
+    """
+    messages = row.columns.get(name)
     if not isinstance(messages, list) or not messages:
         kind = type(messages).__name__ if messages else "empty"
         raise ValueError(f"{row.place}: {name} is {kind}: expected a list of messages")
-    found = [_message(m, f"{row.place}, message {number}") for number, m in enumerate(messages, 1)]
-    system = row.text("system", "")
+    column = "" if name in CONVERSATIONS else f" of {name}"
+    places = (f"{row.place}, message {number}{column}" for number in range(1, len(messages) + 1))
+    found = [_message(message, place) for message, place in zip(messages, places, strict=True)]
+    system = row.text("system", "") if name in CONVERSATIONS else ""
     if system and found[0]["role"] != "system":
         found = [{"role": "system", "content": system}, *found]
-    return Conversation(row.place, found, _tools(row))
+    return found
 
 
-def _tools(row: Row) -> list[dict[str, Any]] | None:
+def read_tools(row: Row) -> list[dict[str, Any]] | None:
+    """The column "tools" of a row; None without tools.
+
+    Raises:
+        ValueError: not a list of objects, nor its JSON text.
+    """
     tools = given = row.columns.get("tools")
     if isinstance(given, str) and given.strip():
         # Tables keep schemas with different fields as text.

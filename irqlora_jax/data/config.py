@@ -17,6 +17,7 @@ DataFormat = Literal[
     "oasst1",
     "chat",
     "text",
+    "preference",
 ]
 
 
@@ -59,7 +60,10 @@ class DataConfig:
     "chip2": text with <human>: and <bot>:. "hh_rlhf": chosen; the loss covers every turn. "oasst1":
     text with all turns, or the messages of the original trees; the loss covers every turn. "chat":
     messages with role and content, and optionally tools, written with the chat template; the loss
-    covers the assistant's turns, except for messages with weight 0. "text": plain text."""
+    covers the assistant's turns, except for messages with weight 0. "text": plain text.
+    "preference": prompt, chosen, rejected, as text or as lists of messages; without a prompt, it is
+    what chosen and rejected begin with. The model is trained with DPO (`train.dpo`), and
+    train.batch_size counts pairs."""
     source_length: int = 384
     """Longest prompt in tokens. Longer prompts are truncated on the left."""
     target_length: int = 128
@@ -96,11 +100,14 @@ class DataConfig:
             require(ok, f"data.{name}", value, "a whole number of at least 2")
         ok = not (self.packing and self.group_by_length)
         require(ok, "data.group_by_length", self.group_by_length, "false with data.packing true")
+        for name in ("packing", "train_on_source", "streaming"):
+            value, accepted = getattr(self, name), "false with data.format preference"
+            require(not (value and self.format == "preference"), f"data.{name}", value, accepted)
         limit = self.max_examples
         ok = limit is None or limit >= 1
         require(ok, "data.max_examples", limit, "a whole number of at least 1, or null")
-        _check_sources("data.train", self.sources)
-        _check_sources("data.eval", self.eval_sources)
+        _check_sources("data.train", self.sources, self.format)
+        _check_sources("data.eval", self.eval_sources, self.format)
         for place, source in enumerate(self.eval_sources):
             name = f"data.eval[{place}].weight"
             require(source.weight is None, name, source.weight, "null; weights are for data.train")
@@ -141,12 +148,18 @@ def _as_sources(value: str | tuple[DataSource, ...]) -> tuple[DataSource, ...]:
     return (DataSource(value),) if isinstance(value, str) else value
 
 
-def _check_sources(field: str, sources: Sequence[DataSource]) -> None:
+def _check_sources(field: str, sources: Sequence[DataSource], format: DataFormat) -> None:
     weighted = any(source.weight is not None for source in sources)
     for place, source in enumerate(sources):
         name = f"{field}[{place}]"
         ok = bool(source.path.strip()) or len(sources) == 1  # data.train may still be ""
         require(ok, f"{name}.path", source.path, "a file or the id of a data set")
+        kind = source.format or format
+        ok = (kind == "preference") == (format == "preference")
+        accepted = (
+            f"a format that goes with data.format {format}; pairs cannot be mixed with examples"
+        )
+        require(ok, f"{name}.format", kind, accepted)
         weight, limit = source.weight, source.max_examples
         if weighted:
             accepted = "a positive number, as other entries have a weight"

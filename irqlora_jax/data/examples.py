@@ -68,6 +68,8 @@ def load_examples(
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length = {max_length}: expected a whole number of at least 2")
+    if config.format == "preference":
+        raise ValueError("data.format = 'preference': expected a format of single examples")
     if config.format == "text":
         return _windows(source, config, tokenizer, max_length)
     said: Said = Counter()

@@ -28,6 +28,8 @@ PAIR_COLUMNS: dict[str, tuple[str, ...]] = {
 """Columns of the formats with a prompt and an answer in each row. The last column is the answer."""
 TEXT_COLUMNS: dict[str, tuple[str, ...]] = {"hh_rlhf": ("chosen",), "oasst1": ("text",)}
 """Columns of the formats with a conversation in each row. The loss covers every turn."""
+PREFERENCE_COLUMNS = ("chosen", "rejected")
+"""Columns of preference pairs, besides the optional prompt."""
 # ID, ID:CONFIGURATION, ID:CONFIGURATION:SPLIT or ID::SPLIT.
 _HUB = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(:(?P<config>[\w.-]*)(:(?P<split>[\w.-]+))?)?")
 
@@ -133,7 +135,7 @@ def format_hint(row: Row) -> str:
     """Says which values of `data.format` the columns of a row fit; "" if none."""
     if any(isinstance(row.columns.get(name), list) for name in CONVERSATIONS):
         return "; it looks like data.format = 'chat'"
-    known = PAIR_COLUMNS | TEXT_COLUMNS | {"text": ("text",)}
+    known = PAIR_COLUMNS | TEXT_COLUMNS | {"text": ("text",), "preference": PREFERENCE_COLUMNS}
     fits = [repr(name) for name, columns in known.items() if row.columns.keys() >= {*columns}]
     return f"; it looks like data.format = {' or '.join(fits)}" if fits else ""
 

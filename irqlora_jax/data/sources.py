@@ -9,6 +9,7 @@ from irqlora_jax.data.batches import held_indices
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.data.examples import Example, load_examples
 from irqlora_jax.data.order import Part
+from irqlora_jax.data.preference import Pair, load_pairs
 from irqlora_jax.data.streaming import StreamedExamples, open_stream
 
 
@@ -16,13 +17,14 @@ class DataSets(NamedTuple):
     """The data of a run.
 
     Attributes:
-        train: the training examples of all sources, one source after the other.
-        evaluation: the evaluation examples, in memory.
+        train: the training examples (or preference pairs) of all sources, one source after the
+            other.
+        evaluation: the evaluation examples (or pairs), in memory.
         parts: the sources of `train`.
     """
 
-    train: Sequence[Example]
-    evaluation: list[Example]
+    train: Sequence[Example] | list[Pair]
+    evaluation: list[Example] | list[Pair]
     parts: tuple[Part, ...]
 
 
@@ -44,14 +46,15 @@ def load_data_sets(
         raise ValueError(
             f"data.train = {config.train!r}: expected a file or the id of a data set, or a list"
         )
-    evaluation: list[Example] = []
+    load: Any = load_pairs if config.format == "preference" else load_examples
+    evaluation: list[Any] = []
     for source in config.eval_sources:
         own = config.of_source(source)
-        evaluation += load_examples(source.path, own, tokenizer, max_length)
+        evaluation += load(source.path, own, tokenizer, max_length)
     if config.streaming:
         return _stream(config, tokenizer, max_length, seed, evaluation)
     sets = [
-        load_examples(source.path, config.of_source(source), tokenizer, max_length)
+        load(source.path, config.of_source(source), tokenizer, max_length)
         for source in config.sources
     ]
     train = [example for one in sets for example in one]

@@ -117,7 +117,7 @@ def set_chat_template(tokenizer: Any, config: DataConfig, template: str | None) 
         config: the data of the run.
         template: text of `config.chat_template`; None: the tokenizer keeps its own.
     """
-    if template is None or "chat" not in config.formats:
+    if template is None or not {"chat", "preference"} & {*config.formats}:
         return
     name = config.chat_template
     tokenizer.chat_template = template

@@ -76,8 +76,8 @@ def find_style(config: Config | None, tokenizer: Any) -> Style:
     if config is None:
         return Style("chat" if own else "text")
     learned = config.data.formats[0] if config.data.formats else config.data.format
-    if learned == "chat":
-        name = config.data.chat_template
+    name = config.data.chat_template
+    if learned == "chat" or (learned == "preference" and (own or name)):
         # The tokenizer of a run has the template, except in runs of earlier versions.
         kept = SOURCE in getattr(tokenizer, "init_kwargs", {})
         template = None if kept else read_chat_template(name)

@@ -200,7 +200,8 @@ def measure(
     names = {"tokens": jnp.int32, "targets": jnp.bool_}
     if config.data.packing:
         names["segment_ids"] = jnp.int32
-    shape = (train.batch_size, length)
+    preference = config.data.format == "preference"
+    shape = ((2 if preference else 1) * train.batch_size, length)
     where = NamedSharding(mesh, P(ROWS))
     batch = {k: jax.ShapeDtypeStruct(shape, v, sharding=where) for k, v in names.items()}
     base = _with_shardings(base, tree_shardings(mesh, base))
@@ -208,16 +209,19 @@ def measure(
         state = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
         # Absent devices have no list of memory kinds, so use an abstract mesh.
         places = mesh.abstract_mesh
-        step = make_step(places, state, model=model, optimizer=optimizer, config=train)
+        how: Any = {"model": model, "optimizer": optimizer, "config": train}
+        step = make_step(places, state, **how, preference=preference)
         state = _with_shardings(
             state,
             state_shardings(places, state, train.offload_optimizer, config.adapter.splits),
         )
+        # The reference of DPO is a copy of the adapters, if they do not start at 0.
+        reference = state.adapters if preference and config.adapter.start_title else None
         away = [x for x in jax.tree.leaves(state) if _is_on_host(x)] if not target.shared else []
         host = device_bytes(away)
         need = MemoryNeed(
             base=measure_base(base),
-            adapters=device_bytes(state.adapters),
+            adapters=device_bytes((state.adapters, reference)),
             optimizer=device_bytes(state.opt_state) - host,
             host=host,
             step=0,
@@ -231,7 +235,7 @@ def measure(
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         options = {"xla_backend_optimization_level": 0} if on_cpu else target.options
         with progress_bar(f"Compiling the training step for {rows} rows"):
-            lowered = step.trace(state, base, batch).lower()
+            lowered = step.trace(state, base, batch, reference).lower()
             with silent_stderr():
                 program = lowered.compile(compiler_options=options)
     extra = new_bytes(program.memory_analysis())

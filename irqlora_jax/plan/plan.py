@@ -70,7 +70,9 @@ def plan(config: Config, name: str | None = None) -> bool:
         logger.info(f"fits, with {readable_size(room)} to spare")
         rows, most = _most_rows(config, base, llama, target, need)
         if rows > need.rows:
-            logger.info(f"up to {rows} rows at a time fit (tried: peak {readable_size(most.peak)})")
+            what = "pairs" if config.data.format == "preference" else "rows"
+            peak = readable_size(most.peak)
+            logger.info(f"up to {rows} {what} at a time fit (tried: peak {peak})")
         return calibrated
     if room >= 0:
         logger.info(f"fits, but tightly: {readable_size(room)} to spare")
@@ -102,10 +104,12 @@ def _table(config: Config, need: MemoryNeed, target: PlanDevice) -> str:
     if need.host:
         rows.append(("in pinned memory of the host: optimizer state", _gib(need.host), ""))
     train, count = config.train, "" if need.devices == 1 else f"{need.devices} x "
-    text = (
-        f"{config.model} on {count}{target.title}: {need.rows} rows of {need.length} tokens per "
-        f"forward pass, {train.accumulation} passes per step\n{aligned(rows)}"
-    )
+    text = f"{config.model} on {count}{target.title}: {need.rows} rows of {need.length} tokens per "
+    passes = f"forward pass, {train.accumulation} passes per step"
+    if config.data.format == "preference":
+        text = text.replace(" rows of ", " pairs of rows of ")
+        passes += ", and as many of the reference without a gradient"
+    text += f"{passes}\n{aligned(rows)}"
     capability = target.capability
     if capability and capability < (8, 0) and train.compute_dtype == "bfloat16":
         text += f"\n{target.title} does not support bfloat16: use --train.compute_dtype float16"

@@ -8,6 +8,7 @@ from typing import Any
 
 from irqlora_jax.adapters import METHODS
 from irqlora_jax.adapters.method import LEARNED
+from irqlora_jax.model.dpo import ACCURACY, MARGIN
 from irqlora_jax.quant.formats import FORMATS
 from irqlora_jax.report.figure import table
 from irqlora_jax.report.markup import Markup, join, tag
@@ -106,7 +107,8 @@ def _result_sentence(found: RunData) -> str:
         return ""
     parts = []
     loss = "training_loss" if after.get("loss") is None else "loss"
-    for name, form in ((loss, "{:.4f} nats a token"), ("accuracy", "{:.1%}")):
+    nats = "" if _has_pairs(found) else " nats a token"
+    for name, form in ((loss, f"{{:.4f}}{nats}"), ("accuracy", "{:.1%}")):
         value = after.get(name)
         if value is None:
             continue
@@ -141,10 +143,11 @@ def results(found: RunData) -> Markup:
         "bits": "{:.2f}",
         "seconds": "{:.1f}",
     }
+    unit = "DPO" if _has_pairs(found) else "nats/token"
     heads = {
         "entropy": "entropy (bits)",
-        "loss": "loss (nats/token)",
-        "training_loss": "training loss (nats/token)",
+        "loss": f"loss ({unit})",
+        "training_loss": f"training loss ({unit})",
         "bits": "bits a weight",
         "seconds": "time (s)",
     }
@@ -160,7 +163,11 @@ def results(found: RunData) -> Markup:
 def training(found: RunData) -> Markup:
     """Plots loss, learning rate, gradient, speed and memory over the steps."""
     metrics, steps = found.metrics, Axis("step", low=0.0, whole=True)
-    plots = [_loss_plot(metrics, steps)]
+    plots = [
+        _plot("Loss", "DPO" if _has_pairs(found) else "nats a token", metrics, steps, "loss"),
+        _plot("Margin of the rewards", "margin", metrics, steps, MARGIN),
+        _plot("Accuracy of the rewards", "share", metrics, steps, ACCURACY),
+    ]
     courses = (
         ("Learning rate", "learning_rate", "learning rate", 1.0),
         ("Norm of the gradient before clipping", "grad_norm", "norm", 1.0),
@@ -201,11 +208,19 @@ def learned(found: RunData) -> Markup:
     return join(tag("p", note), table(("", *map(str, range(depth))), body))
 
 
-def _loss_plot(metrics: Sequence[Mapping[str, Any]], steps: Axis) -> Markup:
-    names = (("training", "loss"), ("evaluation", "eval_loss"))
+def _has_pairs(found: RunData) -> bool:
+    """Whether the run was trained on preference pairs, with DPO's loss."""
+    return (found.settings or {}).get("data", {}).get("format") == "preference"
+
+
+def _plot(
+    title: str, unit: str, metrics: Sequence[Mapping[str, Any]], steps: Axis, metric: str
+) -> Markup:
+    """The course of a metric in training and evaluation."""
+    names = (("training", metric), ("evaluation", f"eval_{metric}"))
     curves = [(name, *metric_curve(metrics, metric)) for name, metric in names]
     lines = [_course(name, x, y, kind) for kind, (name, x, y) in enumerate(curves) if x]
-    return line_plot("Loss", steps, Axis("nats a token"), lines)
+    return line_plot(title, steps, Axis(unit), lines)
 
 
 def _course(name: str, x: Sequence[float], y: Sequence[float | None], kind: int) -> Line:

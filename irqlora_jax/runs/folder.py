@@ -35,7 +35,7 @@ from irqlora_jax.base.budget import BUDGET_FILE
 from irqlora_jax.base.error_table import ERRORS_FILE
 from irqlora_jax.base.file import BASE_FILE as BASE_FILE
 from irqlora_jax.config import Config, read_stored_config
-from irqlora_jax.data import Example
+from irqlora_jax.data import Example, Pair
 from irqlora_jax.data.config import DataSource
 from irqlora_jax.data.order import Part
 from irqlora_jax.data.streaming import StreamedExamples
@@ -219,7 +219,9 @@ Fingerprint = dict[str, dict[str, Any]]
 
 
 def fingerprint(
-    train: Sequence[Example], evaluation: Sequence[Example], parts: Sequence[Part] = ()
+    train: Sequence[Example | Pair],
+    evaluation: Sequence[Example | Pair],
+    parts: Sequence[Part] = (),
 ) -> Fingerprint:
     """Counts the examples and tokens, and hashes tokens and targets.
 
@@ -234,7 +236,7 @@ def fingerprint(
     return {"train": _digest(train, sizes), "eval": _digest(evaluation)}
 
 
-def _digest(examples: Sequence[Example], sizes: Sequence[int] = ()) -> dict[str, Any]:
+def _digest(examples: Sequence[Example | Pair], sizes: Sequence[int] = ()) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps(sizes).encode() if sizes else b"")
     if isinstance(examples, StreamedExamples):
         digest.update(examples.digest.encode())

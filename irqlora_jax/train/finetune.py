@@ -211,9 +211,12 @@ def _finetune(
         save_environment(folder, job.mesh)
         if first > 0:
             logger.info(f"resuming from step {first} of {folder}")
+        reference = None
+        if job.preference and config.adapter.start_title:
+            reference = checkpoints.restore(0, state).adapters
         started = time.perf_counter()
         with MetricsLog(folder, first, config) as log:
-            ended = train(job, base, state, checkpoints, log)
+            ended = train(job, base, state, checkpoints, log, reference)
         checkpoints.wait()
         seconds = time.perf_counter() - started
         state, step = ended.state, int(ended.state.step)
@@ -229,7 +232,8 @@ def _finetune(
             )
         best, loss = checkpoints.best(), checkpoints.loss(step)
         scorer = Scorer(
-            job.eval_examples,
+            # DPO's loss compares with the base of the run, so it says nothing of other bases.
+            [] if job.preference else job.eval_examples,  # type: ignore[arg-type]
             job.questions,
             config.train.rows,
             longest_row(config.data, model.config.max_position_embeddings),
@@ -372,11 +376,12 @@ def describe(job: Job, base: Base) -> str:
         )
     quantized = config.quant.label if config.quant.quantizes else "unquantized"
     epochs = "" if job.epochs is None else f" ({job.epochs:g} epochs of {job.batches.rows:,} rows)"
+    what = "pairs" if job.preference else "examples"
     start = f" from {adapter.source or adapter.start.title}" if adapter.start_title else ""
     return (
         f"{config.model}: {llama.num_hidden_layers} layers of {llama.hidden_size}, {quantized}, "
         f"{stored.bits:.2f} bits a weight, {readable_size(stored.total)} with embeddings\n"
-        f"{adapter.method} of rank {adapter.rank}{start}, {examples:,} examples, "
+        f"{adapter.method} of rank {adapter.rank}{start}, {examples:,} {what}, "
         f"{train.total_steps:,} steps of {train.batch_size}{epochs} on "
         f"{jax.devices()[0].device_kind}{devices}"
     )

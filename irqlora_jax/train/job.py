@@ -17,7 +17,7 @@ from irqlora_jax.base.mesh import check_mesh
 from irqlora_jax.base.storage import abstract_base
 from irqlora_jax.base.updates import with_scales
 from irqlora_jax.config import Config
-from irqlora_jax.data import Batches, Example, make_batches, read_chat_template
+from irqlora_jax.data import Batches, Example, Pair, make_batches, read_chat_template
 from irqlora_jax.data.calibrate import CalibrationRows, read_calibration
 from irqlora_jax.data.order import Part
 from irqlora_jax.data.sources import load_data_sets
@@ -66,8 +66,8 @@ class Job:
     mesh: Mesh
     model: Llama
     optimizer: optax.GradientTransformation
-    examples: Sequence[Example]
-    eval_examples: list[Example]
+    examples: Sequence[Example] | list[Pair]
+    eval_examples: list[Example] | list[Pair]
     questions: list[Question]
     samples: Samples
     calibrate: CalibrationRows | None
@@ -82,6 +82,11 @@ class Job:
             return self.config
         train = dataclasses.replace(self.config.train, steps=None, epochs=self.epochs)
         return dataclasses.replace(self.config, train=train)
+
+    @property
+    def preference(self) -> bool:
+        """Whether the examples are preference pairs."""
+        return self.config.data.format == "preference"
 
 
 def read_job(config: Config, source: str | Path, limit: int | None = None) -> Job:

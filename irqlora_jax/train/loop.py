@@ -7,7 +7,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +20,11 @@ from irqlora_jax.adapters.method import LEARNED
 from irqlora_jax.base.file import Base
 from irqlora_jax.data import prefetch
 from irqlora_jax.evaluate import evaluation_loss
+from irqlora_jax.evaluate.preference import preference_scores
 from irqlora_jax.generate.samples import answer_samples
 from irqlora_jax.machine import peak_memory
 from irqlora_jax.messages import progress_bar
+from irqlora_jax.model.dpo import ACCURACY, MARGIN
 from irqlora_jax.model.tree import LAYERS
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.state import TrainState
@@ -52,9 +54,22 @@ class LoopResult:
 
 
 def train(
-    job: Job, base: Base, state: TrainState, checkpoints: Checkpoints, log: MetricsLog
+    job: Job,
+    base: Base,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    log: MetricsLog,
+    reference: dict[str, Any] | None = None,
 ) -> LoopResult:
     """Trains from `state` to the last step, an early stop, or a signal.
+
+    Args:
+        job: the run.
+        base: the frozen weights.
+        state: the state to start from.
+        checkpoints: of the run.
+        log: of the run.
+        reference: for preference pairs, as for `train_step`.
 
     Raises:
         FloatingPointError: loss, gradient or state is not finite. Such a state is never saved.
@@ -62,7 +77,8 @@ def train(
     """
     settings, first = job.config.train, int(state.step)
     steps, batches = settings.total_steps, job.batches
-    advance = make_step(job.mesh, state, model=job.model, optimizer=job.optimizer, config=settings)
+    how: Any = {"model": job.model, "optimizer": job.optimizer, "config": settings}
+    advance = make_step(job.mesh, state, **how, preference=job.preference)
     show = job.config.log.progress
     progressing = progress_bar("finetuning", steps, "step", show=show, initial=first)
 
@@ -83,7 +99,7 @@ def train(
         bar.set_description_str("compiling the training step", refresh=False)
         for done, indices, batch in prepared:
             meter.mark_start()
-            state, metrics = advance(state, base, batch)
+            state, metrics = advance(state, base, batch, reference)
             meter.put(done, indices, metrics)
             last = done == steps
             evaluates = last or _is_due(settings.eval_every, done)
@@ -95,7 +111,7 @@ def train(
                 values = None
                 if evaluates and (job.eval_examples or job.samples.prompts):
                     variables = {"params": state.adapters, "base": base}
-                    values = stop.attempt(functools.partial(_evaluate, job, variables))
+                    values = stop.attempt(functools.partial(_evaluate, job, variables, reference))
                 loss = None
                 if values is not None:
                     loss = values.get("eval_loss")
@@ -107,7 +123,7 @@ def train(
                     best = min((loss for _, loss in log.evaluations), default=math.inf)
                     log.write(done, values)
                     if loss is not None:
-                        logger.info(f"step {done}: evaluation loss {loss:.4f}")
+                        logger.info(f"step {done}: evaluation loss {loss:.4f}{_rewards(values)}")
                         saves = saves or loss < best
                         early = early_stop_reason(job, log.evaluations)
                 if evaluates and job.model.adapter is not None:
@@ -157,24 +173,42 @@ def early_stop_reason(job: Job, evaluations: Sequence[tuple[int, float]]) -> str
     return f"{since} evaluations without a loss below {loss:.4f} (step {step})"
 
 
-def _evaluate(job: Job, variables: dict[str, Any]) -> dict[str, Any]:
-    """Computes the evaluation loss in nats per target, its speed, and answers to the samples."""
+def _evaluate(
+    job: Job, variables: dict[str, Any], reference: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Computes the evaluation loss in nats per target, its speed, and answers to the samples.
+
+    Of preference pairs: DPO's loss, and the rewards.
+    """
     values: dict[str, Any] = {}
     if job.eval_examples:
         settings, started = job.config.train, time.perf_counter()
-        loss = evaluation_loss(
-            job.model, variables, job.eval_examples, settings.rows, settings.loss_chunk
-        )
+        sizes = {"batch_size": settings.rows, "chunk": settings.loss_chunk}
+        if job.preference:
+            pairs: Any = job.eval_examples
+            how: Any = sizes | {"reference": reference}
+            scores = preference_scores(job.model, variables, pairs, settings.dpo, **how)
+            values = {f"eval_{name}": value for name, value in scores.items()}
+        else:
+            examples: Any = job.eval_examples
+            values = {"eval_loss": evaluation_loss(job.model, variables, examples, **sizes)}
         seconds = time.perf_counter() - started
         tokens = sum(len(example.tokens) for example in job.eval_examples)
-        values = {
-            "eval_loss": loss,
+        values |= {
             "eval_seconds": round(seconds, 3),
             "eval_tokens_per_second": round(tokens / seconds, 1),
         }
     if job.samples.prompts:
         values["samples"] = answer_samples(job.samples, job.model, variables)
     return values
+
+
+def _rewards(values: Mapping[str, float]) -> str:
+    """The rewards of pairs for a line of the log; "" without them."""
+    margin, accuracy = (values.get(f"eval_{name}", values.get(name)) for name in (MARGIN, ACCURACY))
+    if margin is None or accuracy is None:
+        return ""
+    return f", margin {margin:.3f}, accuracy {accuracy:.0%}"
 
 
 @jax.jit
@@ -273,7 +307,7 @@ class _Meter:
         memory = peak_memory()
         values["peak_memory"] = memory
         self._bar.set_postfix_str(
-            f"loss {values['loss']:.4f}{speed}, {readable_size(memory)}", False
+            f"loss {values['loss']:.4f}{_rewards(values)}{speed}, {readable_size(memory)}", False
         )
         self._log.write(step, values)
 

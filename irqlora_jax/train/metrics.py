@@ -1,17 +1,19 @@
 """Writes the metrics of the training as JSON lines, to TensorBoard and to Weights & Biases.
 
 Every `log.every` steps:
-    loss                nats per target of the batch
+    loss                nats per target of the batch, or DPO's loss
     grad_norm           norm of the gradient before clipping
     targets             number of tokens of the batch that count in the loss
     learning_rate       of the step (with float16, a step that overflows counts too)
     loss_scale          only with float16
+    rewards/...         only with preference pairs: chosen, rejected, margins, accuracies
     tokens_per_second   since the previous line, without evaluations and checkpoints
     device_share        lower bound on the fraction of that time in which the device was busy: if a
                         step ended before the next one started, the device counts as idle since the
                         host last waited for it
     peak_memory         bytes, of the device, or of the process on a CPU
-At evaluations: eval_loss (nats per target), eval_seconds, eval_tokens_per_second and samples.
+At evaluations: eval_loss (nats per target, or DPO's loss), eval_seconds, eval_tokens_per_second and
+samples; with preference pairs also eval_rewards/...
 """
 
 import dataclasses

@@ -14,8 +14,9 @@ from jaxtyping import Array, Float32
 from irqlora_jax.adapters.lora import LORA
 from irqlora_jax.base.file import Base
 from irqlora_jax.config import TrainConfig
+from irqlora_jax.model.dpo import REWARDS, pair_sums
 from irqlora_jax.model.llama import Llama, head_weight
-from irqlora_jax.model.loss import cross_entropy
+from irqlora_jax.model.loss import cross_entropy, row_cross_entropy
 from irqlora_jax.model.tree import LAYERS
 from irqlora_jax.runs.state import TrainState, learning_rate
 from irqlora_jax.sharding import PAIR, Splits, tree_shardings
@@ -23,7 +24,8 @@ from irqlora_jax.train.noise import embedding_noise
 
 Batch = dict[str, Array]
 """tokens int32 [batch, seq]; targets bool [batch, seq], true for tokens that count in the loss;
-packed batches also have segment_ids int32 [batch, seq]."""
+packed batches also have segment_ids int32 [batch, seq]. Of preference pairs: the rows of a pair
+are one after the other, chosen and rejected."""
 
 _GOOD_STEPS = 1000
 _NOISE = 0x4E4546  # folded into the key of the dropout, for another stream of numbers
@@ -91,6 +93,37 @@ def loss_sum(
     return cross_entropy(features, head_weight(base), batch["tokens"], batch["targets"], chunk)
 
 
+def preference_sums(
+    adapters: dict[str, Any],
+    base: Base,
+    batch: Batch,
+    dropout_key: Array,
+    *,
+    model: Llama,
+    reference: tuple[Llama, dict[str, Any]],
+    config: TrainConfig,
+) -> dict[str, Float32[Array, ""]]:
+    """Sums the DPO losses and the rewards of the pairs of a batch (`pair_sums`).
+
+    Args:
+        adapters, base, batch, dropout_key: as for `loss_sum`.
+        model: the trained model.
+        reference: the model of the reference and its adapters. It has no dropout and no gradient.
+        config: `dpo` and `loss_chunk`.
+    """
+
+    def nll(model: Llama, adapters: dict[str, Any], **how: Any) -> tuple[Array, Array]:
+        tokens, targets = batch["tokens"], batch["targets"]
+        variables = {"params": adapters, "base": base}
+        features: Any = model.apply(variables, tokens, method="features", **how)
+        return row_cross_entropy(features, head_weight(base), tokens, targets, config.loss_chunk)
+
+    # First the reference: its activations are gone before the gradient needs memory.
+    frozen = jax.lax.stop_gradient(nll(*reference)[0])
+    own, counts = nll(model, adapters, deterministic=False, rngs={"dropout": dropout_key})
+    return pair_sums(own, frozen, counts, config.dpo)
+
+
 def prepared_model(model: Llama) -> Llama:
     """The model of a training step: with LoRA if the method prepares pairs (`Method.prepare`)."""
     adapter = model.adapter
@@ -142,10 +175,12 @@ def train_step(
     state: TrainState,
     base: Base,
     batch: Batch,
+    reference: dict[str, Any] | None = None,
     *,
     model: Llama,
     optimizer: optax.GradientTransformation,
     config: TrainConfig,
+    preference: bool = False,
 ) -> tuple[TrainState, dict[str, Array]]:
     """Computes one optimizer step with gradients for the adapters only.
 
@@ -154,9 +189,22 @@ def train_step(
     the loss is scaled. If a step overflows, only the loss scale changes. It still counts as a step,
     also for the learning rate, so that the schedule ends at the last step.
 
+    With preference pairs the loss is the mean of DPO's over all pairs. The reference runs in the
+    same step, without a gradient. So nothing has to be computed before the training or stored for
+    a resumed run, and a step takes one forward pass more.
+
+    Args:
+        state: the state before the step. Only its adapters are trained.
+        base: the frozen weights.
+        batch: as `Batch` says.
+        reference: adapters of the reference; None: the base without adapters.
+        model, optimizer, config: of the run.
+        preference: whether the batch has preference pairs.
+
     Returns:
-        The next state; and the loss (nats per target), the norm of the gradient before clipping,
-        the number of targets, the learning rate, and with float16 the loss scale.
+        The next state; and the loss (nats per target, or DPO's), the norm of the gradient before
+        clipping, the number of targets, the learning rate, with float16 the loss scale, and with
+        pairs `REWARDS`.
     """
     scaled = config.compute_dtype == "float16"
     scale = state.loss_scale if scaled else jnp.float32(1)
@@ -171,24 +219,39 @@ def train_step(
     )
     own = prepared_model(model)
 
-    @functools.partial(jax.value_and_grad, has_aux=True)
-    def scaled_loss(pairs: dict[str, Any], part: Batch, key: Array) -> tuple[Array, tuple]:
+    frozen = model.clone(adapter=None), {}
+    if reference is not None:
+        frozen = model, reference
+
+    def summed(pairs: dict[str, Any], part: Batch, key: Array) -> dict[str, Array]:
+        if preference:
+            how: Any = {"model": own, "reference": frozen, "config": config}
+            return preference_sums(pairs, base, part, key, **how)
         options: Any = {"chunk": config.loss_chunk, "neftune_alpha": config.neftune_alpha}
         nll, count = loss_sum(pairs, base, part, key, model=own, **options)
-        return nll * (scale / total), (nll, count)
+        return {"loss": nll, "targets": count}
+
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def scaled_loss(pairs: dict[str, Any], part: Batch, key: Array) -> tuple[Array, dict]:
+        sums = summed(pairs, part, key)
+        return sums["loss"] * (scale / total), sums
 
     # Divide by the number of targets before the backward pass: in float16 the sum would overflow.
-    total = jnp.maximum(batch["targets"][:, 1:].sum(), 1).astype(jnp.float32)
+    if preference:
+        total = jnp.float32(batch["targets"].shape[0] / 2)
+    else:
+        total = jnp.maximum(batch["targets"][:, 1:].sum(), 1).astype(jnp.float32)
     if config.accumulation == 1:
-        (_, (nll, count)), grads = scaled_loss(pairs, jax.tree.map(lambda x: x[0], parts), keys[0])
+        (_, sums), grads = scaled_loss(pairs, jax.tree.map(lambda x: x[0], parts), keys[0])
     else:
 
         def add(carry: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
             (_, sums), grads = scaled_loss(pairs, *inputs)
             return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
-        zeros = (jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, pairs)
-        ((nll, count), grads), _ = jax.lax.scan(add, zeros, (parts, keys))
+        names = ("loss", "targets", *(("pairs", *REWARDS) if preference else ()))
+        zeros = dict.fromkeys(names, jnp.float32(0)), jax.tree.map(jnp.zeros_like, pairs)
+        (sums, grads), _ = jax.lax.scan(add, zeros, (parts, keys))
     (grads,) = pull(grads)
     grads = jax.tree.map(lambda g: g / scale.astype(g.dtype), grads)
     if model.adapter is not None and model.adapter.chosen.penalty is not None:
@@ -213,7 +276,8 @@ def train_step(
     adapters, opt_state = update(grads, opt_state, state.adapters)
     new = dataclasses.replace(state, adapters=adapters, opt_state=opt_state, step=state.step + 1)
     rate = jnp.asarray(learning_rate(config)(state.step), jnp.float32)
-    metrics = {"loss": nll / total, "grad_norm": norm, "targets": count, "learning_rate": rate}
+    metrics = {"grad_norm": norm, "targets": sums["targets"], "learning_rate": rate}
+    metrics |= {name: sums[name] / total for name in ("loss", *REWARDS) if name in sums}
     if finite is not None:
         new = _adapt_scale(new, finite)
         metrics["loss_scale"] = scale
@@ -227,18 +291,22 @@ def make_step(
     model: Llama,
     optimizer: optax.GradientTransformation,
     config: TrainConfig,
+    preference: bool = False,
 ) -> Any:
-    """Compiles `train_step` as a function of (state, base, batch). It donates the old state.
+    """Compiles `train_step` as a function of (state, base, batch), and with preference pairs of the
+    adapters of the reference, if there are any. It donates the old state.
 
     Args:
         mesh: from `make_mesh`.
         state: arrays or their shapes.
-        model, optimizer, config: as for `train_step`.
+        model, optimizer, config, preference: as for `train_step`.
     """
     splits = PAIR if model.adapter is None else model.adapter.splits
     shardings = state_shardings(mesh, state, config.offload_optimizer, splits)
     return jax.jit(
-        functools.partial(train_step, model=model, optimizer=optimizer, config=config),
+        functools.partial(
+            train_step, model=model, optimizer=optimizer, config=config, preference=preference
+        ),
         donate_argnums=0,
         out_shardings=(shardings, None),
     )

@@ -327,7 +327,7 @@ def test_a_failing_hub_is_one_sentence_without_secrets(hub, error, message):
     [
         ({"prompt": "a", "completion": "b"}, "data.format = 'self_instruct'"),
         ({"inputs": "a", "targets": "b"}, "data.format = 'flan_v2'"),
-        ({"chosen": "a", "rejected": "b"}, "data.format = 'hh_rlhf'"),
+        ({"chosen": "a", "rejected": "b"}, "data.format = 'hh_rlhf' or 'preference'"),
         ({"text": "a"}, "data.format = 'chip2' or 'oasst1' or 'text'"),
         ({"question": "a", "answer": "b"}, None),
     ],

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ RECIPES = {
     "guanaco-7b": ("7b", "65b"),
     "mistral-7b": ("mistral",),
     "qwen2.5-7b": ("qwen2.5",),
+    "dpo-hh-7b": ("7b",),
 }
 
 
@@ -72,11 +74,14 @@ def test_the_step_of_every_recipe_builds_at_full_size(recipe: str, size: str) ->
     optimizer = make_optimizer(settings)
     state = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
     length = config.data.source_length + config.data.target_length
+    preference = config.data.format == "preference"
+    shape = (settings.batch_size * (2 if preference else 1), length)
     batch = {
-        "tokens": jax.ShapeDtypeStruct((settings.batch_size, length), jnp.int32),
-        "targets": jax.ShapeDtypeStruct((settings.batch_size, length), jnp.bool_),
+        "tokens": jax.ShapeDtypeStruct(shape, jnp.int32),
+        "targets": jax.ShapeDtypeStruct(shape, jnp.bool_),
     }
-    step = functools.partial(train_step, model=model, optimizer=optimizer, config=settings)
+    how: Any = {"model": model, "optimizer": optimizer, "config": settings}
+    step = functools.partial(train_step, **how, preference=preference)
     new, metrics = jax.eval_shape(step, state, abstract_base(architecture, config.quant), batch)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert shapes(new) == shapes(state)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,43 @@ def test_the_plan_counts_the_arrays_of_a_run() -> None:
     assert need.optimizer == sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
     assert need.step > need.adapters  # the gradients at least
     assert (need.rows, need.length, need.devices) == (4, 64, 1)
+
+
+def test_the_plan_of_pairs_counts_both_rows_and_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Compiling takes long, so this looks at what would be compiled. A limit of 0 stops before."""
+    base, room = abstract_base(SMALL, CONFIG.quant, np.float32), target(2**40)
+    plain = measure(CONFIG, base, SMALL, room, 0)
+    pairs = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, format="preference"))
+    need = measure(pairs, base, SMALL, room, 0)
+    assert (need.rows, need.length, need.adapters) == (4, 64, plain.adapters)
+    text = plans._table(pairs, need, room)
+    assert "4 pairs of rows of 64 tokens per forward pass, 1 passes per step, and as many" in text
+    fitted = dataclasses.replace(pairs, adapter=dataclasses.replace(pairs.adapter, init="loftq"))
+    assert measure(fitted, base, SMALL, room, 0).adapters == 2 * plain.adapters
+
+    seen: list[Any] = []
+
+    class SeenError(Exception):
+        """In place of compiling."""
+
+    def trace(state: Any, base: Any, batch: Any, reference: Any) -> Any:
+        same = jax.tree.structure(reference) == jax.tree.structure(state.adapters)
+        seen.append((batch["tokens"].shape, same))
+        raise SeenError
+
+    def make(*_: Any, preference: bool, **__: Any) -> Any:
+        seen.append(preference)
+        return types.SimpleNamespace(trace=trace)
+
+    monkeypatch.setattr("irqlora_jax.plan.measure.make_step", make)
+    for config, expected in ((CONFIG, False), (pairs, True), (fitted, True)):
+        with pytest.raises(SeenError):
+            measure(config, base, SMALL, room)
+        shape = (8 if expected else 4, 64)
+        assert seen == [expected, (shape, config is fitted)]
+        seen.clear()
 
 
 def adapter_size(method: str, out: int, into: int, rank: int) -> int:
