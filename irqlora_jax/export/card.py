@@ -29,6 +29,10 @@ _LOAD_SCALARS = """import irqlora_jax as irq
 adapters = irq.hf.load_adapter("{adapter}", model)  # model: irq.Llama with the base below
 """
 
+_GGUF = """```sh
+llama-cli -m {name}/model.gguf
+irqlora chat --run {name}/model.gguf
+```"""
 _QUANTIZED = """```sh
 irqlora chat --run {name}
 irqlora eval --run {name}
@@ -42,7 +46,7 @@ class Card:
 
     Attributes:
         name: of the folder.
-        kind: what it holds: "adapter", "merged" or "dequantized".
+        kind: what it holds: a kind of `ExportConfig`.
         dtype: of its weights.
         model: folder or hub id of the original model; None if unknown.
         quant: how the base was quantized; None if it was not.
@@ -130,6 +134,8 @@ class Card:
                 f"{finetuned}. The adapter is part of the scales and shifts of the quantized base, "
                 f"exactly but for their rounding to {self.dtype}. The codes did not change."
             )
+        if self.kind == "gguf":
+            return f"{finetuned if self.config else quantized_by}. {_gguf_about(self)}"
         if self.kind == "merged":
             if self.config is None:
                 return f"{origin}, {quantized} and dequantized to {self.dtype} by irqlora_jax."

@@ -17,9 +17,11 @@ import numpy as np
 from irqlora_jax.base.file import read_base_config, read_calibrate
 from irqlora_jax.base.updates import with_scales
 from irqlora_jax.export.card import Card
+from irqlora_jax.export.gguf import BYTES, EXACT, GGUF_FILE, save_gguf
+from irqlora_jax.export.gguf_tokenizer import tokenizer_fields
 from irqlora_jax.export.model import parameters, save_model
 from irqlora_jax.export.peft import save_adapter
-from irqlora_jax.export.quantized import save_quantized
+from irqlora_jax.export.quantized import absorbed_base, save_quantized
 from irqlora_jax.files.hub import is_hub_id
 from irqlora_jax.files.small import read_json
 from irqlora_jax.messages import progress_bar, shows_messages
@@ -40,12 +42,15 @@ class ExportConfig:
     """Folder of a run, of `irqlora quantize`, or of a Hugging Face model, or a .gguf file."""
     output_dir: str
     """New folder."""
-    kind: Literal["adapter", "merged", "dequantized", "quantized"] = "merged"
+    kind: Literal["adapter", "merged", "dequantized", "quantized", "gguf"] = "merged"
     """"merged": a model that includes the adapter. "dequantized": the dequantized base as a model,
     with the adapter for PEFT in its folder adapter/. "adapter": only this adapter. "quantized": a
     base like that of irqlora quantize, with the adapter in the shifts of its blocks. Only methods
     with pooled inputs (adapter.method) and trained scales (adapter.scales) can be merged like
-    this."""
+    this. "gguf": a file model.gguf for llama.cpp that includes the adapter."""
+    type: Literal["f16", "bf16", "q8_0", "q4_0", "q4_1", "exact"] | None = None
+    """With kind gguf: type of the matrices (null: f16). "exact": the codes of an integer base as
+    they are; blocks must be multiples of 32."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of all weights. Null: the original file's type for models, float32 for adapters. With
     kind quantized, the type of what training changed in scales and shifts: float16 (null) keeps a
@@ -72,6 +77,10 @@ class ExportConfig:
         require(ok, "fold", self.fold, f"true with kind {self.kind}")
         ok = self.base_model is None or self.kind in ("adapter", "dequantized")
         require(ok, "base_model", self.base_model, f"null with kind {self.kind}")
+        ok = self.type is None or self.kind == "gguf"
+        require(ok, "type", self.type, f"null with kind {self.kind}")
+        ok = self.dtype is None or self.kind != "gguf"
+        require(ok, "dtype", self.dtype, "null with kind gguf, which has type")
         ok = self.dtype != "bfloat16" or self.kind != "quantized"
         require(ok, "dtype", self.dtype, "float16 or float32 with kind quantized")
 
@@ -109,6 +118,8 @@ def _write(config: ExportConfig) -> Path:
             with progress_bar("Writing the base", show=config.progress):
                 save_quantized(aside, run, config.dtype or "float16")
             _companions(aside, folder.name, run, config, "quantized", config.dtype or "float16")
+        elif config.kind == "gguf":
+            _gguf_folder(aside, folder.name, run, config)
         elif config.kind == "adapter":
             base = config.base_model or _original(run)
             _adapter_folder(aside, folder.name, run, config, base)
@@ -214,6 +225,12 @@ def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:
     size = sum(leaf.nbytes for leaf in _leaves(run.variables["params"]))
     if config.kind == "quantized":
         size += sum(leaf.nbytes for leaf in _leaves(run.variables["base"]))
+    elif config.kind == "gguf":
+        size = (
+            sum(leaf.nbytes for leaf in _leaves(run.variables["base"]))
+            if config.type == EXACT
+            else int(parameters(run.model.config) * BYTES[config.type or "f16"])
+        )
     elif config.kind != "adapter":
         size += parameters(run.model.config) * np.dtype(_dtype(config, run)).itemsize
     free = shutil.disk_usage(aside).free
@@ -250,6 +267,23 @@ def _model_folder(aside: Path, name: str, run: Run, config: ExportConfig) -> Non
     _companions(aside, name, run, config, config.kind, dtype)
 
 
+def _gguf_folder(aside: Path, name: str, run: Run, config: ExportConfig) -> None:
+    type = config.type or "f16"
+    model, variables = run.model, run.variables
+    if type == EXACT and model.adapter is not None:
+        try:
+            variables = {"params": {}, "base": absorbed_base(model, variables, "float32")}
+        except ValueError as error:
+            raise ValueError(f"type = 'exact': {error}") from error
+        model = model.clone(adapter=None)
+    fields = tokenizer_fields(run.tokenizer, model.config) | {"general.name": name}
+    file, progress = aside / GGUF_FILE, config.progress
+    off = save_gguf(file, model, variables, fields, type=type, progress=progress)
+    if type == EXACT:
+        logger.info(f"exact: scales in float16 move a weight by at most {off:.1e} of the largest")
+    _companions(aside, name, run, config, "gguf", type)
+
+
 def _adapter_folder(
     aside: Path, name: str, run: Run, config: ExportConfig, base: str | None
 ) -> None:
@@ -271,7 +305,7 @@ def _companions(
 ) -> None:
     """Writes the tokenizer with its chat template, generation settings and the model card."""
 
-    if kind != "quantized":
+    if kind not in ("quantized", "gguf"):
         run.tokenizer.save_pretrained(aside)
     if kind in ("merged", "dequantized"):
         _write_generation(aside, run)

@@ -64,7 +64,7 @@ def save_model(
         ValueError: a value is out of the range of `dtype`.
     """
     config = model.config
-    places = _places(config)
+    places = tensor_places(config)
     shapes = {name: shape for name, (shape, _, _) in places.items()}
     shards = _split(shapes, np.dtype(dtype).itemsize, 1e9 * shard_size)
     total = sum(map(math.prod, shapes.values()))
@@ -73,7 +73,7 @@ def save_model(
 
         def parts(names: Shapes) -> Iterator[tuple[str, np.ndarray]]:
             for name, shape in names.items():
-                yield name, _weight(model, variables, *places[name][1:])
+                yield name, tensor_values(model, variables, *places[name][1:])
                 bar.update(math.prod(shape))
 
         for number, shard in enumerate(shards, 1):
@@ -90,10 +90,10 @@ def save_model(
 
 def parameters(config: LlamaConfig) -> int:
     """Number of weights of a model."""
-    return sum(math.prod(shape) for shape, _, _ in _places(config).values())
+    return sum(math.prod(shape) for shape, _, _ in tensor_places(config).values())
 
 
-def _places(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], Keys, int | None]]:
+def tensor_places(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], Keys, int | None]]:
     """Shape, path and layer of every tensor, in the order of the files."""
     layered, single = weight_shapes(config)
     head = {path: single.pop(path) for path in [("norm",), ("lm_head",)] if path in single}
@@ -120,21 +120,35 @@ def _split(shapes: Shapes, itemsize: int, limit: float) -> list[Shapes]:
     return shards
 
 
-def _weight(
+def tensor_values(
     model: Llama, variables: Mapping[str, Tree], path: Keys, layer: int | None
 ) -> np.ndarray:
     """One tensor of the model: float32 if it belongs to a layer, else its stored type."""
     base, adapters = variables["base"], variables["params"]
     if layer is None:
         return np.asarray(base[path[0]]["weight"])
-    tree, place = find_stack(base, layer, model.config.num_hidden_layers)
-    for name in leaf_path(path):
-        tree = tree[name]
+    tree, place = _stacked(base, model.config, path, layer)
     adapter = model.adapter
     if adapter is None or path[-1] not in adapter.targets:
         return np.asarray(_one_dense(tree, place))
     params = adapters[LAYERS][path[0]][path[1]]
     return np.asarray(_merged(tree, place, params, layer, adapter))
+
+
+def stored_weight(base: Mapping[str, Tree], config: LlamaConfig, path: Keys, layer: int) -> Any:
+    """One weight of a layer as it is stored, a QTensor or an array."""
+    tree, place = _stacked(base, config, path, layer)
+    return jax.tree.map(lambda x: x[place], tree)
+
+
+def _stacked(
+    base: Mapping[str, Tree], config: LlamaConfig, path: Keys, layer: int
+) -> tuple[Any, int]:
+    """The stack that holds a weight, and the place of the layer in it."""
+    tree, place = find_stack(base, layer, config.num_hidden_layers)
+    for name in leaf_path(path):
+        tree = tree[name]
+    return tree, place
 
 
 @jax.jit
