@@ -16,10 +16,14 @@ import numpy as np
 
 from irqlora_jax.base.file import read_base_config, read_calibrate
 from irqlora_jax.base.updates import with_scales
+from irqlora_jax.export.bitsandbytes import BITSANDBYTES
 from irqlora_jax.export.card import Card
+from irqlora_jax.export.compressed import COMPRESSED
 from irqlora_jax.export.gguf import BYTES, EXACT, GGUF_FILE, save_gguf
 from irqlora_jax.export.gguf_tokenizer import tokenizer_fields
+from irqlora_jax.export.gptq import GPTQ
 from irqlora_jax.export.model import parameters, save_model
+from irqlora_jax.export.packed import save_packed
 from irqlora_jax.export.peft import save_adapter
 from irqlora_jax.export.quantized import absorbed_base, save_quantized
 from irqlora_jax.files.hub import is_hub_id
@@ -31,6 +35,9 @@ from irqlora_jax.runs.lock import LOCK_FILE, locked
 from irqlora_jax.text import require
 
 _GENERATION = "generation_config.json"
+_LAYOUTS = {"bitsandbytes": BITSANDBYTES, "gptq": GPTQ, "compressed-tensors": COMPRESSED}
+_WITH_ADAPTER = ("adapter", "dequantized", *_LAYOUTS)
+"""Kinds that write an adapter for PEFT."""
 logger = logging.getLogger(__name__)
 
 
@@ -42,19 +49,25 @@ class ExportConfig:
     """Folder of a run, of `irqlora quantize`, or of a Hugging Face model, or a .gguf file."""
     output_dir: str
     """New folder."""
-    kind: Literal["adapter", "merged", "dequantized", "quantized", "gguf"] = "merged"
+    kind: Literal[
+        *("adapter", "merged", "dequantized", "quantized"),
+        *("gguf", "bitsandbytes", "gptq", "compressed-tensors"),
+    ] = "merged"
     """"merged": a model that includes the adapter. "dequantized": the dequantized base as a model,
     with the adapter for PEFT in its folder adapter/. "adapter": only this adapter. "quantized": a
     base like that of irqlora quantize, with the adapter in the shifts of its blocks. Only methods
     with pooled inputs (adapter.method) and trained scales (adapter.scales) can be merged like
-    this. "gguf": a file model.gguf for llama.cpp that includes the adapter."""
+    this. "gguf": a file model.gguf for llama.cpp that includes the adapter. The other kinds hold the
+    codes of the base as they are, with the adapter for PEFT in adapter/: "bitsandbytes" NF4 or FP4
+    without shifts; "gptq" and "compressed-tensors" integers with whole zero points."""
     type: Literal["f16", "bf16", "q8_0", "q4_0", "q4_1", "exact"] | None = None
     """With kind gguf: type of the matrices (null: f16). "exact": the codes of an integer base as
     they are; blocks must be multiples of 32."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of all weights. Null: the original file's type for models, float32 for adapters. With
     kind quantized, the type of what training changed in scales and shifts: float16 (null) keeps a
-    change to 0.05 %, float32 exactly."""
+    change to 0.05 %, float32 exactly. With kinds gptq and compressed-tensors null is float16; scales
+    have this type too (with gptq always float16)."""
     checkpoint: Literal["last", "best"] | int = "last"
     """Checkpoint of the run: the newest, the one with the best evaluation loss, or a step."""
     fold: bool = True
@@ -75,7 +88,7 @@ class ExportConfig:
         require(ok, "shard_size", self.shard_size, "a positive number")
         ok = self.fold or self.kind == "adapter"
         require(ok, "fold", self.fold, f"true with kind {self.kind}")
-        ok = self.base_model is None or self.kind in ("adapter", "dequantized")
+        ok = self.base_model is None or self.kind in _WITH_ADAPTER
         require(ok, "base_model", self.base_model, f"null with kind {self.kind}")
         ok = self.type is None or self.kind == "gguf"
         require(ok, "type", self.type, f"null with kind {self.kind}")
@@ -124,8 +137,11 @@ def _write(config: ExportConfig) -> Path:
             base = config.base_model or _original(run)
             _adapter_folder(aside, folder.name, run, config, base)
         else:
-            _model_folder(aside, folder.name, run, config)
-            if config.kind == "dequantized" and run.step is not None:
+            if config.kind in _LAYOUTS:
+                _packed_folder(aside, folder.name, run, config)
+            else:
+                _model_folder(aside, folder.name, run, config)
+            if config.kind in _WITH_ADAPTER and run.step is not None:
                 (aside / "adapter").mkdir()
                 base = config.base_model or str(folder)
                 _adapter_folder(aside / "adapter", f"{folder.name}/adapter", run, config, base)
@@ -211,7 +227,7 @@ def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:
     adapter = run.model.adapter
     method = adapter and adapter.chosen
     unknown = method is not None and method.fold is None and method.peft is None
-    for_peft = config.kind in ("adapter", "dequantized")
+    for_peft = config.kind in _WITH_ADAPTER
     if config.kind == "adapter" and adapter and adapter.scales:
         raise ValueError(
             "kind = 'adapter': adapter.scales changed the base, for which PEFT has no place; "
@@ -223,7 +239,7 @@ def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:
             f"expected {'merged or quantized' if adapter.chosen.reduced else 'merged'}"
         )
     size = sum(leaf.nbytes for leaf in _leaves(run.variables["params"]))
-    if config.kind == "quantized":
+    if config.kind == "quantized" or config.kind in _LAYOUTS:
         size += sum(leaf.nbytes for leaf in _leaves(run.variables["base"]))
     elif config.kind == "gguf":
         size = (
@@ -284,6 +300,25 @@ def _gguf_folder(aside: Path, name: str, run: Run, config: ExportConfig) -> None
     _companions(aside, name, run, config, "gguf", type)
 
 
+def _packed_folder(aside: Path, name: str, run: Run, config: ExportConfig) -> None:
+    model, variables = with_scales(run.model, run.variables)
+    dtype = config.dtype or (_dtype(config, run) if config.kind == "bitsandbytes" else "float16")
+    facts = save_packed(
+        aside,
+        model,
+        variables,
+        config.kind,
+        _LAYOUTS[config.kind],
+        dtype=dtype,
+        shard_size=config.shard_size,
+        progress=config.progress,
+    )
+    error = max(getattr(own, "error", 0.0) for own in facts.values())
+    if error:
+        logger.info(f"{config.kind}: rounded scales differ by at most {100 * error:.2g} %")
+    _companions(aside, name, run, config, config.kind, dtype, beside=run.step is not None)
+
+
 def _adapter_folder(
     aside: Path, name: str, run: Run, config: ExportConfig, base: str | None
 ) -> None:
@@ -302,12 +337,13 @@ def _companions(
     kind: str,
     dtype: str,
     base: str | None = None,
+    beside: bool = False,
 ) -> None:
     """Writes the tokenizer with its chat template, generation settings and the model card."""
 
     if kind not in ("quantized", "gguf"):
         run.tokenizer.save_pretrained(aside)
-    if kind in ("merged", "dequantized"):
+    if kind in ("merged", "dequantized", *_LAYOUTS):
         _write_generation(aside, run)
     quant = used = None
     if (run.folder / BASE_FILE).is_file():
@@ -327,6 +363,7 @@ def _companions(
         scores=scores(run.folder),
         calibrate=used,
         model_type=run.model.config.model_type,
+        beside=beside,
     )
     (aside / "README.md").write_text(card.text(), encoding="utf-8")
 
