@@ -1,14 +1,11 @@
 """Exports runs: an adapter, a merged model or a dequantized base for transformers and PEFT, or a
 quantized base with the adapter inside."""
 
-import contextlib
 import dataclasses
 import json
 import logging
 import math
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +13,7 @@ import numpy as np
 
 from irqlora_jax.base.file import read_base_config, read_calibrate
 from irqlora_jax.base.updates import with_scales
+from irqlora_jax.export.aside import complete_or_absent
 from irqlora_jax.export.bitsandbytes import BITSANDBYTES
 from irqlora_jax.export.card import Card
 from irqlora_jax.export.compressed import COMPRESSED
@@ -31,7 +29,6 @@ from irqlora_jax.files.small import read_json
 from irqlora_jax.messages import progress_bar, shows_messages
 from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import Run, is_base, load_run, scores
-from irqlora_jax.runs.lock import LOCK_FILE, locked
 from irqlora_jax.text import require
 
 _GENERATION = "generation_config.json"
@@ -50,24 +47,30 @@ class ExportConfig:
     output_dir: str
     """New folder."""
     kind: Literal[
-        *("adapter", "merged", "dequantized", "quantized"),
-        *("gguf", "bitsandbytes", "gptq", "compressed-tensors"),
+        "adapter",
+        "merged",
+        "dequantized",
+        "quantized",
+        "gguf",
+        "bitsandbytes",
+        "gptq",
+        "compressed-tensors",
     ] = "merged"
     """"merged": a model that includes the adapter. "dequantized": the dequantized base as a model,
     with the adapter for PEFT in its folder adapter/. "adapter": only this adapter. "quantized": a
     base like that of irqlora quantize, with the adapter in the shifts of its blocks. Only methods
     with pooled inputs (adapter.method) and trained scales (adapter.scales) can be merged like
-    this. "gguf": a file model.gguf for llama.cpp that includes the adapter. The other kinds hold the
-    codes of the base as they are, with the adapter for PEFT in adapter/: "bitsandbytes" NF4 or FP4
-    without shifts; "gptq" and "compressed-tensors" integers with whole zero points."""
+    this. "gguf": a file model.gguf for llama.cpp that includes the adapter. The other kinds hold
+    the codes of the base as they are, with the adapter for PEFT in adapter/. "bitsandbytes": NF4 or
+    FP4 without shifts. "gptq" and "compressed-tensors": integers with whole zero points."""
     type: Literal["f16", "bf16", "q8_0", "q4_0", "q4_1", "exact"] | None = None
     """With kind gguf: type of the matrices (null: f16). "exact": the codes of an integer base as
     they are; blocks must be multiples of 32."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of all weights. Null: the original file's type for models, float32 for adapters. With
     kind quantized, the type of what training changed in scales and shifts: float16 (null) keeps a
-    change to 0.05 %, float32 exactly. With kinds gptq and compressed-tensors null is float16; scales
-    have this type too (with gptq always float16)."""
+    change to 0.05 %, float32 exactly. With kinds gptq and compressed-tensors, null is float16. The
+    scales have this type too (with gptq always float16)."""
     checkpoint: Literal["last", "best"] | int = "last"
     """Checkpoint of the run: the newest, the one with the best evaluation loss, or a step."""
     fold: bool = True
@@ -123,7 +126,7 @@ def _write(config: ExportConfig) -> Path:
     folder = Path(config.output_dir).expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output_dir = '{folder}': exists; expected a new folder")
-    with _complete_or_absent(folder) as aside:
+    with complete_or_absent(folder) as aside:
         with progress_bar("Loading the model", show=config.progress):
             run = load_run(config.run, checkpoint=config.checkpoint)
         _check(config, run, aside, folder)
@@ -166,56 +169,6 @@ def export_dequantized(run: str | Path, out: str | Path, **options: Any) -> Path
 def _quiet(run: str | Path, out: str | Path, kind: Any, options: dict[str, Any]) -> Path:
     settings: dict[str, Any] = {"progress": False} | options
     return _write(ExportConfig(str(run), str(out), kind, **settings))
-
-
-@contextlib.contextmanager
-def _complete_or_absent(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder that is renamed to `folder` at the end or deleted on failure."""
-    # Put it in the nearest parent that exists, so that a failure leaves no empty parents.
-    parent = next(path for path in folder.parents if path.exists())
-    aside = parent / f"{folder.name}.part"
-    with contextlib.ExitStack() as stack:
-        try:
-            # A killed export leaves its lock file, which tells its folder from others.
-            if aside.exists() and not (aside.is_dir() and _is_left_over(aside)):
-                raise FileExistsError(
-                    f"output_dir = '{folder}': {aside} exists and is of no export; delete it, or "
-                    "choose another name"
-                )
-            stack.enter_context(locked(aside))
-        except (FileExistsError, BlockingIOError):
-            raise
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror})"
-            raise OSError(f"output_dir = '{folder}': {reason}") from error
-        with _renamed(aside, folder):
-            yield aside
-
-
-def _is_left_over(aside: Path) -> bool:
-    names = {path.name for path in aside.iterdir()}
-    return not names or LOCK_FILE in names
-
-
-@contextlib.contextmanager
-def _renamed(aside: Path, folder: Path) -> Iterator[None]:
-    """Empties a locked folder, and renames it to `folder` at the end or deletes it on failure."""
-    try:
-        for path in aside.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != LOCK_FILE:
-                path.unlink()
-        yield
-        (aside / LOCK_FILE).unlink(missing_ok=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(aside, folder)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:  # from a write
-            reason = f"cannot be written ({error.strerror})"
-            raise OSError(f"output_dir = '{folder}': {reason}") from error
-        raise
 
 
 def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:

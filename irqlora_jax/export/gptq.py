@@ -1,9 +1,9 @@
 """Integers in the layout of GPTQ, for vLLM and GPTQModel.
 
-qweight packs the codes of each output over the inputs, [in * bits / 32, out]; qzeros the zero points
-of each group over the outputs, [groups, out * bits / 32]. The first version of the format stores zero
-points minus one, so it cannot hold 0. Bases with a zero point of 0 get the second version, which
-stores them as they are (checkpoint_format "gptq_v2").
+qweight packs the codes of each output over the inputs, [in * bits / 32, out]. qzeros packs the zero
+points of each group over the outputs, [groups, out * bits / 32]. The first version of the format
+stores zero points minus one, so it cannot hold 0. Bases with a zero point of 0 get the second
+version, which stores them as they are (checkpoint_format "gptq_v2").
 Source: GPTQModel (gptqmodel/nn_modules/qlinear), vLLM (model_executor/layers/quantization/gptq.py).
 """
 

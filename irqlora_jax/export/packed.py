@@ -1,8 +1,8 @@
 """Writes a quantized base with its codes in the layout of another program.
 
-A layout says which tensors a quantized matrix becomes, and how config.json describes them. All other
-weights are written as they are. Matrices are read twice, one at a time: first to check and describe
-them, then to write them.
+A layout says which tensors a quantized matrix becomes, and how config.json describes them. All
+other weights are written as they are. Matrices are read twice, one at a time: first to check and
+describe them, then to write them.
 """
 
 import dataclasses

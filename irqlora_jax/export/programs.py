@@ -53,7 +53,7 @@ PROGRAMS = {
     ),
     "bitsandbytes": Program(
         "transformers",
-        "The codes and scales are stored as bitsandbytes stores them; the other weights are {type}.",
+        "Codes and scales are stored as bitsandbytes stores them; the other weights are {type}.",
         _LOAD,
         _LOAD_ADAPTER,
     ),
