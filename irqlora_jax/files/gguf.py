@@ -292,12 +292,19 @@ def config_values(found: Gguf) -> dict[str, Any]:
 
 def _rope_scaling(found: Gguf, values: dict[str, Any]) -> dict[str, Any] | None:
     """The scaling of the rotary frequencies. LLaMA 3 has no settings in the file, but factors."""
-    key = "llama.rope.scaling.type"
-    kind = found.fields.get(key, "none")
-    require(kind in ("none", "linear"), f"{found.file}: {key}", kind, "'none' or 'linear'")
+    prefix = "llama.rope.scaling."
+    given = {
+        key.removeprefix(prefix): value
+        for key, value in found.fields.items()
+        if key.startswith(prefix)
+    }
+    kind = given.get("type", "none")
+    accepted = "'none', 'linear' or 'yarn'"
+    require(kind in ("none", "linear", "yarn"), f"{found.file}: {prefix}type", kind, accepted)
     if kind == "linear":
-        factor = found.fields.get("llama.rope.scaling.factor", 1.0)
-        return {"rope_type": "linear", "factor": factor}
+        return {"rope_type": "linear", "factor": given.get("factor", 1.0)}
+    if kind == "yarn":
+        return _yarn(given, values["max_position_embeddings"])
     if ROPE_FACTORS not in found.tensors:
         return None
     factors = _dequantize(found.file, found.tensors[ROPE_FACTORS], slice(None)).reshape(-1)
@@ -315,6 +322,18 @@ def _rope_scaling(found: Gguf, values: dict[str, Any]) -> dict[str, Any] | None:
             "expected these"
         )
     return scaling.to_dict()
+
+
+def _yarn(given: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """The settings of yarn. llama.cpp multiplies attn_factor with the factor of the paper."""
+    factor, more = given.get("factor", 1.0), given.get("attn_factor", 1.0)
+    original = given.get("original_context_length", context)
+    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    for name in ("beta_fast", "beta_slow"):
+        if f"yarn_{name}" in given:
+            scaling[name] = given[f"yarn_{name}"]
+    usual = RopeScaling("yarn", factor).scale
+    return scaling if more == 1 else scaling | {"attention_factor": more * usual}
 
 
 def read_llama(source: str | Path, values: Mapping[str, Any]) -> LlamaConfig:
