@@ -151,6 +151,10 @@ def architecture_fields(config: LlamaConfig) -> dict[str, Any]:
     name = _ARCHITECTURES[config.model_type]
     ok = _BIASED.get(name, False) or not config.attention_bias
     require(ok, "attention_bias", config.attention_bias, f"false for a {config.model_type} in GGUF")
+    if name == "qwen2":
+        width = config.num_attention_heads * config.head_dim
+        accepted = f"num_attention_heads * head_dim = {width} for a qwen2 in GGUF"
+        require(config.hidden_size == width, "hidden_size", config.hidden_size, accepted)
     if name == "smollm3":
         every = tuple(range(_NO_ROPE_STEP - 1, config.num_hidden_layers, _NO_ROPE_STEP))
         accepted = f"{every}, as llama.cpp computes a SmolLM3"
@@ -187,10 +191,10 @@ def _rope_fields(config: LlamaConfig) -> dict[str, Any]:
     require(kind != "dynamic", "rope_scaling.rope_type", kind, "linear, yarn or llama3 for GGUF")
     fields = {"type": kind, "factor": float(scaling.factor)}
     if kind == "yarn":
-        require(scaling.truncate, "rope_scaling.truncate", scaling.truncate, "true for GGUF")
+        for name, value in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True)):
+            own = getattr(scaling, name)
+            require(own == value, f"rope_scaling.{name}", own, f"{value}, which llama.cpp uses")
         fields["original_context_length"] = scaling.original_max_position_embeddings
-        fields["yarn_beta_fast"] = float(scaling.beta_fast)
-        fields["yarn_beta_slow"] = float(scaling.beta_slow)
         if scaling.attention_factor is not None:
             # llama.cpp multiplies this with the factor of the paper.
             usual = dataclasses.replace(scaling, attention_factor=None).scale

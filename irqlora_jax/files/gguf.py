@@ -329,9 +329,6 @@ def _yarn(given: Mapping[str, Any], context: int) -> dict[str, Any]:
     factor, more = given.get("factor", 1.0), given.get("attn_factor", 1.0)
     original = given.get("original_context_length", context)
     scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-    for name in ("beta_fast", "beta_slow"):
-        if f"yarn_{name}" in given:
-            scaling[name] = given[f"yarn_{name}"]
     usual = RopeScaling("yarn", factor).scale
     return scaling if more == 1 else scaling | {"attention_factor": more * usual}
 

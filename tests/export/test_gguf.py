@@ -188,9 +188,7 @@ def test_an_absorbed_adapter_is_exact(tmp_path: Path) -> None:
 ROPES = {
     "llama3": RopeScaling("llama3", 8.0),
     "linear": RopeScaling("linear", 2.0),
-    "yarn": RopeScaling(
-        "yarn", 4.0, original_max_position_embeddings=16, attention_factor=1.5, beta_fast=20.0
-    ),
+    "yarn": RopeScaling("yarn", 4.0, original_max_position_embeddings=16, attention_factor=1.5),
 }
 
 
@@ -212,8 +210,14 @@ def test_what_llama_cpp_does_not_compute_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"rope_type = 'dynamic': expected linear, yarn or llama3"):
         fields(SMALL, rope_scaling=RopeScaling("dynamic", 2.0))
-    with pytest.raises(ValueError, match=r"truncate = False: expected true for GGUF"):
+    with pytest.raises(ValueError, match=r"truncate = False: expected True, which llama.cpp uses"):
         fields(SMALL, rope_scaling=RopeScaling("yarn", 2.0, truncate=False))
+    with pytest.raises(ValueError, match=r"beta_fast = 16.0: expected 32, which llama.cpp uses"):
+        fields(SMALL, rope_scaling=RopeScaling("yarn", 2.0, beta_fast=16.0))
+    with pytest.raises(
+        ValueError, match=r"hidden_size = 24: expected num_attention_heads \* head_"
+    ):
+        fields(RELATIVES["Qwen2"])
     with pytest.raises(ValueError, match=r"attention_bias = True: expected false for a qwen3"):
         fields(RELATIVES["Qwen3"])
     smollm3 = dataclasses.replace(RELATIVES["SmolLM3"], attention_bias=False)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -37,7 +36,10 @@ TOKENIZER = byte_tokenizer(MERGES)
 SIZES = {"vocab_size": 270, "bos_token_id": 0, "eos_token_ids": (1,), "rms_norm_eps": 1e-5}
 SIZES |= {"max_position_embeddings": 256, "rope_theta": 500.0}
 WIDE = tiny_llama(hidden_size=64, intermediate_size=128, head_dim=16, **SIZES)
-PROMPT = [int(token) for token in np.random.default_rng(0).integers(2, 260, 40)]
+INT4 = QuantConfig(format="int4", calibration="none", block_size=64)
+PROMPTS = np.random.default_rng(0).integers(2, 260, (16, 40)).astype(np.int32)
+READABLE = range(2, 96)
+"""Tokens of a whole character. llama.cpp gives no probabilities in the middle of one."""
 
 
 class LlamaCpp:
@@ -63,31 +65,32 @@ class LlamaCpp:
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
 
-    def answer(self, count: int) -> tuple[list[int], dict[int, float]]:
-        """The most likely tokens after `PROMPT`, and logarithms of the largest probabilities of
-        the first one."""
+    def answer(self, prompt: list[int], count: int) -> tuple[list[int], dict[int, float]]:
+        """The most likely tokens, and logarithms of the largest probabilities of the first one."""
         settings = {"temperature": 0, "return_tokens": True, "cache_prompt": False, "n_probs": 20}
-        found = self.ask("/completion", prompt=PROMPT, n_predict=count, **settings)
+        found = self.ask("/completion", prompt=prompt, n_predict=count, **settings)
         first = found["completion_probabilities"][0]["top_logprobs"]
         return found["tokens"], {each["id"]: each["logprob"] for each in first}
 
 
 def assert_close(model: Llama, variables: Any, file: Path, atol: float, **options: Any) -> None:
-    """The probabilities of the token after the prompt."""
-    logits = jax.jit(model.apply)(variables, jnp.asarray([PROMPT], jnp.int32))[0, -1]
-    ours = np.asarray(jax.nn.log_softmax(logits))
-    _, theirs = LlamaCpp(file, **options).answer(1)
+    """The probabilities of the token after a prompt."""
+    found = np.asarray(jax.nn.log_softmax(jax.jit(model.apply)(variables, PROMPTS)[:, -1]))
+    best, margin = found.argmax(-1), np.diff(np.sort(found)[:, -2:])[:, 0]
+    number = int(np.where(np.isin(best, READABLE), margin, 0).argmax())
+    ours = found[number]
+    _, theirs = LlamaCpp(file, **options).answer(PROMPTS[number].tolist(), 1)
     assert len(theirs) == 20 and min(theirs.values()) < max(theirs.values()) - 0.5
-    for token, value in theirs.items():
-        assert abs(ours[token] - value) < atol, (token, ours[token], value)
+    off = {token: abs(float(ours[token]) - value) for token, value in theirs.items()}
+    assert max(off.values()) < atol, off
 
 
 ROPES = {
     "llama3": RopeScaling("llama3", 8.0, original_max_position_embeddings=16),
     "linear": RopeScaling("linear", 2.0),
     "yarn": RopeScaling("yarn", 4.0, original_max_position_embeddings=16),
-    "yarn, other values": RopeScaling(
-        "yarn", 4.0, original_max_position_embeddings=16, attention_factor=1.6, beta_fast=8.0
+    "yarn, own factor": RopeScaling(
+        "yarn", 4.0, original_max_position_embeddings=64, attention_factor=1.6
     ),
 }
 MODELS = {name: dataclasses.replace(WIDE, rope_scaling=rope) for name, rope in ROPES.items()}
@@ -95,6 +98,7 @@ MODELS |= {
     name: dataclasses.replace(RELATIVES[name], **SIZES, sliding_window=None, sliding_layers=())
     for name in ("LLaMA with biases", "Qwen2", "Mistral")
 }
+MODELS["Qwen2"] = dataclasses.replace(MODELS["Qwen2"], hidden_size=32)
 MODELS["Qwen3"] = tiny_llama(model_type="qwen3", **SIZES)
 MODELS["SmolLM3"] = tiny_llama(
     model_type="smollm3",
@@ -111,15 +115,21 @@ def test_architectures(tmp_path: Path, name: str) -> None:
     model, file = Llama(llama), tmp_path / "model.gguf"
     variables = random_variables(model, scale=0.2)
     save_gguf(file, model, variables, tokenizer_fields(TOKENIZER, llama), type="f16")
-    assert_close(model, variables, file, 0.02)
+    assert_close(model, variables, file, 0.04)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    quant = QuantConfig(format="int4", calibration="none", block_size=64)
-    base = random_base(WIDE, quant, scale=0.2)
+    base = random_base(WIDE, INT4, scale=0.2)
     folder = tmp_path_factory.mktemp("runs") / "run"
-    return write_run(folder, WIDE, quant, IEC, base=base, tokenizer=TOKENIZER)
+    return write_run(folder, WIDE, INT4, IEC, base=base, tokenizer=TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(
+        tmp_path_factory.mktemp("bases") / "base", WIDE, INT4, None, tokenizer=TOKENIZER
+    )
 
 
 def exported(folder: Path, run: Path, **options: Any) -> Path:
@@ -130,20 +140,19 @@ def exported(folder: Path, run: Path, **options: Any) -> Path:
 def test_greedy_text_of_a_run(tmp_path: Path, run: Path) -> None:
     file = exported(tmp_path / "out", run) / "model.gguf"
     loaded, served = load_run(run), LlamaCpp(file)
-    theirs, _ = served.answer(24)
-    (ours,) = generate(loaded.model, loaded.variables, [PROMPT], 24, eos_token_ids=(1,))
+    prompt = PROMPTS[0].tolist()
+    theirs, _ = served.answer(prompt, 24)
+    (ours,) = generate(loaded.model, loaded.variables, [prompt], 24, eos_token_ids=(1,))
     assert theirs == ours and len({*ours}) > 5
     text = "the year 1984, isn't  it?\n"
     found = served.ask("/tokenize", content=text, add_special=True, parse_special=True)
     assert found["tokens"] == TOKENIZER(text)["input_ids"]
 
 
-# llama.cpp rounds activations to 8 bits for products with quantized weights.
-TYPES = {"bf16": 0.2, "q8_0": 0.2, "q4_1": 2.0, "q4_0": 2.0}
-
-
-@pytest.mark.parametrize("type", TYPES)
-def test_types(tmp_path: Path, run: Path, type: str) -> None:
-    file = exported(tmp_path / "out", run, type=type) / "model.gguf"
-    loaded = load_run(run)
-    assert_close(loaded.model, loaded.variables, file, TYPES[type])
+@pytest.mark.parametrize("type", ["bf16", "q8_0", "q4_1", "q4_0", "exact"])
+def test_types(tmp_path: Path, base: Path, type: str) -> None:
+    """The weights that we read from the file. llama.cpp rounds activations to 8 bits for products
+    with quantized weights."""
+    file = exported(tmp_path / "out", base, type=type) / "model.gguf"
+    read = load_run(file)
+    assert_close(read.model, read.variables, file, 0.02 if type == "bf16" else 0.3)
