@@ -18,11 +18,13 @@ from irqlora_jax.export.bitsandbytes import BITSANDBYTES
 from irqlora_jax.export.card import Card
 from irqlora_jax.export.compressed import COMPRESSED
 from irqlora_jax.export.gguf import BYTES, EXACT, GGUF_FILE, save_gguf
+from irqlora_jax.export.gguf_adapter import save_gguf_adapter
 from irqlora_jax.export.gguf_tokenizer import tokenizer_fields
 from irqlora_jax.export.gptq import GPTQ
 from irqlora_jax.export.model import parameters, save_model
 from irqlora_jax.export.packed import save_packed
 from irqlora_jax.export.peft import save_adapter
+from irqlora_jax.export.programs import PROGRAMS
 from irqlora_jax.export.quantized import absorbed_base, save_quantized
 from irqlora_jax.files.hub import is_hub_id
 from irqlora_jax.files.small import read_json
@@ -65,7 +67,8 @@ class ExportConfig:
     FP4 without shifts. "gptq" and "compressed-tensors": integers with whole zero points."""
     type: Literal["f16", "bf16", "q8_0", "q4_0", "q4_1", "exact"] | None = None
     """With kind gguf: type of the matrices (null: f16). "exact": the codes of an integer base as
-    they are; blocks must be multiples of 32."""
+    they are; blocks must be multiples of 32. The adapter is in the shifts, where its method allows
+    that, else in adapter.gguf."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of all weights. Null: the original file's type for models, float32 for adapters. With
     kind quantized, the type of what training changed in scales and shifts: float16 (null) keeps a
@@ -180,6 +183,11 @@ def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:
     adapter = run.model.adapter
     method = adapter and adapter.chosen
     unknown = method is not None and method.fold is None and method.peft is None
+    if config.type == EXACT and method is not None and not (method.fold or method.reduced):
+        raise ValueError(
+            f"type = 'exact': no LoRA pair computes the update of {method.title}; expected f16, "
+            "bf16, q8_0, q4_0 or q4_1"
+        )
     for_peft = config.kind in _WITH_ADAPTER
     if config.kind == "adapter" and adapter and adapter.scales:
         raise ValueError(
@@ -237,20 +245,22 @@ def _model_folder(aside: Path, name: str, run: Run, config: ExportConfig) -> Non
 
 
 def _gguf_folder(aside: Path, name: str, run: Run, config: ExportConfig) -> None:
-    type = config.type or "f16"
+    type, beside = config.type or "f16", False
     model, variables = run.model, run.variables
     if type == EXACT and model.adapter is not None:
         try:
             variables = {"params": {}, "base": absorbed_base(model, variables, "float32")}
-        except ValueError as error:
-            raise ValueError(f"type = 'exact': {error}") from error
+        except ValueError:  # the update differs within a block, so it stays an adapter
+            save_gguf_adapter(aside / PROGRAMS["gguf"].adapter, model, variables["params"])
+            model, variables = with_scales(model, variables)
+            beside = True
         model = model.clone(adapter=None)
     fields = tokenizer_fields(run.tokenizer, model.config) | {"general.name": name}
     file, progress = aside / GGUF_FILE, config.progress
     off = save_gguf(file, model, variables, fields, type=type, progress=progress)
     if type == EXACT:
         logger.info(f"exact: scales in float16 move a weight by at most {off:.1e} of the largest")
-    _companions(aside, name, run, config, "gguf", type)
+    _companions(aside, name, run, config, "gguf", type, beside=beside)
 
 
 def _packed_folder(aside: Path, name: str, run: Run, config: ExportConfig) -> None:

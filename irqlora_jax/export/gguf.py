@@ -238,7 +238,7 @@ def _entry(
     type: str,
 ) -> _Entry:
     config = model.config
-    order = _row_order(config, path, shape[0])
+    order = row_order(config, path, shape[0])
     weight = None
     if type == EXACT and layer is not None:
         weight = stored_weight(variables["base"], config, path, layer)
@@ -274,7 +274,7 @@ def _type(shape: tuple[int, ...], path: Keys, type: str, stored: np.dtype) -> st
     return "Q8_0" if is_table else type.upper()
 
 
-def _row_order(config: LlamaConfig, path: Keys, rows: int) -> slice | np.ndarray:
+def row_order(config: LlamaConfig, path: Keys, rows: int) -> slice | np.ndarray:
     """The rows of a tensor in the order of the file: the inverse of `files.gguf`.
 
     Hugging Face rotates values i and i + half of a head; llama.cpp some models' neighbors.

@@ -244,8 +244,8 @@ REFUSED = {
     ),
     "adapter": (
         INT4,
-        {"adapter": IEC},
-        "type = 'exact': q_proj: the update of LoRA with IEC differs",
+        {"adapter": AdapterConfig("dora", rank=2)},
+        "type = 'exact': no LoRA pair computes the update of DoRA; expected f16",
     ),
     "dtype": (INT4, {"dtype": "float16"}, "dtype = 'float16': expected null with kind gguf"),
     "kind": (INT4, {"kind": "merged"}, "type = 'exact': expected null with kind merged"),

@@ -156,3 +156,11 @@ def test_types(tmp_path: Path, base: Path, type: str) -> None:
     file = exported(tmp_path / "out", base, type=type) / "model.gguf"
     read = load_run(file)
     assert_close(read.model, read.variables, file, 0.02 if type == "bf16" else 0.3)
+
+
+def test_an_adapter_beside_exact_codes(tmp_path: Path, run: Path) -> None:
+    out = exported(tmp_path / "out", run, type="exact")
+    loaded = load_run(run)
+    file, adapter = out / "model.gguf", out / "adapter.gguf"
+    assert_close(loaded.model, loaded.variables, file, 0.3, adapter=adapter)
+    assert "--lora out/adapter.gguf" in (out / "README.md").read_text()
