@@ -90,4 +90,4 @@ def _parts(
     }
 
 
-GPTQ = Layout(_facts, _describe, _parts)
+GPTQ = Layout(_facts, _describe, _parts, "quantize_config.json")

@@ -7,6 +7,7 @@ describe them, then to write them.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,11 +42,13 @@ class Layout:
             type of the other weights) -> quantization_config.
         parts: (function that reads the matrix, its facts, quantization_config, type of the other
             weights) -> its tensors by the end of their names.
+        file: name of a file with quantization_config alone, for older programs.
     """
 
     facts: Callable[[str, QTensor, str], Any]
     describe: Callable[[Mapping[str, Any], list[str], str], dict[str, Any]]
     parts: Callable[[Callable[[], QTensor], Any, dict[str, Any], str], Parts]
+    file: str | None = None
 
 
 def save_packed(
@@ -111,6 +114,8 @@ def save_packed(
             parts[name] = Part(shape, dtype, values)
     save_parts(folder, parts, shard_size=shard_size, progress=progress)
     save_config(folder, config, dtype, quantization_config=described)
+    if layout.file is not None:
+        (folder / layout.file).write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     return facts
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -160,7 +161,9 @@ def test_types(tmp_path: Path, base: Path, type: str) -> None:
 
 def test_an_adapter_beside_exact_codes(tmp_path: Path, run: Path) -> None:
     out = exported(tmp_path / "out", run, type="exact")
-    loaded = load_run(run)
+    loaded, plain = load_run(run), load_run(run, adapter=False)
+    logits = (jax.jit(one.model.apply)(one.variables, PROMPTS)[:, -1] for one in (loaded, plain))
+    assert jnp.abs(jnp.subtract(*logits)).max() > 2  # the adapter does something
     file, adapter = out / "model.gguf", out / "adapter.gguf"
     assert_close(loaded.model, loaded.variables, file, 0.3, adapter=adapter)
     assert "--lora out/adapter.gguf" in (out / "README.md").read_text()
