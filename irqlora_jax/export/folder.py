@@ -1,5 +1,5 @@
-"""Exports runs: an adapter, a merged model or a dequantized base for transformers and PEFT, or a
-quantized base with the adapter inside."""
+"""Exports runs: an adapter, a merged model or a dequantized base for transformers and PEFT, a
+quantized base with the adapter inside, or files for other programs."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Writes a run as a folder that transformers and PEFT load, or as a quantized base."""
+    """Writes a run for transformers and PEFT, as a quantized base, or for other programs."""
 
     run: str
     """Folder of a run, of `irqlora quantize`, or of a Hugging Face model, or a .gguf file."""
