@@ -107,7 +107,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[], Loaded]]] = {
     "report": ("rewrite the report page of a run", _report),
     "quantize": ("quantize a base once for many runs", _quantize),
     "sensitivity": ("quantize one matrix at a time: which ones cost most?", _sensitivity),
-    "export": ("write a run as Hugging Face folders: adapter, merged or dequantized", _export),
+    "export": ("write a run for transformers, PEFT, llama.cpp, bitsandbytes or vLLM", _export),
     "chat": ("talk to a model in the terminal", _chat),
     "serve": ("serve a model with the OpenAI API", _serve),
 }

@@ -172,7 +172,7 @@ def test_quantizing_into_a_used_folder_is_refused(base: Path, capsys) -> None:
         (["quantize", "--model=a", "--output_dir=b", "--quant.fromat=nf4"], ["--quant.fromat"]),
         (["quantize", "--model=nowhere", "--output_dir=b"], ["nowhere", "no such folder"]),
         (["export", "--run=nowhere", "--output_dir=b"], ["nowhere"]),
-        (["export", "--run=a", "--output_dir=b", "--kind=gguf"], ["kind", "gguf", "merged"]),
+        (["export", "--run=a", "--output_dir=b", "--kind=onnx"], ["kind", "onnx", "merged"]),
         (["chat", "--run=nowhere"], ["nowhere"]),
         (["serve", "--run=nowhere", "--port=-1"], ["port = -1", "65535"]),
         (["serve", "--run=nowhere", "--max_batch=0"], ["max_batch = 0", "at least 1"]),

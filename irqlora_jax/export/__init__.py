@@ -1,1 +1,1 @@
-"""Exports runs as folders that transformers and PEFT load."""
+"""Exports runs for transformers, PEFT and other programs."""

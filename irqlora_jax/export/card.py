@@ -8,6 +8,7 @@ from typing import Any
 from irqlora_jax.adapters.lora import LORA
 from irqlora_jax.config import Config
 from irqlora_jax.data.config import DataSource
+from irqlora_jax.export.programs import PROGRAMS
 from irqlora_jax.files.hub import is_hub_id
 from irqlora_jax.model.families import FAMILIES
 from irqlora_jax.quant.calibrations import CALIBRATIONS, PLAIN
@@ -43,7 +44,7 @@ class Card:
 
     Attributes:
         name: of the folder.
-        kind: what it holds: "adapter", "merged" or "dequantized".
+        kind: what it holds: a kind of `ExportConfig`.
         dtype: of its weights.
         model: folder or hub id of the original model; None if unknown.
         quant: how the base was quantized; None if it was not.
@@ -55,6 +56,7 @@ class Card:
         scores: from `runs.load.scores`.
         calibrate: the text that the base was calibrated with (`base.file.read_calibrate`).
         model_type: of the architecture, a name in `FAMILIES`.
+        beside: whether the adapter has files of its own; for the kinds of `PROGRAMS`.
     """
 
     name: str
@@ -70,6 +72,7 @@ class Card:
     scores: Mapping[str, Any]
     calibrate: Mapping[str, Any] | None = None
     model_type: str = "llama"
+    beside: bool = False
 
     def text(self) -> str:
         """Text of README.md, with the hub's front matter. Folders appear by name, without path."""
@@ -99,6 +102,8 @@ class Card:
         tags = list(dict.fromkeys([self.model_type, "ir-qlora", *method, *quantized]))
         lines = [f"base_model: {public_name(self.model)}"] if self.model else []
         library = "peft" if self.kind == "adapter" else "transformers"
+        if self.kind in PROGRAMS:
+            library = PROGRAMS[self.kind].library
         lines += [f"library_name: {library}", "pipeline_tag: text-generation", "tags:"]
         return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
 
@@ -131,6 +136,13 @@ class Card:
                 f"{finetuned}. The adapter is part of the scales and shifts of the quantized base, "
                 f"exactly but for their rounding to {self.dtype}. The codes did not change."
             )
+        if self.kind in PROGRAMS:
+            whole = f"{origin}, {quantized} by irqlora_jax" if self.config is None else finetuned
+            place = "is part of these weights"
+            if self.beside:
+                place = f"is in `{PROGRAMS[self.kind].adapter}`"
+            own = "" if self.config is None else f" The finetuned adapter {place}."
+            return f"{whole}. {PROGRAMS[self.kind].about.format(type=self.dtype)}{own}"
         if self.kind == "merged":
             if self.config is None:
                 return f"{origin}, {quantized} and dequantized to {self.dtype} by irqlora_jax."
@@ -156,6 +168,10 @@ class Card:
         return f"{about} {form}" if own else about
 
     def _use(self) -> str:
+        if self.kind in PROGRAMS:
+            program = PROGRAMS[self.kind]
+            use = program.use_adapter if self.beside else program.use
+            return use.format(name=self.name)
         if self.kind == "quantized":
             return _QUANTIZED.format(name=self.name)
         if self.kind == "merged" or self.config is None:

@@ -1,14 +1,11 @@
-"""Exports runs: an adapter, a merged model or a dequantized base for transformers and PEFT, or a
-quantized base with the adapter inside."""
+"""Exports runs: an adapter, a merged model or a dequantized base for transformers and PEFT, a
+quantized base with the adapter inside, or files for other programs."""
 
-import contextlib
 import dataclasses
 import json
 import logging
 import math
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,40 +13,67 @@ import numpy as np
 
 from irqlora_jax.base.file import read_base_config, read_calibrate
 from irqlora_jax.base.updates import with_scales
+from irqlora_jax.export.aside import complete_or_absent
+from irqlora_jax.export.bitsandbytes import BITSANDBYTES
 from irqlora_jax.export.card import Card
+from irqlora_jax.export.compressed import COMPRESSED
+from irqlora_jax.export.gguf import BYTES, EXACT, GGUF_FILE, save_gguf
+from irqlora_jax.export.gguf_adapter import save_gguf_adapter
+from irqlora_jax.export.gguf_tokenizer import tokenizer_fields
+from irqlora_jax.export.gptq import GPTQ
 from irqlora_jax.export.model import parameters, save_model
+from irqlora_jax.export.packed import save_packed
 from irqlora_jax.export.peft import save_adapter
-from irqlora_jax.export.quantized import save_quantized
+from irqlora_jax.export.programs import PROGRAMS
+from irqlora_jax.export.quantized import absorbed_base, save_quantized
 from irqlora_jax.files.hub import is_hub_id
 from irqlora_jax.files.small import read_json
 from irqlora_jax.messages import progress_bar, shows_messages
 from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import Run, is_base, load_run, scores
-from irqlora_jax.runs.lock import LOCK_FILE, locked
 from irqlora_jax.text import require
 
 _GENERATION = "generation_config.json"
+_LAYOUTS = {"bitsandbytes": BITSANDBYTES, "gptq": GPTQ, "compressed-tensors": COMPRESSED}
+_WITH_ADAPTER = ("adapter", "dequantized", *_LAYOUTS)
+"""Kinds that write an adapter for PEFT."""
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Writes a run as a folder that transformers and PEFT load, or as a quantized base."""
+    """Writes a run for transformers and PEFT, as a quantized base, or for other programs."""
 
     run: str
     """Folder of a run, of `irqlora quantize`, or of a Hugging Face model, or a .gguf file."""
     output_dir: str
     """New folder."""
-    kind: Literal["adapter", "merged", "dequantized", "quantized"] = "merged"
+    kind: Literal[
+        "adapter",
+        "merged",
+        "dequantized",
+        "quantized",
+        "gguf",
+        "bitsandbytes",
+        "gptq",
+        "compressed-tensors",
+    ] = "merged"
     """"merged": a model that includes the adapter. "dequantized": the dequantized base as a model,
     with the adapter for PEFT in its folder adapter/. "adapter": only this adapter. "quantized": a
     base like that of irqlora quantize, with the adapter in the shifts of its blocks. Only methods
     with pooled inputs (adapter.method) and trained scales (adapter.scales) can be merged like
-    this."""
+    this. "gguf": a file model.gguf for llama.cpp that includes the adapter. The other kinds hold
+    the codes of the base as they are, with the adapter for PEFT in adapter/. "bitsandbytes": NF4 or
+    FP4 without shifts. "gptq" and "compressed-tensors": integers with whole zero points."""
+    type: Literal["f16", "bf16", "q8_0", "q4_0", "q4_1", "exact"] | None = None
+    """With kind gguf: type of the matrices (null: f16). "exact": the codes of an integer base as
+    they are; blocks must be multiples of 32. The adapter is in the shifts, where its method allows
+    that, else in adapter.gguf."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of all weights. Null: the original file's type for models, float32 for adapters. With
     kind quantized, the type of what training changed in scales and shifts: float16 (null) keeps a
-    change to 0.05 %, float32 exactly."""
+    change to 0.05 %, float32 exactly. With kinds gptq and compressed-tensors, null is float16. The
+    scales have this type too (with gptq always float16)."""
     checkpoint: Literal["last", "best"] | int = "last"
     """Checkpoint of the run: the newest, the one with the best evaluation loss, or a step."""
     fold: bool = True
@@ -70,8 +94,12 @@ class ExportConfig:
         require(ok, "shard_size", self.shard_size, "a positive number")
         ok = self.fold or self.kind == "adapter"
         require(ok, "fold", self.fold, f"true with kind {self.kind}")
-        ok = self.base_model is None or self.kind in ("adapter", "dequantized")
+        ok = self.base_model is None or self.kind in _WITH_ADAPTER
         require(ok, "base_model", self.base_model, f"null with kind {self.kind}")
+        ok = self.type is None or self.kind == "gguf"
+        require(ok, "type", self.type, f"null with kind {self.kind}")
+        ok = self.dtype is None or self.kind != "gguf"
+        require(ok, "dtype", self.dtype, "null with kind gguf, which has type")
         ok = self.dtype != "bfloat16" or self.kind != "quantized"
         require(ok, "dtype", self.dtype, "float16 or float32 with kind quantized")
 
@@ -101,7 +129,7 @@ def _write(config: ExportConfig) -> Path:
     folder = Path(config.output_dir).expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output_dir = '{folder}': exists; expected a new folder")
-    with _complete_or_absent(folder) as aside:
+    with complete_or_absent(folder) as aside:
         with progress_bar("Loading the model", show=config.progress):
             run = load_run(config.run, checkpoint=config.checkpoint)
         _check(config, run, aside, folder)
@@ -109,12 +137,17 @@ def _write(config: ExportConfig) -> Path:
             with progress_bar("Writing the base", show=config.progress):
                 save_quantized(aside, run, config.dtype or "float16")
             _companions(aside, folder.name, run, config, "quantized", config.dtype or "float16")
+        elif config.kind == "gguf":
+            _gguf_folder(aside, folder.name, run, config)
         elif config.kind == "adapter":
             base = config.base_model or _original(run)
             _adapter_folder(aside, folder.name, run, config, base)
         else:
-            _model_folder(aside, folder.name, run, config)
-            if config.kind == "dequantized" and run.step is not None:
+            if config.kind in _LAYOUTS:
+                _packed_folder(aside, folder.name, run, config)
+            else:
+                _model_folder(aside, folder.name, run, config)
+            if config.kind in _WITH_ADAPTER and run.step is not None:
                 (aside / "adapter").mkdir()
                 base = config.base_model or str(folder)
                 _adapter_folder(aside / "adapter", f"{folder.name}/adapter", run, config, base)
@@ -141,56 +174,6 @@ def _quiet(run: str | Path, out: str | Path, kind: Any, options: dict[str, Any])
     return _write(ExportConfig(str(run), str(out), kind, **settings))
 
 
-@contextlib.contextmanager
-def _complete_or_absent(folder: Path) -> Iterator[Path]:
-    """Yields a temporary folder that is renamed to `folder` at the end or deleted on failure."""
-    # Put it in the nearest parent that exists, so that a failure leaves no empty parents.
-    parent = next(path for path in folder.parents if path.exists())
-    aside = parent / f"{folder.name}.part"
-    with contextlib.ExitStack() as stack:
-        try:
-            # A killed export leaves its lock file, which tells its folder from others.
-            if aside.exists() and not (aside.is_dir() and _is_left_over(aside)):
-                raise FileExistsError(
-                    f"output_dir = '{folder}': {aside} exists and is of no export; delete it, or "
-                    "choose another name"
-                )
-            stack.enter_context(locked(aside))
-        except (FileExistsError, BlockingIOError):
-            raise
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror})"
-            raise OSError(f"output_dir = '{folder}': {reason}") from error
-        with _renamed(aside, folder):
-            yield aside
-
-
-def _is_left_over(aside: Path) -> bool:
-    names = {path.name for path in aside.iterdir()}
-    return not names or LOCK_FILE in names
-
-
-@contextlib.contextmanager
-def _renamed(aside: Path, folder: Path) -> Iterator[None]:
-    """Empties a locked folder, and renames it to `folder` at the end or deletes it on failure."""
-    try:
-        for path in aside.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != LOCK_FILE:
-                path.unlink()
-        yield
-        (aside / LOCK_FILE).unlink(missing_ok=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(aside, folder)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno and not error.filename:  # from a write
-            reason = f"cannot be written ({error.strerror})"
-            raise OSError(f"output_dir = '{folder}': {reason}") from error
-        raise
-
-
 def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:
     """Checks that the export is possible before it starts."""
     if config.kind in ("adapter", "quantized") and run.step is None:
@@ -200,7 +183,12 @@ def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:
     adapter = run.model.adapter
     method = adapter and adapter.chosen
     unknown = method is not None and method.fold is None and method.peft is None
-    for_peft = config.kind in ("adapter", "dequantized")
+    if config.type == EXACT and method is not None and not (method.fold or method.reduced):
+        raise ValueError(
+            f"type = 'exact': no LoRA pair computes the update of {method.title}; expected f16, "
+            "bf16, q8_0, q4_0 or q4_1"
+        )
+    for_peft = config.kind in _WITH_ADAPTER
     if config.kind == "adapter" and adapter and adapter.scales:
         raise ValueError(
             "kind = 'adapter': adapter.scales changed the base, for which PEFT has no place; "
@@ -212,8 +200,14 @@ def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:
             f"expected {'merged or quantized' if adapter.chosen.reduced else 'merged'}"
         )
     size = sum(leaf.nbytes for leaf in _leaves(run.variables["params"]))
-    if config.kind == "quantized":
+    if config.kind == "quantized" or config.kind in _LAYOUTS:
         size += sum(leaf.nbytes for leaf in _leaves(run.variables["base"]))
+    elif config.kind == "gguf":
+        size = (
+            sum(leaf.nbytes for leaf in _leaves(run.variables["base"]))
+            if config.type == EXACT
+            else int(parameters(run.model.config) * BYTES[config.type or "f16"])
+        )
     elif config.kind != "adapter":
         size += parameters(run.model.config) * np.dtype(_dtype(config, run)).itemsize
     free = shutil.disk_usage(aside).free
@@ -250,6 +244,44 @@ def _model_folder(aside: Path, name: str, run: Run, config: ExportConfig) -> Non
     _companions(aside, name, run, config, config.kind, dtype)
 
 
+def _gguf_folder(aside: Path, name: str, run: Run, config: ExportConfig) -> None:
+    type, beside = config.type or "f16", False
+    model, variables = run.model, run.variables
+    if type == EXACT and model.adapter is not None:
+        try:
+            variables = {"params": {}, "base": absorbed_base(model, variables, "float32")}
+        except ValueError:  # the update differs within a block, so it stays an adapter
+            save_gguf_adapter(aside / PROGRAMS["gguf"].adapter, model, variables["params"])
+            model, variables = with_scales(model, variables)
+            beside = True
+        model = model.clone(adapter=None)
+    fields = tokenizer_fields(run.tokenizer, model.config) | {"general.name": name}
+    file, progress = aside / GGUF_FILE, config.progress
+    off = save_gguf(file, model, variables, fields, type=type, progress=progress)
+    if type == EXACT:
+        logger.info(f"exact: scales in float16 move a weight by at most {off:.1e} of the largest")
+    _companions(aside, name, run, config, "gguf", type, beside=beside)
+
+
+def _packed_folder(aside: Path, name: str, run: Run, config: ExportConfig) -> None:
+    model, variables = with_scales(run.model, run.variables)
+    dtype = config.dtype or (_dtype(config, run) if config.kind == "bitsandbytes" else "float16")
+    facts = save_packed(
+        aside,
+        model,
+        variables,
+        config.kind,
+        _LAYOUTS[config.kind],
+        dtype=dtype,
+        shard_size=config.shard_size,
+        progress=config.progress,
+    )
+    error = max(getattr(own, "error", 0.0) for own in facts.values())
+    if error:
+        logger.info(f"{config.kind}: rounded scales differ by at most {100 * error:.2g} %")
+    _companions(aside, name, run, config, config.kind, dtype, beside=run.step is not None)
+
+
 def _adapter_folder(
     aside: Path, name: str, run: Run, config: ExportConfig, base: str | None
 ) -> None:
@@ -268,12 +300,13 @@ def _companions(
     kind: str,
     dtype: str,
     base: str | None = None,
+    beside: bool = False,
 ) -> None:
     """Writes the tokenizer with its chat template, generation settings and the model card."""
 
-    if kind != "quantized":
+    if kind not in ("quantized", "gguf"):
         run.tokenizer.save_pretrained(aside)
-    if kind in ("merged", "dequantized"):
+    if kind in ("merged", "dequantized", *_LAYOUTS):
         _write_generation(aside, run)
     quant = used = None
     if (run.folder / BASE_FILE).is_file():
@@ -293,6 +326,7 @@ def _companions(
         scores=scores(run.folder),
         calibrate=used,
         model_type=run.model.config.model_type,
+        beside=beside,
     )
     (aside / "README.md").write_text(card.text(), encoding="utf-8")
 

@@ -4,10 +4,11 @@ One matrix at a time is dequantized, merged and written. So the host needs littl
 the packed model.
 """
 
+import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,24 @@ from irqlora_jax.model.tree import (
 )
 from irqlora_jax.quant.qtensor import QTensor
 
-Shapes = dict[str, tuple[int, ...]]
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A tensor that is computed when it is written.
+
+    Attributes:
+        shape: of the tensor.
+        dtype: name of its type in the file.
+        values: computes it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    values: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def save_model(
@@ -63,37 +81,67 @@ def save_model(
     Raises:
         ValueError: a value is out of the range of `dtype`.
     """
-    config = model.config
-    places = _places(config)
-    shapes = {name: shape for name, (shape, _, _) in places.items()}
-    shards = _split(shapes, np.dtype(dtype).itemsize, 1e9 * shard_size)
-    total = sum(map(math.prod, shapes.values()))
+    parts = {
+        name: Part(shape, dtype, functools.partial(tensor_values, model, variables, path, layer))
+        for name, (shape, path, layer) in tensor_places(model.config).items()
+    }
+    save_parts(folder, parts, shard_size=shard_size, progress=progress)
+    save_config(folder, model.config, dtype)
+
+
+def save_parts(
+    folder: Path, parts: Mapping[str, Part], *, shard_size: float = 5.0, progress: bool = False
+) -> None:
+    """Writes tensors to one file, or to several and an index.
+
+    Args:
+        folder: existing folder to write to.
+        parts: the tensors by name, in the order of the files.
+        shard_size: largest file, in GB. A larger tensor gets its own file.
+        progress: show a bar.
+
+    Raises:
+        ValueError: a value is out of the range of its type.
+    """
+    # Wide types first, so that every tensor lies at a multiple of its type's size.
+    shards = [
+        sorted(shard, key=lambda name: -np.dtype(parts[name].dtype).itemsize)
+        for shard in _split(parts, 1e9 * shard_size)
+    ]
+    total = sum(math.prod(part.shape) for part in parts.values())
     weight_map: dict[str, str] = {}
     with progress_bar("Exporting", total, "weights", show=progress, unit_scale=True) as bar:
 
-        def parts(names: Shapes) -> Iterator[tuple[str, np.ndarray]]:
-            for name, shape in names.items():
-                yield name, _weight(model, variables, *places[name][1:])
-                bar.update(math.prod(shape))
+        def values(names: Sequence[str]) -> Iterator[tuple[str, np.ndarray]]:
+            for name in names:
+                yield name, parts[name].values()
+                bar.update(math.prod(parts[name].shape))
 
-        for number, shard in enumerate(shards, 1):
+        for number, names in enumerate(shards, 1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
             file = SINGLE if len(shards) == 1 else file
-            write_tensors(folder / file, shard, dtype, parts(shard))
-            weight_map |= dict.fromkeys(shard, file)
+            shapes = {name: parts[name].shape for name in names}
+            types = {name: parts[name].dtype for name in names}
+            write_tensors(folder / file, shapes, types, values(names))
+            weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        sizes = {"total_parameters": total, "total_size": total * np.dtype(dtype).itemsize}
+        sizes = {"total_parameters": total, "total_size": sum(p.nbytes for p in parts.values())}
         _write_json(folder / INDEX, {"metadata": sizes, "weight_map": weight_map})
+
+
+def save_config(folder: Path, config: LlamaConfig, dtype: str, **more: Any) -> None:
+    """Writes config.json. `more` are further fields."""
     # transformers 5 calls it dtype, older versions torch_dtype.
-    _write_json(folder / "config.json", config.to_dict() | {"dtype": dtype, "torch_dtype": dtype})
+    values = config.to_dict() | {"dtype": dtype, "torch_dtype": dtype} | more
+    _write_json(folder / "config.json", values)
 
 
 def parameters(config: LlamaConfig) -> int:
     """Number of weights of a model."""
-    return sum(math.prod(shape) for shape, _, _ in _places(config).values())
+    return sum(math.prod(shape) for shape, _, _ in tensor_places(config).values())
 
 
-def _places(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], Keys, int | None]]:
+def tensor_places(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], Keys, int | None]]:
     """Shape, path and layer of every tensor, in the order of the files."""
     layered, single = weight_shapes(config)
     head = {path: single.pop(path) for path in [("norm",), ("lm_head",)] if path in single}
@@ -106,35 +154,48 @@ def _places(config: LlamaConfig) -> dict[str, tuple[tuple[int, ...], Keys, int |
     return places | {weight_name(path): (shape, path, None) for path, shape in head.items()}
 
 
-def _split(shapes: Shapes, itemsize: int, limit: float) -> list[Shapes]:
-    """The tensors of each shard, in order."""
-    shards: list[Shapes] = [{}]
+def _split(parts: Mapping[str, Part], limit: float) -> list[list[str]]:
+    """The names of the tensors of each shard, in order."""
+    shards: list[list[str]] = [[]]
     size = 0
-    for name, shape in shapes.items():
-        more = math.prod(shape) * itemsize
-        if shards[-1] and size + more > limit:
-            shards.append({})
+    for name, part in parts.items():
+        if shards[-1] and size + part.nbytes > limit:
+            shards.append([])
             size = 0
-        shards[-1][name] = shape
-        size += more
+        shards[-1].append(name)
+        size += part.nbytes
     return shards
 
 
-def _weight(
+def tensor_values(
     model: Llama, variables: Mapping[str, Tree], path: Keys, layer: int | None
 ) -> np.ndarray:
     """One tensor of the model: float32 if it belongs to a layer, else its stored type."""
     base, adapters = variables["base"], variables["params"]
     if layer is None:
         return np.asarray(base[path[0]]["weight"])
-    tree, place = find_stack(base, layer, model.config.num_hidden_layers)
-    for name in leaf_path(path):
-        tree = tree[name]
+    tree, place = _stacked(base, model.config, path, layer)
     adapter = model.adapter
     if adapter is None or path[-1] not in adapter.targets:
         return np.asarray(_one_dense(tree, place))
     params = adapters[LAYERS][path[0]][path[1]]
     return np.asarray(_merged(tree, place, params, layer, adapter))
+
+
+def stored_weight(base: Mapping[str, Tree], config: LlamaConfig, path: Keys, layer: int) -> Any:
+    """One weight of a layer as it is stored, a QTensor or an array."""
+    tree, place = _stacked(base, config, path, layer)
+    return jax.tree.map(lambda x: x[place], tree)
+
+
+def _stacked(
+    base: Mapping[str, Tree], config: LlamaConfig, path: Keys, layer: int
+) -> tuple[Any, int]:
+    """The stack that holds a weight, and the place of the layer in it."""
+    tree, place = find_stack(base, layer, config.num_hidden_layers)
+    for name in leaf_path(path):
+        tree = tree[name]
+    return tree, place
 
 
 @jax.jit

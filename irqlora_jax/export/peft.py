@@ -256,14 +256,14 @@ def save_adapter(
         for part, value in jax.eval_shape(functools.partial(leaves, path, layer)).items()
     }
     shapes = {name: value.shape for name, value in arrays.items()}
-    packed = {name for name, value in arrays.items() if value.dtype == np.uint8}
+    types = {name: "uint8" if x.dtype == np.uint8 else dtype for name, x in arrays.items()}
     parts = (
         (adapter_name(path, layer, part), np.asarray(value))
         for path, layer in places
         for part, value in sorted(leaves(path, layer).items())  # the order of `shapes`
     )
     metadata = None if folds else {"method": method.name}
-    write_tensors(folder / ADAPTER, shapes, dtype, parts, packed=packed, metadata=metadata)
+    write_tensors(folder / ADAPTER, shapes, types, parts, metadata=metadata)
     fields = dict(peft_fields(adapter) if folds or method.peft is None else method.peft(adapter))
     if folds:  # the pairs may have other ranks
         part = LORA.files["lora_A"]

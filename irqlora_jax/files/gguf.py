@@ -27,7 +27,7 @@ _NUMBERS = dict(enumerate(("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?")))
 _NUMBERS |= {10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4
-_BLOCK = {
+LAYER_NAMES = {
     "attn_norm": ("input_layernorm",),
     "ffn_norm": ("post_attention_layernorm",),
     "attn_q": linear_path("q_proj"),
@@ -38,12 +38,12 @@ _BLOCK = {
     "ffn_up": linear_path("up_proj"),
     "ffn_down": linear_path("down_proj"),
 }
-_SINGLE = {"token_embd": ("embed_tokens",), "output_norm": ("norm",), "output": ("lm_head",)}
+SINGLE_NAMES = {"token_embd": ("embed_tokens",), "output_norm": ("norm",), "output": ("lm_head",)}
 _NEEDED = ("block_count", "context_length", "embedding_length", "feed_forward_length")
 _NEEDED += ("attention.head_count", "attention.layer_norm_rms_epsilon")
-_TABLE, _FACTORS = "token_embd.weight", "rope_freqs.weight"
-_ENDS = ("eos", "eot", "eom")  # end of a text, of a turn, of a call of a tool
-_TOKENS = ("bos", "padding", *_ENDS)
+_TABLE, ROPE_FACTORS = "token_embd.weight", "rope_freqs.weight"
+ENDS = ("eos", "eot", "eom")  # end of a text, of a turn, of a call of a tool
+_TOKENS = ("bos", "padding", *ENDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +263,7 @@ def config_values(found: Gguf) -> dict[str, Any]:
     if missing:
         raise ValueError(f"{found.file}: has no {first_few(missing)}")
     tokens = {name: fields.get(f"tokenizer.ggml.{name}_token_id") for name in _TOKENS}
-    ends = [tokens[name] for name in _ENDS]
+    ends = [tokens[name] for name in ENDS]
     ends = [end for place, end in enumerate(ends) if end is not None and end not in ends[:place]]
     values = {
         "model_type": "llama",
@@ -292,15 +292,22 @@ def config_values(found: Gguf) -> dict[str, Any]:
 
 def _rope_scaling(found: Gguf, values: dict[str, Any]) -> dict[str, Any] | None:
     """The scaling of the rotary frequencies. LLaMA 3 has no settings in the file, but factors."""
-    key = "llama.rope.scaling.type"
-    kind = found.fields.get(key, "none")
-    require(kind in ("none", "linear"), f"{found.file}: {key}", kind, "'none' or 'linear'")
+    prefix = "llama.rope.scaling."
+    given = {
+        key.removeprefix(prefix): value
+        for key, value in found.fields.items()
+        if key.startswith(prefix)
+    }
+    kind = given.get("type", "none")
+    accepted = "'none', 'linear' or 'yarn'"
+    require(kind in ("none", "linear", "yarn"), f"{found.file}: {prefix}type", kind, accepted)
     if kind == "linear":
-        factor = found.fields.get("llama.rope.scaling.factor", 1.0)
-        return {"rope_type": "linear", "factor": factor}
-    if _FACTORS not in found.tensors:
+        return {"rope_type": "linear", "factor": given.get("factor", 1.0)}
+    if kind == "yarn":
+        return _yarn(given, values["max_position_embeddings"])
+    if ROPE_FACTORS not in found.tensors:
         return None
-    factors = _dequantize(found.file, found.tensors[_FACTORS], slice(None)).reshape(-1)
+    factors = _dequantize(found.file, found.tensors[ROPE_FACTORS], slice(None)).reshape(-1)
     if (factors == 1).all():
         return None
     scaling = RopeScaling("llama3", float(factors.max()))
@@ -309,12 +316,21 @@ def _rope_scaling(found: Gguf, values: dict[str, Any]) -> dict[str, Any] | None:
     expected = np.asarray(plain) / np.asarray(slow)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
         raise ValueError(
-            f"{found.file}: {_FACTORS} does not hold the factors of LLaMA 3 (low_freq_factor "
+            f"{found.file}: {ROPE_FACTORS} does not hold the factors of LLaMA 3 (low_freq_factor "
             f"{scaling.low_freq_factor:g}, high_freq_factor {scaling.high_freq_factor:g}, "
             f"original_max_position_embeddings {scaling.original_max_position_embeddings}); "
             "expected these"
         )
     return scaling.to_dict()
+
+
+def _yarn(given: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """The settings of yarn. llama.cpp multiplies attn_factor with the factor of the paper."""
+    factor, more = given.get("factor", 1.0), given.get("attn_factor", 1.0)
+    original = given.get("original_context_length", context)
+    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    usual = RopeScaling("yarn", factor).scale
+    return scaling if more == 1 else scaling | {"attention_factor": more * usual}
 
 
 def read_llama(source: str | Path, values: Mapping[str, Any]) -> LlamaConfig:
@@ -339,7 +355,7 @@ def tensor_headers(found: Gguf, config: LlamaConfig) -> dict[str, Header]:
     Raises:
         ValueError: the file has tensors that are not read, such as biases.
     """
-    places = {name: _hugging_face(name) for name in found.tensors if name != _FACTORS}
+    places = {name: _hugging_face(name) for name in found.tensors if name != ROPE_FACTORS}
     spare = [name for name, place in places.items() if place is None]
     if spare:
         raise ValueError(
@@ -368,10 +384,10 @@ def _hugging_face(name: str) -> tuple[Keys, int | None] | None:
         ((('self_attn', 'q_proj'), 3), None)
     """
     match name.split("."):
-        case [kind, "weight"] if kind in _SINGLE:
-            return _SINGLE[kind], None
-        case ["blk", layer, kind, "weight"] if layer.isdecimal() and kind in _BLOCK:
-            return _BLOCK[kind], int(layer)
+        case [kind, "weight"] if kind in SINGLE_NAMES:
+            return SINGLE_NAMES[kind], None
+        case ["blk", layer, kind, "weight"] if layer.isdecimal() and kind in LAYER_NAMES:
+            return LAYER_NAMES[kind], int(layer)
     return None
 
 

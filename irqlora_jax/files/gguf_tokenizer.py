@@ -5,26 +5,49 @@ the file names: with SmolLM2, " ½" becomes other tokens.
 Sources: the GGUF specification, and src/llama-vocab.cpp of llama.cpp for the rules by name.
 """
 
+import enum
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from irqlora_jax.files.gguf import Gguf
 from irqlora_jax.text import require
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # kinds of tokens
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+class Kind(enum.IntEnum):
+    """Kinds of tokens."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLITS: dict[str, Sequence[str]] = {
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    "gpt-2": (_GPT2,),
-    "smollm": (r"\p{N}", _GPT2),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "gpt-2": (GPT2,),
+    "smollm": (r"\p{N}", GPT2),
     "llama-bpe": (_LLAMA3,),
+    "qwen2": (_QWEN2,),
+    "tekken": (_TEKKEN,),
 }
 """How text is split before the merges, by tokenizer.ggml.pre: patterns, one after the other."""
-_WHOLE_WORDS = ("llama-bpe",)  # a word that is a token needs no merges
+WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a token needs no merges
 _MARK = "▁"
 
 
@@ -49,14 +72,14 @@ def make_tokenizer(found: Gguf) -> Any:
         ok = place is None or (isinstance(place, int) and place < len(tokens))
         _require(f"{name}_token_id", ok, place, f"a number below {len(tokens)}")
         special[name] = None if place is None else tokens[place]
-    defaults = {"bos": kind == "llama" or pre in _WHOLE_WORDS, "eos": False}
+    defaults = {"bos": kind == "llama" or pre in WHOLE_WORDS, "eos": False}
     added = {
         name: token
         for name, default in defaults.items()
         if (token := special[name]) is not None and _field(found, f"add_{name}_token", default)
     }
     _add_tokens(core, tokens, types, added)
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
+    control = [token for token, kind in zip(tokens, types, strict=True) if kind == Kind.CONTROL]
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=special["bos"],
@@ -78,7 +101,7 @@ def _byte_level(found: Gguf, tokens: Sequence[str], types: Sequence[int]) -> Any
     _require("pre", pre in SPLITS, pre, f"one of {', '.join(SPLITS)}")
     merges = [tuple(merge.split(" ", 1)) for merge in _field(found, "merges", [])]
     vocabulary = {token: place for place, token in enumerate(tokens)}
-    core = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _WHOLE_WORDS))
+    core = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS))
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in SPLITS[pre]]
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.pre_tokenizer = pre_tokenizers.Sequence([*splits, as_bytes])  # type: ignore[assignment]
@@ -96,7 +119,7 @@ def _sentencepiece(found: Gguf, tokens: Sequence[str], types: Sequence[int]) -> 
     scores = _field(found, "scores", [])
     _require("scores", len(scores) == len(tokens), scores, f"{len(tokens)} numbers")
     vocabulary = {token: place for place, token in enumerate(tokens)}
-    merged = [place for place, kind in enumerate(types) if kind == _NORMAL]
+    merged = [place for place, kind in enumerate(types) if kind == Kind.NORMAL]
     merged.sort(key=lambda place: -scores[place])
     merges = [
         (token[:cut], token[cut:])
@@ -104,7 +127,7 @@ def _sentencepiece(found: Gguf, tokens: Sequence[str], types: Sequence[int]) -> 
         for cut in range(1, len(token))
         if token[:cut] in vocabulary and token[cut:] in vocabulary
     ]
-    unknown = [token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN][:1]
+    unknown = [token for token, kind in zip(tokens, types, strict=True) if kind == Kind.UNKNOWN][:1]
     model = models.BPE(
         vocabulary, merges, unk_token=next(iter(unknown), None), fuse_unk=True, byte_fallback=True
     )
@@ -126,9 +149,9 @@ def _add_tokens(
     from tokenizers import AddedToken, processors
 
     for token, kind in zip(tokens, types, strict=True):
-        if kind in (_UNKNOWN, _CONTROL):
+        if kind in (Kind.UNKNOWN, Kind.CONTROL):
             core.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif kind == _USER_DEFINED:
+        elif kind == Kind.USER_DEFINED:
             core.add_tokens([AddedToken(token, special=False, normalized=False)])
     if added:
         before, after = ([added[name]] if name in added else [] for name in ("bos", "eos"))

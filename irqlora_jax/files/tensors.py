@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Container, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_WHOLE = {"U8": "uint8", "I32": "int32", "I64": "int64"}
 _PART = 2**19  # elements that are read or written at a time
 
 
@@ -163,10 +164,9 @@ def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
 def write_tensors(
     file: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: str,
+    types: Mapping[str, str],
     parts: Iterable[tuple[str, np.ndarray]],
     *,
-    packed: Container[str] = (),
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a safetensors file while its tensors are computed. The header needs only shapes.
@@ -174,21 +174,23 @@ def write_tensors(
     Args:
         file: path of the file.
         shapes: of the tensors, in the order of the file.
-        dtype: one of `FLOATS`; all values are rounded to it.
+        types: of the tensors, by name; values are rounded to them.
         parts: name and values of each tensor, in the same order.
-        packed: names of the tensors of uint8, which have no `dtype`.
         metadata: further texts in the header.
 
     Raises:
-        ValueError: a value is out of the range of `dtype`.
+        ValueError: a value is out of the range of its type.
     """
-    code = next(code for code, name in FLOATS.items() if name == dtype)
+    codes = {name: code for code, name in (FLOATS | _WHOLE).items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name, shape in shapes.items():
-        own, size = ("U8", 1) if name in packed else (code, np.dtype(dtype).itemsize)
-        start, end = end, end + math.prod(shape) * size
-        header[name] = {"dtype": own, "shape": list(shape), "data_offsets": [start, end]}
+        start, end = end, end + math.prod(shape) * np.dtype(types[name]).itemsize
+        header[name] = {
+            "dtype": codes[types[name]],
+            "shape": list(shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # align the data to 8 bytes
     with file.open("wb") as out:
@@ -197,7 +199,7 @@ def write_tensors(
         # No zip, and delete the name: else an array stays alive while the next one is computed.
         for name, array in parts:
             assert (name, array.shape) == next(expected)
-            _write_array(out, name, array, "uint8" if name in packed else dtype)
+            _write_array(out, name, array, types[name])
             del array
         assert next(expected, None) is None
 
