@@ -21,7 +21,7 @@ uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
 from irqlora_jax.cli import main  # noqa: E402
-from irqlora_jax.generate.conversation import decode_stream  # noqa: E402
+from irqlora_jax.generate.conversation import TextStream, decode_stream  # noqa: E402
 from irqlora_jax.generate.decode import generate  # noqa: E402
 from irqlora_jax.generate.rows import Rows  # noqa: E402
 from irqlora_jax.model.llama import Llama  # noqa: E402
@@ -250,6 +250,8 @@ def test_a_seed_repeats_a_sampled_text(client):
     assert [one] == drawn(seed=3) and one != two
     assert drawn(seed=-1) == drawn(seed=2**32 - 1)
     assert len({drawn()[0] for _ in range(4)}) > 1
+    answer = complete(client, ["w9", "w5 w8"], temperature=1.5, seed=3)
+    assert answer.choices[1].text == one
     # Almost no probability leaves the most likely token.
     assert drawn(top_p=1e-6) == [complete(client, "w5 w8").choices[0].text]
 
@@ -386,6 +388,26 @@ def test_a_failing_model_is_an_error_and_not_the_end(client, monkeypatch, said, 
             list(complete(client, "w5 w8", stream=True))
     assert complete(client, "w5 w8").choices[0].text == expected("<s> w5 w8")
     assert any("out of memory" in line for line in said)
+
+
+def test_a_model_that_cannot_start_again_answers_no_more(variables, monkeypatch, said):
+    made = []
+
+    def make():
+        if made:
+            raise RuntimeError("no memory")
+        made.append(Rows(MODEL, variables, SIZE, CONTEXT))
+        return made[0]
+
+    service = start_service(Run(Path("tiny"), None, MODEL, variables, TOKENIZER, None), make)
+    monkeypatch.setattr(TextStream, "push", lambda *_: 1 / 0)
+    with served(service) as address, connect(address) as client:
+        with pytest.raises(openai.InternalServerError, match="ZeroDivisionError"):
+            complete(client, "w5 w8")
+        service.worker.join(10)
+        with pytest.raises(openai.InternalServerError, match="the server is stopping"):
+            complete(client, "w5 w8")
+    assert "no more requests are answered: the model failed: RuntimeError: no memory" in said
 
 
 def test_a_stopped_worker_ends_all_texts(variables, slow):
