@@ -140,8 +140,8 @@ def _write(config: ExportConfig) -> Path:
 
 def _upload(config: ExportConfig, folder: Path) -> None:
     if config.push_to_hub is not None:
-        with progress_bar("Uploading", show=config.progress):
-            place = upload(folder, config.push_to_hub, private=config.private)
+        options = {"private": config.private, "progress": config.progress}
+        place = upload(folder, config.push_to_hub, **options)
         logger.info(f"uploaded to {place}")
 
 

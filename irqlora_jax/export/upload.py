@@ -4,10 +4,14 @@ The token is the one of huggingface_hub: HF_TOKEN, or the login of `hf auth logi
 here. Texts of errors may contain headers with it, so they are not shown.
 """
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from irqlora_jax.machine import reaches_hub
+from irqlora_jax.messages import progress_bar
 from irqlora_jax.text import shorten
 
 _LOGIN = "log in with `hf auth login` or set HF_TOKEN"
@@ -53,7 +57,7 @@ def check_access(name: str) -> None:
         raise OSError(f"push_to_hub = {name!r}: {reason}")
 
 
-def upload(folder: Path, name: str, *, private: bool) -> str:
+def upload(folder: Path, name: str, *, private: bool, progress: bool) -> str:
     """Uploads all files of a folder in one commit. Makes the repository if there is none.
 
     Files of the repository with other names stay.
@@ -62,6 +66,7 @@ def upload(folder: Path, name: str, *, private: bool) -> str:
         folder: from an export.
         name: of the repository, OWNER/NAME.
         private: whether only the owner may see it.
+        progress: show the progress: in a terminal the bars of huggingface_hub, else lines.
 
     Returns:
         The address of the repository.
@@ -76,8 +81,9 @@ def upload(folder: Path, name: str, *, private: bool) -> str:
     try:
         place = api.create_repo(name, private=private, exist_ok=True)
         if not private or api.repo_info(name).private:
-            message = "Upload of irqlora export"
-            api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
+            with _shown(progress):
+                message = "Upload of irqlora export"
+                api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
             return str(place)
         reason = "the repository is public, and private = true; choose another name"
     except Exception as error:
@@ -87,6 +93,22 @@ def upload(folder: Path, name: str, *, private: bool) -> str:
         f"push_to_hub = {name!r}: {reason}. The export is complete in {folder}; "
         f"`hf upload {name} {folder}` uploads it"
     )
+
+
+@contextlib.contextmanager
+def _shown(progress: bool) -> Iterator[None]:
+    from huggingface_hub import utils
+
+    bars = progress and sys.stderr.isatty()
+    hides = not bars and not utils.are_progress_bars_disabled()
+    if hides:
+        utils.disable_progress_bars()
+    try:
+        with progress_bar("Uploading", show=progress and not bars):
+            yield
+    finally:
+        if hides:
+            utils.enable_progress_bars()
 
 
 def _reason(error: Exception, name: str) -> str:

@@ -235,6 +235,21 @@ def test_nothing_private_is_put_into_a_public_repository(
     assert "the repository is public, and private = true" in err and hub.files == {}
 
 
+def test_without_progress_the_client_shows_none_either(
+    run: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    hidden = []
+    record = lambda *_, **__: hidden.append(are_progress_bars_disabled())  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", record)
+    for number, progress in enumerate((False, True)):
+        options = {"push_to_hub": "me/model", "progress": progress}
+        hf.export_adapter(run, tmp_path / str(number), **options)
+    assert hidden == [True, False] and not are_progress_bars_disabled()
+
+
 def test_an_error_of_another_kind_shows_no_token(
     run: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
