@@ -16,23 +16,26 @@ from irqlora_jax.quant.config import TITLES, QuantConfig, QuantRule
 
 _LOAD = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained({name})
+tokenizer = AutoTokenizer.from_pretrained({name})
 """
 _LOAD_ADAPTER = """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "{adapter}")
-tokenizer = AutoTokenizer.from_pretrained("{adapter}")
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, {adapter})
+tokenizer = AutoTokenizer.from_pretrained({adapter})
 """
 _LOAD_SCALARS = """import irqlora_jax as irq
+{fetch}
+adapters = irq.hf.load_adapter({adapter}, model)  # model: irq.Llama with the base below
+"""
 
-adapters = irq.hf.load_adapter("{adapter}", model)  # model: irq.Llama with the base below
+_FETCH = """from huggingface_hub import snapshot_download
 """
 
 _QUANTIZED = """```sh
-irqlora chat --run {name}
+{fetch}irqlora chat --run {name}
 irqlora eval --run {name}
 irqlora train --config FILE --model {name}
 ```"""
@@ -43,7 +46,7 @@ class Card:
     """Content of the model card of an exported folder.
 
     Attributes:
-        name: of the folder.
+        name: of the folder; "NAME/adapter" of the adapter in the folder of a model.
         kind: what it holds: a kind of `ExportConfig`.
         dtype: of its weights.
         model: folder or hub id of the original model; None if unknown.
@@ -57,6 +60,7 @@ class Card:
         calibrate: the text that the base was calibrated with (`base.file.read_calibrate`).
         model_type: of the architecture, a name in `FAMILIES`.
         beside: whether the adapter has files of its own; for the kinds of `PROGRAMS`.
+        repository: on the hub, for which the folder is written; None if it stays here.
     """
 
     name: str
@@ -73,12 +77,13 @@ class Card:
     calibrate: Mapping[str, Any] | None = None
     model_type: str = "llama"
     beside: bool = False
+    repository: str | None = None
 
     def text(self) -> str:
         """Text of README.md, with the hub's front matter. Folders appear by name, without path."""
         parts = [
             self._front(),
-            f"# {self.name}",
+            f"# {self._title}",
             self._about(),
             "## Use",
             self._use(),
@@ -100,7 +105,9 @@ class Card:
             quantized.append(self.quant.calibration)
         method = [] if self.config is None else ["lora", self.config.adapter.method]
         tags = list(dict.fromkeys([self.model_type, "ir-qlora", *method, *quantized]))
-        lines = [f"base_model: {public_name(self.model)}"] if self.model else []
+        # The hub refuses a card with a base that cannot be on the hub.
+        known = self.model and (is_hub_id(self.model) or not self.repository)
+        lines = [f"base_model: {public_name(self.model)}"] if self.model and known else []
         library = "peft" if self.kind == "adapter" else "transformers"
         if self.kind in PROGRAMS:
             library = PROGRAMS[self.kind].library
@@ -167,22 +174,45 @@ class Card:
             form = f"{method.title} is folded into a plain LoRA pair that computes the same update."
         return f"{about} {form}" if own else about
 
+    @property
+    def _title(self) -> str:
+        _, slash, inside = self.name.partition("/")
+        return f"{self.repository}{slash}{inside}" if self.repository else self.name
+
+    def _place(self, inside: str = "") -> str:
+        """The arguments of from_pretrained for the folder, or for a folder inside of it."""
+        if self.repository is None:
+            return f'"{self.name}/{inside}"' if inside else f'"{self.name}"'
+        inside = inside or self.name.partition("/")[2]
+        return f'"{self.repository}"' + (f', subfolder="{inside}"' if inside else "")
+
     def _use(self) -> str:
         if self.kind in PROGRAMS:
             program = PROGRAMS[self.kind]
             use = program.use_adapter if self.beside else program.use
-            return use.format(name=self.name)
+            fetch = ""
+            if self.repository is not None:
+                download = f"hf download {self.repository} --local-dir {self.name}"
+                fetch = f"```sh\n{download}\n```\n\n"
+            return fetch + use.format(name=self.name)
         if self.kind == "quantized":
-            return _QUANTIZED.format(name=self.name)
+            fetch = ""
+            if self.repository is not None:
+                fetch = f"hf download {self.repository} --local-dir {self.name}\n"
+            return _QUANTIZED.format(name=self.name, fetch=fetch)
         if self.kind == "merged" or self.config is None:
-            return _python(_LOAD.format(name=self.name))
+            return _python(_LOAD.format(name=self._place()))
         if not self.folded and self.config.adapter.chosen.peft is None:
             note = "PEFT ignores tensors that it does not know, so its outputs would be wrong."
-            return f"{_python(_LOAD_SCALARS.format(adapter=self.name))}\n\n{note} {self._warning()}"
-        base, adapter = self.name, f"{self.name}/adapter"
+            adapter, fetch = self._place(), ""
+            if self.repository is not None:
+                adapter, fetch = f'snapshot_download("{self.repository}")', _FETCH
+            code = _python(_LOAD_SCALARS.format(adapter=adapter, fetch=fetch))
+            return f"{code}\n\n{note} {self._warning()}"
+        base, adapter = self._place(), self._place("adapter")
         if self.kind == "adapter":
             base = public_name(self.base) if self.base else "FOLDER OF THE DEQUANTIZED BASE"
-            adapter = self.name
+            base, adapter = f'"{base}"', self._place()
         code = _python(_LOAD_ADAPTER.format(base=base, adapter=adapter))
         return f"{code}\n\n{self._warning()}"
 
@@ -228,7 +258,7 @@ def _settings(section: Any) -> str:
             if field.name in chosen:
                 words.append(f"{field.name}: {_settings(value).replace(';', ',')}")
             continue
-        if field.name in ("train", "eval", "chat_template") and value:
+        if field.name in ("train", "eval", "chat_template", "init_from") and value:
             several = isinstance(value, tuple)
             value = ", ".join(map(_source, value)) if several else public_name(value)
         if value not in (None, "", ()):

@@ -26,6 +26,7 @@ from irqlora_jax.export.packed import save_packed
 from irqlora_jax.export.peft import save_adapter
 from irqlora_jax.export.programs import PROGRAMS
 from irqlora_jax.export.quantized import absorbed_base, save_quantized
+from irqlora_jax.export.upload import check_access, check_name, upload
 from irqlora_jax.files.hub import is_hub_id
 from irqlora_jax.files.small import read_json
 from irqlora_jax.messages import progress_bar, shows_messages
@@ -82,10 +83,16 @@ class ExportConfig:
     ignores them."""
     base_model: str | None = None
     """base_model_name_or_path of adapters: folder or hub id of the base for PEFT's auto classes.
-    Null: with kind dequantized, the absolute path of output_dir; with kind adapter, the original
-    model if it was not quantized, else nothing."""
+    Null: with kind dequantized, push_to_hub or else the absolute path of output_dir; with kind
+    adapter, the original model if it was not quantized, else nothing."""
     shard_size: float = 5.0
     """Largest file of a model, in GB."""
+    push_to_hub: str | None = None
+    """Also upload the folder with its model card to this repository of the Hugging Face hub
+    (OWNER/NAME), which is made if there is none. The token is HF_TOKEN or the login of `hf auth
+    login`. Null: no upload."""
+    private: bool = False
+    """With push_to_hub: only the owner can see the repository."""
     progress: bool = True
     """Show a progress bar."""
 
@@ -102,6 +109,10 @@ class ExportConfig:
         require(ok, "dtype", self.dtype, "null with kind gguf, which has type")
         ok = self.dtype != "bfloat16" or self.kind != "quantized"
         require(ok, "dtype", self.dtype, "float16 or float32 with kind quantized")
+        ok = not self.private or self.push_to_hub is not None
+        require(ok, "private", self.private, "false without push_to_hub")
+        if self.push_to_hub is not None:
+            check_name(self.push_to_hub)
 
 
 @shows_messages
@@ -119,9 +130,11 @@ def export(config: ExportConfig) -> Path:
 
     Raises:
         ValueError, OSError: bad input or a full disk; the message is one sentence. No files remain.
+            If only the upload fails, the folder remains.
     """
     folder = _write(config)
     logger.info(f"{config.kind}: {folder} (how to load it: {folder / 'README.md'})")
+    _upload(config, folder)
     return folder
 
 
@@ -129,6 +142,8 @@ def _write(config: ExportConfig) -> Path:
     folder = Path(config.output_dir).expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"output_dir = '{folder}': exists; expected a new folder")
+    if config.push_to_hub is not None:
+        check_access(config.push_to_hub)
     with complete_or_absent(folder) as aside:
         with progress_bar("Loading the model", show=config.progress):
             run = load_run(config.run, checkpoint=config.checkpoint)
@@ -141,6 +156,8 @@ def _write(config: ExportConfig) -> Path:
             _gguf_folder(aside, folder.name, run, config)
         elif config.kind == "adapter":
             base = config.base_model or _original(run)
+            if config.push_to_hub is not None and config.base_model is None:
+                base = base if base and is_hub_id(base) else None  # no path of this machine
             _adapter_folder(aside, folder.name, run, config, base)
         else:
             if config.kind in _LAYOUTS:
@@ -149,9 +166,16 @@ def _write(config: ExportConfig) -> Path:
                 _model_folder(aside, folder.name, run, config)
             if config.kind in _WITH_ADAPTER and run.step is not None:
                 (aside / "adapter").mkdir()
-                base = config.base_model or str(folder)
+                base = config.base_model or config.push_to_hub or str(folder)
                 _adapter_folder(aside / "adapter", f"{folder.name}/adapter", run, config, base)
     return folder
+
+
+def _upload(config: ExportConfig, folder: Path) -> None:
+    if config.push_to_hub is not None:
+        options = {"private": config.private, "progress": config.progress}
+        place = upload(folder, config.push_to_hub, **options)
+        logger.info(f"uploaded to {place}")
 
 
 def export_adapter(run: str | Path, out: str | Path, **options: Any) -> Path:
@@ -171,7 +195,10 @@ def export_dequantized(run: str | Path, out: str | Path, **options: Any) -> Path
 
 def _quiet(run: str | Path, out: str | Path, kind: Any, options: dict[str, Any]) -> Path:
     settings: dict[str, Any] = {"progress": False} | options
-    return _write(ExportConfig(str(run), str(out), kind, **settings))
+    config = ExportConfig(str(run), str(out), kind, **settings)
+    folder = _write(config)
+    _upload(config, folder)
+    return folder
 
 
 def _check(config: ExportConfig, run: Run, aside: Path, folder: Path) -> None:
@@ -327,6 +354,7 @@ def _companions(
         calibrate=used,
         model_type=run.model.config.model_type,
         beside=beside,
+        repository=config.push_to_hub,
     )
     (aside / "README.md").write_text(card.text(), encoding="utf-8")
 

@@ -45,7 +45,7 @@ class ServeConfig:
     and every step computes all of them."""
     context: int | None = 2048
     """Largest number of tokens of a prompt and its answer. The cache needs memory for all of them.
-    Null, or a larger number than that of the model: the context of the model."""
+    Every step reads all of it. Null, or more than the model has: the context of the model."""
     api_key: str | None = None
     """Name of an environment variable with the key that requests must have (Authorization: Bearer
     KEY). Null: they need none."""

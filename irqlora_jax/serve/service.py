@@ -1,6 +1,7 @@
 """Answers checked requests: prompts to tokens, tokens to texts, by way of the worker."""
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 from collections.abc import AsyncIterator
@@ -116,7 +117,8 @@ class Texts:
             job = Job(
                 prompt,
                 room if asked.limit is None else min(asked.limit, room),
-                Sampling(asked.temperature, asked.top_p, asked.seed, index),
+                # Each prompt of several is drawn as if it were the only one.
+                Sampling(asked.temperature, asked.top_p, asked.seed, index % asked.n),
                 TextStream(service.tokenizer, prompt, stops),
                 lambda piece, index=index: self._tell(index, piece),
             )
@@ -157,5 +159,5 @@ class Texts:
 
     def _tell(self, index: int, piece: Piece) -> None:
         """Takes a piece from the worker's thread, also after the end of the loop."""
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, piece))

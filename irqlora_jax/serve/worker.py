@@ -25,14 +25,12 @@ class Piece:
 
     Attributes:
         text: the new characters; may be empty.
-        tokens: number of tokens of the text so far.
         finish: why the text has ended ("stop": by itself or before a stop string; "length": no
             more tokens are allowed); None if it goes on.
         error: why the text cannot go on; None if it can.
     """
 
     text: str
-    tokens: int
     finish: Literal["stop", "length"] | None = None
     error: str | None = None
 
@@ -87,7 +85,7 @@ class Worker:
     def submit(self, job: Job) -> None:
         """Takes a text. It may come from any thread."""
         if self._stopping:
-            job.tell(Piece("", 0, error=STOPPING))
+            job.tell(Piece("", error=STOPPING))
         else:
             self._waiting.put(job)
 
@@ -101,46 +99,35 @@ class Worker:
         self._thread.join(seconds)
 
     def _run(self) -> None:
-        while True:
-            if not self._active:
-                self._start(self._waiting.get())
-            self._start_waiting()
-            if self._stopping:
-                self._fail(STOPPING)
-                return
-            self._step()
+        while not self._stopping:
+            try:
+                if not self._active:
+                    self._start(self._waiting.get())
+                self._start_waiting()
+                if self._active and not self._stopping:
+                    self._step()
+            except Exception as error:
+                self._recover(error)
+        self._fail(STOPPING)
 
     def _start_waiting(self) -> None:
         with contextlib.suppress(queue.Empty):
-            while len(self._active) < self._rows.size:
+            while len(self._active) < self._rows.size and not self._stopping:
                 self._start(self._waiting.get_nowait())
 
     def _start(self, job: Job | None) -> None:
-        if job is None or job.cancelled or self._stopping:
-            if job is not None and self._stopping:
-                job.tell(Piece("", 0, error=STOPPING))
+        if job is None or job.cancelled:
             return
         row = next(row for row in range(self._rows.size) if row not in self._active)
         self._active[row] = job
-        try:
-            token = self._rows.start(row, job.prompt, job.sampling)
-        except Exception as error:
-            self._broken(error)
-        else:
-            self._advance(row, token)
+        self._advance(row, self._rows.start(row, job.prompt, job.sampling))
 
     def _step(self) -> None:
-        for row in [row for row, job in self._active.items() if job.cancelled]:
-            del self._active[row]
-        if not self._active:
-            return
-        try:
+        self._active = {row: job for row, job in self._active.items() if not job.cancelled}
+        if self._active:
             tokens = self._rows.step()
-        except Exception as error:
-            self._broken(error)
-            return
-        for row in list(self._active):
-            self._advance(row, tokens[row])
+            for row in list(self._active):
+                self._advance(row, tokens[row])
 
     def _advance(self, row: int, token: int) -> None:
         job = self._active[row]
@@ -149,23 +136,33 @@ class Worker:
         ended = job.text.stopped or token in self._eos
         if not ended and job.tokens < job.limit:
             if text:
-                job.tell(Piece(text, job.tokens))
+                job.tell(Piece(text))
             return
         del self._active[row]
-        job.tell(Piece(text + job.text.end(), job.tokens, "stop" if ended else "length"))
+        job.tell(Piece(text + job.text.end(), "stop" if ended else "length"))
 
-    def _broken(self, error: Exception) -> None:
-        """Fails all texts and starts with new rows: the cache may be gone after an error."""
-        reason = f"the model failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        logger.warning(reason)
-        self._fail(reason)
-        self._rows = self._make_rows()
+    def _recover(self, error: Exception) -> None:
+        """Fails all texts and makes new rows: the cache may be gone after an error."""
+        self._fail(_failure(error))
+        del self._rows  # its memory is needed
+        try:
+            self._rows = self._make_rows()
+        except Exception as again:
+            logger.warning(f"no more requests are answered: {_failure(again)}")
+            self.stop()
 
     def _fail(self, reason: str) -> None:
+        """Ends all texts with an error; when the worker stops, also those that wait."""
+        if reason != STOPPING:
+            logger.warning(reason)
         jobs, self._active = list(self._active.values()), {}
         with contextlib.suppress(queue.Empty):
             while self._stopping:
                 job = self._waiting.get_nowait()
                 jobs += [] if job is None else [job]
         for job in jobs:
-            job.tell(Piece("", job.tokens, error=reason))
+            job.tell(Piece("", error=reason))
+
+
+def _failure(error: Exception) -> str:
+    return f"the model failed: {type(error).__name__}: {' '.join(str(error).split())[:500]}"

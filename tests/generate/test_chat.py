@@ -17,7 +17,15 @@ from irqlora_jax.evaluate.prompts import read_prompts
 from irqlora_jax.evaluate.tasks import EvalConfig, evaluate_run
 from irqlora_jax.generate import chat as chat_module
 from irqlora_jax.generate.chat import ChatConfig, chat
-from irqlora_jax.generate.conversation import Style, Turn, decode_stream, encode_turns, find_style
+from irqlora_jax.generate.conversation import (
+    Style,
+    TextStream,
+    Turn,
+    decode_stream,
+    encode_messages,
+    encode_turns,
+    find_style,
+)
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.runs.load import Run, read_checkpoint, read_evaluation
@@ -179,6 +187,70 @@ def test_stops_end_the_text_and_the_tokens():
     assert text_of(taken).endswith(stop)
     # Half a stop at the end is text.
     assert "".join(decode_stream(TOKENIZER, new("Yes### Hum"), stops=(stop,))) == "Yes### Hum"
+
+
+def test_text_is_held_back_while_it_may_start_a_stop():
+    text = TextStream(TOKENIZER, stops=("a!", "aab?"))
+    assert [text.push(token) for token in ids("xaaba")] == ["x", "", "", "", "aab"]
+    assert (text.push(*ids("!")), text.stopped, text.end()) == ("", True, "")
+    text = TextStream(TOKENIZER, stops=("a!",))
+    assert [text.push(token) for token in ids("ba")] == ["b", ""]
+    assert (text.end(), text.stopped) == ("a", False)
+
+
+def messages(*texts, system=()):
+    roles = ["system"] * len(system) + ["user", "assistant"] * len(texts)
+    pairs = zip(roles, (*system, *texts), strict=False)
+    return [{"role": role, "content": text} for role, text in pairs]
+
+
+def test_messages_are_written_as_in_the_training_data(tmp_path):
+    def written(kind, *given, **settings):
+        tokens = encode_messages(Style(kind), TOKENIZER, messages(*given, **settings))
+        assert tokens[0] == 0 and tokens.count(0) == 1
+        return text_of(tokens)
+
+    # The rows of the data set have the same text.
+    assert written("oasst1", "one", "first", "two") == (
+        "<s>### Human: one### Assistant: first### Human: two### Assistant:"
+    )
+    assert written("hh_rlhf", "one", "first", "two", system=("Be", "kind")).startswith(
+        "<s>Be\n\nkind\n\n\n\nHuman: one\n\nAssistant: first\n\nHuman: two"
+    )
+    # Prompts and answers are tokens of their own: a space is between the two where one was learned.
+    assert written("pairs", "one", "first", "two") == "<s>one first</s>two"
+    assert written("pairs", "one\n", "first", "two") == "<s>one\nfirst</s>two"
+    assert written("alpaca", "one", "first", "two") == (
+        f"<s>{alpaca_prompt('one')}first</s>{alpaca_prompt('two')}"
+    )
+    for format, row in (
+        ("alpaca", {"instruction": "one", "output": "first"}),
+        ("flan_v2", {"inputs": "one", "targets": "first"}),
+    ):
+        file = tmp_path / f"{format}.jsonl"
+        file.write_text(json.dumps(row))
+        (example,) = load_examples(str(file), config(format).data, TOKENIZER)
+        style = find_style(config(format), TOKENIZER)
+        given = encode_messages(style, TOKENIZER, messages("one", "first", "two"))
+        assert given[: len(example.tokens)] == example.tokens.tolist()
+
+
+def test_a_chat_template_gets_the_messages():
+    given = messages("one", "first", "two", system=("Be kind.",))
+    tokens = encode_messages(Style("chat"), byte_tokenizer(template=TEMPLATE), given)
+    assert text_of(tokens) == (
+        "<s>[system]Be kind.</s>[user]one</s>[assistant]first</s>[user]two</s>[assistant]"
+    )
+    with pytest.raises(ValueError, match="the chat template failed"):
+        refusing = byte_tokenizer(template="{{ raise_exception('no system') }}")
+        encode_messages(Style("chat"), refusing, given)
+
+
+@pytest.mark.parametrize("roles", ["assistant", "user user", "user system user", "system", ""])
+def test_other_orders_of_roles_are_refused(roles):
+    given = [{"role": role, "content": "one"} for role in roles.split()]
+    with pytest.raises(ValueError, match=f"roles {', '.join(roles.split())}: expected system mess"):
+        encode_messages(Style("oasst1"), TOKENIZER, given)
 
 
 class Terminal:

@@ -21,14 +21,22 @@ uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("starlette")
 
 from irqlora_jax.cli import main  # noqa: E402
-from irqlora_jax.generate.conversation import decode_stream  # noqa: E402
+from irqlora_jax.config import Config  # noqa: E402
+from irqlora_jax.data.config import DataConfig  # noqa: E402
+from irqlora_jax.generate.conversation import TextStream, decode_stream  # noqa: E402
 from irqlora_jax.generate.decode import generate  # noqa: E402
 from irqlora_jax.generate.rows import Rows  # noqa: E402
 from irqlora_jax.model.llama import Llama  # noqa: E402
 from irqlora_jax.runs.load import Run  # noqa: E402
 from irqlora_jax.serve.app import make_app  # noqa: E402
 from irqlora_jax.serve.command import start_service  # noqa: E402
-from tests.models import random_variables, tiny_llama, word_tokenizer, write_model  # noqa: E402
+from tests.models import (  # noqa: E402
+    byte_tokenizer,
+    random_variables,
+    tiny_llama,
+    word_tokenizer,
+    write_model,
+)
 
 TEMPLATE = "<s>{% for m in messages %}w{{ m.role | length }} {{ m.content }} {% endfor %}"
 SIZE, CONTEXT = 3, 64
@@ -41,6 +49,7 @@ MODEL = Llama(
     )
 )
 TOKENIZER = word_tokenizer(40, chat_template=TEMPLATE)
+BYTES = tiny_llama(vocab_size=258, eos_token_ids=(1,))
 PROMPTS = ("w5 w8", "w30", "w9 w9 w9 w3 w17", "w12 w4", "w33 w34 w35", "w7", "w21 w22")
 
 
@@ -250,6 +259,8 @@ def test_a_seed_repeats_a_sampled_text(client):
     assert [one] == drawn(seed=3) and one != two
     assert drawn(seed=-1) == drawn(seed=2**32 - 1)
     assert len({drawn()[0] for _ in range(4)}) > 1
+    answer = complete(client, ["w9", "w5 w8"], temperature=1.5, seed=3)
+    assert answer.choices[1].text == one
     # Almost no probability leaves the most likely token.
     assert drawn(top_p=1e-6) == [complete(client, "w5 w8").choices[0].text]
 
@@ -386,6 +397,81 @@ def test_a_failing_model_is_an_error_and_not_the_end(client, monkeypatch, said, 
             list(complete(client, "w5 w8", stream=True))
     assert complete(client, "w5 w8").choices[0].text == expected("<s> w5 w8")
     assert any("out of memory" in line for line in said)
+
+
+class Scripted:
+    """Rows in which every text is the same."""
+
+    size, slots, cache_bytes = 2, 200, 0
+
+    def __init__(self, tokens):
+        self.tokens, self.places, self.prompts = tokens, [0, 0], []
+
+    def start(self, row, prompt, sampling):
+        self.places[row] = 0
+        self.prompts.append(prompt)
+        return self.tokens[0]
+
+    def step(self):
+        self.places = [place + 1 for place in self.places]
+        return [self.tokens[place % len(self.tokens)] for place in self.places]
+
+
+def test_answers_end_before_the_next_speaker_and_have_whole_characters():
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer(" \n na\u00efve \u20ac!### Human: no", add_special_tokens=False)["input_ids"]
+    config = Config("model", "run", data=DataConfig("file", format="oasst1"))
+    run = Run(Path("tiny"), config, Llama(BYTES), {}, tokenizer, None)
+    rows = Scripted(tokens)
+    service = start_service(run, lambda: rows)
+    with served(service) as address, connect(address) as client:
+        answer = chat(client, "one", "first", "two", max_completion_tokens=99)
+        assert answer.choices[0].message.content == "na\u00efve \u20ac!"
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.usage.completion_tokens == len(tokens) - 3
+        asked = tokenizer.decode(rows.prompts[0])
+        assert asked == "<s>### Human: one### Assistant: first### Human: two### Assistant:"
+        stream = chat(client, "one", max_completion_tokens=99, stream=True)
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+        assert "".join(pieces) == "na\u00efve \u20ac!" and "\u20ac" in pieces
+        # A completion is the bare text.
+        text = complete(client, "one", max_tokens=99).choices[0].text
+        assert text.startswith(" \n na\u00efve \u20ac!### Human: no \n")
+        with pytest.raises(openai.BadRequestError, match="roles user, assistant: expected system"):
+            chat(client, "one", "first")
+    service.worker.stop()
+
+
+def test_a_model_that_continues_text_takes_no_chats():
+    run = Run(Path("tiny"), None, Llama(BYTES), {}, byte_tokenizer(), None)
+    service = start_service(run, lambda: Scripted([5]))
+    with (
+        served(service) as address,
+        connect(address) as client,
+        pytest.raises(openai.BadRequestError, match="expected a request to /v1/completions"),
+    ):
+        chat(client, "one")
+    service.worker.stop()
+
+
+def test_a_model_that_cannot_start_again_answers_no_more(variables, monkeypatch, said):
+    made = []
+
+    def make():
+        if made:
+            raise RuntimeError("no memory")
+        made.append(Rows(MODEL, variables, SIZE, CONTEXT))
+        return made[0]
+
+    service = start_service(Run(Path("tiny"), None, MODEL, variables, TOKENIZER, None), make)
+    monkeypatch.setattr(TextStream, "push", lambda *_: 1 / 0)
+    with served(service) as address, connect(address) as client:
+        with pytest.raises(openai.InternalServerError, match="ZeroDivisionError"):
+            complete(client, "w5 w8")
+        service.worker.join(10)
+        with pytest.raises(openai.InternalServerError, match="the server is stopping"):
+            complete(client, "w5 w8")
+    assert "no more requests are answered: the model failed: RuntimeError: no memory" in said
 
 
 def test_a_stopped_worker_ends_all_texts(variables, slow):
