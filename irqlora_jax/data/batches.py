@@ -19,6 +19,7 @@ from irqlora_jax.data.order import (
     split_blocks,
 )
 from irqlora_jax.data.packing import pack, pad_packed
+from irqlora_jax.data.streaming import StreamedExamples
 
 Item = TypeVar("Item")
 Batch = dict[str, np.ndarray]
@@ -207,6 +208,8 @@ def longest_row(config: DataConfig, max_length: int | None = None) -> int:
 
 
 def _lengths(examples: Sequence[Example]) -> Int[np.ndarray, " examples"]:
+    if isinstance(examples, StreamedExamples):
+        return examples.lengths()
     return np.array([len(example.tokens) for example in examples])
 
 
