@@ -22,15 +22,14 @@ from irqlora_jax.data.config import DataConfig
 from irqlora_jax.data.sources import load_data_sets
 
 BATCH, STEPS = 16, 200
+WORDS = ["question", "what", "is", "color", "of", "red", "green", "blue", "dark", "answer"]
 MODEL = Path(__file__).parent.parent / "examples" / "factworld" / "base-small"
 
 
 def write_rows(file: Path, rows: int) -> None:
     """Writes rows of about 600 bytes."""
     rng = np.random.default_rng(0)
-    words = np.array(
-        ["question", "what", "is", "color", "of", "red", "green", "blue", "dark", "answer"]
-    )
+    words = np.array(WORDS)
     with open(file, "w") as out:
         for number in range(rows):
             text = " ".join(words[rng.integers(0, len(words), 100)])

@@ -20,6 +20,7 @@ from irqlora_jax.data.order import (
 )
 from irqlora_jax.data.packing import pack, pad_packed
 from irqlora_jax.data.preference import Pair, rows_of
+from irqlora_jax.data.streaming import StreamedExamples
 
 Item = TypeVar("Item")
 Batch = dict[str, np.ndarray]
@@ -210,6 +211,8 @@ def longest_row(config: DataConfig, max_length: int | None = None) -> int:
 
 
 def _lengths(examples: Sequence[Example]) -> Int[np.ndarray, " examples"]:
+    if isinstance(examples, StreamedExamples):
+        return examples.lengths()
     return np.array([len(example.tokens) for example in examples])
 
 

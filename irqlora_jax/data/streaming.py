@@ -32,6 +32,7 @@ from irqlora_jax.data.chat import read_chat_template, to_conversation
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.data.encode import encode_source, implies_space
 from irqlora_jax.data.examples import (
+    Draft,
     Example,
     Item,
     Said,
@@ -101,6 +102,15 @@ class Stream:
     def _example(self, index: int) -> Example:
         raise NotImplementedError
 
+    def lengths(self) -> Int64[np.ndarray, " examples"]:
+        """The length of every example in tokens."""
+        there = np.arange(self.count) if self._chosen is None else self._chosen
+        parts = (there[first : first + _CHUNK] for first in range(0, self.count, _CHUNK))
+        return np.concatenate([self._lengths(part) for part in parts])
+
+    def _lengths(self, indices: Int64[np.ndarray, " some"]) -> Int64[np.ndarray, " some"]:
+        raise NotImplementedError
+
     def without(self, held: Int64[np.ndarray, " held"]) -> Self:
         """The stream without some of its examples, given by increasing index."""
         there = np.arange(self.count) if self._chosen is None else self._chosen
@@ -156,10 +166,17 @@ class RowStream(Stream):
     def _example(self, index: int) -> Example:
         return self._encode(to_item(self._rows[index], self._config.format))
 
+    def _lengths(self, indices: Int64[np.ndarray, " some"]) -> Int64[np.ndarray, " some"]:
+        items = [to_item(self._rows[index], self._config.format) for index in indices.tolist()]
+        return np.array([len(tokens) for tokens, _ in self._drafts(items, Counter())])
+
+    def _drafts(self, items: Sequence[Item], said: Said) -> list[Draft]:
+        own = self._config, self._tokenizer, self._max_length
+        return draft_examples(items, *own, self._template, said, self._implied)
+
     def _encode(self, item: Item) -> Example:
         said: Said = Counter()
-        own = self._config, self._tokenizer, self._max_length
-        (draft,) = draft_examples([item], *own, self._template, said, self._implied)
+        (draft,) = self._drafts([item], said)
         example = to_example(draft)
         said["have no token to learn"] += not example.targets.any()
         for what in [what for what, count in said.items() if count and what not in self._said]:
@@ -198,6 +215,10 @@ class TextStream(Stream):
             self.blocks = tuple(size for size in np.bincount(block).tolist() if size)
         parts = [self._rows.digest, str(self.count), str(total)]
         self.digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def _lengths(self, indices: Int64[np.ndarray, " some"]) -> Int64[np.ndarray, " some"]:
+        starts = indices * self._length
+        return np.minimum(starts + self._length, self._ends[-1]) - starts
 
     def _tokens(self, rows: Sequence[int]) -> Iterator[list[int]]:
         """The tokens of some rows; none for a row of white space."""
@@ -271,6 +292,10 @@ class StreamedExamples(Sequence[Example]):
     def digest(self) -> str:
         """Hash of all files and of what else the examples depend on."""
         return hashlib.sha256("\n".join(s.digest for s in self.streams).encode()).hexdigest()
+
+    def lengths(self) -> Int64[np.ndarray, " examples"]:
+        """The length of every example in tokens. Tokenizes all of them."""
+        return np.concatenate([stream.lengths() for stream in self.streams])
 
     def __len__(self) -> int:
         return int(self._ends[-1])

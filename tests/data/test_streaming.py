@@ -52,6 +52,7 @@ def test_streamed_examples_are_those_in_memory(tmp_path, kind, fields):
     kept, streamed = load(source, **fields), load(source, streaming=True, **fields)
     assert len(streamed.train) == len(kept.train)
     assert same(streamed.train, kept.train) and same(streamed.evaluation, kept.evaluation)
+    assert streamed.train.lengths().tolist() == [len(example.tokens) for example in kept.train]
     (part,) = streamed.parts
     assert part.count == len(kept.train)
     assert part.blocks is None if kind == "jsonl" else sum(part.blocks) == part.count
@@ -111,6 +112,7 @@ def test_windows_of_streamed_text_are_those_in_memory(tmp_path, kind, fields):
     assert same(streamed.train, kept.train)
     for one, other in zip(streamed.train, kept.train, strict=True):
         assert (one.targets == other.targets).all()
+    assert streamed.train.lengths().tolist() == [len(example.tokens) for example in kept.train]
     (part,) = streamed.parts
     assert kind == "jsonl" or sum(part.blocks or ()) == part.count == len(kept.train)
 
