@@ -41,6 +41,8 @@ SHOWN = {
     "adapters.cloq": ("cloq",),
     "model.dpo": ("pair_losses",),
     "config.settings": ("Config.load",),
+    "runs.moments": ("grid", "encode", "decode"),
+    "train.noise": ("example_lengths",),
     "evaluate.suggested": ("larger_format", "rules_text"),
 }
 _FENCE = re.compile(r"^(```+)(\w*)\n(.*?)^\1 *$", re.MULTILINE | re.DOTALL)

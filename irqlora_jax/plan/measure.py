@@ -30,6 +30,7 @@ from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.plan.gpus import OPTIONS, compile_only_devices, find_device, usable_fraction
 from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import check_model, is_base, read_architecture
+from irqlora_jax.runs.optimizer import check_rates
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
 from irqlora_jax.sharding import ROWS, device_bytes, make_mesh, tree_shardings
 from irqlora_jax.train.step import make_step, state_shardings
@@ -181,7 +182,8 @@ def measure(
             is 0.
 
     Raises:
-        ValueError: the mesh does not fit the model, the batch or the devices.
+        ValueError: the mesh does not fit the model, the batch or the devices, or a rule of
+            `train.rates` applies to nothing.
     """
     # The number of steps needs the data, and the memory does not depend on it.
     train, divisor = config.train.with_steps(1), 1
@@ -195,6 +197,7 @@ def measure(
     dtype = train.compute_dtype or fastest_dtype(mesh.devices.flat[0])
     train = dataclasses.replace(train, compute_dtype=dtype, matmul=None)
     model = make_model(llama, config.adapter, train)
+    check_rates(train, jax.eval_shape(model.init_adapters, jax.random.key(0)))
     optimizer = make_optimizer(train, config.adapter.chosen)
     length = longest_row(config.data, llama.max_position_embeddings)
     names = {"tokens": jnp.int32, "targets": jnp.bool_}

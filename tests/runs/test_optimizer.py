@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from irqlora_jax.config import Config, RateRule, TrainConfig
+from irqlora_jax.config import Config, RateRule, TrainConfig, read_stored_config
 from irqlora_jax.runs import moments
 from irqlora_jax.runs.moments import MAPS, SMALLEST, Moment, decode, encode, grid
 from irqlora_jax.runs.optimizer import check_rates, make_optimizer
@@ -121,6 +122,9 @@ def test_rates_in_a_file(tmp_path: Path) -> None:
     config = Config.load(QUICKSTART, {"train.rates": rules, "train.optimizer_bits": "8"})
     assert config.train.rates == (RateRule("*.lora_A", 0.0), RateRule("layers.0.*", None, 0.5))
     assert config.train.optimizer_bits == 8
+    stored = tmp_path / "config.json"
+    stored.write_text(json.dumps(dataclasses.asdict(config)))
+    assert read_stored_config(stored) == config
     refused = {
         "train.rates": [
             ("[{match: a}]", r"train\.rates\[0\] = 'a': expected a rule with a factor or"),

@@ -54,10 +54,18 @@ def test_training_continues_from_the_adapter_of_a_run(trained: Path, tmp_path: P
     np.testing.assert_allclose(losses_of(other)[0][1], after[0][1], rtol=1e-4)
 
 
-def test_an_exported_adapter_is_a_start(trained: Path, tmp_path: Path) -> None:
+def test_an_adapter_on_the_hub_is_a_start(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exported = hf.export_adapter(trained, tmp_path / "adapter", fold=False)
-    run(settings(trained, tmp_path / "run", adapter__init_from=str(exported)))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(exported))
+    changes = {"data__train": str(WORLD / "data" / "eval.jsonl"), "train__learning_rate": 1e-2}
+    run(settings(trained, tmp_path / "run", adapter__init_from="owner/adapter", **changes))
     assert_same(adapters(tmp_path / "run", 0), adapters(trained, 3))
+    monkeypatch.undo()  # a run that goes on needs no hub
+    changes["train__steps"] = 4
+    run(settings(trained, tmp_path / "run", adapter__init_from="owner/adapter", **changes))
+    assert steps_of(tmp_path / "run") == [0, 3, 4]
 
 
 def test_a_lokr_folder_of_peft_is_a_start(tmp_path: Path) -> None:

@@ -141,6 +141,11 @@ def test_a_resumed_run_needs_its_adapter_no_more(tmp_path: Path) -> None:
     stored = Config("m", str(run), adapter=AdapterConfig(rank=3, init_from="gone/adapter"))
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(stored)))
     assert load("gone/adapter", run).adapter == stored.adapter
+    # Nor does its configuration in another folder, which has all settings.
+    moved = tmp_path / "moved.json"
+    moved.write_text((run / "config.json").read_text())
+    (run / "config.json").unlink()
+    assert Config.load(moved) == stored
 
 
 @pytest.fixture
