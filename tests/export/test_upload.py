@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import close_session, constants
 
 from irqlora_jax import cli, hf, machine
-from tests.models import NARROW, PLAIN, random_base, write_run
+from tests.models import FLOAT, NARROW, PLAIN, random_base, write_config, write_run
 
 TOKEN = "hf_secret"
 # The client's own call of its HTTP library.
@@ -189,6 +189,19 @@ def test_from_python_into_a_private_repository_that_is_there(
     assert code in (folder / "README.md").read_text()
     hf.export_adapter(run, tmp_path / "second", push_to_hub="me/new", private=True)
     assert hub.repositories["me/new"]
+
+
+def test_no_path_of_this_machine_is_uploaded(tmp_path: Path, hub: Hub) -> None:
+    model = write_config(tmp_path / "base", NARROW)
+    run = write_run(tmp_path / "run", NARROW, FLOAT, model=str(model))
+    here = hf.export_adapter(run, tmp_path / "here")
+    settings = json.loads((here / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(model)
+    hf.export_adapter(run, tmp_path / "out", push_to_hub="me/model")
+    files = hub.files["me/model"]
+    assert not any(str(tmp_path).encode() in data for data in files.values())
+    # The hub takes only names of models on the hub there.
+    assert "base_model" not in yaml.safe_load(files["README.md"].decode().split("---")[1])
 
 
 def failing(run: Path, folder: Path, capsys, *flags: str) -> str:
