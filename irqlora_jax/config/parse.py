@@ -294,8 +294,9 @@ def _convert_list(name: str, kind: Any, value: Any, script: str) -> tuple[Any, .
     one: Any
     for place, one in enumerate(found):
         prefix = f"{name}[{place}]."
-        if isinstance(one, str) and hasattr(inner, "text_field"):
-            one = {inner.text_field: one}  # text stands for an entry with this field alone
+        alone = getattr(inner, "text_field", None)
+        if isinstance(one, str) and alone is not None:
+            one = {alone: one}  # text stands for an entry with this field alone
         if not isinstance(one, inner):
             require(isinstance(one, dict), prefix[:-1], one, _in_words(inner))
             fields = _flatten(dict(_fields(inner, prefix)), one, "", prefix, script)

@@ -210,7 +210,7 @@ def longest_row(config: DataConfig, max_length: int | None = None) -> int:
     return length if config.packing else -(-length // multiple) * multiple
 
 
-def _lengths(examples: Sequence[Example]) -> Int[np.ndarray, " examples"]:
+def _lengths(examples: Sequence[Example | Pair]) -> Int[np.ndarray, " examples"]:
     if isinstance(examples, StreamedExamples):
         return examples.lengths()
     return np.array([len(example.tokens) for example in examples])

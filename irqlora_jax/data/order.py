@@ -1,8 +1,8 @@
 """Random orders of rows, as pure functions of the seed and the place in the stream."""
 
+import dataclasses
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -12,7 +12,8 @@ POOL = 16_384
 """Least number of rows that are shuffled together where blocks are read one after the other."""
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Part:
     """One source of a training set.
 
     Attributes:
@@ -43,7 +44,7 @@ def block_order(blocks: Sequence[int], *seed: int) -> Int[np.ndarray, " rows"]:
         seed: also the epoch.
     """
     rng = np.random.default_rng(seed)
-    ends = np.cumsum(blocks)
+    ends = np.cumsum(blocks).tolist()
     chosen: list[Int[np.ndarray, " rows"]] = []
     pools: list[Int[np.ndarray, " rows"]] = []
     held = 0

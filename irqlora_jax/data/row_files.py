@@ -140,7 +140,7 @@ def open_files(source: str) -> list[RowFile]:
     if len(kinds) > 1 or not kinds <= {".jsonl", ".parquet"}:
         raise ValueError(f"{source}: {' and '.join(sorted(kinds))}; expected {accepted}")
     if kinds == {".jsonl"}:
-        return [JsonlFile(path) for path in paths]
+        return list[RowFile](map(JsonlFile, paths))
     files = [ParquetFile(path) for path in paths]
     sizes = [size for file in files for size in file.blocks]
     # Two pools: a batch may hold the end of one and the start of the next.
@@ -148,7 +148,7 @@ def open_files(source: str) -> list[RowFile]:
     tables = functools.lru_cache(held)(read_group)
     for file in files:
         file.tables = tables
-    return list[RowFile](files)
+    return [*files]
 
 
 def first_blocks(files: Sequence[RowFile], count: int) -> tuple[int, ...] | None:

@@ -260,7 +260,9 @@ def train_step(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) if scaled else None
 
-    def update(grads: Any, opt_state: Any, adapters: Any, layer: Any = None) -> tuple[Any, Any]:
+    def update_alone(
+        grads: Any, opt_state: Any, adapters: Any, layer: Any = None
+    ) -> tuple[Any, Any]:
         if config.clip_norm is not None:
             grads = _clip(grads, norm, config.clip_norm)
         updates, new = whole.update(grads, opt_state, adapters, layer=layer)
@@ -270,8 +272,9 @@ def train_step(
         return jax.tree.map(functools.partial(jnp.where, finite), pair, (adapters, opt_state))
 
     whole = optax.with_extra_args_support(optimizer)
+    update = update_alone
     if config.offload_optimizer:
-        update = functools.partial(_update_by_layer, update)
+        update = functools.partial(_update_by_layer, update_alone)
     opt_state = _with_schedule_at(state.opt_state, state.step) if scaled else state.opt_state
     adapters, opt_state = update(grads, opt_state, state.adapters)
     new = dataclasses.replace(state, adapters=adapters, opt_state=opt_state, step=state.step + 1)

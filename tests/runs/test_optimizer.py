@@ -131,7 +131,7 @@ def test_rates_in_a_file(tmp_path: Path) -> None:
             ("[{match: a, factor: -1}]", r"train\.rates\[0\]\.factor = -1\.0: expected a finite"),
             ("[{match: a, weight_decay: .inf}]", r"rates\[0\]\.weight_decay = inf: expected"),
             ("3", r"train\.rates\[0\] = 3: expected a section with match or factor"),
-            ("[", r"train\.rates = '\[': expected a list such as \[\{match: PATTERN, factor: V"),
+            ("[", r"train\.rates = '\[': expected a list such as \[\{match: PATTERN, factor: 0"),
         ],
         "train.optimizer_bits": [("16", r"optimizer_bits = '?16'?: expected 8 or 32")],
         "train.neftune_alpha": [("-1", r"neftune_alpha = -1\.0: expected a finite number")],
