@@ -1,8 +1,8 @@
 """Random orders of rows, as pure functions of the seed and the place in the stream."""
 
+import dataclasses
 import threading
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -12,7 +12,8 @@ POOL = 16_384
 """Least number of rows that are shuffled together where blocks are read one after the other."""
 
 
-class Part(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Part:
     """One source of a training set.
 
     Attributes:
@@ -48,7 +49,8 @@ def block_order(blocks: Sequence[int], *seed: int) -> Int[np.ndarray, " rows"]:
     pools: list[Int[np.ndarray, " rows"]] = []
     held = 0
     for block in rng.permutation(len(blocks)):
-        chosen.append(np.arange(ends[block] - blocks[block], ends[block]))
+        end = int(ends[block])
+        chosen.append(np.arange(end - blocks[block], end))
         held += blocks[block]
         if held >= POOL:
             pools.append(rng.permutation(np.concatenate(chosen)))

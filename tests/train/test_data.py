@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from irqlora_jax import hf
@@ -60,7 +61,9 @@ def test_a_run_of_epochs_ends_and_resumes_at_the_same_step(base, tmp_path, monke
     # The schedule ends with the last step.
     rates = [row["learning_rate"] for row in rows_of(whole) if "loss" in row]
     schedule = learning_rate(TrainConfig(steps=4, schedule="linear", warmup_steps=1))
-    assert rates == pytest.approx([float(schedule(i)) * rates[1] / 2e-4 for i in range(4)])
+    assert rates == pytest.approx(
+        [np.asarray(schedule(i)).item() * rates[1] / 2e-4 for i in range(4)]
+    )
     with monkeypatch.context() as patch:
         at_step(patch, 4, crash)
         with pytest.raises(StoppedError):
