@@ -69,7 +69,7 @@ def find_style(config: Config | None, tokenizer: Any) -> Style:
     own = getattr(tokenizer, "chat_template", None)
     if config is None:
         return Style("chat" if own else "text")
-    learned = config.data.formats[0] if config.data.formats else config.data.format
+    learned = config.data.formats[0]
     if learned == "chat":
         name = config.data.chat_template
         # The tokenizer of a run has the template, except in runs of earlier versions.
