@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from irqlora_jax.adapters.config import AdapterConfig
     from irqlora_jax.config import Config, TrainConfig
     from irqlora_jax.data.calibrate import CalibrateConfig, CalibrationRows
-    from irqlora_jax.data.config import DataConfig
+    from irqlora_jax.data.config import DataConfig, DataSource
     from irqlora_jax.model.config import LlamaConfig
     from irqlora_jax.model.llama import Llama
     from irqlora_jax.quant.config import QuantConfig
@@ -30,6 +30,7 @@ _NAMES = {
     "CalibrationRows": "data.calibrate",
     "Config": "config",
     "DataConfig": "data.config",
+    "DataSource": "data.config",
     "Llama": "model.llama",
     "LlamaConfig": "model.config",
     "QTensor": "quant.qtensor",
@@ -45,6 +46,7 @@ __all__ = [
     "CalibrationRows",
     "Config",
     "DataConfig",
+    "DataSource",
     "Llama",
     "LlamaConfig",
     "QTensor",

@@ -291,15 +291,15 @@ def _convert_list(name: str, kind: Any, value: Any, script: str) -> tuple[Any, .
         require(all(isinstance(one, inner) for one in found), name, value, _in_words(kind))
         return tuple(found)
     made: list[Any] = []
+    alone: str | None = getattr(inner, "text_field", None)
     one: Any
     for place, one in enumerate(found):
         prefix = f"{name}[{place}]."
-        alone = getattr(inner, "text_field", None)
-        if isinstance(one, str) and alone is not None:
-            one = {alone: one}  # text stands for an entry with this field alone
         if not isinstance(one, inner):
-            require(isinstance(one, dict), prefix[:-1], one, _in_words(inner))
-            fields = _flatten(dict(_fields(inner, prefix)), one, "", prefix, script)
+            # Text stands for an entry with this field alone.
+            values: Any = {alone: one} if isinstance(one, str) and alone is not None else one
+            require(isinstance(values, dict), prefix[:-1], one, _in_words(inner))
+            fields = _flatten(dict(_fields(inner, prefix)), values, "", prefix, script)
             one = _build(inner, fields, script, prefix)
         made.append(one)
     return tuple(made)

@@ -49,7 +49,8 @@ def block_order(blocks: Sequence[int], *seed: int) -> Int[np.ndarray, " rows"]:
     pools: list[Int[np.ndarray, " rows"]] = []
     held = 0
     for block in rng.permutation(len(blocks)):
-        chosen.append(np.arange(ends[block] - blocks[block], ends[block]))
+        end = int(ends[block])
+        chosen.append(np.arange(end - blocks[block], end))
         held += blocks[block]
         if held >= POOL:
             pools.append(rng.permutation(np.concatenate(chosen)))

@@ -25,13 +25,16 @@ class RowFile(Protocol):
 
     Attributes:
         count: number of rows.
-        blocks: numbers of rows that are read together; None if each is read alone.
         digest: sha256 of the file.
     """
 
     count: int
-    blocks: tuple[int, ...] | None
     digest: str
+
+    @property
+    def blocks(self) -> tuple[int, ...] | None:
+        """Numbers of rows that are read together; None if each is read alone."""
+        ...
 
     def read(self, index: int) -> Row:
         """Reads a row. `index` counts from 0."""

@@ -75,8 +75,7 @@ def find_style(config: Config | None, tokenizer: Any) -> Style:
     own = getattr(tokenizer, "chat_template", None)
     if config is None:
         return Style("chat" if own else "text")
-    learned = config.data.formats[0] if config.data.formats else config.data.format
-    name = config.data.chat_template
+    learned, name = config.data.formats[0], config.data.chat_template
     if learned == "chat" or (learned == "preference" and (own or name)):
         # The tokenizer of a run has the template, except in runs of earlier versions.
         kept = SOURCE in getattr(tokenizer, "init_kwargs", {})

@@ -234,7 +234,8 @@ def _finite(value: Any) -> float | None:
 
 def _measure_trained(config: Config, llama: LlamaConfig) -> TrainedSize:
     model = Llama(llama, adapter=config.adapter)
-    optimizer = make_optimizer(config.train, config.adapter.chosen)
+    # The state does not depend on the number of steps, which may need the data.
+    optimizer = make_optimizer(config.train.with_steps(1), config.adapter.chosen)
     state = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state.adapters))
     return TrainedSize(weights, device_bytes(state.adapters), device_bytes(state.opt_state))

@@ -1,17 +1,24 @@
 """Epochs, several sources, streams and named chat templates through whole runs."""
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from irqlora_jax import hf
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.data.templates import CHAT_TEMPLATES
 from irqlora_jax.generate.conversation import Style, find_style
+from irqlora_jax.runs.folder import check_folder, fingerprint, save_config
 from irqlora_jax.runs.load import load_run
 from irqlora_jax.runs.state import learning_rate
+from irqlora_jax.sharding import make_mesh
 from irqlora_jax.train.finetune import run
+from irqlora_jax.train.job import Job, read_job
 from tests.models import WORLD
 from tests.train.small_runs import (
     StoppedError,
@@ -60,7 +67,10 @@ def test_a_run_of_epochs_ends_and_resumes_at_the_same_step(base, tmp_path, monke
     # The schedule ends with the last step.
     rates = [row["learning_rate"] for row in rows_of(whole) if "loss" in row]
     schedule = learning_rate(TrainConfig(steps=4, schedule="linear", warmup_steps=1))
-    assert rates == pytest.approx([float(schedule(i)) * rates[1] / 2e-4 for i in range(4)])
+    wanted = [np.asarray(schedule(step)).item() for step in range(4)]
+    assert rates == pytest.approx([rate * rates[1] / wanted[1] for rate in wanted])
+    report = (whole / "report.html").read_text()
+    assert "cannot be used" not in report
     with monkeypatch.context() as patch:
         at_step(patch, 4, crash)
         with pytest.raises(StoppedError):
@@ -74,14 +84,38 @@ def test_a_run_of_epochs_ends_and_resumes_at_the_same_step(base, tmp_path, monke
         run(config_for(base, whole, **settings | {"train__epochs": 2}))
 
 
-def test_epochs_count_packed_rows_and_steps_go_on(base: Path, tmp_path: Path) -> None:
+def job_for(base: Path, folder: Path, **changes: Any) -> Job:
+    config = config_for(base, folder, **changes)
+    with jax.set_mesh(make_mesh(config.mesh, config.train.rows)):
+        return read_job(config, base)
+
+
+def test_epochs_count_packed_rows(base: Path, tmp_path: Path) -> None:
     settings = {"train__steps": None, "train__epochs": 2, "data__packing": True}
     settings |= {"data__packing_length": 40, "data__max_examples": 12, "data__eval": None}
-    folder = tmp_path / "run"
-    steps = run(config_for(base, folder, **settings)).steps
-    assert steps < 6  # packed rows are fewer than examples
-    settings |= {"train__steps": steps + 1, "train__epochs": None}
-    assert run(config_for(base, folder, **settings)).steps == steps + 1
+    job = job_for(base, tmp_path / "run", **settings)
+    assert job.batches.rows < 12
+    assert job.config.train.total_steps == math.ceil(2 * job.batches.rows / 4) < 6
+    assert job.config.train.epochs is None and job.stored_config.train.epochs == 2
+    assert job.stored_config == config_for(base, tmp_path / "run", **settings)
+
+
+def test_epochs_and_steps_may_change_with_a_constant_schedule(base: Path, tmp_path: Path) -> None:
+    """Here only the configuration of a run is there."""
+    settings: dict[str, Any] = {"train__steps": None, "train__epochs": 2}
+    others = [{"train__epochs": 3}, {"train__steps": 9, "train__epochs": None}]
+    for schedule in ("constant", "cosine"):
+        folder = tmp_path / schedule
+        folder.mkdir()
+        settings["train__schedule"] = schedule
+        save_config(folder, config_for(base, folder, **settings))
+        for other in others:
+            config = config_for(base, folder, **settings | other)
+            if schedule == "constant":
+                assert check_folder(folder, config) == config_for(base, folder, **settings)
+            else:
+                with pytest.raises(ValueError, match=r"train.epochs = 2.0 there"):
+                    check_folder(folder, config)
 
 
 def test_a_warmup_longer_than_the_epochs_is_refused(base: Path, tmp_path: Path) -> None:
@@ -114,21 +148,22 @@ def test_weighted_streams_resume_bit_by_bit(base, tmp_path, monkeypatch) -> None
         run(config_for(base, whole, **settings))
 
 
-def test_a_streamed_run_learns_what_a_run_in_memory_learns(base: Path, tmp_path: Path) -> None:
+def test_a_streamed_job_has_the_batches_of_one_in_memory(base: Path, tmp_path: Path) -> None:
     split(tmp_path, 5, 9)
     settings = {"data__train": str(tmp_path / "*.jsonl"), "data__eval_fraction": 0.2}
-    settings |= {"data__eval": None, "train__steps": 3, "adapter__dropout": 0.0}
-    kept, streamed = tmp_path / "kept", tmp_path / "streamed"
-    run(config_for(base, kept, **settings))
-    run(config_for(base, streamed, data__streaming=True, **settings))
-    # Only the padding of the batches differs, and rounding with it.
-    for one, other in zip(losses_of(kept), losses_of(streamed), strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
-    assert "tokens" not in json.loads((streamed / "data.json").read_text())["train"]
-    with open(tmp_path / "0.jsonl", "a") as file:
-        file.write('{"input":"a","output":"b"}\n')
-    with pytest.raises(ValueError, match=r"now 12 examples \(sha256 .*with 11 examples \(sha256"):
-        run(config_for(base, streamed, data__streaming=True, **settings))
+    settings |= {"data__eval": None}
+    kept = job_for(base, tmp_path / "run", **settings)
+    streamed = job_for(base, tmp_path / "run", data__streaming=True, **settings)
+    assert streamed.batches.rows == kept.batches.rows == 11
+    for step in (4, 0):
+        one, other = kept.batches[step], streamed.batches[step]
+        width = one["tokens"].shape[1]  # the streamed one has more padding
+        for name, values in other.items():
+            np.testing.assert_array_equal(values[:, :width], one[name])
+            assert not values[:, width:].any()
+    found = [fingerprint(job.examples, job.eval_examples, job.parts) for job in (kept, streamed)]
+    assert found[0]["eval"] == found[1]["eval"]
+    assert found[1]["train"].keys() == {"examples", "sha256"}
 
 
 def test_a_named_template_goes_with_the_run(base: Path, tmp_path: Path) -> None:
@@ -150,8 +185,9 @@ def test_a_named_template_goes_with_the_run(base: Path, tmp_path: Path) -> None:
     merged = hf.export_merged(folder, tmp_path / "merged")
     assert load_run(merged).tokenizer.chat_template == CHAT_TEMPLATES["zephyr"]
     # Without the name, a resumed run uses the template of its tokenizer.
-    settings |= {"data__chat_template": None, "train__steps": 2}
-    assert run(config_for(base, folder, **settings)).steps == 2
-    settings |= {"data__chat_template": "alpaca", "train__steps": 3}
-    with pytest.raises(ValueError, match=r"now 8 examples, .* but the run .* started with 8"):
-        run(config_for(base, folder, **settings))
+    known = json.loads((folder / "data.json").read_text())
+    for name in (None, "alpaca"):
+        config = config_for(base, folder, **settings | {"data__chat_template": name})
+        with jax.set_mesh(make_mesh(config.mesh, config.train.rows)):
+            job = read_job(config, folder)
+        assert (fingerprint(job.examples, []) == known) == (name is None)
