@@ -69,14 +69,13 @@ def logps(model: Llama, adapters: Any, base: Any, batch: Any) -> Any:
 def test_loss_rewards_and_gradient_are_those_of_the_definition() -> None:
     step, state, base, batch, model = setup()
     _, metrics = step(state, base, batch)
-    frozen = logps(model.clone(adapter=None), {}, base, batch)
 
     def loss(adapters: Any) -> Any:
+        frozen = logps(model.clone(adapter=None), {}, base, batch)
         rewards = DPO.beta * (logps(model, adapters, base, batch) - frozen)
         margin = rewards[:, 0] - rewards[:, 1]
-        return -(0.9 * jax.nn.log_sigmoid(margin) + 0.1 * jax.nn.log_sigmoid(-margin)).mean(), (
-            rewards
-        )
+        right, wrong = jax.nn.log_sigmoid(margin), jax.nn.log_sigmoid(-margin)
+        return -(0.9 * right + 0.1 * wrong).mean(), rewards
 
     (expected, rewards), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.adapters)
     assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-5)
