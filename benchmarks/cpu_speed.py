@@ -7,7 +7,9 @@ FOLDER is the same model, converted for transformers. Parts: greedy tokens after
 prompt of 512 tokens and one answer token; a training step of LoRA (transformers with PEFT;
 llama.cpp does not train); how fast products of one row read their weights, which limits decoding;
 seconds to quantize with each calibration (once, no peer). "Packed" computes with packed nf4
-weights, "dense" with a dense copy, as `irqlora eval` and `irqlora chat` do if memory allows.
+weights, "dense" with a dense copy, as `irqlora eval` does if memory allows. "Stream" returns every
+token to Python. "Each layer" has an array for every layer and matrix, where "dense" has one for all
+layers; packed weights read the prompt before it, as in `irqlora chat`.
 llama.cpp uses the file's own 4-bit weights and rounds activations to 8 bits.
 """
 
@@ -28,8 +30,9 @@ from timing import Timing, compare, machine, table
 from irqlora_jax import hf
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.config import TrainConfig
-from irqlora_jax.generate.decode import generate
+from irqlora_jax.generate.decode import generate, stream
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.model.tree import by_layer
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.matmul import dense_weights, dequant_matmul
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
@@ -77,9 +80,23 @@ class Bench:
             f"here, {name}": functools.partial(generate, model, {"base": base}, [prompt], new)
             for name, base in self.bases.items()
         }
+        if new > 1:
+            calls |= self._streams(model, prompt, new)
         calls["transformers, float32"] = theirs
         calls["llama.cpp"] = lambda: self.llama_cpp.answer(prompt, new)
         return calls
+
+    def _streams(self, model: Llama, prompt: list[int], new: int) -> Calls:
+        """Token by token: with one dense copy, and as `irqlora chat` does."""
+        packed, dense = ({"base": self.bases[name]} for name in ("packed", "dense"))
+        layers = by_layer(packed["base"], self.config.num_hidden_layers)
+        fast = model, {"base": dense_weights(layers, jnp.float32)}
+        return {
+            "here, stream, dense": lambda: list(stream(model, dense, prompt, new)),
+            "here, stream, each layer": lambda: list(
+                stream(model, packed, prompt, new, decoding=fast)
+            ),
+        }
 
     def step(self) -> Calls:
         """A training step of LoRA with AdamW on all linear layers, in float32."""
@@ -120,17 +137,24 @@ class Bench:
 
 
 def reading() -> Calls:
-    """Products of one row with 30 matrices of 18 MB in float32, or the same in bfloat16."""
+    """Products of one row with 30 matrices of 18 MB in float32, or the same in bfloat16.
+
+    A loop over a stack of matrices copies each one before its product.
+    """
     weights, x = np.ones((30, 1536, 3000), np.float32), np.ones((1, 3000), np.float32)
 
     def product(weights: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda _, w: (None, dequant_matmul(x, w)), None, weights)[1]
 
     single = jax.jit(product)
+    each = jax.jit(lambda weights, x: [dequant_matmul(x, w) for w in weights])
     return {
         "NumPy, float32": lambda: weights @ x[0],
-        "XLA, float32": functools.partial(single, jnp.asarray(weights), jnp.asarray(x)),
-        "XLA, bfloat16": functools.partial(
+        "XLA, float32, a stack": functools.partial(single, jnp.asarray(weights), jnp.asarray(x)),
+        "XLA, float32, 30 arrays": functools.partial(
+            each, [jnp.asarray(w) for w in weights], jnp.asarray(x)
+        ),
+        "XLA, bfloat16, a stack": functools.partial(
             single, jnp.asarray(weights, jnp.bfloat16), jnp.asarray(x)
         ),
     }

@@ -121,21 +121,32 @@ def compare_tokens(file: Path, port: int, texts: list[str]) -> str:
     return f"{same} of {len(texts)} texts, {sum(len(ours) for ours, _ in found)} tokens"
 
 
-def compare_logits(run: Any, folder: Path, texts: list[str]) -> str:
-    """The largest difference of a logit from transformers in float32, beside the largest logit."""
+def compare_logits(run: Any, folder: Path, texts: list[str]) -> dict[str, str]:
+    """The largest differences of a logit: ours, transformers in float32 and in float64.
+
+    The third one says how much of the first is rounding. (In float64, transformers still computes
+    its norms and angles in float32.)
+    """
     import torch
     import transformers
 
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    worst = largest = 0.0
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    single, double = (load(folder, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    logits: dict[str, list[np.ndarray]] = {"ours": [], "float32": [], "float64": []}
     for text in texts:
         tokens = run.tokenizer(text, verbose=False)["input_ids"][:128]
         with torch.no_grad():
-            expected = theirs(torch.tensor([tokens])).logits.numpy()
-        found = np.asarray(run.model.apply(run.variables, jnp.asarray([tokens], jnp.int32)))
-        worst = max(worst, float(np.abs(found - expected).max()))
-        largest = max(largest, float(np.abs(expected).max()))
-    return f"{worst:.1e} (largest logit {largest:.1f})"
+            for name, model in (("float32", single), ("float64", double)):
+                logits[name].append(model(torch.tensor([tokens])).logits.numpy()[0])
+        ours = run.model.apply(run.variables, jnp.asarray([tokens], jnp.int32))
+        logits["ours"].append(np.asarray(ours)[0])
+    found = {name: np.concatenate(rows).astype(np.float64) for name, rows in logits.items()}
+    pairs = (("ours", "float32"), ("ours", "float64"), ("float32", "float64"))
+    rows = {
+        f"largest difference of a logit, {a} and {b}": f"{np.abs(found[a] - found[b]).max():.1e}"
+        for a, b in pairs
+    }
+    return rows | {"largest logit": f"{np.abs(found['float64']).max():.1f}"}
 
 
 def compare_answers(run: Any, file: Path, port: int, count: int) -> dict[str, str]:
@@ -192,7 +203,7 @@ def main() -> None:
                 rows[f"tokens, rule {pre}"] = compare_tokens(tiny, args.port + place, texts)
     run = load_run(args.file)
     if args.folder is not None:
-        rows["largest difference of a logit"] = compare_logits(run, args.folder, texts[:24])
+        rows |= compare_logits(run, args.folder, texts[:24])
     rows |= compare_answers(run, args.file, args.port + 9, args.tokens)
     print(table(("what", args.file.name), list(rows.items())))
 

@@ -105,6 +105,18 @@ def read(file: Path) -> list[dict[str, Any]]:
     return [json.loads(row) for row in file.read_text().splitlines()] if file.is_file() else []
 
 
+def first_tokens(tokenizer: Any, file: Path, count: int) -> np.ndarray:
+    """The first tokens of a text file."""
+    with file.open(encoding="utf-8") as opened:
+        text = opened.read(16 * count)
+    return np.array(encode_source(tokenizer, [text])[0][:count], np.int32)
+
+
+def cut(tokens: np.ndarray, length: int) -> list[Any]:
+    """Windows of `length` tokens that share none."""
+    return [text_windows(row, length)[0] for row in tokens.reshape(-1, length)]
+
+
 def window_losses(model: Llama, variables: Any, windows: Sequence[Any]) -> list[float]:
     """Mean loss of a token in each window (nats)."""
     losses = []
@@ -167,12 +179,9 @@ def main() -> None:
     print(machine())
     tokenizer, config = hf.load_tokenizer(args.model), read_llama(args.model)
     scored, drawn = args.windows * args.length, args.rows * args.row_length
-    with args.text.open(encoding="utf-8") as file:
-        text = file.read(16 * (scored + drawn))
-    both = np.array(encode_source(tokenizer, [text])[0][: scored + drawn], np.int32)
-    tokens, rest = both[:scored], both[scored:].reshape(args.rows, args.row_length)
-    rows = CalibrationRows(rest)
-    windows = [text_windows(row, args.length)[0] for row in tokens.reshape(-1, args.length)]
+    both = first_tokens(tokenizer, args.text, scored + drawn)
+    rows = CalibrationRows(both[scored:].reshape(args.rows, args.row_length))
+    windows = cut(both[:scored], args.length)
     same = {
         "model": args.model.name,
         "text": args.text.name,

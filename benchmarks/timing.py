@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from irqlora_jax.machine import total_memory
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "google-tunix", "qwix", "torch", "transformers")
 PACKAGES += ("peft", "bitsandbytes")
 
@@ -103,8 +105,7 @@ def machine() -> str:
     device = jax.devices()[0]
     parts = [] if device.platform == "cpu" else [device.device_kind, *_driver()]
     parts.append(f"{_processor()}, {os.cpu_count()} cores")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return ", ".join([*parts, f"{memory / 2**30:.0f} GiB", versions()])
+    return ", ".join([*parts, f"{total_memory() / 2**30:.0f} GiB", versions()])
 
 
 def _processor() -> str:

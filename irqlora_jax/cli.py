@@ -25,9 +25,10 @@ def _train() -> Loaded:
 def _finetune_or_plan(options: Any) -> None:
     config = options.config()
     if options.plan is False:
+        from irqlora_jax.plan.fit import largest_base
         from irqlora_jax.train.finetune import run
 
-        run(config, resume_from=options.resume_from)
+        run(config, resume_from=options.resume_from, fit=largest_base)
         return
     from irqlora_jax.plan.measure import prepare
     from irqlora_jax.plan.plan import plan
@@ -92,7 +93,7 @@ def _chat() -> Loaded:
 # Name: the line in the help, and a function that imports what the command needs.
 _COMMANDS: dict[str, tuple[str, Callable[[], Loaded]]] = {
     "train": (
-        "finetune a quantized LLaMA (also: python train.py); --plan only checks whether it fits",
+        "finetune a quantized model (also: python train.py); --plan only checks whether it fits",
         _train,
     ),
     "eval": ("questions, MMLU, perplexity, generation (also: python eval.py)", _eval),

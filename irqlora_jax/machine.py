@@ -64,13 +64,26 @@ _CGROUPS = (
 """Limit and use of the memory of a container, versions 2 and 1, and the cache that it can drop."""
 
 
+def total_memory(root: Path = Path("/")) -> int:
+    """Memory of the host in bytes, or less in a container with a limit.
+
+    Args:
+        root: where `sys` is.
+    """
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for limit, *_ in _CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # another version; no limit ("max")
+            found.append(int((root / "sys/fs/cgroup" / limit).read_text(encoding="ascii")))
+    return min(found)
+
+
 def free_memory(root: Path = Path("/")) -> int:
     """Memory of the host in bytes that this process can still take; where unknown, half of all.
 
     Args:
         root: where `proc` and `sys` are.
     """
-    everything = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    everything = total_memory(root)
     try:
         lines = (root / "proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:  # not Linux

@@ -4,7 +4,7 @@ The rows of a batch are split over data and fsdp together. The axis tensor split
 along its outputs (q, k, v, gate, up) or its inputs (o, down), so that attention and MLP each need
 one all-reduce. The axis fsdp splits a linear layer along its outputs; its parts are gathered in
 packed form before use. Scales and shifts are split like their blocks. Second-level scales,
-outliers, norms and scalars are replicated on all devices.
+outliers, norms, biases and scalars are replicated on all devices.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from irqlora_jax.text import require
 
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The linear layers of a LLaMA. They are quantized, and adapters may target them."""
+"""The linear layers of a model. They are quantized, and adapters may target them."""
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
 """The mesh axes that split the rows of a batch."""
@@ -103,7 +103,7 @@ def spec(mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...], splits: 
     if path and path[0] in ("embed_tokens", "lm_head"):
         return P(_fitting(mesh, shape[0], ("tensor", "fsdp")))
     linear = next((name for name in path if name in LINEAR_NAMES), None)
-    if linear is None:
+    if linear is None or path[-1] == "bias":
         return P()
     out, into = _linear_axes(linear)
     if "weight" not in path:
@@ -155,6 +155,16 @@ def tree_shardings(mesh: Mesh | AbstractMesh, tree: Any, splits: Splits = PAIR) 
 def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """Puts a batch on the devices, with its rows split over them."""
     return jax.device_put(batch, NamedSharding(mesh, P(ROWS)))
+
+
+def put_rows(mesh: Mesh, x: Any) -> jax.Array:
+    """Puts an array [rows, ...] on the devices, split over data and fsdp if the rows allow it."""
+    return jax.device_put(x, NamedSharding(mesh, P(_fitting(mesh, x.shape[0], ROWS))))
+
+
+def put_copies(mesh: Mesh, tree: Any) -> Any:
+    """Puts a copy of every array on each device."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
 def split_activation(x: jax.Array, over_tensor: bool = False) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The published LLaMA architectures."""
+"""The published architectures: LLaMA and relatives."""
 
 from typing import Any
 
@@ -26,6 +26,16 @@ MODELS = {
     "65b": llama(8192, 22016, 80, 64),
     "70b": llama(8192, 28672, 80, 64, num_key_value_heads=8),  # LLaMA2
     "llama3": llama(4096, 14336, 32, 32, num_key_value_heads=8, vocab_size=128256),
+    "mistral": llama(
+        *(4096, 14336, 32, 32),
+        num_key_value_heads=8,
+        model_type="mistral",
+        sliding_window=4096,
+        sliding_layers=tuple(range(32)),
+    ),
+    "qwen2.5": llama(
+        *(3584, 18944, 28, 28), num_key_value_heads=4, vocab_size=152064, model_type="qwen2"
+    ),
     "llama3.1": llama(
         *(4096, 14336, 32, 32),
         num_key_value_heads=8,

@@ -37,9 +37,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-LONGEST = ("run", "mixed_base", "extending", "loftq", "notebooks", "sharding", "plan", "commands")
-LONGEST += ("offload", "ablation")
-LONGEST += ("exported", "icq", "qtensor", "kernels", "step", "llama", "harness", "paper", "mmlu")
+LONGEST = ("run", "mixed_base", "notebooks", "loftq_runs", "kills", "ablation", "plan", "qtensor")
+LONGEST += ("sharding", "offload", "outliers", "layerwise", "damage", "train_layer", "icq")
+LONGEST += ("meshes", "loftq", "claim", "extending", "commands", "prepared", "trained_base")
+LONGEST += ("step", "exported", "kernels", "llama", "harness", "paper", "mmlu")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

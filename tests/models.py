@@ -1,5 +1,6 @@
 """Tiny models for tests, of any shape: weights, tokenizers, folders of Hugging Face, runs."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -18,13 +19,21 @@ from transformers import PreTrainedTokenizerFast
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.base.file import save_base
 from irqlora_jax.config import Config, TrainConfig
-from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.config import LlamaConfig, RopeScaling
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.state import init_state, make_optimizer
 from irqlora_jax.sharding import LINEAR_NAMES
+
+# ----------------------------------------------------------------------------------------- choices
+
+
+def long(*values: Any) -> list[Any]:
+    """Parameters of a test that only `pytest -m ""` and `pytest -m long` use."""
+    return [pytest.param(value, marks=pytest.mark.long) for value in values]
+
 
 # ------------------------------------------------------------------------------------------ places
 
@@ -56,6 +65,36 @@ LLAMA = tiny_llama(
 """No width is a multiple of a block of 64 or of a rank, and most linear layers differ in shape."""
 NARROW = dataclasses.replace(LLAMA, intermediate_size=40, num_key_value_heads=4, head_dim=10)
 """All linear layers have the same shape, which is compiled once."""
+RELATIVES = {
+    "LLaMA with biases": tiny_llama(attention_bias=True),
+    "Qwen2": tiny_llama(
+        model_type="qwen2",
+        tie_word_embeddings=True,
+        sliding_window=6,
+        sliding_layers=(1,),
+    ),
+    "Mistral": tiny_llama(model_type="mistral", sliding_window=7, sliding_layers=(0, 1)),
+    "Qwen3": tiny_llama(
+        model_type="qwen3",
+        num_hidden_layers=3,
+        attention_bias=True,
+        rms_norm_eps=1e-3,
+        sliding_window=5,
+        sliding_layers=(0, 2),
+    ),
+    "SmolLM3": tiny_llama(
+        model_type="smollm3",
+        num_hidden_layers=4,
+        attention_bias=True,
+        tie_word_embeddings=True,
+        sliding_window=6,
+        sliding_layers=(1, 3),
+        unrotated_layers=(1, 2),
+        rope_theta=50.0,
+        rope_scaling=RopeScaling("yarn", 4.0, original_max_position_embeddings=16),
+    ),
+}
+"""Models that differ from LLaMA: all kinds of weights and layers."""
 FLOAT = QuantConfig(format="none")
 PLAIN = QuantConfig(format="nf4", calibration="none")
 IEC = AdapterConfig(method="iec", rank=6, alpha=9.0)
@@ -83,7 +122,8 @@ def quantize_base(
         layers[group] = dict(layers[group])
         for name in layers[group].keys() & set(names):
             parts = [quantize(weight, quant) for weight in layers[group][name]["weight"]]
-            layers[group][name] = {"weight": jax.tree.map(lambda *x: jnp.stack(x), *parts)}
+            packed = jax.tree.map(lambda *x: jnp.stack(x), *parts)
+            layers[group][name] = layers[group][name] | {"weight": packed}
     return base | {"layers": layers}
 
 
@@ -112,15 +152,21 @@ def stack_tensors(tensors: dict[str, Any], llama: LlamaConfig) -> dict[str, Any]
 
     def stack(name: str) -> dict[str, jax.Array]:
         layers = range(llama.num_hidden_layers)
-        parts = [np.asarray(tensors[f"model.layers.{i}.{name}.weight"]) for i in layers]
-        return {"weight": jnp.asarray(np.stack(parts))}
+        found = {}
+        for leaf in ("weight", "bias"):
+            if f"model.layers.0.{name}.{leaf}" in tensors:
+                parts = [np.asarray(tensors[f"model.layers.{i}.{name}.{leaf}"]) for i in layers]
+                found[leaf] = jnp.asarray(np.stack(parts))
+        return found
 
     def single(name: str) -> dict[str, jax.Array]:
         return {"weight": jnp.asarray(np.asarray(tensors[f"{name}.weight"]))}
 
     norms = ("input_layernorm", "post_attention_layernorm")
     layers: dict[str, Any] = {name: stack(name) for name in norms}
-    layers["self_attn"] = {name: stack(f"self_attn.{name}") for name in LINEAR_NAMES[:4]}
+    names = LINEAR_NAMES[:4]
+    names += ("q_norm", "k_norm") if llama.model_type == "qwen3" else ()
+    layers["self_attn"] = {name: stack(f"self_attn.{name}") for name in names}
     layers["mlp"] = {name: stack(f"mlp.{name}") for name in LINEAR_NAMES[4:]}
     base = {"embed_tokens": single("model.embed_tokens"), "norm": single("model.norm")}
     if not llama.tie_word_embeddings:
@@ -178,11 +224,17 @@ def random_tensors(llama: LlamaConfig = LLAMA, dtype: Any = np.float32) -> dict[
     for i in range(llama.num_hidden_layers):
         shapes[f"model.layers.{i}.input_layernorm"] = vector
         shapes[f"model.layers.{i}.post_attention_layernorm"] = vector
+        if llama.model_type == "qwen3":
+            for norm in ("q_norm", "k_norm"):
+                shapes[f"model.layers.{i}.self_attn.{norm}"] = (llama.head_dim,)
         for name, shape in llama.linear_shapes.items():
             block = "self_attn" if name in LINEAR_NAMES[:4] else "mlp"
             shapes[f"model.layers.{i}.{block}.{name}"] = shape
+            if name in llama.biased:
+                shapes[f"model.layers.{i}.{block}.{name}.bias"] = shape[:1]
     draw = lambda shape: rng.normal(0, 0.05, shape).astype(dtype)  # noqa: E731
-    return {f"{name}.weight": draw(shape) for name, shape in shapes.items()}
+    names = {name: name if name.endswith("bias") else f"{name}.weight" for name in shapes}
+    return {names[name]: draw(shape) for name, shape in shapes.items()}
 
 
 def write_config(folder: Path, llama: LlamaConfig = LLAMA, **more: Any) -> Path:
@@ -385,16 +437,38 @@ def run_settings(model: Path, folder: Path, /, **changes: Any) -> dict[str, Any]
 
 
 def made_once(make_step: Callable[..., Any]) -> Callable[..., Any]:
-    """`train.step.make_step` that returns the same compiled step for the same settings."""
+    """`train.step.make_step` that returns the same compiled step for the same program."""
     made: dict[Any, Any] = {}
 
-    def make(mesh: Any, state: Any, *, optimizer: Any, **settings: Any) -> Any:
-        key = (mesh, *settings.values())
+    def make(
+        mesh: Any, state: Any, *, model: Any, optimizer: Any, config: Any, preference: bool = False
+    ) -> Any:
+        key = (mesh, preference, *_program(model, config))
         if key not in made:
-            made[key] = make_step(mesh, state, optimizer=optimizer, **settings)
+            how: Any = {"model": model, "optimizer": optimizer, "config": config}
+            made[key] = make_step(mesh, state, **how, preference=preference)
         return made[key]
 
     return make
+
+
+def _program(model: Llama, config: TrainConfig) -> tuple[Llama, TrainConfig]:
+    """The settings without those on which the compiled step does not depend."""
+    adapter, counted = model.adapter, config.schedule != "constant"
+    if adapter is not None:
+        counted |= adapter.chosen.prepare is not None
+        start = {"init": "default", "init_from": None, "loftq": None}
+        model = model.clone(adapter=_replaced(adapter, **start))
+    rest = {"eval_every": 0, "save_every": 0, "keep_checkpoints": 1, "early_stopping": 0}
+    return model, _replaced(config, **rest | ({} if counted else {"steps": 1}))
+
+
+def _replaced(settings: Any, **changes: Any) -> Any:
+    """Like `dataclasses.replace`, for a key alone: nothing is checked."""
+    new = copy.copy(settings)
+    for name, value in changes.items():
+        object.__setattr__(new, name, value)
+    return new
 
 
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"

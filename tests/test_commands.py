@@ -18,7 +18,7 @@ from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.folder import save_config
 from tests.models import QUICKSTART, WORLD, as_flags, run_settings
 
-pytestmark = pytest.mark.usefixtures("optimizer_promotion")
+pytestmark = pytest.mark.usefixtures("optimizer_promotion", "shared_steps")
 
 QUANT = ["--quant.format=nf3", "--quant.calibration=icq", "--quant.icq.steps=5"]
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.models import LLAMA, ROOT, word_tokenizer, write_model
+from tests.models import NARROW, ROOT, word_tokenizer, write_model
 
 PAGE = ROOT / "docs" / "extending.md"
 SCRIPT = """
@@ -63,7 +63,7 @@ def test_one_file_and_one_line_each_reach_the_whole_product(tmp_path: Path) -> N
             file.write_text((file.read_text() if found[1] else "") + code)
             added += 1
     assert added == 6
-    write_model(tmp_path / "model", tokenizer=word_tokenizer(LLAMA.vocab_size))
+    write_model(tmp_path / "model", NARROW, tokenizer=word_tokenizer(NARROW.vocab_size))
     row = '{"input": "word4 word5", "output": "word6 word7"}\n'
     (tmp_path / "rows.jsonl").write_text(row * 6)
     environment = os.environ | {"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"}

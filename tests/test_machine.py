@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from irqlora_jax.machine import cache_programs, free_memory, installed_version
+from irqlora_jax.machine import cache_programs, free_memory, installed_version, total_memory
 
 RUN = """
 import jax, sys
@@ -120,6 +120,17 @@ def test_free_memory_heeds_the_limit_of_a_container(
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content)
     assert free_memory(tmp_path) == expected
+
+
+@pytest.mark.parametrize("file", ["memory.max", "memory/memory.limit_in_bytes"])
+def test_total_memory_heeds_the_limit_of_a_container(tmp_path: Path, file: str) -> None:
+    limit = tmp_path / "sys/fs/cgroup" / file
+    limit.parent.mkdir(parents=True)
+    limit.write_text("max\n")
+    everything = total_memory(tmp_path)
+    assert everything == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit.write_text(f"{everything // 3}\n")
+    assert total_memory(tmp_path) == everything // 3
 
 
 def test_free_memory_of_this_machine_and_of_an_unknown_one(tmp_path: Path) -> None:

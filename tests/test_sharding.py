@@ -31,7 +31,7 @@ from irqlora_jax.sharding import (
 )
 from irqlora_jax.train.step import sharded_state, train_step
 from tests.architectures import MODELS
-from tests.models import WORLD, assert_same, random_base, tiny_llama
+from tests.models import WORLD, assert_same, long, random_base, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
@@ -47,7 +47,7 @@ ADAPTER = AdapterConfig(method="iec", rank=8, alpha=16.0, dropout=0.1)
 TRAIN = TrainConfig(
     steps=3, batch_size=16, accumulation=2, learning_rate=1e-2, compute_dtype="float32"
 )
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 1, 4), (2, 2, 2)]
+MESHES = [(8, 1, 1), (2, 2, 2), *long((1, 8, 1), (1, 1, 8), (2, 1, 4))]
 
 
 def mesh_of(shape: tuple[int, int, int]) -> jax.sharding.Mesh:

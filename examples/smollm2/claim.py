@@ -59,7 +59,8 @@ class Method:
 
 
 PLAIN: dict[str, Any] = {"calibration": "none"}
-FEEDBACK: dict[str, Any] = {"calibration": "importance", "rounding": "feedback"}
+IMPORTANCE: dict[str, Any] = {"calibration": "importance"}
+FEEDBACK: dict[str, Any] = {**IMPORTANCE, "rounding": "feedback"}
 LORA: dict[str, Any] = {"method": "lora"}
 IEC: dict[str, Any] = {"method": "iec"}
 METHODS: dict[str, Method] = {
@@ -67,6 +68,8 @@ METHODS: dict[str, Method] = {
     "full+lora": Method(None, LORA),
     "qlora": Method(PLAIN, LORA),
     "ir-qlora": Method({"calibration": "icq"}, IEC),
+    "importance": Method(IMPORTANCE, LORA),
+    "importance+cloq": Method(IMPORTANCE, LORA | {"init": "cloq"}),
     "feedback": Method(FEEDBACK, LORA),
     "feedback+cloq": Method(FEEDBACK, LORA | {"init": "cloq"}),
     "icq": Method({"calibration": "icq"}, LORA),
@@ -74,7 +77,7 @@ METHODS: dict[str, Method] = {
     "robust": Method({"calibration": "robust"}, LORA),
     "joint": Method({"calibration": "joint"}, LORA),
 }
-"""Methods with feedback or CLoQ are calibrated with rows that are trained on."""
+"""Methods with importance, feedback or CLoQ are calibrated with rows that are trained on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,10 +318,12 @@ def plan(
                         yield Run(stored, method, rank, seed, rate)
 
 
-def parse(words: Sequence[str] | None, methods: Mapping[str, Method]) -> argparse.Namespace:
-    """The command line."""
+def parse(
+    words: Sequence[str] | None, methods: Mapping[str, Method], about: str | None
+) -> argparse.Namespace:
+    """The command line. Its help begins with `about`."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--model", default=MODEL, help="a Hugging Face folder or .gguf file (default: SmolLM2)")
@@ -340,9 +345,13 @@ def parse(words: Sequence[str] | None, methods: Mapping[str, Method]) -> argpars
     return parser.parse_args(words)
 
 
-def main(words: Sequence[str] | None = None, methods: Mapping[str, Method] = METHODS) -> None:
+def main(
+    words: Sequence[str] | None = None,
+    methods: Mapping[str, Method] = METHODS,
+    about: str | None = __doc__,
+) -> None:
     """Does the missing runs, then prints and writes the tables and the plot."""
-    args = parse(words, methods)
+    args = parse(words, methods, about)
     file = args.output / "results.jsonl"
     if args.report:
         claim_tables.report(*read(file, Settings, Run), args.output)

@@ -46,7 +46,7 @@ METHODS = {
 
 def main(words: Sequence[str] | None = None) -> None:
     """Does the missing runs, then prints and writes the tables and the plot."""
-    claim.main([*(words or ()), "--ranks", str(RANK)], METHODS)
+    claim.main([*(words or ()), "--ranks", str(RANK)], METHODS, __doc__)
 
 
 if __name__ == "__main__":

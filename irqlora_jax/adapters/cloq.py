@@ -57,6 +57,7 @@ def cloq(
         ValueError: as `loftq` and `input_root`.
 
     Examples:
+        >>> import jax
         >>> weight = jax.random.normal(jax.random.key(0), (24, 64))
         >>> x = jax.random.normal(jax.random.key(1), (99, 64))
         >>> x = x.at[:, 0].multiply(20)  # the outputs depend most on the first input

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32
 from irqlora_jax.adapters.method import Params
 from irqlora_jax.model.alone import GROUPS, apply_alone
 from irqlora_jax.model.layer import AdaptedLinear, Settings
-from irqlora_jax.model.tree import Tree, insert, linear_path
+from irqlora_jax.model.tree import Tree, insert, linear_path, others
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.quant.trained import ApiqOptions, BlockOptions, Leaves, round_matrix
 from irqlora_jax.text import require
@@ -212,8 +212,11 @@ def trained_leaves(options: ApiqOptions | BlockOptions, leaves: Iterable[str]) -
 
 
 def dense_weights(weights: Weights, linears: Mapping[str, StoredLinear]) -> Tree:
-    """The norms, and the matrices of these linear layers as they are in the quantized model."""
+    """The norms and biases, and the matrices of these linear layers as they are in the quantized
+    model."""
     tree: Tree = {name: part for name, part in weights.items() if name not in GROUPS}
+    for group in GROUPS:
+        tree |= {group: rest} if (rest := others(weights[group])) else {}
     for name, linear in linears.items():
         packed = linear.weight
         dense = _weight(weights, name) if packed is None else packed.dequantize()

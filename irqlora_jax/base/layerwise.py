@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
 from irqlora_jax.adapters.config import AdapterConfig
@@ -26,7 +27,7 @@ from irqlora_jax.base.train_layer import train_layer
 from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.files.tensors import FLOATS, Header, aligned, read_into
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.tree import Tree, insert, matrix_name, weight_name, weight_shapes
+from irqlora_jax.model.tree import Tree, insert, leaf_path, matrix_name, weight_name, weight_shapes
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.inputs import InputMoments
@@ -67,6 +68,7 @@ class Task:
         finished: files of finished layers; None: they are not kept.
         watch: called for each quantized matrix.
         adapter: of the fitted pairs; None: there are none.
+        squares: `make` gets the squared gradients too.
     """
 
     quant: QuantConfig
@@ -76,6 +78,7 @@ class Task:
     finished: "FinishedLayers | None" = None
     watch: Watch | None = None
     adapter: AdapterConfig | None = None
+    squares: bool = False
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -174,18 +177,21 @@ def make_layers(
     stacks: Stacks,
     outside: Mapping[str, Float[np.ndarray, "..."]],
     bar: Any,
+    mesh: Mesh | None = None,
 ) -> None:
-    """Makes all matrices, one layer after the other.
+    """Makes matrices, one layer after the other.
 
     Args:
         found: headers of the weights.
         llama: the architecture.
-        matrices: those to make. The other weights of the layers are in `stacks`.
+        matrices: those to make.
         task: what to make of them; with `calibrate`.
         stacks: gets the results.
         outside: weights outside of the layers: "embed_tokens", and for gradients "norm" and, if it
             is not tied, "lm_head".
         bar: the progress bar, which counts weights.
+        mesh: devices for the rows of text; None: one. Everything else, also
+            `quant.training`, is computed on each device.
 
     Raises:
         ValueError: a statistic of a layer is NaN or infinite, or an error of `task.make`.
@@ -197,15 +203,16 @@ def make_layers(
         by_layer[matrix.layer][matrix.path] = matrix
 
     def read(layer: int) -> Tree:
-        return _read_layer(found, llama, layer, by_layer[layer], task.dtype, stacks)
+        return _read_layer(found, llama, layer, by_layer[layer], task.dtype)
 
     if task.calibrate.config.metric == "gradients":
-        squares = task.adapter is not None and task.adapter.needs == "fisher"
-        statistics: Statistics = Gradients(llama, task.calibrate, outside, read, squares)
+        statistics: Statistics = Gradients(llama, task.calibrate, outside, read, task.squares, mesh)
     else:
         both = task.quant.training != "none"
-        statistics = Inputs(llama, task.calibrate, outside["embed_tokens"], both)
-    for count, layer in enumerate(statistics.order):
+        statistics = Inputs(llama, task.calibrate, outside["embed_tokens"], both, mesh)
+    # Layers behind the last one with a matrix to make, e.g. of a resumed table, are not computed.
+    needed = max((i + 1 for i, layer in enumerate(statistics.order) if by_layer[layer]), default=0)
+    for count, layer in enumerate(statistics.order[:needed]):
         own, weights = by_layer[layer], read(layer)
         kept = None if task.finished is None else task.finished.read(layer)
         if kept is None:
@@ -223,9 +230,9 @@ def make_layers(
                     task.watch(layer, name, weight, one.weight, matrix.quant, errors.get(name))
                 bar.update(weight.size)
             stacks.put(matrix, one)
-            changed = {name: {"weight": one.dense(weight, task.scale)}}
+            changed = {name: {**weights[group][name], "weight": one.dense(weight, task.scale)}}
             new = {**new, group: {**new[group], **changed}}
-        if count + 1 < depth:
+        if count + 1 < needed:
             statistics.advance(weights, new)
         if errors:
             plain, now = (math.fsum(x) / len(errors) for x in zip(*errors.values(), strict=True))
@@ -239,18 +246,15 @@ def _read_layer(
     layer: int,
     matrices: Mapping[Any, Matrix],
     dtype: Any,
-    stacks: Stacks,
 ) -> Tree:
-    """All weights of a layer: read from the file, or as they are in the stacks."""
+    """All weights of a layer. Those that are not made have the type of the file."""
     weights: Tree = {}
     for path, shape in weight_shapes(llama)[0].items():
-        if path in matrices:
-            name = weight_name(path, layer)
-            array = aligned(shape, FLOATS[found[name].dtype] if dtype is None else dtype)
-            read_into(array, found[name], name)
-        else:
-            array = stacks.kept(path, layer)
-        insert(weights, path, {"weight": jax.device_put(array, may_alias=True)})
+        name = weight_name(path, layer)
+        own = dtype is not None and path in matrices
+        array = aligned(shape, dtype if own else FLOATS[found[name].dtype])
+        read_into(array, found[name], name)
+        insert(weights, leaf_path(path), jax.device_put(array, may_alias=True))
     return weights
 
 
@@ -305,7 +309,7 @@ def _train(
     assert options is not None and full is not None
     start = {name: StoredLinear(None, {}) for name in LINEAR_NAMES}
     start |= {name: StoredLinear(*one) for (_, name), one in made.items()}
-    settings = dataclasses.replace(alone(llama), adapter=task.adapter)
+    settings = dataclasses.replace(alone(llama, layer), adapter=task.adapter)
     states, full = (x.astype(np.float32, copy=False) for x in (statistics.states, full))
     found = train_layer(settings, task.quant, layer, weights, start, states, full, options)
     logger.info(

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,14 @@ from irqlora_jax.files.tensors import FLOATS, Header, aligned, read_ahead, read_
 from irqlora_jax.machine import installed_version
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.tree import Tree, insert, matrix_name, weight_name, weight_shapes
+from irqlora_jax.model.tree import (
+    Tree,
+    insert,
+    leaf_path,
+    matrix_name,
+    weight_name,
+    weight_shapes,
+)
 from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.formats import FORMATS
@@ -52,7 +59,7 @@ def load_base(
     progress: bool = False,
     watch: Watch | None = None,
 ) -> tuple[Tree, LlamaConfig]:
-    """Reads a LLaMA and quantizes its linear layers, but not the head and the embeddings.
+    """Reads a model and quantizes its linear layers, but not the head and the embeddings.
 
     Args:
         source: local folder, GGUF file or hub id.
@@ -61,7 +68,8 @@ def load_base(
             layer by layer, and the errors of the outputs are measured.
         keep: folder for finished layers, so that an interrupted call goes on there. Only with
             `calibrate`. The caller deletes it.
-        mesh: devices to split the weights over (default: all on the first device).
+        mesh: devices to split the weights over, and the rows of `calibrate` (default: all on the
+            first device).
         progress: show a bar.
         watch: called for each quantized matrix.
 
@@ -120,11 +128,9 @@ def load_fitted(
             quantized, or if the initialization is not fitted to the weights.
     """
     require(quant.quantizes, "quant.format", quant.format, ", ".join(FORMATS))
-    start, fit = adapter.start, adapter.start.fit
-    if fit is None:
-        raise ValueError(f"adapter.init = {start.name!r}: expected one fitted to the weights")
+    if adapter.start.fit is None:
+        raise ValueError(f"adapter.init = {adapter.init!r}: expected one fitted to the weights")
     damping = _check_rows(quant, adapter, calibrate)
-    options = getattr(adapter, start.name, start.options)
 
     def make(
         matrix: Matrix, weight: jax.Array, gram: InputMoments | None, squares: jax.Array | None
@@ -138,18 +144,37 @@ def load_fitted(
             # There is no quantization error to correct, so initialize the pair as in LoRA.
             rows, columns = weight.shape
             return Made(None, LORA.init(own, (rows, columns), adapter.rank, None, adapter.dtype))
-        rank, dtype = adapter.rank, adapter.dtype
-        scale = adapter.scale_for((weight.shape[0], weight.shape[1]))
-        given = {"gram": gram, "damping": damping}
-        given |= {"fisher": squares} if adapter.needs == "fisher" else {}
-        packed, a, b = fit(weight, config, rank, scale, options, own, dtype, **given)
-        return Made(packed, {"lora_A": a, "lora_B": b})
+        return fit_pair(weight, config, adapter, own, gram, squares, damping)
 
     seed = jax.random.key_data(key).tolist()
     finished = _finished(keep, source, calibrate, quant, adapter, seed)
     # Keep the type of the file: each iteration reads the matrix again and widens it slab by slab.
-    task = Task(quant, make, None, calibrate, finished, watch, adapter)
+    squares = adapter.needs == "fisher"
+    task = Task(quant, make, None, calibrate, finished, watch, adapter, squares)
     return _load(source, task, mesh, progress)
+
+
+def fit_pair(
+    weight: jax.Array,
+    config: QuantConfig,
+    adapter: AdapterConfig,
+    key: PRNGKeyArray,
+    gram: InputMoments | None,
+    squares: jax.Array | None,
+    damping: float,
+) -> Made:
+    """Fits the quantized weight and the pair by `adapter.init`. `squares` are used if it needs
+    them, `damping` is that of the text."""
+    start = adapter.start
+    assert start.fit is not None
+    options = getattr(adapter, start.name, start.options)
+    scale = adapter.scale_for((weight.shape[0], weight.shape[1]))
+    given: dict[str, Any] = {"gram": gram, "damping": damping}
+    given |= {"fisher": squares} if adapter.needs == "fisher" else {}
+    packed, a, b = start.fit(
+        weight, config, adapter.rank, scale, options, key, adapter.dtype, **given
+    )
+    return Made(packed, {"lora_A": a, "lora_B": b})
 
 
 def load_loftq(
@@ -177,12 +202,19 @@ def check_text(quant: QuantConfig, adapter: AdapterConfig | None, given: Calibra
         rate = f"quant.{quant.training}.pair_lr"
         require(trainer.pair_lr > 0, rate, trainer.pair_lr, f"a positive number {accepted}")
     needed = f"a text, needed by quant ({quant.label})" if quant.needs_text else None
+    chooses = quant.budget is not None and quant.allocation.needs_text
+    if chooses:
+        needed = f"a text, needed by quant.allocation.errors {quant.allocation.errors}"
     if adapter is not None and adapter.needs != "nothing":
         needed = f"a text, needed by adapter.init {adapter.init}"
     require(needed is None or given.data is not None, "calibrate.data", None, needed or "")
     ok = adapter is None or adapter.needs != "fisher" or given.metric == "gradients"
     accepted = "gradients, which weigh the errors of adapter.init"
     require(ok, "calibrate.metric", given.metric, accepted)
+    errors = quant.allocation.errors
+    metric = "gradients" if errors == "fisher" else "inputs"
+    ok, accepted = not chooses or given.metric == metric, f"{metric} with quant.allocation.errors"
+    require(ok, "calibrate.metric", given.metric, f"{accepted} {errors}")
     ok = quant.training == "none" or given.metric == "inputs"
     accepted = f"inputs with quant.training {quant.training}"
     require(ok, "calibrate.metric", given.metric, accepted)
@@ -226,27 +258,44 @@ def _load(
     found, config = open_weights(snapshot(source))
     layered, single = weight_shapes(config)
     stacks = Stacks(config.num_hidden_layers)
-    if task.calibrate is not None:
-        check_tokens(task.calibrate, config)
     total = sum(map(math.prod, single.values()))
     total += config.num_hidden_layers * sum(map(math.prod, layered.values()))
     with progress_bar("Loading", total, "weights", show=progress, unit_scale=True) as bar:
         matrices = _read_kept(found, config, task, stacks, bar)
-        outside = {}
-        if task.calibrate is None:
-            _make_each(found, matrices, task, stacks, bar)
-        else:
-            wanted = single if task.calibrate.config.metric == "gradients" else [_TABLE]
-            outside = {path: _read_single(found, path, single[path]) for path in wanted}
-            named = {name: array for (name,), array in outside.items()}
-            make_layers(found, config, matrices, task, stacks, named, bar)
-            del named
+        outside = make_matrices(found, config, matrices, task, stacks, bar, mesh)
         base, pairs = stacks.moved(mesh)
         for path, shape in single.items():
-            arrays = [outside.pop(path) if path in outside else _read_single(found, path, shape)]
-            insert(base, path, {"weight": to_device(arrays, mesh, path)})
+            read = outside.pop(path[0], None)
+            arrays = [_read_single(found, path, shape) if read is None else read]
+            del read
+            insert(base, leaf_path(path), to_device(arrays, mesh, path))
             bar.update(math.prod(shape))
     return base, pairs, config
+
+
+def make_matrices(
+    found: Mapping[str, Header],
+    llama: LlamaConfig,
+    matrices: Sequence[Matrix],
+    task: Task,
+    stacks: Stacks,
+    bar: Any,
+    mesh: Mesh | None = None,
+) -> dict[str, np.ndarray]:
+    """Makes matrices: one after the other, or with a text layer by layer (`make_layers`).
+
+    Returns:
+        Weights outside of the layers that were read for it: name and array.
+    """
+    if task.calibrate is None:
+        _make_each(found, matrices, task, stacks, bar)
+        return {}
+    check_tokens(task.calibrate, llama)
+    single = weight_shapes(llama)[1]
+    wanted = single if task.calibrate.config.metric == "gradients" else [_TABLE]
+    outside = {path[0]: _read_single(found, path, single[path]) for path in wanted}
+    make_layers(found, llama, matrices, task, stacks, outside, bar, mesh)
+    return outside
 
 
 def _read_single(found: Mapping[str, Header], path: Any, shape: tuple[int, ...]) -> np.ndarray:
@@ -280,7 +329,7 @@ def _read_kept(
 
 
 def _make_each(
-    found: Mapping[str, Header], matrices: list[Matrix], task: Task, stacks: Stacks, bar: Any
+    found: Mapping[str, Header], matrices: Sequence[Matrix], task: Task, stacks: Stacks, bar: Any
 ) -> None:
     """Makes one matrix after the other, without a text."""
     names = [weight_name(matrix.path, matrix.layer) for matrix in matrices]

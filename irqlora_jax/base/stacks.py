@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from irqlora_jax.adapters.method import Params
 from irqlora_jax.files.tensors import aligned
-from irqlora_jax.model.tree import LAYERS, Keys, Tree, insert, stacks
+from irqlora_jax.model.tree import LAYERS, Keys, Tree, insert, leaf_path
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.inputs import InputMoments
 from irqlora_jax.quant.qtensor import QTensor
@@ -91,23 +91,16 @@ class Stacks:
             self._structures[place] = jax.tree.structure(0)
         return self._arrays[place][0][index]
 
-    def kept(self, path: Keys, layer: int) -> np.ndarray:
-        """A float weight of a layer that `space` made room for."""
-        for name, layers in stacks({place[0]: None for place in self._arrays}, self._depth).items():
-            if layer in layers and (name, *path) in self._arrays:
-                return self._arrays[name, *path][0][layer - layers.start]
-        raise KeyError(f"layer {layer}: {'.'.join(path)}")
-
     def moved(self, mesh: Mesh | None) -> tuple[Tree, Tree]:
         """Moves everything to the devices: the layers of the base, and the pairs."""
         base: Tree = {}
         pairs: Tree = {LAYERS: {}}
         for place in list(self._arrays):
             arrays, own = self._arrays.pop(place), place[-1] in PAIR
-            path = place if own else (*place, "weight")
+            path = place if own else leaf_path(place)
             leaves = [to_device(arrays, mesh, path) for _ in range(len(arrays))]
             tree = jax.tree.unflatten(self._structures[place], leaves)
-            insert(pairs if own else base, place, tree if own else {"weight": tree})
+            insert(pairs if own else base, path, tree)
         return base, pairs
 
 

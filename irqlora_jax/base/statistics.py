@@ -12,6 +12,9 @@ last to the first. We could not check the paper's closed form: this is our readi
 LQ-LoRA needs it.
 
 Calibrations do not depend on the size of these matrices, so each is divided by its mean diagonal.
+
+With a mesh, the rows of a forward pass are split over its devices. Sums over rows are then rounded
+in another order, so a few codes may differ from the codes that one device gives.
 """
 
 import abc
@@ -22,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
 from irqlora_jax.data.calibrate import CalibrationRows
@@ -29,7 +33,8 @@ from irqlora_jax.model.alone import GROUPS, layer_moments, layer_outputs
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.layer import Settings, rms_norm
 from irqlora_jax.model.loss import row_cross_entropy
-from irqlora_jax.model.tree import Tree
+from irqlora_jax.model.tree import Tree, linear_weights
+from irqlora_jax.sharding import ROWS, put_copies, put_rows
 
 SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 """Projections with the inputs of another one."""
@@ -37,6 +42,29 @@ Moments = dict[str, Float32[Array, "in in"]]
 """A matrix for each projection, with a mean diagonal of 1."""
 Squares = dict[str, Float32[Array, "out in"]]
 """Sums of squared gradients for each projection."""
+
+
+class Devices:
+    """Where layers are computed.
+
+    Attributes:
+        count: number of parts that rows are split into.
+    """
+
+    def __init__(self, mesh: Mesh | None) -> None:
+        self._mesh = mesh
+        self.count = 1 if mesh is None else mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
+
+    def copied(self, tree: Any) -> Any:
+        """A tree with a copy on each device."""
+        return tree if self._mesh is None else put_copies(self._mesh, tree)
+
+    def call(self, function: Callable[..., Any], *rows: np.ndarray) -> Any:
+        """`function` of rows [batch, ...], which are split over the devices."""
+        if self._mesh is None:
+            return function(*rows)
+        with jax.set_mesh(self._mesh):
+            return function(*(put_rows(self._mesh, x) for x in rows))
 
 
 class Statistics(abc.ABC):
@@ -86,25 +114,34 @@ class Inputs(Statistics):
         rows: CalibrationRows,
         embeddings: Float[np.ndarray, "vocab hidden"],
         both: bool = False,
+        mesh: Mesh | None = None,
     ) -> None:
         self.order, self.squares = range(llama.num_hidden_layers), {}
-        self._settings, self._size = alone(llama), rows.config.batch_size
+        self._llama, self._devices = llama, Devices(mesh)
+        self._layer = 0
+        self._size = rows.config.batch_size * self._devices.count
         self.states = _kept(embeddings[rows.tokens], rows.config.activations)
         self.full = self.states.copy() if both else None
 
     def moments(self, weights: Tree) -> Moments:
         total: Any = None
+        own = self._devices.copied(weights)
+        measure = functools.partial(input_moments, alone(self._llama, self._layer), own)
         for part in self._parts(self.states):
-            found = input_moments(self._settings, weights, part.astype(np.float32))
+            found = self._devices.call(measure, part.astype(np.float32))
             total = found if total is None else jax.tree.map(jnp.add, total, found)
-        total = _relative(total)
+        total = _relative(self._devices.copied(total))
         return total | {name: total[same] for name, same in SAME_INPUTS.items()}
 
     def advance(self, weights: Tree, quantized: Tree) -> None:
         for states, own in ((self.states, quantized), (self.full, weights)):
             if states is not None:
+                own = self._devices.copied(own)
+                settings = alone(self._llama, self._layer)
+                apply = functools.partial(layer_outputs, settings, own)
                 for part in self._parts(states):  # views, so that no second array is needed
-                    part[:] = layer_outputs(self._settings, own, part.astype(np.float32))
+                    part[:] = self._devices.call(apply, part.astype(np.float32))
+        self._layer += 1
 
     def _parts(self, states: np.ndarray) -> Iterator[np.ndarray]:
         return (states[i : i + self._size] for i in range(0, len(states), self._size))
@@ -123,6 +160,7 @@ class Gradients(Statistics):
         outside: Mapping[str, Float[np.ndarray, "..."]],
         read: Callable[[int], Tree],
         squares: bool = False,
+        mesh: Mesh | None = None,
     ) -> None:
         """Computes the hidden states, and the gradients behind the last layer.
 
@@ -132,22 +170,24 @@ class Gradients(Statistics):
             outside: "embed_tokens", "norm", and "lm_head" if it is not tied.
             read: the weights of a layer in full precision.
             squares: also sum the squared gradients.
+            mesh: devices; None: one.
         """
-        self._settings, self._dtype = alone(llama), rows.config.activations
+        self._llama, self._dtype = llama, rows.config.activations
+        self._devices = Devices(mesh)
         depth = llama.num_hidden_layers
         self.order = range(depth - 1, -1, -1)
-        batches = _batches(rows)
+        batches = _batches(rows, self._devices.count)
         self._states = [[_kept(outside["embed_tokens"][batch], self._dtype) for batch in batches]]
         for layer in range(depth):
-            weights = read(layer)
-            outputs = (
-                layer_outputs(self._settings, weights, x.astype(np.float32))
-                for x in self._states[-1]
-            )
+            weights = self._devices.copied(read(layer))
+            apply = functools.partial(layer_outputs, alone(llama, layer), weights)
+            outputs = (self._devices.call(apply, x.astype(np.float32)) for x in self._states[-1])
             self._states.append([_kept(x, self._dtype) for x in outputs])
         head = outside.get("lm_head", outside["embed_tokens"])
+        norm, head = self._devices.copied((outside["norm"], head))
+        measure = functools.partial(_loss_gradient, llama, norm, head)
         self._gradients = [
-            np.asarray(_loss_gradient(llama, outside["norm"], head, x.astype(np.float32), batch))
+            np.asarray(self._devices.call(measure, x.astype(np.float32), batch))
             for x, batch in zip(self._states.pop(), batches, strict=True)
         ]
         self._next: list[np.ndarray] = []
@@ -156,12 +196,16 @@ class Gradients(Statistics):
     def moments(self, weights: Tree) -> Moments:
         total: Any = None
         self._next = []
+        own = self._devices.copied(weights)
         for x, g in zip(self._states[-1], self._gradients, strict=True):
-            given = weights, x.astype(np.float32), g
-            before, *found = gradient_moments(self._settings, *given, squares=self._squared)
+            parts = self._devices.count if len(x) % self._devices.count == 0 else 1
+            options = {"squares": self._squared, "parts": parts}
+            settings = alone(self._llama, len(self._states) - 1)  # states in front of each layer
+            measure = functools.partial(gradient_moments, settings, own, **options)
+            before, *found = self._devices.call(measure, x.astype(np.float32), g)
             self._next.append(np.asarray(before))
             total = found if total is None else jax.tree.map(jnp.add, total, found)
-        moments, self.squares = total
+        moments, self.squares = self._devices.copied(total)
         return _relative(moments)
 
     def advance(self, weights: Tree, quantized: Tree) -> None:
@@ -171,13 +215,13 @@ class Gradients(Statistics):
         self._states.pop()
 
 
-def alone(llama: LlamaConfig) -> Settings:
-    """The settings of a layer without adapters."""
-    return Settings(llama, None, None, None, deterministic=True)
+def alone(llama: LlamaConfig, layer: int) -> Settings:
+    """The settings of a layer without adapters. Layers of the same kind have the same."""
+    return Settings(llama.of_layer(layer), None, None, None, deterministic=True)
 
 
-def _batches(rows: CalibrationRows) -> list[Int[np.ndarray, "batch length"]]:
-    size = rows.config.batch_size
+def _batches(rows: CalibrationRows, devices: int) -> list[Int[np.ndarray, "batch length"]]:
+    size = rows.config.batch_size * devices
     return [rows.tokens[i : i + size] for i in range(0, len(rows.tokens), size)]
 
 
@@ -224,17 +268,21 @@ def _loss_gradient(
     return jax.grad(loss)(x)
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "squares"))
+@functools.partial(jax.jit, static_argnames=("settings", "squares", "parts"))
 def gradient_moments(
     settings: Settings,
     weights: Tree,
     x: Float32[Array, "batch seq hidden"],
     gradient: Float32[Array, "batch seq hidden"],
     squares: bool = False,
+    parts: int = 1,
 ) -> tuple[Float32[Array, "batch seq hidden"], Moments, Squares]:
     """The gradient in front of the layer, the sum of G^T G over the rows and, if asked for, the sum
-    of the squares of the elements of G."""
-    linear = {group: weights[group] for group in GROUPS}
+    of the squares of the elements of G.
+
+    The rows are summed one after the other in each of `parts`, which devices compute side by side.
+    """
+    linear = {group: weights[group] for group in GROUPS}  # and biases, whose gradients are dropped
 
     def row_moments(
         total: tuple[Moments, Squares], row: tuple[Array, Array]
@@ -246,13 +294,21 @@ def gradient_moments(
 
         wide = jax.tree.map(lambda w: w.astype(jnp.float32), linear)
         own, before = jax.vjp(outputs, wide, x)[1](g)
-        flat = {name: part["weight"] for group in GROUPS for name, part in own[group].items()}
+        flat = linear_weights(own)
         grams = {name: jnp.matmul(g.T, g, precision="highest") for name, g in flat.items()}
         found = grams, {name: g**2 for name, g in flat.items()} if squares else {}
         return jax.tree.map(jnp.add, total, found), before[0]
 
-    shapes = {name: part["weight"].shape for g in GROUPS for name, part in linear[g].items()}
+    shapes = {name: weight.shape for name, weight in linear_weights(linear).items()}
     start = {name: jnp.zeros((size, size), jnp.float32) for name, (_, size) in shapes.items()}
     each = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items() if squares}
-    total, before = jax.lax.scan(row_moments, (start, each), (x, gradient))
-    return before, *total
+
+    def of_part(x: Array, gradient: Array) -> Any:
+        return jax.lax.scan(row_moments, (start, each), (x, gradient))
+
+    if parts == 1:
+        total, before = of_part(x, gradient)
+        return before, *total
+    split = (y.reshape(parts, -1, *y.shape[1:]) for y in (x, gradient))
+    totals, before = jax.vmap(of_part)(*split)
+    return before.reshape(x.shape), *jax.tree.map(lambda y: y.sum(0), totals)

@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import functools
+import math
 from typing import Any
 
 import jax
@@ -12,15 +13,18 @@ from jax.typing import DTypeLike
 from irqlora_jax.base.file import Base
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.tree import (
+    find_stack,
     insert,
+    leaf_path,
     linear_path,
     linear_stacks,
     matrix_name,
     stack_names,
+    stacks,
     weight_shapes,
 )
 from irqlora_jax.quant.config import KEPT, QuantConfig
-from irqlora_jax.quant.encode import quantized_shape
+from irqlora_jax.quant.encode import quantized_shape, stored_bits
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.sharding import LINEAR_NAMES, device_bytes
 from irqlora_jax.text import require
@@ -104,9 +108,9 @@ def abstract_base(llama: LlamaConfig, quant: QuantConfig, dtype: DTypeLike = jnp
             if path[-1] in LINEAR_NAMES and config.format != KEPT:
                 weight = _quantized(shape, config)
             add = functools.partial(_stacked, len(layers))
-            insert(base, (name, *path), {"weight": jax.tree.map(add, weight)})
+            insert(base, (name, *leaf_path(path)), jax.tree.map(add, weight))
     for path, shape in single.items():
-        insert(base, path, {"weight": jax.ShapeDtypeStruct(shape, dtype)})
+        insert(base, leaf_path(path), jax.ShapeDtypeStruct(shape, dtype))
     return base
 
 
@@ -114,9 +118,11 @@ def plan_stacks(llama: LlamaConfig, quant: QuantConfig) -> dict[str, range]:
     """Plans into which stacks the layers of a base go (`model.tree.stack_names`).
 
     Raises:
-        ValueError: a rule matches no matrix of the model.
+        ValueError: a rule matches no matrix of the model, or there is a budget in place of rules.
     """
     shapes = {linear_path(name): shape for name, shape in llama.linear_shapes.items()}
+    accepted = "null here: irqlora quantize and irqlora train choose rules for it"
+    require(quant.budget is None, "quant.budget", quant.budget, accepted)
     names = [
         [matrix_name(path, layer) for path in shapes] for layer in range(llama.num_hidden_layers)
     ]
@@ -133,6 +139,37 @@ def plan_stacks(llama: LlamaConfig, quant: QuantConfig) -> dict[str, range]:
         return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
     return stack_names([tuple(map(kind, row, shapes.values())) for row in names])
+
+
+@functools.cache  # as _quantized
+def matrix_bits(shape: tuple[int, int], quant: QuantConfig, dtype: DTypeLike) -> int:
+    """Stored bits of a matrix.
+
+    Args:
+        shape: of the matrix.
+        quant: its configuration, without rules.
+        dtype: its type if it is not quantized.
+    """
+    if quant.format == KEPT:
+        return 8 * math.prod(shape) * jnp.dtype(dtype).itemsize
+    return stored_bits(shape, quant)
+
+
+def bits_by_layer(base: Base, depth: int) -> dict[str, list[float]]:
+    """Stored bits a weight of every matrix: by projection, lists over the layers.
+
+    Args:
+        base: arrays or their shapes.
+        depth: number of layers.
+    """
+    found: dict[str, list[float]] = {name: [] for name in LINEAR_NAMES}
+    for layers in stacks(base, depth).values():
+        stack, _ = find_stack(base, layers.start, depth)
+        for name, bits in found.items():
+            group, _ = linear_path(name)
+            weight = stack[group][name]["weight"]
+            bits += [8 * device_bytes(weight) / _logical(weight)] * len(layers)
+    return found
 
 
 @functools.cache  # tracing the search is slow, and many layers have the same shape

@@ -39,7 +39,10 @@ def changed_base(
                 weight = jax.jit(jax.vmap(change))(own, stack[group][projection]["weight"])
             except ValueError as error:
                 raise ValueError(f"{target}: {error}") from error
-            stack[group] = {**stack[group], projection: {"weight": weight}}
+            stack[group] = {
+                **stack[group],
+                projection: {**stack[group][projection], "weight": weight},
+            }
     return base
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from irqlora_jax.base.budget import read_budget
 from irqlora_jax.base.file import BASE_FILE, read_base_config, read_source
 from irqlora_jax.config.parse import Convert
 from irqlora_jax.quant.config import QuantConfig
@@ -78,5 +79,9 @@ def fill_from_base(given: dict[str, Any], convert: Convert) -> dict[str, Any]:
     stored = read_base_config(base)[1]
     settings = quant_settings(stored)
     asked = {name: convert(name, given[name]) for name in settings if name in given}
+    chosen = None if asked.get("quant.budget") is None else read_budget(base.parent)
+    if chosen is not None and chosen[1] == stored:
+        check_settings(asked, chosen[0], base.parent)
+        return given | settings  # the rules that were chosen for the same budget
     check_settings(asked, stored, base.parent)
     return settings | given

@@ -284,7 +284,7 @@ def _in_words(kind: Any) -> str:
     """Says which values a field accepts."""
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
-        many = "[a, b]" if inner is str else "[{match: PATTERN, format: nf4}]"
+        many = {str: "[a, b]", int: "[1, 2]"}.get(inner, "[{match: PATTERN, format: nf4}]")
         return f"a list such as {many}, or a single value"
     if dataclasses.is_dataclass(kind):
         return f"a section with {' or '.join(field.name for field in dataclasses.fields(kind))}"

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.base.budget import read_budget
 from irqlora_jax.base.file import read_base_config
-from irqlora_jax.config.base import fill_from_base, find_base
+from irqlora_jax.config.base import fill_from_base, find_base, quant_settings
 from irqlora_jax.config.parse import Convert, parse, parse_flags
 from irqlora_jax.data.calibrate import CalibrateConfig
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.model.dpo import DpoOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.sharding import MeshConfig
-from irqlora_jax.text import require
+from irqlora_jax.text import require, shorten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ class EvaluateConfig:
     """Use only this many questions (null: all)."""
     baselines: bool = False
     """Also measure the full-precision model and the quantized model without finetuning. Besides
-    the run's calibration, the table shows the plain quantizer and, with joint, ICQ."""
+    the run's calibration, the table shows the plain quantizer and ICQ."""
     samples: tuple[str, ...] = ()
     """Prompts to answer at every evaluation (with data.format alpaca: instructions)."""
     sample_tokens: int = 64
@@ -152,7 +153,7 @@ class Config:
     """The complete configuration of a run."""
 
     model: str
-    """Folder with a Hugging Face LLaMA (safetensors), its id on the hub, a .gguf file, or a folder
+    """Folder with a Hugging Face model (safetensors), its id on the hub, a .gguf file, or a folder
     written by irqlora quantize. With such a folder or a run, unset fields of `quant` come from its
     base."""
     output_dir: str
@@ -200,7 +201,7 @@ class Config:
         Examples:
             >>> config = Config.load("configs/quickstart.yaml", {"quant.format": "nf4"})
             >>> config.quant.format, config.quant.calibration, config.adapter.method
-            ('nf4', 'joint', 'iec')
+            ('nf4', 'robust', 'iec')
         """
         return parse(cls, [("config", str(path)), *(overrides or {}).items()], "train.py")
 
@@ -210,7 +211,7 @@ class QuantizeConfig:
     """Quantizes a base once for several runs. Use its folder as their `model`."""
 
     model: str
-    """Folder with a Hugging Face LLaMA (safetensors), its id on the hub, or a .gguf file."""
+    """Folder with a Hugging Face model (safetensors), its id on the hub, or a .gguf file."""
     output_dir: str
     """New folder for the quantized base and its tokenizer."""
     quant: QuantConfig = QuantConfig()
@@ -256,15 +257,35 @@ def read_stored_config(path: Path) -> Config:
 
 
 def with_base_settings(config: Config) -> Config:
-    """Replaces a `quant` that is `QuantConfig()` by the settings of the base in `config.model`.
+    """Replaces a `quant` that is `QuantConfig()` by the settings of the base in `config.model`, and
+    a budget by the rules that the run or the base was made with.
 
     So in Python, `QuantConfig()` means "not set". `Config.load` knows for each field whether it was
     set.
 
     Raises:
-        ValueError: the base is damaged.
+        ValueError: the base is damaged, or the run was made for another budget.
     """
     base = find_base(config.model, config.output_dir)
+    if config.quant.budget is not None:
+        return _with_known_rules(config, None if base is None else base.parent)
     if base is None or config.quant != QuantConfig():
         return config
     return dataclasses.replace(config, quant=read_base_config(base)[1])
+
+
+def _with_known_rules(config: Config, base: Path | None) -> Config:
+    """`base`: folder of the base that is used; None if the run makes its own."""
+    folder = Path(config.output_dir) if base is None else base
+    known = read_budget(folder)
+    if known is None or (base is None and not (folder / "config.json").is_file()):
+        return config
+    if known[0] == config.quant:
+        return dataclasses.replace(config, quant=known[1])
+    there, here = quant_settings(known[0]), quant_settings(config.quant)
+    name = next(name for name in here if here[name] != there[name])
+    raise ValueError(
+        f"output_dir = '{config.output_dir}': holds formats for another budget ({name} = "
+        f"{shorten(there[name])} there, {shorten(here[name])} here); expected a new folder, or the "
+        "same settings"
+    )

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 class CalibrateConfig:
     """The text for a quantizer that looks at the inputs of the layers: quant.calibration importance
     or gptq, quant.rounding feedback, quant.training, quant.outlier_rule sensitivity, adapter.init
-    cloq, adapter.lqlora.weights."""
+    cloq, adapter.lqlora.weights, quant.allocation.errors."""
 
     data: str | None = None
     """Local file or data set on the hub, given like `data.train`."""
@@ -41,10 +41,11 @@ class CalibrateConfig:
     """Of what the second moments are taken. "inputs": of the inputs of each linear layer (GPTQ).
     "gradients": of the gradients of the loss (OAC). This takes several times as long, and the
     memory of the host must hold the hidden states of all layers. `adapter.init` cloq then fits the
-    pairs to these gradients, not to the outputs of the layers. `adapter.lqlora.weights` needs it.
+    pairs to these gradients, not to the outputs of the layers. `adapter.lqlora.weights` and
+    `quant.allocation.errors` fisher need it.
     """
     batch_size: int = 8
-    """Rows of a forward pass."""
+    """Rows of a forward pass on each device."""
     activations: Literal["float32", "bfloat16"] = "float32"
     """Type of the activations between the layers. They are in the memory of the host."""
 

@@ -20,11 +20,11 @@ from irqlora_jax.base.storage import plan_stacks
 from irqlora_jax.config.base import quant_settings
 from irqlora_jax.data.calibrate import CalibrateConfig, CalibrationRows, read_calibration
 from irqlora_jax.data.encode import encode_source
-from irqlora_jax.evaluate.kept_losses import Losses, append_loss, read_losses
 from irqlora_jax.evaluate.suggested import Suggestion, suggest
 from irqlora_jax.evaluate.swapped import Batches, Whole, measure_whole, swapped_losses
 from irqlora_jax.files.checksums import seal
 from irqlora_jax.files.hub import file_marks, load_tokenizer, read_config, snapshot
+from irqlora_jax.files.kept_values import append_value, kept_in, read_values
 from irqlora_jax.files.small import write_text
 from irqlora_jax.machine import installed_version
 from irqlora_jax.messages import progress_bar, shows_messages
@@ -40,6 +40,8 @@ from irqlora_jax.sharding import LINEAR_NAMES
 from irqlora_jax.text import aligned, read_text, require
 
 RESULT_FILE, LOSSES_FILE = "sensitivity.json", "losses.jsonl"
+Losses = dict[tuple[int, str], float]
+"""Losses by layer and projection, in nats per token."""
 logger = logging.getLogger(__name__)
 
 
@@ -50,7 +52,7 @@ class SensitivityConfig:
     An interrupted command continues when it is given again."""
 
     model: str
-    """Folder with a Hugging Face LLaMA (safetensors), its id on the hub, or a .gguf file."""
+    """Folder with a Hugging Face model (safetensors), its id on the hub, or a .gguf file."""
     text: str
     """A plain text file. Its first tokens are scored."""
     output_dir: str
@@ -119,7 +121,8 @@ def measure_sensitivity(asked: SensitivityConfig) -> dict[str, Any]:
     check_writable(folder)
     with locked(folder):
         file = folder / LOSSES_FILE
-        losses = read_losses(file, _identity(asked, rows, drawn))
+        of = "losses of irqlora sensitivity"
+        losses = read_values(file, _identity(asked, rows, drawn), "loss", of)
         result = _measure(asked, rows, drawn, file, losses)
         result |= {"seconds": round(time.perf_counter() - started, 3)}
         write_text(folder / RESULT_FILE, json.dumps(seal(result), indent=1) + "\n")
@@ -192,16 +195,12 @@ def _measure(
     alone = asked.mode == "one"
     pair = (base, packed) if alone else (packed, base)
     bar = progress_bar("Sensitivity", len(wanted), "matrices", show=asked.progress)
-    with bar as shown:
+    with bar as shown, kept_in(file):
         shown.update(len(wanted) - len(left))
-        try:
-            for layer, name, loss in swapped_losses(model, *pair, batches, left):
-                append_loss(file, layer, name, loss)
-                losses[layer, name] = loss
-                shown.update()
-        except KeyboardInterrupt:
-            logger.info(f"finished work is kept in {file}; the same command resumes from there")
-            raise
+        for layer, name, loss in swapped_losses(model, *pair, batches, left):
+            append_value(file, layer, name, "loss", loss)
+            losses[layer, name] = loss
+            shown.update()
     losses = {place: losses[place] for place in wanted}
     costs = {p: loss - full.loss if alone else whole - loss for p, loss in losses.items()}
     dtype = next(weight.dtype for _, weight in linear_stacks(base))

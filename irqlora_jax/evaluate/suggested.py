@@ -4,18 +4,15 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from irqlora_jax.base.storage import abstract_base, measure_base
+from irqlora_jax.base.storage import abstract_base, matrix_bits, measure_base
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.tree import linear_path, matrix_name
 from irqlora_jax.quant.config import KEPT, QuantConfig, QuantRule
-from irqlora_jax.quant.encode import quantized_shape
 from irqlora_jax.quant.formats import FORMATS
-from irqlora_jax.sharding import device_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +64,7 @@ def suggest(
         own = quant.for_matrix(matrix)
         rule = QuantRule(matrix, format=larger_format(own.format))
         better = dataclasses.replace(own, format=rule.format)
-        extra = _matrix_bits(shape, better, dtype) - _matrix_bits(shape, own, dtype)
+        extra = matrix_bits(shape, better, dtype) - matrix_bits(shape, own, dtype)
         if cost > noise:
             offers.append((cost / extra, extra, rule))
     chosen: list[QuantRule] = []
@@ -111,10 +108,3 @@ def rules_text(rules: Sequence[QuantRule]) -> str:
 
 def _bits(quant: QuantConfig, llama: LlamaConfig, dtype: DTypeLike) -> float:
     return measure_base(abstract_base(llama, quant, dtype)).bits
-
-
-def _matrix_bits(shape: tuple[int, int], quant: QuantConfig, dtype: DTypeLike) -> int:
-    if quant.format == KEPT:
-        return 8 * math.prod(shape) * jnp.dtype(dtype).itemsize
-    packed: Any = quantized_shape(shape, quant)
-    return 8 * device_bytes(packed)

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from irqlora_jax.model.alone import GROUPS, layer_moments, layer_outputs
+from irqlora_jax.model.alone import layer_moments, layer_outputs
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.layer import Settings, rms_norm
 from irqlora_jax.model.llama import Llama, head_weight
 from irqlora_jax.model.loss import row_cross_entropy
-from irqlora_jax.model.tree import LAYERS, find_stack, linear_path
+from irqlora_jax.model.tree import LAYERS, find_stack, insert, linear_path, linear_weights
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.sharding import LINEAR_NAMES
 
@@ -45,7 +45,7 @@ def measure_whole(model: Llama, base: Mapping[str, Any], batches: Batches) -> Wh
     tokens = sum(batch.size for batch in batches)
     for layer in range(model.config.num_hidden_layers):
         weights = _pick(model, base, layer)
-        found = [_measured_layer(_settings(model), weights, x) for x in hidden]
+        found = [_measured_layer(_settings(model, layer), weights, x) for x in hidden]
         hidden = [x for x, _ in found]
         sums = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *(m for _, m in found))
         moments.append({name: np.asarray(total) / tokens for name, total in sums.items()})
@@ -73,11 +73,11 @@ def swapped_losses(
     Yields:
         Layer, projection, and mean negative log-likelihood of a token in nats.
     """
-    settings, depth = _settings(model), model.config.num_hidden_layers
+    depth = model.config.num_hidden_layers
     hidden = _embed(model, base, batches)
     last = max((layer for layer, _ in matrices), default=-1)
     for layer in range(last + 1):
-        own = _pick(model, base, layer)
+        own, settings = _pick(model, base, layer), _settings(model, layer)
         names = [name for name in LINEAR_NAMES if (layer, name) in matrices]
         others = _pick(model, other, layer) if names else {}
         for name in names:
@@ -86,13 +86,14 @@ def swapped_losses(
             outputs = [layer_outputs(settings, weights, x) for x in hidden]
             for later in range(layer + 1, depth):
                 weights = _pick(model, base, later)
-                outputs = [layer_outputs(settings, weights, x) for x in outputs]
+                outputs = [layer_outputs(_settings(model, later), weights, x) for x in outputs]
             yield layer, name, _mean_loss(model, base, outputs, batches)
         hidden = [layer_outputs(settings, own, x) for x in hidden]
 
 
-def _settings(model: Llama) -> Settings:
-    return Settings(model.config, None, model.attention, model.matmul, deterministic=True)
+def _settings(model: Llama, layer: int) -> Settings:
+    config = model.config.of_layer(layer)
+    return Settings(config, None, model.attention, model.matmul, deterministic=True)
 
 
 def _embed(model: Llama, base: Mapping[str, Any], batches: Batches) -> list[Array]:
@@ -113,11 +114,9 @@ def _pick_from(stack: Mapping[str, Any], index: Int[Array, ""], dtype: str) -> d
         packed = isinstance(weight, QTensor)
         return weight.dequantize(dtype) if packed else weight.astype(dtype)
 
-    matrices = {
-        group: {name: {"weight": dense(linear["weight"])} for name, linear in own[group].items()}
-        for group in GROUPS
-    }
-    return {**own, **matrices}
+    for name, weight in linear_weights(own).items():
+        insert(own, (*linear_path(name), "weight"), dense(weight))
+    return own
 
 
 @functools.partial(jax.jit, static_argnames="settings")

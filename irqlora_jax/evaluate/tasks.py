@@ -33,7 +33,7 @@ class EvalConfig:
     """Evaluates a model on one task. The results are printed and written as JSON."""
 
     run: str
-    """Folder of a run, of irqlora quantize, or of a Hugging Face LLaMA, or a .gguf file."""
+    """Folder of a run, of irqlora quantize, or of a Hugging Face model, or a .gguf file."""
     task: str
     """"mmlu": multiple-choice questions of 57 subjects. "questions" or "factworld": multiple-choice
     questions from a file. "perplexity": perplexity of a text file. "generate": answers to prompts.

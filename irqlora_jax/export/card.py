@@ -8,6 +8,7 @@ from typing import Any
 from irqlora_jax.adapters.lora import LORA
 from irqlora_jax.config import Config
 from irqlora_jax.files.hub import is_hub_id
+from irqlora_jax.model.families import FAMILIES
 from irqlora_jax.quant.calibrations import CALIBRATIONS, PLAIN
 from irqlora_jax.quant.config import TITLES, QuantConfig, QuantRule
 
@@ -52,6 +53,7 @@ class Card:
         folded: for adapters, whether IEC is folded into the plain LoRA pair.
         scores: from `runs.load.scores`.
         calibrate: the text that the base was calibrated with (`base.file.read_calibrate`).
+        model_type: of the architecture, a name in `FAMILIES`.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Card:
     folded: bool
     scores: Mapping[str, Any]
     calibrate: Mapping[str, Any] | None = None
+    model_type: str = "llama"
 
     def text(self) -> str:
         """Text of README.md, with the hub's front matter. Folders appear by name, without path."""
@@ -92,14 +95,14 @@ class Card:
         if self.quant is not None and self.quant.calibration != PLAIN.name:
             quantized.append(self.quant.calibration)
         method = [] if self.config is None else ["lora", self.config.adapter.method]
-        tags = list(dict.fromkeys(["llama", "ir-qlora", *method, *quantized]))
+        tags = list(dict.fromkeys([self.model_type, "ir-qlora", *method, *quantized]))
         lines = [f"base_model: {public_name(self.model)}"] if self.model else []
         library = "peft" if self.kind == "adapter" else "transformers"
         lines += [f"library_name: {library}", "pipeline_tag: text-generation", "tags:"]
         return "\n".join(["---", *lines, *(f"- {tag}" for tag in tags), "---"])
 
     def _about(self) -> str:
-        origin = public_name(self.model) if self.model else "a LLaMA"
+        origin = public_name(self.model) if self.model else f"a {FAMILIES[self.model_type].title}"
         quantized = "in full precision"
         if self.quant is not None:
             quantized = f"quantized to {self.quant.format}"

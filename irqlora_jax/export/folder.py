@@ -37,7 +37,7 @@ class ExportConfig:
     """Writes a run as a folder that transformers and PEFT load, or as a quantized base."""
 
     run: str
-    """Folder of a run, of `irqlora quantize`, or of a Hugging Face LLaMA, or a .gguf file."""
+    """Folder of a run, of `irqlora quantize`, or of a Hugging Face model, or a .gguf file."""
     output_dir: str
     """New folder."""
     kind: Literal["adapter", "merged", "dequantized", "quantized"] = "merged"
@@ -292,6 +292,7 @@ def _companions(
         folded=config.fold,
         scores=scores(run.folder),
         calibrate=used,
+        model_type=run.model.config.model_type,
     )
     (aside / "README.md").write_text(card.text(), encoding="utf-8")
 

@@ -30,6 +30,7 @@ from irqlora_jax.model.tree import (
     Keys,
     Tree,
     find_stack,
+    leaf_path,
     weight_name,
     weight_shapes,
 )
@@ -127,13 +128,13 @@ def _weight(
     if layer is None:
         return np.asarray(base[path[0]]["weight"])
     tree, place = find_stack(base, layer, model.config.num_hidden_layers)
-    for name in path:
+    for name in leaf_path(path):
         tree = tree[name]
     adapter = model.adapter
     if adapter is None or path[-1] not in adapter.targets:
-        return np.asarray(_one_dense(tree["weight"], place))
+        return np.asarray(_one_dense(tree, place))
     params = adapters[LAYERS][path[0]][path[1]]
-    return np.asarray(_merged(tree["weight"], place, params, layer, adapter))
+    return np.asarray(_merged(tree, place, params, layer, adapter))
 
 
 @jax.jit

@@ -99,7 +99,7 @@ def load_adapter(source: str | Path, model: Llama) -> Tree:
     if extra:
         targets = ", ".join(adapter.targets)
         raise ValueError(
-            f"{file}: tensors that do not belong to a {depth}-layer LLaMA with adapter.targets "
+            f"{file}: tensors that do not belong to a {depth}-layer model with adapter.targets "
             f"{targets}: {first_few([names[name] for name in extra])}"
         )
 

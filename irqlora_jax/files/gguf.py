@@ -337,12 +337,15 @@ def tensor_headers(found: Gguf, config: LlamaConfig) -> dict[str, Header]:
     type, they are given as float32.
 
     Raises:
-        ValueError: the file has tensors that no LLaMA has.
+        ValueError: the file has tensors that are not read, such as biases.
     """
     places = {name: _hugging_face(name) for name in found.tensors if name != _FACTORS}
     spare = [name for name, place in places.items() if place is None]
     if spare:
-        raise ValueError(f"{found.file}: tensors that no LLaMA has: {first_few(spare)}")
+        raise ValueError(
+            f"{found.file}: cannot read these tensors: {first_few(spare)}; "
+            "expected the matrices and norms of a LLaMA"
+        )
     named = {name: place for name, place in places.items() if place is not None}
     types: dict[Keys, set[str]] = {}
     for name, (path, _) in named.items():
@@ -358,7 +361,7 @@ def tensor_headers(found: Gguf, config: LlamaConfig) -> dict[str, Header]:
 
 
 def _hugging_face(name: str) -> tuple[Keys, int | None] | None:
-    """Path and layer of a tensor (`model.tree`), or None for tensors that no LLaMA has.
+    """Path and layer of a tensor (`model.tree`), or None for tensors that are not read.
 
     Examples:
         >>> _hugging_face("blk.3.attn_q.weight"), _hugging_face("blk.3.attn_q.bias")

@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from irqlora_jax.files.gguf import config_values, is_gguf, read_gguf, read_llama
 from irqlora_jax.files.gguf_tokenizer import make_tokenizer
 from irqlora_jax.files.small import read_json
 from irqlora_jax.machine import reaches_hub
 from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.text import refusal
 
 # Not "consolidated.safetensors" and "original/": they hold the same weights under other names.
 _FETCHED = ("model*.safetensors", "*.json", "tokenizer*", "*.jinja")
@@ -132,7 +135,7 @@ def read_config(source: str | Path) -> LlamaConfig:
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
-        ValueError: not a LLaMA, already quantized, or an invalid value.
+        ValueError: not an accepted kind of model, already quantized, or an invalid value.
     """
     values = read_values(source)
     if values.get("quantization_config"):
@@ -143,6 +146,20 @@ def read_config(source: str | Path) -> LlamaConfig:
         return LlamaConfig.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def read_dtype(source: str | Path) -> Any:
+    """Reads the type of a model's weights from its config.json.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_values`, or another type.
+    """
+    values = read_values(source)
+    dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        accepted = "float32, bfloat16 or float16"
+        raise refusal(f"{source}: config.json: dtype", dtype, accepted)
+    return jnp.dtype(dtype)
 
 
 def read_values(source: str | Path) -> Mapping[str, Any]:

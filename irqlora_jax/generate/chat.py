@@ -22,7 +22,7 @@ class ChatConfig:
     """Talks to a model in the terminal."""
 
     run: str
-    """Folder of a run, of irqlora quantize, or of a Hugging Face LLaMA, or a .gguf file."""
+    """Folder of a run, of irqlora quantize, or of a Hugging Face model, or a .gguf file."""
     baseline: bool = False
     """Leave the finetuned adapter out. With LoftQ or CLoQ, use the initial one."""
     checkpoint: Literal["last", "best"] | int = "last"
@@ -70,8 +70,8 @@ def chat(
     write = write or _print
     read = read or ((lambda _: input()) if piped else input)
     with progress_bar("Loading the model"):
-        loaded = load_run(config.run, adapter=not config.baseline, checkpoint=config.checkpoint)
-        run = unpacked(loaded)
+        run = load_run(config.run, adapter=not config.baseline, checkpoint=config.checkpoint)
+        fast = unpacked(run, each_layer=True)
     style = find_style(run.config, run.tokenizer)
     # Fail before the first message if the settings are invalid or the chat template does not work.
     encode_turns(style, run.tokenizer, "?", system=config.system)
@@ -90,7 +90,7 @@ def chat(
         if dropped:
             note(f"[context full: the oldest {dropped} of {len(turns)} turns are dropped]\n")
             turns = turns[dropped:]
-        turns.append(_answer(run, style, tokens, message, config, number, write, note))
+        turns.append(_answer(run, fast, style, tokens, message, config, number, write, note))
 
 
 def _messages(read: Callable[[str], str], note: Write) -> Iterator[str | None]:
@@ -128,6 +128,7 @@ def _prompt(
 
 def _answer(
     run: Run,
+    fast: Run,
     style: Style,
     prompt: list[int],
     message: str,
@@ -149,6 +150,7 @@ def _answer(
             prompt,
             limit,
             eos_token_ids=eos,
+            decoding=(fast.model, fast.variables),
             **_sampling_options(config, number),
         ):
             tokens.append(token)

@@ -91,15 +91,18 @@ def stream(
     top_p: float | None = None,
     key: PRNGKeyArray | None = None,
     eos_token_ids: Collection[int] = (),
+    decoding: tuple[Llama, Mapping[str, Any]] | None = None,
 ) -> Iterator[int]:
     """Yields the tokens of `generate` for one prompt, one by one.
 
-    It has the same arguments and errors as `generate`.
+    It has the same arguments and errors as `generate`, and `decoding`: the same model and variables
+    in a form that is faster with a single token, for what follows the prompt.
     """
     _check(model, [prompt], max_new_tokens, temperature, top_k, top_p, key)
     return _stream(
         model,
         variables,
+        (model, variables) if decoding is None else decoding,
         prompt,
         max_new_tokens,
         jnp.float32(temperature) if temperature > 0 else None,
@@ -113,6 +116,7 @@ def stream(
 def _stream(
     model: Llama,
     variables: Mapping[str, Any],
+    decoding: tuple[Llama, Mapping[str, Any]],
     prompt: Sequence[int],
     max_new_tokens: int,
     temperature: Float32[Array, ""] | None,
@@ -133,8 +137,7 @@ def _stream(
         # The first two tokens compile a program each.
         with progress_bar("Compiling the decoder") if step < 2 else contextlib.nullcontext():
             token, cache = _advance(
-                model,
-                variables,
+                *((model, variables) if step == 0 else decoding),
                 token,
                 cache,
                 lengths if step == 0 else None,

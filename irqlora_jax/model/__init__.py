@@ -1,1 +1,1 @@
-"""The LLaMA: architecture, layers, loss, and the names and shapes of its weights."""
+"""LLaMA and its relatives: architecture, layers, loss, and the names and shapes of its weights."""

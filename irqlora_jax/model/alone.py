@@ -1,7 +1,7 @@
 """Applies one decoder layer alone, to go through a model layer by layer.
 
 The weights of the layer are arguments of the compiled program, so that one program serves all
-layers.
+layers of the same kind. `LlamaConfig.of_layer` gives their settings.
 """
 
 import functools
@@ -26,7 +26,7 @@ def layer_outputs(
     """The hidden states behind the layer.
 
     Args:
-        settings: of the model, without adapters.
+        settings: of the layer, without adapters.
         weights: the base of the layer, without the axis of stacked layers.
         x: the hidden states in front of the layer, in rows without padding.
     """
@@ -53,7 +53,7 @@ def apply_alone(
     """`Layer.apply` for rows without padding.
 
     Args:
-        settings: of the model.
+        settings: of the layer.
         weights: the base of the layer.
         x: the hidden states in front of it.
         adapters: its adapters by group and projection; None: there are none.

@@ -9,19 +9,34 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from irqlora_jax.machine import compute_capability
-from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.config import LlamaConfig, RopeScaling
 from irqlora_jax.quant.choose import Implementation, choose, serves_all
 
 
-def rope_frequencies(config: LlamaConfig) -> Float32[Array, " half"]:
-    """Radians per position of each of the head_dim / 2 rotations."""
+def rope_frequencies(
+    config: LlamaConfig, length: Int[Array, ""] | None = None
+) -> Float32[Array, " half"]:
+    """Radians per position of each of the head_dim / 2 rotations.
+
+    Args:
+        config: the architecture.
+        length: number of positions, for dynamic scaling (default: max_position_embeddings).
+    """
     exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    frequencies = 1 / jnp.power(jnp.float32(config.rope_theta), exponent)
-    scaling = config.rope_scaling
-    if scaling is None:
+    scaling, theta = config.rope_scaling, jnp.float32(config.rope_theta)
+    if scaling is not None and scaling.rope_type == "dynamic" and length is not None:
+        most = config.max_position_embeddings
+        longer = jnp.maximum(length, most).astype(jnp.float32) / most
+        power = config.head_dim / (config.head_dim - 2)
+        theta = theta * (scaling.factor * longer - (scaling.factor - 1)) ** power
+    frequencies = 1 / jnp.power(theta, exponent)
+    if scaling is None or scaling.rope_type == "dynamic":
         return frequencies
     if scaling.rope_type == "linear":
         return frequencies / scaling.factor
+    if scaling.rope_type == "yarn":
+        divided = _yarn_ramp(config, scaling)
+        return frequencies / scaling.factor * divided + frequencies * (1 - divided)
     # llama3 stretches long waves by `factor`, keeps short ones, and blends the ones between.
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
@@ -29,13 +44,35 @@ def rope_frequencies(config: LlamaConfig) -> Float32[Array, " half"]:
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
+def _yarn_ramp(config: LlamaConfig, scaling: RopeScaling) -> Float32[Array, " half"]:
+    """How far each frequency is divided: from 0 for short waves to 1 for long ones."""
+    original, size = scaling.original_max_position_embeddings, config.head_dim
+
+    def feature(turns: float) -> float:
+        """The wave with this many turns within the original context."""
+        ratio = math.log(original / (turns * 2 * math.pi))
+        return size * ratio / (2 * math.log(config.rope_theta))
+
+    low, high = feature(scaling.beta_fast), feature(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    width = high - low or 0.001
+    return jnp.clip((jnp.arange(size // 2, dtype=jnp.float32) - low) / width, 0, 1)
+
+
 def rope_rotations(
     config: LlamaConfig, positions: Int[Array, "batch seq"]
 ) -> tuple[Float32[Array, "batch seq half"], Float32[Array, "batch seq half"]]:
     """Cosines and sines of the rotations at these positions."""
-    frequencies = rope_frequencies(config)[None, None, :]
+    scaling, length = config.rope_scaling, None
+    if scaling is not None and scaling.rope_type == "dynamic":
+        length = positions.max() + 1  # of all rows together, as in transformers
+    frequencies = rope_frequencies(config, length)[None, None, :]
     angles = positions[:, :, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+    if scaling is None or scaling.scale == 1:
+        return jnp.cos(angles), jnp.sin(angles)
+    return jnp.cos(angles) * scaling.scale, jnp.sin(angles) * scaling.scale
 
 
 def rotate(
@@ -80,6 +117,7 @@ def attend(
     segment_ids: Int[Array, "batch seq"] | None = None,
     implementation: Literal["xla", "cudnn"] | None = None,
     chunk: int = 256,
+    window: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "batch seq heads head_dim"]:
     """Causal grouped-query attention. The softmax is float32.
 
@@ -95,17 +133,27 @@ def attend(
             at a time. None: the first of these that can serve.
         chunk: queries whose scores "xla" holds at the same time. With more than two chunks, the
             backward pass recomputes the scores, so memory grows linearly with `seq`.
+        window: number of slots that a query attends to, its own and those before it. None: no
+            limit. An array, if it differs between the layers of a loop.
 
     Raises:
         ValueError: the implementation cannot serve; the message says why, and which ones can.
     """
-    operands = q, k, v, slots, segment_ids
+    if isinstance(window, int) and window >= k.shape[1]:
+        window = None
+    operands = q, k, v, slots, segment_ids, window
     chosen = choose(implementation, _IMPLEMENTATIONS, *operands, setting="attention")
     return chosen.forward(*operands, chunk)
 
 
 def _in_chunks(
-    q: Array, k: Array, v: Array, slots: Array | None, segment_ids: Array | None, chunk: int
+    q: Array,
+    k: Array,
+    v: Array,
+    slots: Array | None,
+    segment_ids: Array | None,
+    window: int | Array | None,
+    chunk: int,
 ) -> Array:
     """The implementation "xla"."""
     batch, seq, *features = q.shape
@@ -116,7 +164,10 @@ def _in_chunks(
 
     def attend_to_all(queries: tuple[Array, Array, Array | None]) -> Array:
         q, slots, ids = queries
-        mask = jnp.arange(k.shape[1])[None, None, :] <= slots[:, :, None]
+        keys_at = jnp.arange(k.shape[1])[None, None, :]
+        mask = keys_at <= slots[:, :, None]
+        if window is not None:
+            mask &= keys_at > slots[:, :, None] - window
         if ids is not None:
             assert segment_ids is not None
             mask &= ids[:, :, None] == segment_ids[:, None, :]
@@ -159,7 +210,12 @@ def _cudnn(q: Array, k: Array, v: Array, *_: Any) -> Array:
 
 
 def _cudnn_refusal(
-    q: Array, k: Array, v: Array, slots: Array | None, segment_ids: Array | None
+    q: Array,
+    k: Array,
+    v: Array,
+    slots: Array | None,
+    segment_ids: Array | None,
+    window: int | Array | None,
 ) -> str | None:
     """Why cuDNN cannot serve, or None."""
     device = jax.devices()[0]
@@ -176,6 +232,8 @@ def _cudnn_refusal(
         # jax passes segments only as a mask over all pairs of tokens, and computes the gradient of
         # that mask too.
         return "it does not support packed rows"
+    if window is not None:
+        return "it does not support rows longer than the sliding window"
     try:
         jax.eval_shape(lambda *x: jax.vjp(_cudnn, *x)[0], q, k, v)
     except (RuntimeError, ValueError, NotImplementedError) as error:

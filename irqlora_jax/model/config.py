@@ -1,13 +1,35 @@
-"""The architecture of a LLaMA, as Hugging Face's config.json describes it."""
+"""The architecture of a LLaMA or a relative of it, as Hugging Face's config.json describes it."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from irqlora_jax.text import require
+from irqlora_jax.model.families import ACCEPTED, FAMILIES, Family
+from irqlora_jax.model.rope import RopeScaling as RopeScaling
+from irqlora_jax.model.rope import read_rope
+from irqlora_jax.model.values import (
+    check,
+    is_whole,
+    not_null,
+    read_flag,
+    read_positive,
+    read_size,
+    read_token,
+)
 
-_LARGEST = 3e38
-"""Larger numbers are infinite in float32."""
+ATTENTION_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj")
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers in `layer_types`."""
+_LATER = (
+    "model_type",
+    "attention_bias",
+    "sliding_window",
+    "sliding_layers",
+    "unrotated_layers",
+)
+"""Fields that `to_dict` writes in another form, or at the end as earlier versions did."""
+_MOST_LAYERS = 10_000
+"""More are a damaged file: lists of all layers would not fit into memory."""
 _NEEDED = (
     "vocab_size",
     "hidden_size",
@@ -17,57 +39,16 @@ _NEEDED = (
 )
 
 
-def _require(ok: bool, field: str, value: Any, accepted: str) -> None:
-    require(ok, f"config.json: {field}", value, accepted)
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _size(field: str, value: Any) -> int:
-    _require(_is_whole(value) and value >= 1, field, value, "a whole number of at least 1")
-    return value
-
-
-def _token_id(field: str, value: Any) -> int | None:
-    _require(value is None or _is_whole(value), field, value, "a whole number or null")
-    return value
-
-
-def _positive(field: str, value: Any) -> float:
-    ok = _is_whole(value) or isinstance(value, float)
-    _require(ok and 0 < value < _LARGEST, field, value, "a positive number")
-    return float(value)
-
-
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that are not null."""
-    return {name: value for name, value in values.items() if value is not None}
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """Scaling of the rotary frequencies, for longer contexts than in the pretraining."""
-
-    rope_type: Literal["linear", "llama3"]
-    factor: float
-    low_freq_factor: float = 1.0
-    """For llama3 only, like the next two fields."""
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def to_dict(self) -> dict[str, Any]:
-        """The values as in config.json."""
-        values = dataclasses.asdict(self)
-        return (
-            values if self.rope_type == "llama3" else {"rope_type": "linear", "factor": self.factor}
-        )
+def _check_depth(layers: int) -> None:
+    check(layers <= _MOST_LAYERS, "num_hidden_layers", layers, f"at most {_MOST_LAYERS}")
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The architecture. Fields have the names of Hugging Face's config.json."""
+    """The architecture. Fields have the names of Hugging Face's config.json.
+
+    Not all `model_type` have all options: see `families.py`.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -84,84 +65,174 @@ class LlamaConfig:
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
     pad_token_id: int | None = None
+    model_type: str = "llama"
+    attention_bias: bool = False
+    """Whether q_proj, k_proj, v_proj and o_proj have a bias."""
+    sliding_window: int | None = None
+    """Positions that a token attends to, its own included. Null: all before it."""
+    sliding_layers: tuple[int, ...] = ()
+    """The layers with the sliding window; all layers of a Mistral, or none. Files call them
+    layer_types."""
+    unrotated_layers: tuple[int, ...] = ()
+    """The layers without rotary positions. Files have the others, no_rope_layers = 1."""
 
     def __post_init__(self) -> None:
         for name in (*_NEEDED, "num_key_value_heads", "max_position_embeddings"):
-            _size(name, getattr(self, name))
+            read_size(name, getattr(self, name))
+        _check_depth(self.num_hidden_layers)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         accepted = f"a divisor of num_attention_heads = {heads}"
-        _require(heads % kv_heads == 0, "num_key_value_heads", kv_heads, accepted)
+        check(heads % kv_heads == 0, "num_key_value_heads", kv_heads, accepted)
         ok = self.head_dim >= 2 and self.head_dim % 2 == 0
-        _require(ok, "head_dim", self.head_dim, "a positive even number")
+        check(ok, "head_dim", self.head_dim, "a positive even number")
+        dynamic = self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic"
+        ok = not dynamic or self.head_dim > 2
+        check(ok, "head_dim", self.head_dim, "at least 4 with dynamic scaling")
         for name in ("rms_norm_eps", "rope_theta"):
-            _positive(name, getattr(self, name))
+            read_positive(name, getattr(self, name))
+        check(self.model_type in FAMILIES, "model_type", self.model_type, ACCEPTED)
+        accepted = f"False with model_type {self.model_type!r}"
+        ok = "attention_bias" in self.family.options or not self.attention_bias
+        check(ok, "attention_bias", self.attention_bias, accepted)
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        options, every = self.family.options, tuple(range(self.num_hidden_layers))
+        window, layers = self.sliding_window, self.sliding_layers
+        if "sliding_window" not in options:
+            check(window is None, "sliding_window", window, f"null for a {self.model_type}")
+        if window is not None:
+            read_size("sliding_window", window)
+        accepted = "some of the layers, in order"
+        if window is None or "sliding_layers" not in options:
+            expected = () if window is None else every
+            accepted = "no layers without sliding_window" if window is None else "all layers"
+        else:
+            expected = tuple(layer for layer in every if layer in layers) or every
+        check(layers == expected, "sliding_layers", layers, accepted)
+        found, can = self.unrotated_layers, "unrotated_layers" in options
+        expected = tuple(layer for layer in every if layer in found) if can else ()
+        accepted = "some of the layers, in order" if can else f"none for a {self.model_type}"
+        check(found == expected, "unrotated_layers", found, accepted)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
         """Reads a config.json. The rotary settings may be in their old or new place.
 
-        A field that is null has its default, as if it were absent. Only for the ids of special
-        tokens, null means that there is no such token.
+        A field that is null has its default, as if it were absent. But null means that there is no
+        such token, no sliding window, or as many heads of keys and values as of queries.
 
         Raises:
-            ValueError: not a LLaMA, an unsupported variant, or an invalid value. The message names
-                the field.
+            ValueError: another kind of model, an unsupported variant, or an invalid value. The
+                message names the field.
         """
-        given = _given(values)
-        kind = given.get("model_type")
-        _require(kind == "llama", "model_type", kind, "'llama'")
-        for name, default in (
-            ("attention_bias", False),
-            ("mlp_bias", False),
-            ("hidden_act", "silu"),
-        ):
+        kind = values.get("model_type")
+        check(isinstance(kind, str) and kind in FAMILIES, "model_type", kind, ACCEPTED)
+        defaults = FAMILIES[str(kind)].defaults
+        given, values = {**defaults, **not_null(values)}, {**defaults, **values}
+        for name, default in (("mlp_bias", False), ("hidden_act", "silu")):
             value = given.get(name, default)
-            _require(value == default, name, value, repr(default))
-        sizes = {name: _size(name, given.get(name)) for name in _NEEDED}
+            check(value == default, name, value, repr(default))
+        sizes = {name: read_size(name, given.get(name)) for name in _NEEDED}
+        _check_depth(sizes["num_hidden_layers"])
         heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
         if "head_dim" not in given:
             accepted = f"a multiple of num_attention_heads = {heads}, or any if head_dim is given"
-            _require(hidden % heads == 0, "hidden_size", hidden, accepted)
+            check(hidden % heads == 0, "hidden_size", hidden, accepted)
         head_dim = given.get("head_dim", hidden // heads)
-        _require(_is_whole(head_dim), "head_dim", head_dim, "a positive even number")
-        theta, scaling = _read_rope(given)
-        tied = given.get("tie_word_embeddings", False)
-        _require(isinstance(tied, bool), "tie_word_embeddings", tied, "true or false")
+        check(is_whole(head_dim), "head_dim", head_dim, "a positive even number")
+        theta, scaling = read_rope(given)
         eos = values.get("eos_token_id", 2)
         ends = () if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (eos,)
         accepted = "a whole number, a list of them, or null"
-        _require(all(map(_is_whole, ends)), "eos_token_id", eos, accepted)
+        check(all(map(is_whole, ends)), "eos_token_id", eos, accepted)
         return cls(
             **sizes,
-            num_key_value_heads=_size(
-                "num_key_value_heads", given.get("num_key_value_heads", heads)
+            num_key_value_heads=read_size(
+                "num_key_value_heads", not_null(values).get("num_key_value_heads", heads)
             ),
             head_dim=head_dim,
-            rms_norm_eps=_positive("rms_norm_eps", given.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=read_positive("rms_norm_eps", given.get("rms_norm_eps", 1e-6)),
             rope_theta=theta,
             rope_scaling=scaling,
-            max_position_embeddings=_size(
+            max_position_embeddings=read_size(
                 "max_position_embeddings", given.get("max_position_embeddings", 2048)
             ),
-            tie_word_embeddings=tied,
-            bos_token_id=_token_id("bos_token_id", values.get("bos_token_id", 1)),
+            tie_word_embeddings=read_flag(given, "tie_word_embeddings"),
+            bos_token_id=read_token("bos_token_id", values.get("bos_token_id", 1)),
             eos_token_ids=ends,
-            pad_token_id=_token_id("pad_token_id", values.get("pad_token_id")),
+            pad_token_id=read_token("pad_token_id", values.get("pad_token_id")),
+            model_type=str(kind),
+            attention_bias=read_flag(given, "attention_bias"),
+            **_read_windows(given, values, sizes["num_hidden_layers"], str(kind)),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """An ordinary config.json, which `from_dict` and transformers read."""
         values = dataclasses.asdict(self)
+        for name in _LATER:
+            del values[name]
         eos = values.pop("eos_token_ids")
         return values | {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [self.family.architecture],
+            "model_type": self.model_type,
             "hidden_act": "silu",
-            "attention_bias": False,
+            "attention_bias": self.attention_bias,
             "mlp_bias": False,
             "rope_scaling": self.rope_scaling and self.rope_scaling.to_dict(),
             "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
+            **self._windows_to_dict(),
         }
+
+    def _windows_to_dict(self) -> dict[str, Any]:
+        options, window, depth = self.family.options, self.sliding_window, self.num_hidden_layers
+        if "sliding_window" not in options:
+            return {}
+        if "sliding_layers" not in options:
+            return {"sliding_window": window}
+        kinds = [SLIDING if layer in self.sliding_layers else FULL for layer in range(depth)]
+        found: dict[str, Any] = {"use_sliding_window": window is not None}
+        found |= {"sliding_window": window, "layer_types": kinds}
+        if "unrotated_layers" in options:
+            found["no_rope_layers"] = list(map(int, self.rotated))
+        if self.model_type.startswith("qwen"):
+            # Tools that do not know layer_types take the layers from here on for sliding ones.
+            found["max_window_layers"] = min(self.sliding_layers, default=depth)
+        return found
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer; None: a token attends to all before it."""
+        layers = range(self.num_hidden_layers)
+        return tuple(self.sliding_window if i in self.sliding_layers else None for i in layers)
+
+    @property
+    def rotated(self) -> tuple[bool, ...]:
+        """Whether each layer has rotary positions."""
+        return tuple(i not in self.unrotated_layers for i in range(self.num_hidden_layers))
+
+    def of_layer(self, layer: int) -> "LlamaConfig":
+        """The architecture of one layer alone. Layers of the same kind have the same."""
+        if len(set(zip(self.windows, self.rotated, strict=True))) == 1:
+            return self
+        window = self.windows[layer]
+        return dataclasses.replace(
+            self,
+            num_hidden_layers=1,
+            sliding_window=window,
+            sliding_layers=() if window is None else (0,),
+            unrotated_layers=() if self.rotated[layer] else (0,),
+        )
+
+    @property
+    def family(self) -> Family:
+        """What all models of this `model_type` have in common."""
+        return FAMILIES[self.model_type]
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """The linear layers with a bias."""
+        return ATTENTION_NAMES if self.attention_bias else self.family.biased
 
     @property
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
@@ -180,28 +251,47 @@ class LlamaConfig:
         }
 
 
-def _read_rope(given: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    field = "rope_parameters" if given.get("rope_parameters", {}) != {} else "rope_scaling"
-    rope = given.get(field, {})
-    _require(isinstance(rope, dict), field, rope, "an object, or null")
-    rope = _given(rope)
-    if "rope_theta" in rope:
-        theta = _positive(f"{field}.rope_theta", rope["rope_theta"])
+def _read_windows(
+    given: Mapping[str, Any], values: Mapping[str, Any], depth: int, kind: str
+) -> dict[str, Any]:
+    """Reads the fields about sliding windows, as the class in transformers does."""
+    options = FAMILIES[kind].options
+    if "sliding_window" not in options:
+        return {}
+    window = values.get("sliding_window")  # null is not the default
+    if window is not None:
+        read_size("sliding_window", window)
+    if "sliding_layers" not in options:
+        every = () if window is None else tuple(range(depth))
+        return {"sliding_window": window, "sliding_layers": every}
+    used, found = read_flag(given, "use_sliding_window"), {}
+    sliding = [used and window is not None] * depth
+    if "unrotated_layers" in options:
+        rotated = _read_rotated(given, depth)
+        found = {"unrotated_layers": tuple(i for i, one in enumerate(rotated) if not one)}
+        sliding = [own and not one for own, one in zip(sliding, rotated, strict=True)]
     else:
-        theta = _positive("rope_theta", given.get("rope_theta", 10000.0))
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    ok = rope_type in ("default", "linear", "llama3")
-    _require(ok, f"{field}.rope_type", rope_type, "'default', 'linear' or 'llama3'")
-    part = rope.get("partial_rotary_factor", 1)
-    _require(part == 1, f"{field}.partial_rotary_factor", part, "1")
-    if rope_type == "default":
-        return theta, None
-    factor = _positive(f"{field}.factor", rope.get("factor"))
-    if rope_type == "linear":
-        return theta, RopeScaling("linear", factor)
-    names = ("low_freq_factor", "high_freq_factor")
-    low, high = (_positive(f"{field}.{name}", rope.get(name)) for name in names)
-    _require(high > low, f"{field}.{names[1]}", high, f"more than {names[0]} = {low}")
-    name = "original_max_position_embeddings"
-    original = _size(f"{field}.{name}", rope.get(name))
-    return theta, RopeScaling("llama3", factor, low, high, original)
+        first = given.get("max_window_layers", 0)
+        check(is_whole(first) and first >= 0, "max_window_layers", first, "a whole number")
+        sliding = [own and i >= first for i, own in enumerate(sliding)]
+    kinds = given.get("layer_types")
+    if kinds is None:
+        kinds = [SLIDING if own else FULL for own in sliding]
+    accepted = f"a list of {depth} times {FULL!r} or {SLIDING!r}"
+    ok = isinstance(kinds, list | tuple) and len(kinds) == depth
+    ok = ok and all(each in (FULL, SLIDING) for each in kinds)
+    check(ok, "layer_types", kinds, accepted)
+    layers = tuple(layer for layer, each in enumerate(kinds) if each == SLIDING)
+    accepted = f"{FULL!r} alone, unless use_sliding_window is true and sliding_window is given"
+    check(not layers or (used and window is not None), "layer_types", kinds, accepted)
+    return {"sliding_window": window if layers else None, "sliding_layers": layers, **found}
+
+
+def _read_rotated(given: Mapping[str, Any], depth: int) -> list[int]:
+    """1 for each layer with rotary positions, else 0."""
+    interval = read_size("no_rope_layer_interval", given.get("no_rope_layer_interval"))
+    kinds = given.get("no_rope_layers", [int((i + 1) % interval != 0) for i in range(depth)])
+    ok = isinstance(kinds, list | tuple) and len(kinds) >= depth
+    ok = ok and all(is_whole(one) and one in (0, 1) for one in kinds)
+    check(ok, "no_rope_layers", kinds, f"a list of {depth} times 1 (with rotations) or 0")
+    return list(kinds)[:depth]

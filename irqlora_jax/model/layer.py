@@ -1,4 +1,4 @@
-"""One decoder layer of LLaMA: norms, attention and MLP, whose linear layers may have an adapter."""
+"""One decoder layer: norms, attention and MLP, whose linear layers may have an adapter."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,6 +13,7 @@ from irqlora_jax.adapters import scales
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.model.attention import attend, einsum_f32, rotate
 from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.tree import BIAS
 from irqlora_jax.quant.matmul import MatmulName, dequant_matmul
 from irqlora_jax.sharding import SPLIT_INPUTS, gather, split_activation
 
@@ -22,6 +23,8 @@ Cache = dict[str, Array]
 """Keys and values of the tokens seen: "k", "v" [layer, batch, slot, kv_head, head_dim], and
 "length" [batch], the number of tokens in each row. The token at position p is in slot p."""
 
+_UNLIMITED = 2**30
+"""More slots than a cache has."""
 _normal = nn.initializers.normal(0.02)
 
 
@@ -68,16 +71,18 @@ class Context(NamedTuple):
     segment_ids: Int[Array, "batch seq"] | None
 
 
-def _frozen(module: nn.Module, shape: tuple[int, ...], init: Initializer = _normal) -> Any:
+def _frozen(
+    module: nn.Module, shape: tuple[int, ...], init: Initializer = _normal, name: str = "weight"
+) -> Any:
     """Returns a weight of the base. `Llama.init` has no base, so it makes a random weight."""
 
     def fresh() -> Array:
         return init(module.make_rng("params"), shape, jnp.float32)
 
-    weight = module.variable("base", "weight", fresh).value
+    weight = module.variable("base", name, fresh).value
     if tuple(weight.shape) != shape:
-        name = ".".join((*module.path, "weight"))
-        raise ValueError(f"base: {name} has shape {tuple(weight.shape)}: expected {shape}")
+        path = ".".join((*module.path, name))
+        raise ValueError(f"base: {path} has shape {tuple(weight.shape)}: expected {shape}")
     return weight
 
 
@@ -93,7 +98,8 @@ class Weight(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """W x with a frozen W, plus the scaled update of the adapter if the layer is a target.
+    """W x with a frozen W, plus the scaled update of the adapter if the layer is a target, plus a
+    frozen bias if the architecture has one.
 
     With `mutable=["stats"]` it also returns the second moments of its inputs, "gram" [in, in] in
     float32: the sum of x x^T over all tokens. Data-driven calibrations need them.
@@ -108,6 +114,14 @@ class AdaptedLinear(nn.Module):
     ) -> Float[Array, "batch seq out"]:
         """`params` are the parameters of the adapter; None: the layer is not a target."""
         assert self.name is not None
+
+        def with_bias(y: Array) -> Array:
+            y = split_activation(y, not split_inputs)
+            if self.name not in self.settings.config.biased:
+                return y
+            bias = _frozen(self, self.shape[:1], nn.initializers.zeros, BIAS)
+            return y + bias.astype(y.dtype)[None, None]
+
         split_inputs = self.name in SPLIT_INPUTS
         x = split_activation(x, split_inputs)
         if self.is_mutable_collection("stats"):
@@ -115,8 +129,7 @@ class AdaptedLinear(nn.Module):
             self.sow("stats", "gram", gram, init_fn=lambda: 0.0, reduce_fn=jnp.add)
         weight = gather(_frozen(self, self.shape), self.name)
         if params is None:
-            y = dequant_matmul(x, weight, self.settings.matmul)
-            return split_activation(y, not split_inputs)
+            return with_bias(dequant_matmul(x, weight, self.settings.matmul))
         adapter = self.settings.adapter
         assert adapter is not None
         frozen = adapter.chosen.frozen(adapter.options)
@@ -133,7 +146,7 @@ class AdaptedLinear(nn.Module):
         y = y + method.apply(leaves, x, dropped, scale, weight)
         if method.gain is not None:
             y = y * method.gain(leaves, weight, scale).astype(y.dtype)[None, None]
-        return split_activation(y, not split_inputs)
+        return with_bias(y)  # the gain is one of the weight alone
 
 
 class _Block(nn.Module):
@@ -158,17 +171,40 @@ class Attention(_Block):
         layer: Int[Array, ""],
         context: Context,
     ) -> tuple[Float[Array, "batch seq hidden"], Cache | None]:
+        config = self.settings.config
+
         def heads(name: str) -> Array:
-            return self.linear(name, x).reshape(*x.shape[:2], -1, self.settings.config.head_dim)
+            return self.linear(name, x).reshape(*x.shape[:2], -1, config.head_dim)
+
+        def rotated(name: str, norm: str) -> Array:
+            y = heads(name)
+            if config.family.head_norms:
+                weight = Weight((config.head_dim,), nn.initializers.ones, name=norm)()
+                y = rms_norm(y, weight, config.rms_norm_eps)
+            return y if turned is False else rotate(y, *rope)
 
         rope, slots = context.rope, context.slots
-        q, k, v = rotate(heads("q_proj"), *rope), rotate(heads("k_proj"), *rope), heads("v_proj")
+        turned = _of_layer(config.rotated, layer)
+        if not isinstance(turned, bool):
+            rope = jnp.where(turned, rope[0], 1), jnp.where(turned, rope[1], 0)
+        q, k, v = rotated("q_proj", "q_norm"), rotated("k_proj", "k_norm"), heads("v_proj")
         if cache is not None:
             new = (layer, jnp.arange(x.shape[0])[:, None], slots)
             cache = {"k": cache["k"].at[new].set(k), "v": cache["v"].at[new].set(v)}
             k, v = cache["k"][layer], cache["v"][layer]
-        y = attend(q, k, v, slots, context.segment_ids, self.settings.attention)
+        given = slots, context.segment_ids, self.settings.attention
+        # Layers whose windows no row reaches are alike, so cuDNN can serve them.
+        windows = tuple(w if w and w < k.shape[1] else None for w in config.windows)
+        window = _of_layer(windows, layer)
+        y = attend(q, k, v, *given, window=window)
         return self.linear("o_proj", y.reshape(*x.shape[:2], -1)), cache
+
+
+def _of_layer(values: tuple[Any, ...], layer: Int[Array, ""]) -> Any:
+    """The value of a layer. It is static unless the layers of the loop differ."""
+    if len(set(values)) == 1:
+        return values[0]
+    return jnp.asarray([_UNLIMITED if value is None else value for value in values])[layer]
 
 
 class MLP(_Block):

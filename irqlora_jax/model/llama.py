@@ -1,4 +1,4 @@
-"""LLaMA 1, 2 and 3 as a functional Flax (linen) module: frozen base, trained adapters.
+"""LLaMA and its relatives as a functional Flax (linen) module: frozen base, trained adapters.
 
 There are two collections: `base` holds the frozen weights (QTensors or float arrays), `params` the
 adapters. Both use Hugging Face's names, and stack the layers on a leading axis for `nn.scan`.
@@ -48,7 +48,7 @@ def head_logits(
 
 
 class Llama(nn.Module):
-    """LLaMA with adapters.
+    """A LLaMA, or a relative of it, with adapters.
 
     `apply({"params": adapters, "base": base}, tokens)` gives logits; `init(key, tokens)` gives
     fresh adapters and a random float base, for pretraining.

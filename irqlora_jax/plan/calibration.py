@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from irqlora_jax.base.train_layer import layer_configs, layer_job
 from irqlora_jax.config import Config
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.model.tree import Tree, insert, weight_shapes
-from irqlora_jax.plan.measure import PlanDevice, silent_stderr
+from irqlora_jax.model.tree import Tree, insert, leaf_path, weight_shapes
+from irqlora_jax.plan.measure import PlanDevice, new_bytes, silent_stderr
 from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.encode import quantized_shape
 
@@ -58,10 +59,11 @@ def measure_calibration(config: Config, llama: LlamaConfig, target: PlanDevice) 
     x = like((asked.batch_size, asked.length, llama.hidden_size))
     weights: Tree = {}
     for path, shape in weight_shapes(llama)[0].items():
-        insert(weights, path, {"weight": like(shape)})
+        insert(weights, leaf_path(path), like(shape))
     layer = sum(4 * leaf.size for leaf in jax.tree.leaves(weights))
-    program, given = input_moments, (alone(llama), weights, x)
-    squares = asked.metric == "gradients" and config.adapter.needs == "fisher"
+    program, given = input_moments, (alone(llama, 0), weights, x)
+    chosen = config.quant.budget is not None and config.quant.allocation.errors == "fisher"
+    squares = asked.metric == "gradients" and (chosen or config.adapter.needs == "fisher")
     if asked.metric == "gradients":
         program, given = gradient_moments, (*given, x, squares)
     with progress_bar("Compiling the calibration of a layer"), silent_stderr():
@@ -109,14 +111,15 @@ def _step_memory(config: Config, llama: LlamaConfig, weights: Tree, target: Plan
     adapter = None if config.adapter.start.fit is None else config.adapter
     linears: dict[str, StoredLinear] = {}
     for name, (rows, columns) in llama.linear_shapes.items():
-        own, pair = configs[name], {}
+        own = configs[name]
+        pair: Any = {}
         if adapter is not None and name in adapter.targets:
             sizes = {"lora_A": (adapter.rank, columns), "lora_B": (rows, adapter.rank)}
             dtype = jnp.dtype(adapter.dtype)
             pair = {leaf: jax.ShapeDtypeStruct(shape, dtype) for leaf, shape in sizes.items()}
         packed = None if own.format == KEPT else quantized_shape((rows, columns), own)
         linears[name] = StoredLinear(packed, pair)
-    settings = dataclasses.replace(alone(llama), adapter=adapter)
+    settings = dataclasses.replace(alone(llama, 0), adapter=adapter)
     shape = options.batch, config.calibrate.length, llama.hidden_size
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     with progress_bar("Compiling the training of a layer"), silent_stderr():
@@ -124,8 +127,7 @@ def _step_memory(config: Config, llama: LlamaConfig, weights: Tree, target: Plan
         lowered = lower_step(job, weights, linears, x, target.devices[0])
         found = lowered.compile(compiler_options=target.options).memory_analysis()
     assert found is not None
-    new = found.output_size_in_bytes - found.alias_size_in_bytes
-    return found.argument_size_in_bytes + found.temp_size_in_bytes + new
+    return found.argument_size_in_bytes + new_bytes(found)
 
 
 def _work(config: Config, llama: LlamaConfig) -> float:

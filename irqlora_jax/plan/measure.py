@@ -23,8 +23,8 @@ from irqlora_jax.base.mesh import check_mesh
 from irqlora_jax.base.storage import Storage, abstract_base, measure_base
 from irqlora_jax.config import Config
 from irqlora_jax.data import longest_row
-from irqlora_jax.files.hub import read_values
-from irqlora_jax.machine import fastest_dtype
+from irqlora_jax.files.hub import read_dtype
+from irqlora_jax.machine import fastest_dtype, total_memory
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.plan.gpus import OPTIONS, compile_only_devices, find_device, usable_fraction
@@ -32,9 +32,10 @@ from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import check_model, is_base, read_architecture
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
 from irqlora_jax.sharding import ROWS, device_bytes, make_mesh, tree_shardings
-from irqlora_jax.text import refusal
 from irqlora_jax.train.step import make_step, state_shardings
 
+TIGHT = 0.95
+"""Above this fraction of the usable memory, fragmentation may fail an allocation."""
 MAX_SPLIT = 8
 """Maximum factor by which a plan may raise the number of devices."""
 
@@ -146,7 +147,7 @@ def _local_device() -> PlanDevice:
     if "bytes_limit" in stats:
         memory = stats["bytes_limit"]
         return PlanDevice(devices[0].device_kind, devices, memory, int(memory / usable_fraction()))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(devices)
+    memory = total_memory() // len(devices)
     return PlanDevice(devices[0].device_kind, devices, memory, memory, shared=True)
 
 
@@ -163,12 +164,7 @@ def read_base_shapes(config: Config) -> tuple[Base, LlamaConfig]:
     llama = read_architecture(config.model, config.quant)
     if is_base(config.model):
         return base_shapes(Path(config.model) / BASE_FILE)
-    values = read_values(config.model)
-    dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
-    if dtype not in ("float32", "bfloat16", "float16"):
-        accepted = "float32, bfloat16 or float16"
-        raise refusal(f"{config.model}: config.json: dtype", dtype, accepted)
-    return abstract_base(llama, config.quant, jnp.dtype(dtype)), llama
+    return abstract_base(llama, config.quant, read_dtype(config.model)), llama
 
 
 def measure(
@@ -241,9 +237,17 @@ def measure(
             lowered = step.trace(state, base, batch, reference).lower()
             with silent_stderr():
                 program = lowered.compile(compiler_options=options)
-    found = program.memory_analysis()
-    extra = found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    extra = new_bytes(program.memory_analysis())
     return dataclasses.replace(need, step=device_bytes(batch) + extra // divisor)
+
+
+def new_bytes(found: Any) -> int:
+    """What a program needs besides its arguments: scratch space, and results in new arrays.
+
+    Args:
+        found: of `memory_analysis()`.
+    """
+    return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
 @contextlib.contextmanager

@@ -11,9 +11,11 @@ from irqlora_jax.config import Config, with_base_settings
 from irqlora_jax.messages import shows_messages
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.plan.calibration import CalibrationNeed, measure_calibration
+from irqlora_jax.plan.fit import with_planned_rules
 from irqlora_jax.plan.gpus import find_device
 from irqlora_jax.plan.measure import (
     MAX_SPLIT,
+    TIGHT,
     MemoryNeed,
     PlanDevice,
     device_count,
@@ -24,7 +26,6 @@ from irqlora_jax.plan.measure import (
 from irqlora_jax.runs.load import is_base
 from irqlora_jax.text import aligned, readable_size
 
-_TIGHT = 0.95  # above this fraction of the usable memory, fragmentation may fail an allocation
 _MAX_SHARE = 0.95  # the driver and the libraries need the rest
 _MAX_ROWS = 1024
 _SMALL_CHUNK = 256
@@ -51,19 +52,21 @@ def plan(config: Config, name: str | None = None) -> bool:
         find_device(name)  # refuse an unknown name before the slow steps
         config = _replace_fields(config, {"mesh.data": config.mesh.data or 1})
     config = with_base_settings(config)
-    base, llama = read_base_shapes(config)
     target = find_plan_device(name, device_count(config))
     if not is_base(config.model):
         check_text(config.quant, config.adapter, config.calibrate)
+    asked = config
+    config = with_planned_rules(config, target)
+    base, llama = read_base_shapes(config)
     need = measure(config, base, llama, target)
     logger.info(_table(config, need, target))
     calibrated = True
     if config.calibrate.data is not None and not is_base(config.model):
-        needed = measure_calibration(config, llama, target)
+        needed = measure_calibration(asked, llama, target)
         logger.info(_calibration(config, needed, target))
         calibrated = needed.device <= target.memory
     room = target.memory - need.peak
-    if need.peak <= _TIGHT * target.memory:
+    if need.peak <= TIGHT * target.memory:
         logger.info(f"fits, with {readable_size(room)} to spare")
         rows, most = _most_rows(config, base, llama, target, need)
         if rows > need.rows:
@@ -126,7 +129,7 @@ def _calibration(config: Config, need: CalibrationNeed, target: PlanDevice) -> s
     )
     if target.flops is not None:
         minutes = need.work / target.flops / 60
-        text += f" ({minutes:,.1f} minutes at the float32 rate of its data sheet)"
+        text += f" ({minutes:,.1f} minutes on one device at the float32 rate of its data sheet)"
     if need.device > target.memory:
         over = readable_size(need.device - target.memory)
         sizes = ["calibrate.batch_size", "calibrate.length"]
@@ -151,7 +154,7 @@ def _most_rows(
         return measure(_replace_fields(config, changes), base, llama, target)
 
     unit = need.devices // config.mesh.tensor
-    double, limit = rows(2 * need.rows), _TIGHT * target.memory
+    double, limit = rows(2 * need.rows), TIGHT * target.memory
     slope = max((double.peak - need.peak) / need.rows, 1)
     guess = min(int(need.rows + (limit - need.peak) / slope), _MAX_ROWS)
     best = (2 * need.rows, double) if double.peak <= limit else (need.rows, need)
@@ -174,7 +177,7 @@ def _advise(
     if memory < _MAX_SHARE * target.total:
         memory = int(_MAX_SHARE * target.total)
         words = f"XLA_CLIENT_MEM_FRACTION={_MAX_SHARE} "
-    limit = int(_TIGHT * memory)
+    limit = int(TIGHT * memory)
 
     def attempt(changes: dict[str, Any]) -> MemoryNeed:
         return measure(_replace_fields(config, changes), base, llama, target, limit)

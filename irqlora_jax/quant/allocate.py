@@ -10,7 +10,9 @@ whole numbers of bits, in units of their greatest common divisor, and the sum is
 """
 
 import dataclasses
+import logging
 import math
+import time
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -19,6 +21,7 @@ from scipy.sparse import coo_array
 
 from irqlora_jax.text import require
 
+logger = logging.getLogger(__name__)
 _RANGE = 1e4
 """Sum of the ranges of all errors, as the solver gets them."""
 
@@ -86,6 +89,7 @@ def allocate(
         LinearConstraint((sizes // unit).astype(np.float64)[None], -np.inf, room + 0.5),
     ]
     while True:
+        started = time.perf_counter()
         found = milp(
             each,
             integrality=np.ones(matrix.size),
@@ -100,6 +104,11 @@ def allocate(
         choices = score.argmax(axis=1)
         picked = np.arange(len(errors)), choices
         total = int(bits[picked].sum())
+        logger.debug(
+            f"scipy.optimize.milp: {matrix.size:,} of {errors.size:,} choices, "
+            f"{found.mip_node_count} nodes, gap {found.mip_gap:.1e}, {total:,} of {budget:,} bits, "
+            f"{time.perf_counter() - started:.2f} s"
+        )
         if total <= budget:
             return Allocation(tuple(map(int, choices)), float(errors[picked].sum()), total)
         # Excludes this choice alone, so the least error of the allowed ones is still found.

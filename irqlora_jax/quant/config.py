@@ -5,6 +5,7 @@ import fnmatch
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from irqlora_jax.quant.budget import AllocationOptions, parse_budget
 from irqlora_jax.quant.calibrations import CALIBRATIONS, PLAIN
 from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.calibrations.joint import JointOptions
@@ -127,6 +128,14 @@ class QuantConfig:
     """Overrides for some matrices. The first rule that matches a matrix applies. Consecutive layers
     with equal formats run in one compiled loop; each change of format between layers costs compile
     time."""
+    budget: float | str | None = None
+    """Choose formats for all matrices, so that the sum of their errors is the least for this size
+    (LQ-LoRA). A number: bits a weight of the linear layers, with scales and shifts. "27GB" or
+    "900MB" (10^9 and 10^6 bytes; GiB and MiB are 2^30 and 2^20): the whole base, with embeddings
+    and norms, without the header of its file. "fit": the largest base that fits the device while
+    it is trained. The choice sets `format`, `block_size`, `scale_bits`, `scale_rule` and `rules`.
+    Matrices of the `rules` that are given keep what those say, and count."""
+    allocation: AllocationOptions = AllocationOptions()
 
     def __post_init__(self) -> None:
         formats, calibrations = (*FORMATS, KEPT), tuple(CALIBRATIONS)
@@ -164,6 +173,9 @@ class QuantConfig:
                 dataclasses.replace(self, rules=(), **rule.overrides)
             except ValueError as error:
                 raise ValueError(f"{field} ({shorten(rule.match)}): {error}") from error
+        if self.budget is not None:
+            parse_budget(self.budget)
+            _ = self.candidates  # checks them
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "QuantConfig":
@@ -177,8 +189,26 @@ class QuantConfig:
         for name, options in (("apiq", ApiqOptions), ("block", BlockOptions)):
             if name in values:
                 nested[name] = options(**values[name])
+        if "allocation" in values:
+            nested["allocation"] = AllocationOptions.from_dict(values["allocation"])
         rules = tuple(QuantRule(**rule) for rule in values.get("rules", ()))
         return cls(**{**values, **nested, "rules": rules})
+
+    @property
+    def candidates(self) -> tuple["QuantConfig", ...]:
+        """The configurations that `budget` chooses from, without rules.
+
+        Raises:
+            ValueError: a candidate is not valid with the other fields.
+        """
+        found = []
+        for one in self.allocation.candidates:
+            fields = {"rules": (), "budget": None, "allocation": AllocationOptions()} | one
+            try:
+                found.append(dataclasses.replace(self, **fields))
+            except ValueError as error:
+                raise ValueError(f"quant.allocation ({one['format']}): {error}") from error
+        return tuple(found)
 
     @property
     def options(self) -> Any:
@@ -233,7 +263,8 @@ class QuantConfig:
     @property
     def needs_text(self) -> bool:
         """Whether a text is needed to quantize a model."""
-        return self.needs_inputs or (self.quantizes and self.training != "none")
+        chosen = self.budget is not None and self.allocation.needs_text
+        return chosen or self.needs_inputs or (self.quantizes and self.training != "none")
 
     @property
     def trainer(self) -> ApiqOptions | BlockOptions | None:
@@ -243,7 +274,8 @@ class QuantConfig:
     @property
     def quantizes(self) -> bool:
         """Whether any matrix may be quantized."""
-        return any(name != KEPT for name in (self.format, *(rule.format for rule in self.rules)))
+        names = self.format, *(rule.format for rule in self.rules)
+        return self.budget is not None or any(name != KEPT for name in names)
 
     @property
     def label(self) -> str:

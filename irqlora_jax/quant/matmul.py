@@ -148,7 +148,7 @@ def dequant_matmul(
         updates = {name: getattr(weight, name) for name in _UPDATES}
         return _frozen_matmul(forward, backward, x, weight.without_updates(), updates)
     check_implementation(implementation, x, weight)
-    return x @ weight.astype(x.dtype).T
+    return jnp.einsum("...i,oi->...o", x, weight.astype(x.dtype))
 
 
 def _choose(

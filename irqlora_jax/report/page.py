@@ -76,6 +76,7 @@ _SECTIONS: tuple[tuple[str, Callable[[RunData], Markup]], ...] = (
     ("Training", sections.training),
     ("What the adapter learned", sections.learned),
     ("Evaluation", scored.evaluation),
+    ("Bits by layer", quantized.bits),
     ("Entropy of the codes", quantized.entropy),
     ("Codes, shifts and errors", quantized.quantization),
     ("Errors of the outputs", quantized.output_errors),

@@ -1,13 +1,16 @@
 """Makes the sections about the quantization: entropy, codes, shifts, errors."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from irqlora_jax.base.survey import bin_edges
+from irqlora_jax.config.base import quant_settings
 from irqlora_jax.quant.calibrations import CALIBRATIONS, PLAIN
-from irqlora_jax.quant.config import TITLES
+from irqlora_jax.quant.config import TITLES, QuantConfig
 from irqlora_jax.quant.formats import FORMATS, Format
+from irqlora_jax.report.heat import heat_map
 from irqlora_jax.report.markup import Markup, join, tag
 from irqlora_jax.report.run_data import RunData
 from irqlora_jax.report.svg import (
@@ -33,6 +36,34 @@ def calibration_name(settings: Mapping[str, Any]) -> str:
         parts.append("error feedback")
     parts.append(TITLES.get(training, training))
     return " + ".join(part for part in parts if part) or PLAIN.description
+
+
+def quant_flags(quant: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The settings of the quantizer that are not defaults, as names and values of flags.
+
+    Args:
+        quant: output of `dataclasses.asdict`, also of an earlier version.
+    """
+    config, defaults = QuantConfig.from_dict(quant), quant_settings(QuantConfig())
+    for name, value in quant_settings(config).items():
+        if name == "quant.rules" and value:
+            rules = [{"match": rule.match} | rule.overrides for rule in config.rules]
+            yield name, json.dumps(rules)
+        elif value != defaults[name]:
+            yield name, json.dumps(value) if isinstance(value, tuple | bool) else str(value)
+
+
+def bits(found: RunData) -> Markup:
+    """Draws the bits of every matrix, if they differ."""
+    if found.bits is None or len({bits for own in found.bits.values() for bits in own}) < 2:
+        return Markup()
+    layers = list(zip(*found.bits.values(), strict=True))
+    columns = [name.removesuffix("_proj") for name in found.bits]
+    rows = [[str(i), *(f"{value:.4f}" for value in row)] for i, row in enumerate(layers)]
+    head = ["layer", *found.bits]
+    picture = heat_map("Bits by layer and projection", columns, layers, "{:.2f}", head, rows)
+    note = "Stored bits a weight, with scales and shifts, by layer (counted from 0) and projection."
+    return join(tag("p", note, class_="note"), tag("div", picture, class_="grid2"))
 
 
 def entropy(found: RunData) -> Markup:

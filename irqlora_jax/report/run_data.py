@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import jax
 
 from irqlora_jax.base.file import base_shapes, read_base_config, read_source
-from irqlora_jax.base.storage import Storage, measure_base
+from irqlora_jax.base.storage import Storage, bits_by_layer, measure_base
 from irqlora_jax.config import Config, read_stored_config
 from irqlora_jax.files.checksums import text_checksum
 from irqlora_jax.files.small import read_json
@@ -54,6 +54,7 @@ class RunData:
         quant: configuration of the quantizer.
         llama: the architecture.
         storage: size of the base.
+        bits: stored bits a weight, by projection, lists over the layers.
         trained: size of adapters and optimizer.
         survey: statistics of the quantization (`base.survey.summarize`).
         metrics: the lines of metrics.jsonl.
@@ -70,6 +71,7 @@ class RunData:
     quant: Mapping[str, Any] | None
     llama: LlamaConfig | None
     storage: Storage | None
+    bits: Mapping[str, Sequence[float]] | None
     trained: TrainedSize | None
     survey: Mapping[str, Any] | None
     metrics: Sequence[Mapping[str, Any]]
@@ -122,6 +124,7 @@ def read_run_data(folder: Path) -> RunData:
         quant=(settings or {}).get("quant") if quant is None else dataclasses.asdict(quant),
         llama=llama,
         storage=attempt(BASE_FILE, lambda file: measure_base(base_shapes(file)[0])),
+        bits=attempt(BASE_FILE, _read_bits),
         trained=trained,
         survey=attempt(SURVEY_FILE, _read_survey),
         metrics=attempt("metrics.jsonl", read_metrics) or [],
@@ -130,6 +133,11 @@ def read_run_data(folder: Path) -> RunData:
         environment=attempt(ENVIRONMENT_FILE, read_json),
         problems=problems,
     )
+
+
+def _read_bits(file: Path) -> Mapping[str, Sequence[float]]:
+    base, llama = base_shapes(file)
+    return bits_by_layer(base, llama.num_hidden_layers)
 
 
 def _sentence(error: Exception) -> str:

@@ -12,7 +12,7 @@ from irqlora_jax.model.dpo import ACCURACY, MARGIN
 from irqlora_jax.quant.formats import FORMATS
 from irqlora_jax.report.figure import table
 from irqlora_jax.report.markup import Markup, join, tag
-from irqlora_jax.report.quantized import calibration_name, most_bits
+from irqlora_jax.report.quantized import calibration_name, most_bits, quant_flags
 from irqlora_jax.report.run_data import RunData, metric_curve
 from irqlora_jax.report.svg import Axis, Bar, Line, horizontal_bars, line_plot
 from irqlora_jax.text import readable_size
@@ -40,7 +40,7 @@ def _model_sentence(found: RunData) -> str:
     size = ""
     if llama is not None:
         size = (
-            f"a LLaMA with {llama.num_hidden_layers} layers of {llama.hidden_size}"
+            f"a {llama.family.title} with {llama.num_hidden_layers} layers of {llama.hidden_size}"
             f", a vocabulary of {llama.vocab_size:,}"
         )
     if found.storage is not None:
@@ -280,11 +280,7 @@ def repeat(found: RunData) -> Markup:
         written = json.dumps(found.settings, indent=1, ensure_ascii=False)
         parts.append(tag("details", tag("summary", "configuration"), tag("pre", written)))
     elif found.quant is not None and found.source:
-        flags = " ".join(
-            f"--quant.{name}={shlex.quote(str(value))}"
-            for name, value in found.quant.items()
-            if value is not None
-        )
+        flags = " ".join(f"--{k}={shlex.quote(v)}" for k, v in quant_flags(found.quant))
         source = shlex.quote(found.source)  # as given to irqlora quantize
         command = f"irqlora quantize --model {source} --output_dir NEW_FOLDER {flags}"
         parts.append(tag("pre", command))

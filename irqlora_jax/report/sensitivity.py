@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from irqlora_jax.config.base import quant_settings
 from irqlora_jax.evaluate.sensitivity import (
     SensitivityConfig,
     measure_sensitivity,
@@ -22,7 +21,7 @@ from irqlora_jax.report.figure import Number, format_number, is_finite, table
 from irqlora_jax.report.heat import heat_map
 from irqlora_jax.report.markup import Markup, join, tag
 from irqlora_jax.report.page import document
-from irqlora_jax.report.quantized import entropy_plots
+from irqlora_jax.report.quantized import entropy_plots, quant_flags
 
 PAGE_FILE = "sensitivity.html"
 _INPUTS = (("q, k, v", "q_proj"), ("o", "o_proj"), ("gate, up", "gate_proj"), ("down", "down_proj"))
@@ -160,7 +159,6 @@ def _repeat(result: Mapping[str, Any]) -> Markup:
 
 def _given(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The settings that are not defaults, as flags."""
-    quant = quant_settings(QuantConfig.from_dict(settings["quant"]))
     for name, field in SensitivityConfig.__dataclass_fields__.items():
         value = settings.get(name, field.default)  # earlier versions had fewer settings
         if name == "calibrate":
@@ -170,10 +168,6 @@ def _given(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 if one != defaults.get(key):
                     yield f"calibrate.{key}", str(one)
         elif name == "quant":
-            defaults = quant_settings(QuantConfig())
-            for key, one in quant.items():
-                if one != defaults[key]:
-                    rules = key == "quant.rules"
-                    yield key, json.dumps(settings["quant"]["rules"]) if rules else str(one)
+            yield from quant_flags(settings["quant"])
         elif value != field.default and not (field.default == () and not value):
             yield name, json.dumps(value) if isinstance(value, list | tuple) else str(value)

@@ -4,6 +4,8 @@
     RUN/data.json          number and hash of the examples
     RUN/base.safetensors   the quantized base, stored once; its metadata says how to read it
     RUN/quantization.json  entropy, error, codes and shifts, compared with the plain quantizer
+    RUN/errors.jsonl       with quant.budget: the error of every matrix with every candidate
+    RUN/budget.json        with quant.budget: what was asked for, and the rules that were chosen
     RUN/tokenizer/         in the format of Hugging Face
     RUN/checkpoints/STEP/  orbax: adapters, optimizer state, step, random key, evaluation loss
     RUN/metrics.jsonl      a line every few steps (if requested, also in tensorboard/ and wandb/)
@@ -29,6 +31,8 @@ from typing import Any
 
 import numpy as np
 
+from irqlora_jax.base.budget import BUDGET_FILE
+from irqlora_jax.base.error_table import ERRORS_FILE
 from irqlora_jax.base.file import BASE_FILE as BASE_FILE
 from irqlora_jax.config import Config, read_stored_config
 from irqlora_jax.data import Example, Pair
@@ -45,7 +49,8 @@ _CONFIG, _DATA = "config.json", "data.json"
 KEPT_LAYERS = "calibration"
 """Folder for finished layers, while a base is calibrated with a text."""
 BASE_START = {TOKENIZER, KEPT_LAYERS, f"{BASE_FILE}.part", LOCK_FILE}
-BASE_START |= {f"{name}{end}" for name in (SURVEY_FILE, RECORD_FILE) for end in ("", ".part")}
+_SMALL = SURVEY_FILE, RECORD_FILE, ERRORS_FILE, BUDGET_FILE
+BASE_START |= {f"{name}{end}" for name in _SMALL for end in ("", ".part")}
 """Only these are there after an interrupted `irqlora quantize`, which writes the base last."""
 # Fields and sections that may change when a run is resumed. Its base and data.json tell whether
 # files under another path are the same.

@@ -25,6 +25,7 @@ from irqlora_jax.files.small import parse_json, read_json
 from irqlora_jax.machine import free_memory
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.model.tree import by_layer
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.matmul import dense_weights
 from irqlora_jax.runs.checkpoint_files import check_end
@@ -67,7 +68,7 @@ def load_run(
     checkpoint: Which = "last",
     compute_dtype: str | None = None,
 ) -> Run:
-    """Reads a run, a folder of `irqlora quantize`, or a LLaMA without quantizing it.
+    """Reads a run, a folder of `irqlora quantize`, or a model without quantizing it.
 
     Args:
         folder: the folder, also of a Hugging Face model, or a GGUF file.
@@ -118,11 +119,17 @@ def load_run(
     return Run(folder, config, model, {"params": adapters, "base": base}, tokenizer, step, source)
 
 
-def unpacked(run: Run) -> Run:
+def unpacked(run: Run, *, each_layer: bool = False) -> Run:
     """On a CPU, a run with dense weights in the type of its activations, if they fit.
 
     They may take half of the free memory. Else, and on other devices, the run is unchanged. Trained
     scales become part of the weights.
+
+    Args:
+        run: the run.
+        each_layer: every layer is a stack of its own. Decoding is faster then: a loop over a stack
+            copies the weights of each layer before it uses them (benchmarks/cpu_speed.py). But
+            compiling takes longer, because the layers no longer share a program.
     """
     if jax.default_backend() != "cpu":
         return run
@@ -132,6 +139,8 @@ def unpacked(run: Run) -> Run:
     if size > free_memory() // 2:
         return run
     model, variables = with_scales(run.model, run.variables)
+    if each_layer:
+        variables["base"] = by_layer(variables["base"], model.config.num_hidden_layers)
     variables["base"] = dense_weights(variables["base"], dtype)
     return dataclasses.replace(run, model=model, variables=variables)
 
@@ -206,7 +215,7 @@ def read_architecture(source: str | Path, quant: QuantConfig) -> LlamaConfig:
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: not a LLaMA with float weights, or a base with other settings than `quant`.
+        ValueError: no known model with float weights, or a base of other settings than `quant`.
     """
     if not is_base(source):
         return read_config(source) if is_hub_id(source) else read_llama(snapshot(source))

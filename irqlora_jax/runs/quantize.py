@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from irqlora_jax.base.budget import BUDGET_FILE, choose_rules, planned_rules
 from irqlora_jax.base.file import Base, save_base
 from irqlora_jax.base.layerwise import OutputErrors
 from irqlora_jax.base.make import check_text, load_base
@@ -34,13 +35,15 @@ from irqlora_jax.runs.folder import (
 )
 from irqlora_jax.runs.lock import locked
 from irqlora_jax.runs.recorded import check_recorded, forget, record, write_recorded
+from irqlora_jax.sharding import MeshConfig, make_mesh
 from irqlora_jax.text import readable_size
 
 logger = logging.getLogger(__name__)
 
 
 def link_base(source: str | Path, folder: Path) -> None:
-    """Hard-links a base into the folder of a run, or else copies it. Also copies its survey.
+    """Hard-links a base into the folder of a run, or else copies it. Also copies its survey and its
+    budget.
 
     If the base is a symbolic link, links the file that it points to, as in the hub's cache. So the
     run keeps its weights when the symbolic link or its target is removed.
@@ -49,6 +52,8 @@ def link_base(source: str | Path, folder: Path) -> None:
     if (Path(source) / SURVEY_FILE).is_file():
         shutil.copyfile(Path(source) / SURVEY_FILE, folder / SURVEY_FILE)
         record(folder, [SURVEY_FILE])
+    if (Path(source) / BUDGET_FILE).is_file():
+        shutil.copyfile(Path(source) / BUDGET_FILE, folder / BUDGET_FILE)
     aside = folder / f"{BASE_FILE}.part"
     aside.unlink(missing_ok=True)
     file = (Path(source) / BASE_FILE).resolve()  # os.link may link the symbolic link itself
@@ -126,24 +131,28 @@ def quantize_model(config: QuantizeConfig) -> None:
         raise FileExistsError(f"output_dir = '{folder}': exists; expected a new folder")
     check_writable(folder)
     architecture = read_config(config.model)
-    stored = measure_base(abstract_base(architecture, config.quant))
+    planned = planned_rules(config.model, architecture, config.quant)
+    stored = measure_base(abstract_base(architecture, planned))
     kept = 0 if config.calibrate.data is None else stored.total - stored.rest
     check_space(folder, stored.total + kept)
     tokenizer = load_tokenizer(config.model)
     check_text(config.quant, None, config.calibrate)
     rows = read_calibration(config.calibrate, tokenizer, architecture.max_position_embeddings)
     with locked(folder):
-        keep, progress = folder / KEPT_LAYERS, config.progress
-        base, llama, summary = quantize_base(
-            config.model, config.quant, calibrate=rows, keep=keep, progress=progress
-        )
+        options: dict[str, Any] = {"calibrate": rows, "progress": config.progress}
+        keep = folder / KEPT_LAYERS
+        count = len(jax.devices())
+        if rows is not None and count > 1:  # the devices share the rows
+            options["mesh"] = make_mesh(MeshConfig(), count)
+        quant = choose_rules(config.model, config.quant, folder, **options)
+        base, llama, summary = quantize_base(config.model, quant, keep=keep, **options)
         save_tokenizer(tokenizer, config.model, folder)
         save_survey(folder, summary)
         # Write the base last: it marks a complete folder.
         with progress_bar("Writing the base", show=config.progress):
             used = (summary or {}).get("calibrate")
             file, source = folder / BASE_FILE, config.model
-            save_base(file, base, llama, config.quant, source, calibrate=used)
+            save_base(file, base, llama, quant, source, calibrate=used)
         shutil.rmtree(keep, ignore_errors=True)
     size = readable_size((folder / BASE_FILE).stat().st_size)
     logger.info(

@@ -7,7 +7,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from irqlora_jax.evaluate.scores import Row, Scorer, baselines, table
 from irqlora_jax.machine import fastest_dtype
 from irqlora_jax.messages import progress_bar, shows_messages
 from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.quant.budget import FIT
 from irqlora_jax.quant.matmul import with_preferred_layout
 from irqlora_jax.report.run_data import metric_curve, read_metrics
 from irqlora_jax.report.write import save_environment, try_to_write
@@ -63,7 +64,7 @@ from irqlora_jax.runs.state import make_state as make_state
 from irqlora_jax.sharding import bytes_by_device
 from irqlora_jax.text import readable_size, require
 from irqlora_jax.train.initial import check_start, read_start
-from irqlora_jax.train.job import Job, read_job
+from irqlora_jax.train.job import Job, read_job, with_chosen_rules
 from irqlora_jax.train.loop import early_stop_reason, train
 from irqlora_jax.train.metrics import MetricsLog, check_log, check_packages
 from irqlora_jax.train.step import sharded_state as sharded_state
@@ -90,7 +91,12 @@ class RunResult:
 
 
 @shows_messages
-def run(config: Config, *, resume_from: int | None = None) -> RunResult:
+def run(
+    config: Config,
+    *,
+    resume_from: int | None = None,
+    fit: Callable[[Config], int] | None = None,
+) -> RunResult:
     """Quantizes, finetunes, evaluates and saves. Resumes an earlier run in the same folder.
 
     The first SIGINT or SIGTERM ends the training after the current step, with a checkpoint. The
@@ -100,6 +106,8 @@ def run(config: Config, *, resume_from: int | None = None) -> RunResult:
         config: configuration of the run.
         resume_from: step of the checkpoint to go on from (default: the newest one). Checkpoints and
             metrics of later steps are deleted.
+        fit: computes the size of the largest base that fits, in bytes, for `quant.budget` fit
+            (`plan.fit.largest_base`).
 
     Raises:
         ValueError, OSError: bad input; the message is one sentence, and nothing is overwritten. A
@@ -114,10 +122,15 @@ def run(config: Config, *, resume_from: int | None = None) -> RunResult:
     folder = Path(config.output_dir)
     check_folder(folder, config)  # before anything is written there, the file of the lock included
     with locked(folder):
-        return _run_locked(config, folder, resume_from)
+        return _run_locked(config, folder, resume_from, fit)
 
 
-def _run_locked(config: Config, folder: Path, resume_from: int | None) -> RunResult:
+def _run_locked(
+    config: Config,
+    folder: Path,
+    resume_from: int | None,
+    fit: Callable[[Config], int] | None,
+) -> RunResult:
     stored = check_folder(folder, config)
     resumed = stored is not None
     if not resumed:
@@ -131,7 +144,11 @@ def _run_locked(config: Config, folder: Path, resume_from: int | None) -> RunRes
         check_start(config)
     elif stored.model != config.model:
         logger.info(f"model = {config.model!r}: not read; the run has its base of {stored.model!r}")
-    job = read_job(config, folder if resumed else config.model)
+    limit = fit(config) if fit is not None and config.quant.budget == FIT else None
+    job = read_job(config, folder if resumed else config.model, limit)
+    if config.quant.budget is not None:
+        job = with_chosen_rules(job, config.quant, limit)
+        config = job.config
     data = fingerprint(job.examples, job.eval_examples)
     if resumed:
         check_data(folder, config, data)

@@ -9,6 +9,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
+from irqlora_jax.base.budget import choose_rules, planned_rules
 from irqlora_jax.base.file import base_shapes
 from irqlora_jax.base.make import check_text
 from irqlora_jax.base.mesh import check_mesh
@@ -56,12 +57,16 @@ class Job:
         return self.config.data.format == "preference"
 
 
-def read_job(config: Config, source: str | Path) -> Job:
+def read_job(config: Config, source: str | Path, limit: int | None = None) -> Job:
     """Reads everything except the weights, and checks all that can be checked without them.
+
+    A budget is replaced by rules of about its size (`base.budget.planned_rules`), to be replaced by
+    `with_chosen_rules`.
 
     Args:
         config: of the run.
         source: folder or hub id of the model, the folder of a base, or that of a resumed run.
+        limit: bytes of the whole base, for `quant.budget` fit.
 
     Raises:
         FileNotFoundError, ValueError: the model, the data or the configuration cannot be used.
@@ -70,7 +75,9 @@ def read_job(config: Config, source: str | Path) -> Job:
     if asked.baselines:
         _check_baselines(config)
     # Check the architecture and the mesh before anything else is read.
-    llama = read_architecture(source, config.quant)
+    llama, given = read_architecture(source, config.quant), config
+    planned = planned_rules(source, llama, config.quant, limit)
+    config = dataclasses.replace(config, quant=planned)
     mesh = make_mesh(config.mesh, config.train.rows)
     check_mesh(mesh, llama, config.quant)
     with jax.set_mesh(mesh):
@@ -81,7 +88,7 @@ def read_job(config: Config, source: str | Path) -> Job:
     llama = with_end_tokens(llama, tokenizer, source)
     with progress_bar("Reading the data", show=config.log.progress):
         examples, eval_examples = _load_data(config, tokenizer, llama.max_position_embeddings)
-        rows = _load_calibration(config, source, tokenizer, llama.max_position_embeddings)
+        rows = _load_calibration(given, source, tokenizer, llama.max_position_embeddings)
     if config.train.early_stopping and not eval_examples:
         raise ValueError(
             f"train.early_stopping = {config.train.early_stopping}: needs an evaluation loss; "
@@ -102,6 +109,29 @@ def read_job(config: Config, source: str | Path) -> Job:
     check_adapter(model, config.quant)
     optimizer = make_optimizer(config.train, config.adapter.chosen)
     return Job(config, mesh, model, optimizer, examples, eval_examples, questions, samples, rows)
+
+
+def with_chosen_rules(job: Job, asked: QuantConfig, limit: int | None = None) -> Job:
+    """Chooses rules for a budget, with a table of errors in the folder of the run.
+
+    Args:
+        job: of a new run.
+        asked: quantization settings with the budget.
+        limit: as for `read_job`.
+
+    Raises:
+        ValueError: as `base.budget.choose_rules`; or the mesh or the adapter do not suit the rules.
+    """
+    config, llama = job.config, job.model.config
+    options: dict[str, Any] = {"calibrate": job.calibrate, "limit": limit}
+    options |= {"mesh": job.mesh, "progress": config.log.progress}
+    quant = choose_rules(config.model, asked, Path(config.output_dir), **options)
+    config = dataclasses.replace(config, quant=quant)
+    check_mesh(job.mesh, llama, quant)
+    with jax.set_mesh(job.mesh):
+        _check_matmul(config, llama, config.model)
+    check_adapter(job.model, quant)
+    return dataclasses.replace(job, config=config)
 
 
 def check_adapter(model: Llama, quant: QuantConfig) -> None:

@@ -139,6 +139,7 @@ def test_no_other_pair_is_better() -> None:
     assert max(np.abs(x).max() for x in slopes) < 1e-5 * np.abs(error @ own @ a.T).max()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("format", "pair"),
     [("nf2", jnp.bfloat16), *((name, jnp.float32) for name in FORMATS if FORMATS[name].bits < 8)],

@@ -123,6 +123,7 @@ def logits_and_gradients(shape: tuple[int, int, int]) -> Any:
     return np.asarray(logits), jax.tree.map(np.asarray, (adapters, grads))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shape", [(1, 1, 8), (2, 2, 2), (1, 8, 1)])
 def test_every_mesh_gives_the_norms_of_one_device(shape: tuple[int, int, int]) -> None:
     one, rest = logits_and_gradients((1, 1, 1))

@@ -1,9 +1,7 @@
-"""LoftQ: against a slow reference, by its properties, and through the life of a run."""
+"""LoftQ: against a slow reference, by its properties, and for the weights of a model."""
 
 import dataclasses
 import itertools
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +15,16 @@ from irqlora_jax import hf
 from irqlora_jax.adapters import loftq as module
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.loftq import LoftqOptions, exact_svd, loftq, randomized_svd
-from irqlora_jax.config import Config
 from irqlora_jax.model.llama import Llama
-from irqlora_jax.plan.measure import find_plan_device, measure, read_base_shapes
-from irqlora_jax.plan.plan import plan
 from irqlora_jax.quant import encode
 from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.encode import quantize, quantized_shape
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.quant.slabs import rows_of
-from irqlora_jax.runs.load import load_run
 from irqlora_jax.sharding import MeshConfig, make_mesh, tree_shardings
-from irqlora_jax.train import finetune
-from irqlora_jax.train.finetune import run
-from tests.models import LLAMA, WORLD, assert_same, random_tensors, write_model
-from tests.train.small_runs import (
-    StoppedError,
-    assert_same_run,
-    at_step,
-    config_for,
-    crash,
-    steps_of,
-)
+from tests.models import LLAMA, NARROW, WORLD, assert_same, random_tensors, write_model
 
-pytestmark = pytest.mark.usefixtures("optimizer_promotion", "shared_steps")
 KEY = jax.random.key(0)
 SCALING = 16 / 6
 NF2, NF3 = (QuantConfig(format=name, calibration="none") for name in ("nf2", "nf3"))
@@ -161,17 +144,17 @@ def test_the_key_matters_only_for_the_randomized_svd() -> None:
 
 
 def test_random_directions_cost_at_most_a_hundredth() -> None:
-    shape, rank = (520, 700), 64
+    shape, rank = (260, 350), 32
     weight = jax.random.normal(KEY, shape)
     u, _, v = jnp.linalg.svd(weight, full_matrices=False)
     k = np.arange(1, shape[0] + 1)
     found = {"quantizer": weight - quantize(weight, NF2).dequantize()}
-    for name, values in (("slow", k**-0.5), ("fast", np.exp(-k / 20))):
+    for name, values in (("slow", k**-0.5), ("fast", np.exp(-k / 10))):
         found[name] = (u * values.astype(np.float32)[None, :]) @ v
 
     @jax.jit
     def drawn(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return randomized_svd(lambda start: rows_of(x, start, 97), shape, 97, rank, KEY)
+        return randomized_svd(lambda start: rows_of(x, start, 49), shape, 49, rank, KEY)
 
     for name, x in found.items():
         exact, other = (
@@ -246,7 +229,7 @@ def test_targets_are_fitted_one_by_one_and_others_quantized_plainly(tmp_path: Pa
 
 
 def test_the_initial_pair_is_near_the_model_and_dropout_applies_to_it(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model")
+    folder = write_model(tmp_path / "model", NARROW)
     adapter = AdapterConfig(method="iec", rank=16, alpha=8.0, init="loftq", dropout=0.5)
     full, llama = hf.load_base(folder, None)
     plain, _ = hf.load_base(folder, NF2)
@@ -254,15 +237,12 @@ def test_the_initial_pair_is_near_the_model_and_dropout_applies_to_it(tmp_path: 
     model = Llama(llama, adapter)
     adapters = model.init_adapters(KEY, pairs)
     tokens = jnp.arange(40, dtype=jnp.int32).reshape(2, 20)
-    apply = jax.jit(Llama(llama).apply)
-    exact: Any
-    bad: Any
-    exact, bad = (apply({"params": {}, "base": b}, tokens) for b in (full, plain))
-    good: Any = model.apply({"params": adapters, "base": base}, tokens)
-    assert np.linalg.norm(good - exact) < 0.7 * np.linalg.norm(bad - exact)
-    rngs = {"dropout": KEY}
+    apply = jax.jit(Llama.apply, static_argnums=0, static_argnames="deterministic")
+    exact, bad = (apply(Llama(llama), {"params": {}, "base": b}, tokens) for b in (full, plain))
     variables = {"params": adapters, "base": base}
-    dropped: Any = model.apply(variables, tokens, deterministic=False, rngs=rngs)
+    good = apply(model, variables, tokens)
+    assert np.linalg.norm(good - exact) < 0.7 * np.linalg.norm(bad - exact)
+    dropped = apply(model, variables, tokens, deterministic=False, rngs={"dropout": KEY})
     assert np.abs(dropped - good).max() > 1e-3  # the pair is not 0, so it shows at once
 
 
@@ -281,149 +261,3 @@ def test_base_and_pairs_are_read_onto_the_mesh() -> None:
     split_as = jax.tree.map(lambda x: x.sharding.spec, split[1]["layers"])
     assert split_as["self_attn"]["o_proj"]["lora_A"] == P(None, None, ("tensor", "fsdp"))
     assert split_as["mlp"]["up_proj"]["lora_B"] == P(None, ("tensor", "fsdp"), None)
-
-
-# ------------------------------------------------------------------------------------------- runs
-
-
-def config(folder: Path, model: Path = WORLD / "base-small", **changes: Any) -> Config:
-    settings = {"adapter__init": "loftq", "adapter__rank": 8, "train__keep_checkpoints": 1}
-    return config_for(model, folder, **(settings | changes))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("loftq") / "run"
-    with jax.numpy_dtype_promotion("standard"):
-        run(config(folder))
-    return folder
-
-
-def test_the_initial_checkpoint_is_kept_beside_the_newest(finished: Path) -> None:
-    assert steps_of(finished) == [0, 6]
-
-
-@pytest.mark.parametrize("moment", ["save_config", "step 1"])
-def test_a_crashed_run_ends_as_if_it_had_not(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
-    """Before the folder is complete it begins anew; from then on nothing is fitted again."""
-    folder = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(StoppedError):
-        if moment.startswith("step"):
-            at_step(patch, int(moment[-1]), crash)
-        else:
-            patch.setattr(f"{finetune.__name__}.{moment}", crash)
-        run(config(folder))
-    assert 0 in steps_of(folder)
-    if moment.startswith("step"):
-        monkeypatch.setattr(f"{finetune.__name__}.load_fitted", crash)
-    else:
-        # What a start that was broken off even earlier leaves.
-        (folder / "checkpoints" / "0").rename(folder / "checkpoints" / "0.orbax-checkpoint-tmp")
-    run(config(folder))
-    assert_same_run(folder, finished)
-
-
-def test_a_folder_with_checkpoints_of_no_run_is_refused(finished: Path, tmp_path: Path) -> None:
-    for name, also in (("a", ("base.safetensors",)), ("b", ())):
-        folder = tmp_path / name
-        shutil.copytree(finished / "checkpoints", folder / "checkpoints")
-        if name == "b":
-            shutil.rmtree(folder / "checkpoints" / "6")
-        for file in also:
-            shutil.copy(finished / file, folder)
-        with pytest.raises(ValueError, match=r"holds other files and no config\.json"):
-            run(config(folder))
-        assert steps_of(folder)
-
-
-def test_a_merged_model_has_the_logits_of_base_and_pair(finished: Path, tmp_path: Path) -> None:
-    tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)
-    for step in (0, 6):
-        run = load_run(finished, checkpoint=step, compute_dtype="float32")
-        out = hf.export_merged(finished, tmp_path / str(step), checkpoint=step, dtype="float32")
-        merged, llama = hf.load_base(out, None)
-        expected: Any = run.model.apply(run.variables, tokens)
-        found: Any = Llama(llama).apply({"params": {}, "base": merged}, tokens)
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-
-
-def test_the_baseline_is_the_model_before_its_finetune(finished: Path) -> None:
-    start = load_run(finished, adapter=False)
-    assert start.step == 0
-    assert_same(start.variables, load_run(finished, checkpoint=0).variables)
-
-
-def test_the_table_has_the_quantizer_with_and_without_its_pair(tmp_path: Path) -> None:
-    changes = {
-        "quant__calibration": "icq",
-        "quant__icq__steps": 4,
-        "train__steps": 1,
-        "train__save_every": 0,
-        "evaluate__baselines": True,
-    }
-    rows = {row.model: row for row in run(config(tmp_path / "run", **changes)).rows}
-    assert list(rows) == [
-        *("full precision", "plain nf3", "nf3 + ICQ", "nf3 + ICQ + LoftQ"),
-        "nf3 + ICQ + LoftQ, finetuned",
-    ]
-    losses: dict[str, Any] = {name: row.loss for name, row in rows.items()}
-    assert losses["full precision"] < losses["nf3 + ICQ + LoftQ"] < losses["nf3 + ICQ"]
-    assert (tmp_path / "run" / "checkpoints" / "0").is_dir()
-    assert rows["nf3 + ICQ"].entropy != rows["nf3 + ICQ + LoftQ"].entropy
-
-
-def test_bases_that_do_not_go_with_loftq_are_refused(finished: Path, tmp_path: Path) -> None:
-    origin = f"expected the original model ('{WORLD / 'base-small'}'), "
-    plain = tmp_path / "plain"
-    run(config(plain, adapter__init="default", train__steps=1))
-    for action in (run, plan):
-        with pytest.raises(ValueError) as refused:
-            action(config(tmp_path / "new", plain))
-        assert str(refused.value) == (
-            "adapter.init = 'loftq': needs the full-precision weights; model = "
-            f"'{plain}' holds a quantized base only; {origin}which LoftQ quantizes itself"
-        )
-        with pytest.raises(ValueError) as refused:
-            action(config(tmp_path / "new", finished, adapter__init="default"))
-        assert str(refused.value) == (
-            f"model = '{finished}': this base was fitted to the adapter of its run "
-            f"and is incomplete without it; expected adapter.init_from = '{finished}', "
-            f"{origin.removeprefix('expected ')}or a folder of irqlora quantize"
-        )
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_run_from_before_loftq_resumes(finished: Path, tmp_path: Path) -> None:
-    """The config.json of an earlier version has not all fields."""
-    folder = tmp_path / "run"
-    run(config(folder, adapter__init="default", train__steps=2))
-    file = folder / "config.json"
-    stored = json.loads(file.read_text())
-    del stored["adapter"]["init"], stored["adapter"]["loftq"]
-    file.write_text(json.dumps(stored))
-    (folder / "checksums.json").unlink()
-    run(config(folder, adapter__init="default", train__steps=3))
-    assert steps_of(folder) == [3]
-    with pytest.raises(ValueError, match=r"adapter.init = 'default' there, 'loftq' here"):
-        run(config(folder, train__steps=3))
-
-
-def test_bad_settings_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"adapter.init = 'loftq': expected default with quant"):
-        config(tmp_path, quant__format="none")
-    with pytest.raises(ValueError, match=r"adapter.loftq.iterations = 0: expected a whole"):
-        LoftqOptions(iterations=0)
-
-
-def test_the_plan_needs_shapes_alone(tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    shutil.copy(WORLD / "base-small" / "config.json", folder)
-    needs = []
-    for init in ("default", "loftq"):
-        asked = config(tmp_path / "run", folder, adapter__init=init)
-        shapes, llama = read_base_shapes(asked)
-        needs.append(measure(asked, shapes, llama, find_plan_device(None, 1)))
-    assert needs[0] == needs[1]

@@ -163,6 +163,7 @@ def test_options_say_what_the_layer_needs() -> None:
         LQLORA.fit(draw((4, 16)), NF3, 2, 1.0, weighed.lqlora, KEY, jnp.float32)
 
 
+@pytest.mark.long
 def test_a_model_is_decomposed_with_the_gradients_of_a_text(tmp_path: Path) -> None:
     folder = write_model(tmp_path, LLAMA)
     options = LqloraOptions(iterations=4, weights="both")

@@ -206,6 +206,7 @@ def test_a_damaged_layer_is_said_and_made_again(
     assert re.search(r"layer_1\.safetensors: .* is damaged .*layer 1 is quantized", caplog.text)
 
 
+@pytest.mark.long
 def test_fitted_pairs_lower_the_error_of_the_outputs(folder: Path) -> None:
     """LoftQ fits them to the weights, and CLoQ to the outputs."""
     key, quant = jax.random.key(0), QuantConfig(format="nf2", calibration="none")

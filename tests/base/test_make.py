@@ -314,9 +314,9 @@ FOLDER_FAULTS: dict[str, tuple[Callable[[Path], Any], type[Exception], list[str]
         ["config.json", "list", "object"],
     ),
     "another architecture": (
-        edit_config(model_type="mistral"),
+        edit_config(model_type="mixtral"),
         ValueError,
-        ["model_type", "mistral", "llama"],
+        ["model_type", "mixtral", "llama"],
     ),
     "a word for a number": (edit_config(hidden_size="40"), ValueError, ["hidden_size", "'40'"]),
     "quantized already": (

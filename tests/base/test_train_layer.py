@@ -172,6 +172,7 @@ def output_error(given: Given, linears: dict[str, StoredLinear], adapter: Any = 
     return float(np.mean((outputs[0] - outputs[1]) ** 2))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("format", ["nf3", "fp4", "int2"])
 def test_block_training_gains_with_every_kind_of_format(format: str) -> None:
     quant = QuantConfig(format=format, calibration="joint")
@@ -240,6 +241,7 @@ def test_outliers_have_no_part_in_the_ranges(options: Any) -> None:
     assert_same(found[0][1], found[1][1])
 
 
+@pytest.mark.long
 def test_linear_layers_one_after_the_other() -> None:
     """ApiQ-lw. 8 rows in batches of 3 are 3 steps; there are 4 groups."""
     quant = QuantConfig(format="int2", calibration="none")

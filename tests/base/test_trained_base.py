@@ -17,7 +17,8 @@ from irqlora_jax.data.calibrate import CalibrateConfig, CalibrationRows
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.trained import ApiqOptions, BlockOptions
-from tests.models import LLAMA, assert_same, write_model
+from irqlora_jax.sharding import MeshConfig, make_mesh
+from tests.models import LLAMA, assert_same, long, write_model
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 TOKENS = np.random.default_rng(3).integers(0, LLAMA.vocab_size, (6, 12)).astype(np.int32)
@@ -45,7 +46,7 @@ def last_error(folder: Path, base: Any, pairs: Any = None, adapter: Any = None) 
     return float(np.mean((np.asarray(ours) - np.asarray(theirs)) ** 2))
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", ["block", *long("apiq")])
 def test_training_lowers_the_error_of_every_layer_and_of_the_model(
     folder: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -60,6 +61,22 @@ def test_training_lowers_the_error_of_every_layer_and_of_the_model(
     assert stored[0].nbytes == stored[1].nbytes
 
 
+def test_a_mesh_trains_the_layers_too_and_goes_on_where_it_was(
+    folder: Path, tmp_path: Path
+) -> None:
+    mesh = make_mesh(MeshConfig(data=2), 2)
+    block = dataclasses.replace(BLOCK, epochs=1)
+    quant = dataclasses.replace(TRAINED["block"], calibration="gptq", block=block)
+    options: dict[str, Any] = {"calibrate": ROWS, "mesh": mesh, "keep": tmp_path}
+    with jax.set_mesh(mesh):
+        base = hf.load_base(folder, quant, **options)[0]
+        (tmp_path / f"layer_{LLAMA.num_hidden_layers - 1}.safetensors").unlink()
+        assert_same(hf.load_base(folder, quant, **options)[0], base)
+    plain = hf.load_base(folder, quant.plain, mesh=mesh)[0]
+    assert last_error(folder, base) < last_error(folder, plain)
+
+
+@pytest.mark.long
 def test_the_pairs_of_cloq_are_trained_too_and_it_goes_on_where_it_was(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -76,6 +93,7 @@ def test_the_pairs_of_cloq_are_trained_too_and_it_goes_on_where_it_was(
     assert_same(hf.load_fitted(folder, quant, adapter, key, **options)[:2], (base, pairs))
 
 
+@pytest.mark.long
 def test_pairs_that_start_at_zero_lower_the_error(folder: Path) -> None:
     """With pairs, the ranges start as without them, and the same steps reach less."""
     adapter, key = AdapterConfig(method="lora", rank=4, init="trained"), jax.random.key(0)

@@ -296,7 +296,7 @@ def test_the_next_batch_is_made_while_one_is_used() -> None:
     for step, (got, thread) in enumerate(prefetch(make, range(4))):
         assert got == step and thread.startswith("batches")
         if step < 3:
-            assert made[step + 1].wait(10)
+            assert made[step + 1].wait(100)
     assert not batch_threads()
     assert list(prefetch(make, range(0))) == []
 

@@ -26,7 +26,15 @@ from irqlora_jax.model.tree import find_stack, linear_path, matrix_name
 from irqlora_jax.quant.config import QuantConfig, QuantRule
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.sharding import LINEAR_NAMES
-from tests.models import NARROW, random_tensors, word_tokenizer, write_model
+from tests.models import (
+    NARROW,
+    RELATIVES,
+    quantize_base,
+    random_base,
+    random_tensors,
+    word_tokenizer,
+    write_model,
+)
 
 NF2 = QuantConfig(format="nf2", block_size=32, calibration="none")
 MIXED = dataclasses.replace(
@@ -105,6 +113,29 @@ def test_losses_are_those_of_whole_evaluations(model: Path) -> None:
         np.testing.assert_allclose(whole.moments[layer][name], expected_moments, rtol=1e-4)
 
 
+@pytest.mark.long
+def test_layers_of_different_kinds() -> None:
+    llama = RELATIVES["SmolLM3"]
+    model = Llama(llama)
+    full, rows = random_base(llama, scale=0.3), ROWS % llama.vocab_size
+    packed = quantize_base(full, NF2, ["q_proj"])
+    whole = head_loss(model, full, rows)
+    assert measure_whole(model, full, [rows]).loss == pytest.approx(whole, abs=1e-5)
+    other = packed["layers"]["self_attn"]["q_proj"]["weight"]
+    swapped = with_matrix(full, (1, "q_proj"), jax.tree.map(lambda x: x[1], other).dequantize())
+    expected = head_loss(model, swapped, rows)
+    ((layer, name, loss),) = swapped_losses(model, full, packed, [rows], [(1, "q_proj")])
+    assert (layer, name) == (1, "q_proj") and abs(expected - whole) > 1e-3
+    assert loss == pytest.approx(expected, abs=1e-5)
+
+
+def head_loss(model: Llama, base: Any, rows: Any) -> float:
+    """Mean loss of the tokens of whole rows but the first."""
+    logits = jax.jit(model.apply)({"base": base}, jnp.asarray(rows))
+    chosen = jax.nn.log_softmax(logits[:, :-1])
+    return -float(jnp.take_along_axis(chosen, jnp.asarray(rows)[:, 1:, None], 2).mean())
+
+
 def test_one_compiled_layer_serves_all(model: Path, monkeypatch) -> None:
     full, _ = hf.load_base(model, None)
     packed, _ = hf.load_base(model, NF2)
@@ -127,21 +158,22 @@ def asked(model: Path, text: Path, folder: Path, **changes: Any) -> SensitivityC
     return SensitivityConfig(str(model), str(text), str(folder), **(settings | changes))
 
 
+@pytest.mark.long
 def test_an_interrupted_command_continues(model: Path, text: Path, tmp_path: Path, said) -> None:
     """And the result is that of a command without an interruption."""
     whole = measure_sensitivity(asked(model, text, tmp_path / "whole"))
     folder = tmp_path / "parts"
     appended: list[tuple[int, str]] = []
 
-    def append(file: Path, layer: int, name: str, loss: float) -> None:
+    def append(file: Path, layer: int, name: str, *value: Any) -> None:
         if len(appended) == 5:
             raise KeyboardInterrupt
         appended.append((layer, name))
-        original(file, layer, name, loss)
+        original(file, layer, name, *value)
 
-    original = sensitivity.append_loss
+    original = sensitivity.append_value
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sensitivity, "append_loss", append)
+        patch.setattr(sensitivity, "append_value", append)
         with pytest.raises(KeyboardInterrupt):
             measure_sensitivity(asked(model, text, folder))
         assert "the same command resumes from there" in said[-1]
@@ -152,7 +184,7 @@ def test_an_interrupted_command_continues(model: Path, text: Path, tmp_path: Pat
         assert not (folder / "sensitivity.json").exists()
         appended[:] = []
         patch.setattr(
-            sensitivity, "append_loss", lambda *a: (appended.append(a[1:3]), original(*a))
+            sensitivity, "append_value", lambda *a: (appended.append(a[1:3]), original(*a))
         )
         again = measure_sensitivity(asked(model, text, folder))
     assert appended == [PLACES[1], *PLACES[5:]]

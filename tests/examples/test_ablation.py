@@ -300,6 +300,7 @@ def test_finetune_is_that_of_the_library(ablation, tiny):
         np.testing.assert_allclose(leaves(ours, name), expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.long
 def test_prepared_weights_are_the_packed_ones(ablation, modules, tiny):
     """The float weights that runs compute with give the logits of the QTensors."""
     config, base, batches = tiny
@@ -315,6 +316,7 @@ def test_prepared_weights_are_the_packed_ones(ablation, modules, tiny):
 # ------------------------------------------------------------------------------------ all of it
 
 
+@pytest.mark.long
 def test_small_run_resumes_and_fewer_bits_are_worse(ablation, comparison, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # main sets it, for good
     command = ["--small", "--steps", "10", "--questions", "512", "--rates", "1e-3"]
@@ -365,6 +367,7 @@ def test_small_run_resumes_and_fewer_bits_are_worse(ablation, comparison, tmp_pa
         assert f"## {bits} bits" in text and f"Order, nf{bits}: " in text
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["nf3", "nf2"])
 def test_least_error_beats_plain(ablation, comparison, monkeypatch, tmp_path, name):
     untuned = ablation.Method(ablation.METHODS["error"].quant, None)

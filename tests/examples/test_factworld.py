@@ -292,6 +292,7 @@ def test_bases_are_small():
     assert sum(sizes) < 5_000_000
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("base", BASES)
 def test_base_has_the_shapes_of_the_model_and_the_recipe(modules, base):
     weights, config = read_base(WORLD / f"base-{base}")

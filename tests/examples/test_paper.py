@@ -140,6 +140,7 @@ def test_the_rows_are_the_papers_settings(rows) -> None:
     assert seen["alpaca-int4-icq-iec"].quant == QuantConfig(format="int4", block_size=32)
 
 
+@pytest.mark.long
 def test_one_connection_is_learned_and_the_other_is_not() -> None:
     rng = np.random.default_rng(0)
     random = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
@@ -221,6 +222,7 @@ def commands(reproduce, monkeypatch) -> list[str]:
     return seen
 
 
+@pytest.mark.long
 def test_a_table_runs_once_and_shows_both(reproduce, asked, commands, capsys) -> None:
     both = [*asked, "--table", "5"]
     assert reproduce.main(both) == 0

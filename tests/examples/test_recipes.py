@@ -26,6 +26,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 PARAMETERS = {"7b": 6.74e9, "13b": 13.02e9, "30b": 32.53e9, "65b": 65.29e9, "llama3": 8.03e9}
+PARAMETERS |= {"mistral": 7.24e9, "qwen2.5": 7.62e9}
+LARGE = ("13b", "30b", "llama3.1")
 RECIPES = {
     "alpaca-7b": ("7b", "13b"),
     "alpaca-65b": ("30b", "65b"),
@@ -37,6 +39,8 @@ RECIPES = {
     "qalora-alpaca-7b": ("7b",),
     "guanaco-7b": ("7b", "65b"),
     "dpo-hh-7b": ("7b",),
+    "mistral-7b": ("mistral",),
+    "qwen2.5-7b": ("qwen2.5",),
 }
 
 
@@ -51,7 +55,12 @@ def test_the_architectures_have_the_published_sizes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "size"), [(recipe, size) for recipe, sizes in RECIPES.items() for size in sizes]
+    ("recipe", "size"),
+    [
+        pytest.param(recipe, size, marks=[pytest.mark.long] if size in LARGE else [])
+        for recipe, sizes in RECIPES.items()
+        for size in sizes
+    ],
 )
 def test_the_step_of_every_recipe_builds_at_full_size(recipe: str, size: str) -> None:
     config, architecture = Config.load(CONFIGS / f"{recipe}.yaml"), MODELS[size]

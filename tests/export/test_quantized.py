@@ -22,7 +22,14 @@ from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs.load import load_run
 from irqlora_jax.train.job import check_adapter
-from tests.models import NARROW, random_adapters, random_base, write_run
+from tests.models import (
+    NARROW,
+    RELATIVES,
+    quantize_base,
+    random_adapters,
+    random_base,
+    write_run,
+)
 
 QUANT = QuantConfig(format="nf3", block_size=8)
 QALORA = AdapterConfig("qalora", rank=2, alpha=4.0, qalora=QaloraOptions(8))
@@ -43,7 +50,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "run", NARROW, QUANT, QALORA)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), (None, 2e-3)])
+@pytest.mark.long
+def test_an_absorbed_update_leaves_biases() -> None:
+    adapter = dataclasses.replace(QALORA, targets=("q_proj", "o_proj"))
+    model = Llama(RELATIVES["LLaMA with biases"], adapter)
+    base = quantize_base(random_base(model.config, scale=0.3), QUANT, adapter.targets)
+    variables = {"params": random_adapters(model, 0.3), "base": base}
+    absorbed = {"base": absorbed_base(model, variables, "float32")}
+    found = jax.jit(Llama(model.config).apply)(absorbed, TOKENS)
+    np.testing.assert_allclose(found, jax.jit(model.apply)(variables, TOKENS), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [pytest.param("float32", 1e-5, marks=pytest.mark.long), (None, 2e-3)]
+)
 def test_a_quantized_export_is_a_base_without_an_adapter(
     tmp_path: Path, run: Path, dtype: Any, bound: float
 ) -> None:
@@ -64,6 +84,7 @@ def test_a_quantized_export_is_a_base_without_an_adapter(
     assert "part of the scales and shifts" in (folder / "README.md").read_text()
 
 
+@pytest.mark.long
 def test_a_second_training_and_a_second_export(tmp_path: Path, run: Path) -> None:
     """The second run starts from the first one's outputs, and its export holds both updates."""
     folder = written(tmp_path / "merged", "quantized", run, dtype="float32")
@@ -75,6 +96,7 @@ def test_a_second_training_and_a_second_export(tmp_path: Path, run: Path) -> Non
     assert np.abs(found - logits(load_run(folder))).max() > 0.1
 
 
+@pytest.mark.long
 def test_layers_of_other_formats_and_few_targets() -> None:
     base = random_base(NARROW, QuantConfig(format="int4", block_size=8))
     other = random_base(NARROW, QuantConfig(format="nf2", block_size=8))["layers"]
@@ -146,6 +168,7 @@ def test_a_run_says_at_its_start_what_does_not_fit(said: list[str]) -> None:
 SCALES = AdapterConfig("iec", rank=2, alpha=4.0, scales=8)
 
 
+@pytest.mark.long
 def test_scales_move_the_weight_and_start_at_none() -> None:
     model = Llama(NARROW, SCALES)
     base = random_base(NARROW, QUANT)

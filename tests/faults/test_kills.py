@@ -12,6 +12,7 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Undis
     return Undisturbed(steps(inputs), tmp_path_factory.mktemp("undisturbed"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("phase", "kills"), [("checkpoint", 1), ("quantize", 1)])
 def test_a_killed_command_starts_again(
     undisturbed: Undisturbed, tmp_path: Path, phase: str, kills: int

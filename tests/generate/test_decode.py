@@ -13,7 +13,15 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.generate.decode import generate, sample, stream
 from irqlora_jax.model.config import LlamaConfig, RopeScaling
 from irqlora_jax.model.llama import Llama
-from tests.models import STORIES, needs_stories, random_variables, stack_tensors, tiny_llama
+from irqlora_jax.model.tree import by_layer
+from tests.models import (
+    RELATIVES,
+    STORIES,
+    needs_stories,
+    random_variables,
+    stack_tensors,
+    tiny_llama,
+)
 
 CONFIG = tiny_llama(
     vocab_size=31,
@@ -49,6 +57,22 @@ def test_every_step_equals_the_full_pass(tiny):
         logits, cache = decode(tokens[:, t : t + 1], cache)
         np.testing.assert_allclose(logits, full[:, t], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(cache["length"], [14, 14])
+
+
+@pytest.mark.parametrize("name", ["Qwen3", "SmolLM3"])
+def test_a_cache_keeps_windows_and_rotations_of_layers(name):
+    model = Llama(RELATIVES[name])
+    variables = random_variables(model, 0.3)
+    tokens = draw_tokens(2, 14)
+    full = full_pass(model, variables, tokens)
+    decode = jax.jit(lambda t, c: model.apply(variables, t, c, method="decode"))
+    logits, cache = decode(tokens[:, :12], model.init_cache(2, 16))
+    np.testing.assert_allclose(logits, full[:, 11], rtol=1e-5, atol=1e-5)
+    for t in (12, 13):
+        logits, cache = decode(tokens[:, t : t + 1], cache)
+        np.testing.assert_allclose(logits, full[:, t], rtol=1e-5, atol=1e-5)
+    layers = variables | {"base": by_layer(variables["base"], model.config.num_hidden_layers)}
+    np.testing.assert_allclose(full_pass(model, layers, tokens), full, rtol=1e-5, atol=1e-5)
 
 
 def test_a_prompt_in_parts_equals_the_prompt_at_once(tiny):
@@ -205,7 +229,10 @@ def test_a_stream_is_generate_token_by_token(tiny, drawing):
 
 
 def test_a_stream_reaches_the_last_position(tiny):
-    assert list(stream(*tiny, PROMPTS[0], 57)) == generate(*tiny, PROMPTS[:1], 57)[0]
+    model, variables = tiny
+    layers = by_layer(variables["base"], model.config.num_hidden_layers)
+    other = list(stream(*tiny, PROMPTS[0], 57, decoding=(model, {**variables, "base": layers})))
+    assert other == list(stream(*tiny, PROMPTS[0], 57)) == generate(*tiny, PROMPTS[:1], 57)[0]
 
 
 def test_a_stream_says_what_is_wrong_at_once(tiny):

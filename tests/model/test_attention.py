@@ -11,6 +11,8 @@ import pytest
 
 from irqlora_jax.model import attention
 from irqlora_jax.model.attention import attend
+from irqlora_jax.model.llama import Llama
+from tests.models import RELATIVES
 
 Arrays = list[Any]
 
@@ -81,6 +83,28 @@ def test_queries_of_a_cache_see_up_to_their_own_slot(chunk) -> None:
     check(problem(slots=20), mask, 2e-6, slots=jnp.asarray(slots), chunk=chunk)
 
 
+@pytest.mark.parametrize("chunk", [16, 3])
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_window_hides_what_is_before_it(chunk, traced) -> None:
+    """Three slots for each query, its own included; in packed rows of its own segment alone."""
+    ids = jnp.asarray([[0] * 6 + [1] * 7, [0] * 13])
+    index = np.arange(13)
+    near = index[None, :] > index[:, None] - 3
+    window = jnp.int32(3) if traced else 3
+    mask = np.broadcast_to((index[None, :] <= index[:, None]) & near, (2, 13, 13))
+    check(problem(), mask, 2e-6, chunk=chunk, window=window)
+    mask = mask & (np.asarray(ids)[:, :, None] == np.asarray(ids)[:, None, :])
+    check(problem(), mask, 2e-6, chunk=chunk, window=window, segment_ids=ids)
+
+
+def test_a_window_counts_slots_of_a_cache() -> None:
+    slots = jnp.asarray([[4, 5, 6], [0, 1, 2]])
+    arrays = problem(seq=3, slots=8)
+    at = np.asarray(slots)[:, :, None]
+    mask = (np.arange(8)[None, None] <= at) & (np.arange(8)[None, None] > at - 2)
+    check(arrays, mask, 2e-6, slots=slots, window=2)
+
+
 def test_scores_that_overflow_without_their_maximum() -> None:
     arrays = problem()
     arrays[0] = arrays[0] * 1e3
@@ -123,9 +147,11 @@ HALF = [jax.ShapeDtypeStruct((2, 64, heads, 64), jnp.bfloat16) for heads in (4, 
 
 @pytest.mark.parametrize("implementation", [None, "cudnn"])
 def test_cudnn_is_taken_where_it_serves(monkeypatch, implementation) -> None:
+    """Also with a sliding window that no row reaches."""
     fake_gpu(monkeypatch)
     gradient = jax.grad(
-        lambda *x: attend(*x, implementation=implementation).astype(jnp.float32).sum(), (0, 1, 2)
+        lambda *x: attend(*x, implementation=implementation, window=64).astype(jnp.float32).sum(),
+        (0, 1, 2),
     )
     text = jax.jit(gradient).trace(*HALF).lower(lowering_platforms=("cuda",)).as_text()
     assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text
@@ -148,6 +174,7 @@ IDS = jax.ShapeDtypeStruct((2, 64), jnp.int32)
         ("8.0", jnp.bfloat16, 256, {}, "not 256"),
         ("8.0", jnp.bfloat16, 64, {"slots": IDS}, "key-value cache"),
         ("8.0", jnp.bfloat16, 64, {"segment_ids": IDS}, "packed rows"),
+        ("8.0", jnp.bfloat16, 64, {"window": 63}, "rows longer than the sliding window"),
     ],
 )
 def test_what_cudnn_cannot_serve(monkeypatch, capability, dtype, features, extra, reason) -> None:
@@ -175,3 +202,18 @@ def test_a_refusal_by_the_library_is_a_reason_too(monkeypatch) -> None:
 def test_on_a_cpu_cudnn_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the device is cpu; 'xla' serves here"):
         attend(*(jnp.zeros(x.shape, x.dtype) for x in HALF), implementation="cudnn")
+
+
+def test_layers_whose_windows_no_row_reaches_are_alike(monkeypatch) -> None:
+    """One of two layers has a window of 6."""
+    fake_gpu(monkeypatch)
+    llama, key = RELATIVES["Qwen2"], jax.random.key(0)
+    model = Llama(llama, attention="cudnn", compute_dtype="bfloat16")
+    base = jax.eval_shape(Llama(llama).init, key, jnp.zeros((1, 4), jnp.int32))["base"]
+
+    def run(length: int) -> None:
+        jax.eval_shape(model.apply, {"base": base}, jnp.zeros((1, length), jnp.int32))
+
+    run(6)
+    with pytest.raises(ValueError, match="rows longer than the sliding window"):
+        run(8)

@@ -1,8 +1,7 @@
-"""The model: causality, packing, scan and remat, adapters and their gradients, config.json."""
+"""The model: causality, packing, scan and remat, adapters and their gradients."""
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,7 @@ import pytest
 
 from irqlora_jax.adapters import METHODS
 from irqlora_jax.adapters.config import AdapterConfig
-from irqlora_jax.model.attention import rope_frequencies, segment_positions
-from irqlora_jax.model.config import LlamaConfig, RopeScaling
+from irqlora_jax.model.attention import segment_positions
 from irqlora_jax.model.llama import Llama, head_logits, head_weight
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.sharding import LINEAR_NAMES
@@ -311,154 +309,3 @@ def test_weights_of_another_model_are_refused():
         plain.apply({"params": random_adapters(model), "base": base}, TOKENS)
     with pytest.raises(ValueError, match="compute_dtype = 'float64'"):
         Llama(CONFIG, compute_dtype="float64").apply({"base": base}, TOKENS)
-
-
-FILE = {
-    "model_type": "llama",
-    "vocab_size": 29,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-
-def test_config_defaults_of_old_files():
-    config = LlamaConfig.from_dict(FILE)
-    assert (config.num_key_value_heads, config.head_dim) == (4, 6)
-    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
-    assert (config.rms_norm_eps, config.max_position_embeddings) == (1e-6, 2048)
-    assert config.eos_token_ids == (2,)
-
-
-OPTIONAL = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "hidden_act": "silu",
-    "num_key_value_heads": 4,
-    "head_dim": 6,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "rope_scaling": {"rope_theta": None, "partial_rotary_factor": None},
-    "rope_parameters": {"rope_type": "default"},
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-}
-
-
-def test_config_null_is_absent():
-    assert LlamaConfig.from_dict(FILE | dict.fromkeys(OPTIONAL)) == LlamaConfig.from_dict(FILE)
-    assert LlamaConfig.from_dict(FILE | OPTIONAL) == LlamaConfig.from_dict(FILE)
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    config = LlamaConfig.from_dict(FILE | ids)
-    assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (None, (), None)
-
-
-@pytest.mark.parametrize("place", [(), ("rope_scaling",), ("rope_parameters",)])
-def test_config_damage_of_any_kind_is_a_sentence(place):
-    """Each field in turn has every kind of value: read, or refused with its name."""
-    whole = FILE | OPTIONAL | {"bos_token_id": 1, "eos_token_id": [1, 2], "pad_token_id": 0}
-    del whole["rope_parameters"]
-    kinds = (None, True, 0, -1, 3, 10**400, 0.5, -2.5, math.nan, math.inf, "", "24", [], [3], {})
-    for name in whole if not place else LLAMA3:
-        for value in kinds:
-            rope = {field: LLAMA3 | {name: value} for field in place}
-            try:
-                LlamaConfig.from_dict(whole | ({name: value} if not place else rope))
-            except ValueError as error:
-                message = str(error)
-                assert message.startswith("config.json: ") and "\n" not in message
-                assert name in message or "heads" in name
-
-
-def test_config_rope_old_and_new():
-    scaling = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
-    old = FILE | {"rope_theta": 500000.0, "rope_scaling": LLAMA3}
-    new = FILE | {"rope_parameters": LLAMA3 | {"rope_theta": 500000.0}}
-    for values in (old, new):
-        config = LlamaConfig.from_dict(values)
-        assert (config.rope_theta, config.rope_scaling) == (500000.0, scaling)
-    oldest = LlamaConfig.from_dict(FILE | {"rope_scaling": {"type": "linear", "factor": 2.0}})
-    assert oldest.rope_scaling == RopeScaling("linear", 2.0)
-    plain = LlamaConfig.from_dict(FILE | {"rope_parameters": {"rope_type": "default"}})
-    assert plain.rope_scaling is None
-
-
-@pytest.mark.parametrize("scaling", [None, RopeScaling("linear", 4.0), RopeScaling(**LLAMA3)])
-@pytest.mark.parametrize("eos", [(), (2,), (128001, 128009)])
-def test_config_round_trip(scaling, eos):
-    config = dataclasses.replace(CONFIG, rope_scaling=scaling, eos_token_ids=eos, pad_token_id=0)
-    assert LlamaConfig.from_dict(config.to_dict()) == config
-
-
-def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
-    config = dataclasses.replace(CONFIG, head_dim=128, rope_theta=500000.0)
-    plain = rope_frequencies(config)
-    scaled = rope_frequencies(dataclasses.replace(config, rope_scaling=RopeScaling(**LLAMA3)))
-    wave = 2 * np.pi / np.asarray(plain)
-    ratio = np.asarray(plain / scaled)
-    np.testing.assert_allclose(ratio[wave < 8192 / 4], 1, rtol=1e-6)
-    np.testing.assert_allclose(ratio[wave > 8192], 8, rtol=1e-6)
-    assert np.all(np.diff(ratio) > -1e-5)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_type": "mistral"}, "model_type = 'mistral': expected 'llama'"),
-        ({"model_type": None}, "model_type = None"),
-        ({"attention_bias": True}, "attention_bias = True: expected False"),
-        ({"mlp_bias": True}, "mlp_bias = True"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu': expected 'silu'"),
-        ({"vocab_size": None}, "vocab_size = None: expected a whole number"),
-        (
-            {"hidden_size": 26},
-            "hidden_size = 26: expected a multiple of num_attention_heads = 4",
-        ),
-        ({"head_dim": 7}, "head_dim = 7: expected a positive even number"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads = 3: expected a divisor"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
-        (
-            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-            "rope_scaling.rope_type = 'dynamic': expected 'default', 'linear' or 'llama3'",
-        ),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type = 'yarn'"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor = None"),
-        ({"rope_scaling": LLAMA3 | {"low_freq_factor": "x"}}, "low_freq_factor = 'x'"),
-        ({"rope_scaling": LLAMA3 | {"factor": True}}, "rope_scaling.factor = True"),
-        ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1}}, "more than low_freq_factor = 1.0"),
-        ({"rope_scaling": "linear"}, "rope_scaling = 'linear': expected an object, or null"),
-        ({"rope_parameters": [1]}, "rope_parameters = [1]"),
-        ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_parameters.rope_theta = '1e4'"),
-        ({"rope_scaling": {"type": ["linear"]}}, "rope_scaling.rope_type = ['linear']"),
-        ({"partial": 1, "rope_scaling": {"partial_rotary_factor": 0.5}}, "rotary_factor = 0.5"),
-        ({"hidden_size": 24.0}, "hidden_size = 24.0: expected a whole number of at least 1"),
-        ({"hidden_size": 4096.5}, "hidden_size = 4096.5"),
-        ({"num_hidden_layers": "3"}, "num_hidden_layers = '3'"),
-        ({"num_attention_heads": True}, "num_attention_heads = True"),
-        ({"num_attention_heads": 0}, "num_attention_heads = 0"),
-        ({"head_dim": 6.0}, "head_dim = 6.0: expected a positive even number"),
-        ({"num_key_value_heads": "2"}, "num_key_value_heads = '2': expected a whole number"),
-        ({"max_position_embeddings": math.inf}, "max_position_embeddings = inf"),
-        ({"rms_norm_eps": math.nan}, "rms_norm_eps = nan: expected a positive number"),
-        ({"rms_norm_eps": -1e-6}, "rms_norm_eps = -1e-06: expected a positive number"),
-        ({"rms_norm_eps": [1e-6]}, "rms_norm_eps = [1e-06]"),
-        ({"rope_theta": math.nan}, "rope_theta = nan: expected a positive number"),
-        ({"rope_theta": 10**400}, "rope_theta = 1000"),
-        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false': expected true or false"),
-        ({"bos_token_id": "<s>"}, "bos_token_id = '<s>': expected a whole number or null"),
-        ({"eos_token_id": [2, [3]]}, "eos_token_id = [2, [3]]: expected a whole number, a list"),
-        ({"eos_token_id": 2.5}, "eos_token_id = 2.5: expected"),
-    ],
-)
-def test_config_faults(change, message):
-    with pytest.raises(ValueError) as error:
-        LlamaConfig.from_dict(FILE | change)
-    assert message in str(error.value)

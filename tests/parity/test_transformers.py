@@ -29,6 +29,27 @@ CONFIGS = {
     "grouped, wide heads, linear scaling": tiny_llama(
         head_dim=16, rope_scaling=RopeScaling("linear", 4.0), rms_norm_eps=1e-5
     ),
+    "dynamic scaling": tiny_llama(
+        rope_scaling=RopeScaling("dynamic", 3.0), max_position_embeddings=64
+    ),
+    "yarn": tiny_llama(
+        head_dim=32,
+        rope_scaling=RopeScaling("yarn", 4.0, original_max_position_embeddings=40),
+        max_position_embeddings=160,
+    ),
+    "yarn, no rounding, other limits": tiny_llama(
+        head_dim=32,
+        rope_scaling=RopeScaling(
+            "yarn",
+            4.0,
+            original_max_position_embeddings=40,
+            attention_factor=0.8,
+            beta_fast=3.0,
+            beta_slow=0.5,
+            truncate=False,
+        ),
+        max_position_embeddings=160,
+    ),
     "multi-query, tied": tiny_llama(
         hidden_size=32, num_key_value_heads=1, tie_word_embeddings=True, rms_norm_eps=1e-2
     ),

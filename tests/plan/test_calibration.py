@@ -54,6 +54,7 @@ def test_squared_gradients_need_their_memory() -> None:
     assert more >= plain + layer
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("optimizer_promotion")
 def test_the_command_says_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_config(tmp_path, LLAMA)

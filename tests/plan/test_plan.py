@@ -19,9 +19,19 @@ from irqlora_jax.config import Config, TrainConfig
 from irqlora_jax.data import longest_row
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.plan import fit
 from irqlora_jax.plan import plan as plans
+from irqlora_jax.plan.fit import with_planned_rules
 from irqlora_jax.plan.gpus import DEVICES, find_device
-from irqlora_jax.plan.measure import PlanDevice, find_plan_device, measure, read_base_shapes
+from irqlora_jax.plan.measure import (
+    TIGHT,
+    MemoryNeed,
+    PlanDevice,
+    find_plan_device,
+    measure,
+    read_base_shapes,
+)
+from irqlora_jax.quant.budget import AllocationOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
 from irqlora_jax.sharding import MeshConfig, device_bytes
@@ -30,7 +40,10 @@ from tests.models import LLAMA, random_base, tiny_llama, write_config, write_run
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
-SMALL = dataclasses.replace(LLAMA, vocab_size=512, hidden_size=128, intermediate_size=300)
+# Widths that 4 devices can split.
+SMALL = dataclasses.replace(
+    LLAMA, vocab_size=512, hidden_size=128, intermediate_size=320, head_dim=16
+)
 CONFIG = Config(
     "model",
     "folder",
@@ -51,14 +64,41 @@ def target(memory: int) -> PlanDevice:
     return PlanDevice("a device", jax.devices(), memory, memory)
 
 
-@pytest.mark.parametrize("block", [64, 40])
-@pytest.mark.parametrize("name", ["nf4", "nf3", "int2", "none"])
+_measured: dict[str, MemoryNeed] = {}
+
+
+def measure_once(
+    config: Config, base: Any, llama: LlamaConfig, target: PlanDevice, limit: int | None = None
+) -> MemoryNeed:
+    """`measure` that compiles the step of the same settings once for all tests of this file."""
+    key = repr((dataclasses.replace(config, model=CONFIG.model), llama))
+    if key not in _measured:
+        need = measure(config, base, llama, target, limit)
+        if not need.step:
+            return need
+        _measured[key] = need
+    need = _measured[key]
+    stored = dataclasses.replace(need, step=0)
+    return need if limit is None or stored.peak <= limit else stored
+
+
+def need_of(**changes: Any) -> MemoryNeed:
+    """What `CONFIG`, with other fields, needs for the model `SMALL`."""
+    config = dataclasses.replace(CONFIG, **changes)
+    return measure_once(config, abstract_base(SMALL, config.quant), SMALL, target(2**40))
+
+
+PLAIN = [(name, size, "none") for name in ("nf4", "nf3", "int2", "none") for size in (64, 40)]
+
+
+@pytest.mark.parametrize(("name", "block", "calibration"), [*PLAIN, ("nf4", 64, "icq")])
 def test_a_base_file_is_as_long_as_the_arithmetic_says(
-    tmp_path: Path, name: Any, block: int
+    tmp_path: Path, name: Any, block: int, calibration: Any
 ) -> None:
     # Widths that are no multiple of a block, so that rows are padded.
-    wide = dataclasses.replace(LLAMA, vocab_size=4000, hidden_size=256, intermediate_size=600)
-    quant = QuantConfig(format=name, block_size=block, calibration="none")
+    sizes = {"hidden_size": 256, "intermediate_size": 600, "num_key_value_heads": 4}
+    wide = dataclasses.replace(LLAMA, vocab_size=4000, num_hidden_layers=1, **sizes)
+    quant = QuantConfig(format=name, block_size=block, calibration=calibration)
     base = random_base(wide, quant)
     file = tmp_path / "base.safetensors"
     save_base(file, base, wide, quant)
@@ -69,6 +109,64 @@ def test_a_base_file_is_as_long_as_the_arithmetic_says(
     assert llama == wide and measure_base(shapes) == stored
     same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype  # noqa: E731
     assert jax.tree.all(jax.tree.map(same, shapes, read_base(file)[0]))
+
+
+@pytest.mark.long
+def test_a_budget_is_planned_with_its_size(
+    tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the largest base that fits does fit, and fills the memory."""
+    few = AllocationOptions(("nf2", "nf4"), (64,), (8,))
+    quant = QuantConfig(calibration="none", budget="fit", allocation=few)
+    config = dataclasses.replace(CONFIG, model=str(write_model(tmp_path / "model")), quant=quant)
+    smallest = quant.candidates[0]
+    base = abstract_base(SMALL, smallest, np.float32)
+    need = measure(dataclasses.replace(config, quant=smallest), base, SMALL, target(2**40))
+    monkeypatch.setattr(fit, "measure", lambda *_: need)  # compiles the same
+    # Room for half of what nf4 needs more.
+    half = measure_base(abstract_base(SMALL, quant.candidates[1], np.float32)).total // 2
+    half -= measure_base(base).total // 2
+    device = target(int((need.peak + half) / TIGHT) + 1)
+    planned = with_planned_rules(config, device)
+    size = int(said[-1].split(" MB")[0].split()[-1])
+    found = measure(planned, *read_base_shapes(planned), device)
+    step = 2 * half // SMALL.num_hidden_layers
+    assert 0 <= found.base.total - (need.base.total + half) < step
+    assert abs(size * 10**6 - found.base.total) < 10**6 + step
+    as_bytes = dataclasses.replace(quant, budget=f"{found.base.total / 1000:.3f}KB")
+    again = with_planned_rules(dataclasses.replace(config, quant=as_bytes), device)
+    assert again == planned
+    with pytest.raises(ValueError, match=r"quant\.budget = 'fit': expected .* less on a device"):
+        with_planned_rules(config, target(need.peak))
+
+
+def test_a_budget_that_fits_a_mesh_fills_every_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two devices hold half of the packed weights each, so the whole base may grow by twice as
+    much as a device has room."""
+    few = AllocationOptions(("nf2", "nf4"), (64,), (8,))
+    quant = QuantConfig(calibration="none", budget="fit", allocation=few)
+    deep = dataclasses.replace(SMALL, num_hidden_layers=8)
+    own = {"model": str(write_model(tmp_path / "model", deep)), "quant": quant}
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, fsdp=2), **own)
+
+    def stored(quant: QuantConfig, config: Config = config) -> MemoryNeed:
+        """What a device holds; compiles nothing."""
+        one = dataclasses.replace(config, quant=quant)
+        base = abstract_base(deep, quant, np.float32)
+        return measure(one, base, deep, target(2**40), limit=0)
+
+    small, large = (stored(one) for one in quant.candidates)
+    alone = stored(quant.candidates[0], dataclasses.replace(config, mesh=MeshConfig(data=1)))
+    assert small.base.total < 0.7 * alone.base.total
+    need = dataclasses.replace(small, step=2**20)
+    monkeypatch.setattr(fit, "measure", lambda *_: need)
+    half = (large.base.total - small.base.total) // 2
+    device = target(int((need.peak + half) / TIGHT) + 1)
+    found = stored(with_planned_rules(config, device).quant)
+    layer = (large.base.total - small.base.total) / 8
+    assert abs(found.base.total - small.base.total - half) < layer
 
 
 def test_bits_of_llama_7b() -> None:
@@ -82,11 +180,10 @@ def test_bits_of_llama_7b() -> None:
 
 
 def test_the_plan_counts_the_arrays_of_a_run() -> None:
-    base = random_base(SMALL, CONFIG.quant)
-    need = measure(CONFIG, base, SMALL, target(2**40))
+    base, need = abstract_base(SMALL, CONFIG.quant), need_of()
     model = make_model(SMALL, CONFIG.adapter, CONFIG.train)
     state = init_state(model, make_optimizer(CONFIG.train), 0)
-    assert need.base.total == sum(x.nbytes for x in jax.tree.leaves(base))
+    assert need.base.total == sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
     assert need.adapters == sum(x.nbytes for x in jax.tree.leaves(state.adapters))
     assert need.optimizer == sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
     assert need.step > need.adapters  # the gradients at least
@@ -171,10 +268,7 @@ def test_the_plan_counts_the_parameters_of_every_method(method: Any, scales: int
 
 
 def test_a_mesh_is_planned_device_by_device() -> None:
-    config = dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, fsdp=4))
-    llama = dataclasses.replace(SMALL, intermediate_size=320, head_dim=16)
-    base = abstract_base(llama, config.quant)
-    one, four = (measure(c, base, llama, target(2**40)) for c in (CONFIG, config))
+    one, four = need_of(), need_of(mesh=MeshConfig(data=1, fsdp=4))
     assert four.devices == 4
     assert 4 * four.base.codes == one.base.codes
     assert four.adapters < 0.5 * one.adapters and four.peak < one.peak
@@ -182,13 +276,12 @@ def test_a_mesh_is_planned_device_by_device() -> None:
 
 def test_an_offloaded_state_is_counted_on_the_host() -> None:
     train = dataclasses.replace(CONFIG.train, offload_optimizer=True)
-    base = abstract_base(SMALL, CONFIG.quant)
-    here = measure(CONFIG, base, SMALL, target(2**40))
-    away = measure(dataclasses.replace(CONFIG, train=train), base, SMALL, target(2**40))
+    here, away = need_of(), need_of(train=train)
     assert here.host == 0 and away.host > 0.95 * here.optimizer
     assert away.host + away.optimizer == here.optimizer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("share", [1.2, 0.6])
 def test_suggested_settings_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], share: float
@@ -196,7 +289,8 @@ def test_suggested_settings_fit(
     folder = write_config(tmp_path / "model", SMALL, dtype="float32")
     config = dataclasses.replace(CONFIG, model=str(folder))
     base, llama = read_base_shapes(config)
-    memory = int(share * measure(config, base, llama, target(2**40)).peak)
+    memory = int(share * need_of().peak)
+    monkeypatch.setattr(plans, "measure", measure_once)
     monkeypatch.setattr(plans, "find_plan_device", lambda *_: target(memory))
     monkeypatch.setattr(plans, "_MAX_ROWS", 8)
     fits = plans.plan(config)
@@ -211,7 +305,8 @@ def test_suggested_settings_fit(
     }
     assert changes
     new = plans._replace_fields(config, changes)
-    assert measure(new, base, llama, target(memory)).peak <= memory
+    found = measure_once(new, base, llama, target(memory))
+    assert found.step and found.peak <= memory
 
 
 def test_an_unknown_device_is_refused_with_the_known_ones(
@@ -249,6 +344,7 @@ def test_without_the_compiler_for_gpus_the_plan_says_that_it_estimates(
     folder = write_model(tmp_path / "model")
     monkeypatch.setattr("irqlora_jax.plan.measure.compile_only_devices", lambda *_: None)
     monkeypatch.setattr("irqlora_jax.plan.measure.prepare", lambda *_: None)
+    monkeypatch.setattr(plans, "_most_rows", lambda *given: (0, given[-1]))  # two programs less
     out = tmp_path / "run"
     flags = [f"--model={folder}", f"--output_dir={out}", "--train.batch_size=2", "--plan=t4"]
     assert main(["train", *flags]) == 0
@@ -310,7 +406,4 @@ def test_the_budgets_hold_by_the_estimate_too(size: str, most: float) -> None:
 
 def test_a_plan_with_a_kernel_equals_one_with_xla() -> None:
     """It is made where the kernel's device may not be."""
-    asked = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, matmul="triton"))
-    base = abstract_base(SMALL, CONFIG.quant)
-    plain, kernel = (measure(one, base, SMALL, target(2**40)) for one in (CONFIG, asked))
-    assert kernel == plain
+    assert need_of(train=dataclasses.replace(CONFIG.train, matmul="triton")) == need_of()

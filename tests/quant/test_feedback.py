@@ -153,6 +153,7 @@ def test_the_quantizer_rounds_as_the_slow_reference(format: str, columns: int) -
     assert output_error(weight, found, gram) < 0.7 * output_error(weight, plain, gram)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("calibration", ["none", "icq", "joint", "robust", "importance"])
 def test_every_calibration_gains(calibration: str) -> None:
     weight, gram = layer(64, 256, 1000)

@@ -81,6 +81,7 @@ def test_the_rest_is_quantized_as_if_outliers_were_zero(format: str, calibration
     np.testing.assert_array_equal(found.dequantize(jnp.bfloat16)[marked], half)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("format", FEW_BITS)
 def test_more_outliers_lose_less(format: str) -> None:
     weight = heavy(64, 256)

@@ -24,6 +24,7 @@ def score(questions, name: str, calibration: str = "none") -> tuple[float, float
     return scores.accuracy, mean_entropy(base)
 
 
+@pytest.mark.long
 def test_fewer_bits_retain_less_and_icq_raises_the_entropy(questions) -> None:
     full, entropy = score(questions, "none")
     assert entropy is None

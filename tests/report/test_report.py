@@ -1,6 +1,7 @@
 """The page about a run: what it shows, and that nothing in a folder can break it."""
 
 import dataclasses
+import html
 import html.parser
 import json
 import math
@@ -18,7 +19,7 @@ import pytest
 from irqlora_jax import cli
 from irqlora_jax.base.file import save_base
 from irqlora_jax.base.survey import BINS
-from irqlora_jax.config import parse_flags
+from irqlora_jax.config import QuantizeConfig, parse_flags
 from irqlora_jax.evaluate.mmlu_files import SUBCATEGORIES
 from irqlora_jax.evaluate.sensitivity import SensitivityConfig
 from irqlora_jax.quant.config import QuantConfig, QuantRule
@@ -30,7 +31,7 @@ from irqlora_jax.report.run_data import metric_curve, read_metrics, read_run_dat
 from irqlora_jax.report.scored import wilson
 from irqlora_jax.report.sensitivity import sensitivity_page
 from irqlora_jax.sharding import LINEAR_NAMES
-from tests.models import NARROW, PLAIN, random_base
+from tests.models import NARROW, PLAIN, quantize_base, random_base
 
 HOSTILE = "</pre><script>alert(1)</script> & \"quoted\" 'too' \x00\x1b ]]> \ud800 <!--"
 SVG = "{http://www.w3.org/2000/svg}"
@@ -151,6 +152,25 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("base") / "base.safetensors"
     save_base(file, random_base(NARROW, PLAIN), NARROW, PLAIN, "somewhere/base")
     return file
+
+
+def test_the_page_of_a_mixed_base_draws_bits_and_repeats_its_rules(tmp_path: Path) -> None:
+    quant = dataclasses.replace(PLAIN, rules=(QuantRule("*.down_proj", format="none"),))
+    mixed = quantize_base(random_base(NARROW), PLAIN, LINEAR_NAMES[:6])
+    save_base(tmp_path / "base.safetensors", mixed, NARROW, quant, "some/base")
+    found = read_run_data(tmp_path)
+    assert found.bits is not None and found.storage is not None
+    assert found.bits["down_proj"] == [32.0, 32.0]
+    mean = sum(sum(bits) for bits in found.bits.values()) / 14  # matrices have the same shape
+    assert mean == pytest.approx(found.storage.bits)
+    made = page(found)
+    assert "Bits by layer and projection" in made
+    command = html.unescape(made.split("<pre>")[1].split("</pre>")[0])
+    flags = shlex.split(command)[2:]
+    assert parse_flags(QuantizeConfig, flags, "irqlora quantize").quant == quant
+    uniform = random_base(NARROW, PLAIN)
+    save_base(tmp_path / "base.safetensors", uniform, NARROW, PLAIN, "some/base")
+    assert "Bits by layer" not in page(read_run_data(tmp_path))
 
 
 @pytest.fixture
@@ -620,7 +640,7 @@ def test_a_phone_shows_it_without_scrolling_sideways(run: Path, tmp_path: Path, 
     browser = shutil.which("chromium") or shutil.which("google-chrome") or ""
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", wrapper.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     title = done.stdout.split("<title>")[1].split("</title>")[0]
     count = 28 if about == "run" else 10
     expected = [f"{width} wide, 0 cut, {count} drawn" for width in (360, 345)]

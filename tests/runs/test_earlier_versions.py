@@ -34,6 +34,7 @@ def logits(folder: str) -> np.ndarray:
     return np.asarray(opened.model.apply(opened.variables, jnp.asarray(TOKENS)))
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("optimizer_promotion")
 @pytest.mark.parametrize("name", ["run-joint", "run-loftq"])
 def test_a_run_opens_with_its_logits_and_goes_on(written: Path, name: str) -> None:

@@ -15,6 +15,7 @@ from irqlora_jax.config import Config
 from irqlora_jax.evaluate.results import identity
 from irqlora_jax.files.small import read_json
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.model.tree import stacks
 from irqlora_jax.plan.measure import read_base_shapes
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
@@ -99,14 +100,22 @@ def test_a_gguf_file_is_a_model_like_its_folder(tmp_path: Path) -> None:
     assert_same(load_run(out).variables, expected.variables)
 
 
+@pytest.mark.parametrize("each_layer", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_dense_weights_compute_what_packed_ones_do(written: Path, dtype: str) -> None:
+def test_dense_weights_compute_what_packed_ones_do(
+    written: Path, dtype: str, each_layer: bool
+) -> None:
     run = load_run(written, compute_dtype=dtype)
-    dense = unpacked(run)
+    dense = unpacked(run, each_layer=each_layer)
     leaves = jax.tree.leaves(dense.variables["base"], is_leaf=lambda x: isinstance(x, QTensor))
     assert not any(isinstance(leaf, QTensor) for leaf in leaves)
-    layer = dense.variables["base"]["layers"]["mlp"]["up_proj"]["weight"]
-    assert layer.dtype == dtype and layer.ndim == 3
+    depth = run.model.config.num_hidden_layers
+    found = {name: len(each) for name, each in stacks(dense.variables["base"], depth).items()}
+    single = {f"layers_{layer}": 1 for layer in range(depth)}
+    assert found == (single if each_layer else {"layers": depth})
+    for name, layers in found.items():
+        weight = dense.variables["base"][name]["mlp"]["up_proj"]["weight"]
+        assert weight.dtype == dtype and weight.ndim == 3 and len(weight) == layers
     assert dense == dataclasses.replace(run, variables=dense.variables)
     assert dense.variables["params"] is run.variables["params"]
     tokens = jnp.arange(24, dtype=jnp.int32).reshape(2, 12)

@@ -1,18 +1,21 @@
 """Short runs on factworld, and what they leave behind."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from irqlora_jax.config import Config
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.load import load_run
-from irqlora_jax.runs.state import init_state, make_optimizer
+from irqlora_jax.runs.state import TrainState, init_state, make_optimizer
+from irqlora_jax.train import loop
 from irqlora_jax.train.metrics import MetricsLog
 from tests.models import QUICKSTART, run_settings
 
@@ -80,3 +83,17 @@ def at_step(patch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) ->
         write(self, done, values)
 
     patch.setattr(MetricsLog, "write", act)
+
+
+def no_training(patch: pytest.MonkeyPatch) -> None:
+    """Steps that only count, for tests of everything around them: compiling one takes seconds."""
+
+    def make_step(*_: Any, **__: Any) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+        def advance(state: TrainState, base: Any, batch: Any) -> Any:
+            metrics = dict.fromkeys(("loss", "grad_norm", "learning_rate"), jnp.float32(1))
+            metrics["targets"] = batch["targets"].sum()
+            return dataclasses.replace(state, step=state.step + 1), metrics
+
+        return advance
+
+    patch.setattr(loop, "make_step", make_step)

@@ -28,7 +28,7 @@ from tests.train.small_runs import (
     losses_of,
 )
 
-pytestmark = pytest.mark.usefixtures("optimizer_promotion")
+pytestmark = pytest.mark.usefixtures("optimizer_promotion", "shared_steps")
 CHANGES: dict[str, Any] = {
     "adapter__method": "qalora",
     "adapter__rank": 4,
@@ -38,6 +38,7 @@ CHANGES: dict[str, Any] = {
     "adapter__dropout": 0.0,
     "train__learning_rate": 5e-3,
     "train__steps": 4,
+    "data__eval": None,
 }
 
 
@@ -48,6 +49,7 @@ def perplexity(folder: Path, output: Path) -> float:
     return evaluate_run(asked)["perplexity"]
 
 
+@pytest.mark.long
 def test_the_whole_product(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(config_for(base, whole, **CHANGES))

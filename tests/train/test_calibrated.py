@@ -69,7 +69,8 @@ def test_a_base_is_the_same_after_an_interruption(
         assert len(errors) == len(plain) and sum(errors) < sum(plain)
 
 
-@pytest.mark.usefixtures("optimizer_promotion")
+@pytest.mark.long
+@pytest.mark.usefixtures("optimizer_promotion", "shared_steps")
 def test_a_run_tells_how_its_base_was_made_and_resumes_without_the_text(
     tmp_path: Path, text: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_run_tells_how_its_base_was_made_and_resumes_without_the_text(
         "adapter.init": "loftq",
         "adapter.rank": 4,
         "train.steps": 2,
+        "data.eval": None,
     }
     settings = run_settings(MODEL, tmp_path / "run") | changes
     run(Config.load(QUICKSTART, settings))
@@ -96,6 +98,7 @@ def test_a_run_tells_how_its_base_was_made_and_resumes_without_the_text(
     assert "(calibrated with 8 rows of 32 tokens of text.jsonl)" in card
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("optimizer_promotion")
 def test_trained_pairs_are_the_start_of_the_run(tmp_path: Path, text: Path) -> None:
     changes: dict[str, Any] = {

@@ -38,6 +38,7 @@ def adapters(folder: Path, step: int) -> Any:
     return load_run(folder, checkpoint=step).variables["params"]
 
 
+@pytest.mark.long
 def test_training_continues_from_the_adapter_of_a_run(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     changes = {"adapter__init_from": str(trained), "train__learning_rate": 1e-3}
@@ -93,6 +94,7 @@ def test_an_adapter_is_never_lost_in_silence(trained: Path, tmp_path: Path) -> N
     assert losses_of(tmp_path / "run")[0] == losses_of(trained)[0]  # a new adapter
 
 
+@pytest.mark.long
 def test_a_loftq_run_continues_on_its_own_base(tmp_path: Path) -> None:
     first = tmp_path / "first"
     run(settings(WORLD / "base-small", first, adapter__init="loftq", train__steps=1))

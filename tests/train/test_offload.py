@@ -16,7 +16,7 @@ from irqlora_jax.runs.state import init_state, learning_rate, make_model, make_o
 from irqlora_jax.sharding import MeshConfig, make_mesh, put_batch, tree_shardings
 from irqlora_jax.train.loop import _all_finite
 from irqlora_jax.train.step import make_step, sharded_state
-from tests.models import IEC, LLAMA, PLAIN, assert_same, random_base
+from tests.models import IEC, LLAMA, PLAIN, assert_same, long, random_base
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
@@ -88,12 +88,15 @@ class Training:
         return state, losses
 
 
+@functools.cache
 def both(settings: TrainConfig, **more: Any) -> tuple[Training, Training]:
     away = dataclasses.replace(settings, offload_optimizer=True)
     return Training(settings, **more), Training(away, **more)
 
 
-@pytest.mark.parametrize("everything", [False, True], ids=["plain", "accumulated bfloat16 mesh"])
+@pytest.mark.parametrize(
+    "everything", [False, *long(True)], ids=["plain", "accumulated bfloat16 mesh"]
+)
 def test_offloading_changes_a_step_only_by_rounding(everything: bool) -> None:
     """From the same state each: with jax 0.10 the next one is the same bit by bit.
 
@@ -175,6 +178,7 @@ def test_a_checkpoint_goes_on_from_either_place(tmp_path: Path) -> None:
             np.testing.assert_allclose(begun + rest, losses, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_a_float16_step_that_overflows_changes_nothing_but_the_scale() -> None:
     settings = dataclasses.replace(TRAIN, compute_dtype="float16", offload_optimizer=True)
     training = Training(settings)

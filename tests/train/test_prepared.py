@@ -22,15 +22,17 @@ from irqlora_jax.runs.state import init_state, make_optimizer
 from irqlora_jax.train import loop
 from irqlora_jax.train.finetune import run
 from irqlora_jax.train.step import penalty, prepare, prepared_model, train_step
+from tests.models import long
 from tests.train.small_runs import StoppedError, assert_same_run, at_step, config_for, crash
 from tests.train.test_step import SETTINGS, setup
 
-pytestmark = pytest.mark.usefixtures("optimizer_promotion")
+pytestmark = pytest.mark.usefixtures("optimizer_promotion", "shared_steps")
 
 
 TARGETS = ("q_proj", "down_proj")  # compiles faster
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["bayesian", "binary"])
 def test_training_learns(method: str) -> None:
     step, state, base, batch, _ = setup(method=method, targets=TARGETS)
@@ -41,6 +43,7 @@ def test_training_learns(method: str) -> None:
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["bayesian", "binary"])
 def test_parts_of_a_batch_share_what_a_step_prepares(method: str) -> None:
     """Another step has other gates or steeper factors, and so another loss."""
@@ -99,6 +102,7 @@ def test_a_strong_penalty_closes_gates_from_the_last_rank_on() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_penalty_in_training_leaves_fewer_bits_and_ranks(tmp_path: Path) -> None:
     """What the report says was learned, and the pair that is exported, which is smaller."""
     *_, base, batch, model = setup(method="bayesian", targets=TARGETS)
@@ -174,7 +178,7 @@ def test_the_steepness_grows_with_the_steps() -> None:
     assert errors == sorted(errors, reverse=True)
 
 
-@pytest.mark.parametrize("method", ["bayesian", "binary"])
+@pytest.mark.parametrize("method", ["bayesian", *long("binary")])
 def test_the_whole_product(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -194,8 +198,9 @@ def test_the_whole_product(
     plain = AdapterConfig(method="lora", rank=4, targets=TARGETS)
     lora = Llama(trained.model.config, adapter=plain)
     tokens = jnp.arange(12, dtype=jnp.int32)[None, :]
+    apply = jax.jit(Llama.apply, static_argnums=0)
     logits = [
-        np.asarray(model.apply({"params": params, "base": trained.variables["base"]}, tokens))
+        np.asarray(apply(model, {"params": params, "base": trained.variables["base"]}, tokens))
         for model, params in (
             (trained.model, trained.variables["params"]),
             (lora, load_adapter(tmp_path / "adapter", lora)),

@@ -150,6 +150,7 @@ def follow_scales(q: QTensor, theirs: dict) -> tuple[QTensor, np.ndarray]:
     return dataclasses.replace(q, scale_codes=jnp.asarray(codes)), chosen
 
 
+@pytest.mark.long
 def test_from_the_full_precision_model(reference: Path) -> None:
     """Our quantizer with the released choice among equally good shifts, codes from the exact ones.
 
@@ -173,6 +174,7 @@ def test_from_the_full_precision_model(reference: Path) -> None:
     check(reference, replay(reference, base, config), 1e-5, 1e-5, 1e-4, 1e-3)
 
 
+@pytest.mark.long
 def test_own_search_loses_no_entropy_and_trains_alike(reference: Path) -> None:
     """With our own choice among the ties: entropies as high, the same losses to 0.2 %."""
     own, config = hf.load_base(reference / "base", QuantConfig(codes_from="exact"))

@@ -53,6 +53,7 @@ def contents(folder: Path) -> dict[Path, tuple[bytes, int]]:
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("steps", "reason"), [(6, "finished, 6 of 6"), (3, "train.steps = 3")])
 def test_a_finished_run_is_left_as_it_is(base, folder, said, steps: int, reason: str) -> None:
     before = contents(folder)

@@ -50,6 +50,7 @@ from tests.train.small_runs import (
     crash,
     evaluations_of,
     losses_of,
+    no_training,
     rows_of,
     settings_for,
     steps_of,
@@ -111,7 +112,7 @@ def test_ctrl_c_on_the_command_line(base: Path, tmp_path: Path) -> None:
     while process.poll() is None and not (folder / "metrics.jsonl").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130, err.decode()
     assert b"SIGINT: ended after step" in out and b"Traceback" not in err
     assert b"send the signal again" in err and b"PyTorch" not in err
@@ -160,15 +161,21 @@ def test_the_second_signal_ends_at_once(base, tmp_path, monkeypatch) -> None:
     assert steps_of(folder) == [2]
 
 
-def test_several_devices_are_used_and_another_mesh_may_go_on(base, whole, tmp_path, said) -> None:
-    """As many as divide the batch by default, then two that split the weights, then one."""
+@pytest.mark.long
+def test_several_devices_are_used_and_another_mesh_may_go_on(
+    base, whole, tmp_path, monkeypatch, said
+) -> None:
+    """As many as divide the batch by default, then one, then two that split the weights."""
     folder = tmp_path / "run"
-    run(config_for(base, folder, mesh__data=None, train__steps=2))
+    for step, mesh in ((3, {"mesh__data": None}), (5, {})):
+        with monkeypatch.context() as patch, pytest.raises(StoppedError):
+            at_step(patch, step, crash)
+            run(config_for(base, folder, **mesh))
     assert "4 of 8 devices (data 4, fsdp 1, tensor 1)" in said[0]
-    run(config_for(base, folder, mesh__fsdp=2, train__steps=3))
-    run(config_for(base, folder, train__steps=4))
-    assert [step for step, _ in losses_of(folder)] == [1, 2, 3, 4]
-    np.testing.assert_allclose(losses_of(folder), losses_of(whole)[:4], rtol=1e-5)
+    run(config_for(base, folder, mesh__fsdp=2))
+    assert [step for step, _ in losses_of(folder)] == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(losses_of(folder), losses_of(whole), rtol=1e-5)
+    np.testing.assert_allclose(evaluations_of(folder), evaluations_of(whole), rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +199,7 @@ WORSENING = {
 }
 
 
+@pytest.mark.long
 def test_early_stopping_and_the_best_checkpoint(
     base: Path, worsening: Path, said: list[str]
 ) -> None:
@@ -214,6 +222,7 @@ def test_early_stopping_and_the_best_checkpoint(
     assert [loss for _, loss in evaluations_of(worsening)] == losses
 
 
+@pytest.mark.long
 def test_patience_survives_a_crash(base, worsening, tmp_path, monkeypatch) -> None:
     """Crashed after two evaluations without a better loss: the third ends it, not three more."""
     last = evaluations_of(worsening)[-1][0]
@@ -263,11 +272,12 @@ def test_another_run_in_the_folder_is_refused(base, whole, changes: dict, words:
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
 
 
-def test_other_contents_of_the_data_file_are_refused(base: Path, tmp_path: Path) -> None:
+def test_other_contents_of_the_data_file_are_refused(base, tmp_path, monkeypatch) -> None:
+    no_training(monkeypatch)
     data, folder = tmp_path / "data.jsonl", tmp_path / "run"
     lines = (WORLD / "data" / "train.jsonl").read_text().splitlines(keepends=True)
     data.write_text("".join(lines[:16]))
-    changes = {"data__train": str(data), "train__steps": 1}
+    changes = {"data__train": str(data), "data__eval": None, "train__steps": 1}
     run(config_for(base, folder, **changes))
     data.write_text("".join(lines[:15] + lines[16:17]))
     with pytest.raises(ValueError, match=r"data.train = .*data.jsonl': now 16 examples") as error:
@@ -279,14 +289,16 @@ def test_other_contents_of_the_data_file_are_refused(base: Path, tmp_path: Path)
     assert run(config_for(base, folder, **changes)).steps == 1
 
 
-def test_the_original_model_may_be_gone(base: Path, tmp_path: Path) -> None:
+def test_the_original_model_may_be_gone(base, tmp_path, monkeypatch) -> None:
+    no_training(monkeypatch)
     copy, folder = tmp_path / "copy", tmp_path / "run"
     shutil.copytree(base, copy)
-    run(config_for(copy, folder, train__steps=1))
+    changes = {"data__eval": None}
+    run(config_for(copy, folder, **changes, train__steps=1))
     shutil.rmtree(copy)
-    assert run(config_for(copy, folder, train__steps=2)).steps == 2
+    assert run(config_for(copy, folder, **changes, train__steps=2)).steps == 2
     with pytest.raises(FileNotFoundError, match=r"evaluate.baselines = True: needs .* model = "):
-        run(config_for(copy, folder, evaluate__baselines=True))
+        run(config_for(copy, folder, **changes, evaluate__baselines=True))
 
 
 DIVERGING = {"train__clip_norm": None, "train__save_every": 1}
@@ -306,6 +318,7 @@ def test_a_nan_loss_names_step_examples_and_checkpoint(base: Path, tmp_path: Pat
     assert steps_of(folder) == [failed - 1]
 
 
+@pytest.mark.long
 def test_a_state_that_is_not_finite_is_never_saved(base: Path, tmp_path: Path) -> None:
     """The first loss and gradient are finite, but float32 cannot hold the update."""
     folder = tmp_path / "run"
@@ -315,6 +328,7 @@ def test_a_state_that_is_not_finite_is_never_saved(base: Path, tmp_path: Path) -
     assert steps_of(folder) == [] and np.isfinite(losses_of(folder)).all()
 
 
+@pytest.mark.long
 def test_packed_and_half_precision(base: Path, tmp_path: Path) -> None:
     """Packing and bfloat16 adapters through a whole run: the loss falls."""
     folder = tmp_path / "run"
@@ -322,6 +336,7 @@ def test_packed_and_half_precision(base: Path, tmp_path: Path) -> None:
         "data__packing": True,
         "data__packing_length": 64,
         "adapter__dtype": "bfloat16",
+        "data__eval": None,
         "train__steps": 30,
         "train__learning_rate": 0.01,
     }
@@ -358,7 +373,9 @@ def test_baselines_show_the_papers_calibration_too(
     assert [row.model for row in rows] == ["full precision", *quantized]
 
 
-def test_questions_and_baselines_make_the_table(tmp_path: Path) -> None:
+@pytest.mark.long
+def test_questions_and_baselines_make_the_table(tmp_path, monkeypatch) -> None:
+    no_training(monkeypatch)
     questions = str(WORLD / "data" / "questions.jsonl")
     asked = {"evaluate__questions": questions, "evaluate__max_questions": 64}
     result = run(
@@ -392,6 +409,7 @@ def test_evaluations_take_as_many_rows_as_a_forward_pass_of_the_training(
         seen.append((size, max(len(q.prompt) for q in questions)))
         return score_questions(model, variables, questions, size)
 
+    no_training(monkeypatch)
     monkeypatch.setattr(sys.modules[row_nll.__module__], "row_nll", record)
     monkeypatch.setattr("irqlora_jax.evaluate.scores.score_questions", record_scores)
     changes = {"train__batch_size": 8, "train__accumulation": 4, "train__steps": 1}
@@ -403,11 +421,16 @@ def test_evaluations_take_as_many_rows_as_a_forward_pass_of_the_training(
     assert all(rows * length <= 2 * longest for rows, length in seen)
 
 
-def test_a_gguf_file_is_needed_only_until_the_base_is_written(tmp_path: Path) -> None:
-    llama = tiny_llama(vocab_size=258, max_position_embeddings=128, bos_token_id=0)
+@pytest.mark.long
+def test_a_gguf_file_is_needed_only_until_the_base_is_written(tmp_path, monkeypatch) -> None:
+    no_training(monkeypatch)
+    # All linear layers have the same shape, which is compiled once.
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 4}
+    llama = tiny_llama(vocab_size=258, max_position_embeddings=128, bos_token_id=0, **sizes)
     file, folder = tmp_path / "model.gguf", tmp_path / "run"
     write_gguf(file, llama, **gguf_tokens(byte_tokenizer(template=TEMPLATE)))
     settings = {"train__steps": 2, "train__save_every": 0, "train__schedule": "constant"}
+    settings["data__eval"] = None
     run(config_for(file, folder, **settings))
     base, _ = hf.load_base(file, Config.load(folder / "config.json").quant)
     file.unlink()

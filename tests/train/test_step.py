@@ -119,6 +119,7 @@ def test_overflow_in_float16_changes_only_the_loss_scale() -> None:
     assert float(new.loss_scale) == 256 and int(new.good_steps) == 0
 
 
+@pytest.mark.long
 def test_the_schedule_counts_steps_that_overflow() -> None:
     """The first update of AdamW is the learning rate, which has to be the logged one."""
     settings = dataclasses.replace(SETTINGS, compute_dtype="float16", schedule="linear", steps=4)
@@ -176,6 +177,7 @@ def test_a_large_vocabulary_costs_no_full_logits() -> None:
     assert hidden * vocab not in sizes
 
 
+@pytest.mark.long
 def test_an_evaluation_needs_less_memory_than_a_step_with_as_many_rows() -> None:
     """So `--plan`, which compiles the step, covers the evaluations of a run."""
     step, state, base, batch = step_and_shapes("float32", rows=4, length=128, chunk=64)
