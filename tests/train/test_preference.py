@@ -122,6 +122,7 @@ def test_float16_is_close_and_an_overflow_changes_only_the_loss_scale() -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 def test_a_mesh_changes_nothing() -> None:
     step, state, base, batch, model = setup()
     _, expected = step(state, base, batch)
