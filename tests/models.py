@@ -441,12 +441,12 @@ def made_once(make_step: Callable[..., Any]) -> Callable[..., Any]:
     made: dict[Any, Any] = {}
 
     def make(
-        mesh: Any, state: Any, *, model: Any, optimizer: Any, config: Any, **settings: Any
+        mesh: Any, state: Any, *, model: Any, optimizer: Any, config: Any, preference: bool = False
     ) -> Any:
-        key = (mesh, *_program(model, config), *settings.values())
-        settings |= {"model": model, "config": config}
+        key = (mesh, preference, *_program(model, config))
         if key not in made:
-            made[key] = make_step(mesh, state, optimizer=optimizer, **settings)
+            how: Any = {"model": model, "optimizer": optimizer, "config": config}
+            made[key] = make_step(mesh, state, **how, preference=preference)
         return made[key]
 
     return make

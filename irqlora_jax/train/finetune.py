@@ -213,7 +213,7 @@ def _finetune(
             logger.info(f"resuming from step {first} of {folder}")
         reference = None
         if job.preference and config.adapter.start_title:
-            reference = checkpoints.restore(0, state).adapters
+            reference = checkpoints.restore_adapters(0, state.adapters)
         started = time.perf_counter()
         with MetricsLog(folder, first, config) as log:
             ended = train(job, base, state, checkpoints, log, reference)

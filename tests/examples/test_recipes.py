@@ -38,9 +38,9 @@ RECIPES = {
     "gptq-alpaca-7b": ("7b",),
     "qalora-alpaca-7b": ("7b",),
     "guanaco-7b": ("7b", "65b"),
+    "dpo-hh-7b": ("7b",),
     "mistral-7b": ("mistral",),
     "qwen2.5-7b": ("qwen2.5",),
-    "dpo-hh-7b": ("7b",),
 }
 
 

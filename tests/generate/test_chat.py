@@ -114,6 +114,9 @@ def test_the_style_is_what_the_run_learned(tmp_path):
     for learned in ("alpaca", "oasst1", "hh_rlhf", "text"):
         assert find_style(config(learned), TOKENIZER).kind == learned
     assert find_style(config("flan_v2"), TOKENIZER).kind == "pairs"
+    # Preference pairs are messages if there is a template.
+    assert find_style(config("preference"), TOKENIZER).kind == "pairs"
+    assert find_style(config("preference"), byte_tokenizer(template=TEMPLATE)).kind == "chat"
 
 
 @pytest.mark.parametrize(

@@ -84,16 +84,14 @@ def test_losses_rewards_and_gradients_are_those_of_trl(name: str) -> None:
         "ref_rejected_logps": rejected,
     }
     trainer = trainer_for(name, options)
-    compute: Any = trl.DPOTrainer._compute_loss
-    loss = compute(trainer, lambda **_: outputs, inputs, False)
+    loss = trl.DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False)
     loss.backward()
 
     def ours(own: Any) -> Any:
         # TRL has all chosen answers first.
         by_pair = lambda x: x.reshape(2, pairs).T.reshape(-1)  # noqa: E731
-        counts = jnp.asarray(mask.sum(1), jnp.float32)
-        rows = -own.sum(1), -jnp.asarray(tokens[1]).sum(1), counts
-        sums = pair_sums(*map(by_pair, rows), options)
+        nll, frozen = by_pair(-own.sum(1)), by_pair(-jnp.asarray(tokens[1]).sum(1))
+        sums = pair_sums(nll, frozen, by_pair(jnp.asarray(mask.sum(1), jnp.float32)), options)
         return sums["loss"] / sums["pairs"], sums
 
     (found, sums), gradient = jax.value_and_grad(ours, has_aux=True)(jnp.asarray(tokens[0]))

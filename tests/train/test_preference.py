@@ -69,14 +69,13 @@ def logps(model: Llama, adapters: Any, base: Any, batch: Any) -> Any:
 def test_loss_rewards_and_gradient_are_those_of_the_definition() -> None:
     step, state, base, batch, model = setup()
     _, metrics = step(state, base, batch)
-    frozen = logps(model.clone(adapter=None), {}, base, batch)
 
     def loss(adapters: Any) -> Any:
+        frozen = logps(model.clone(adapter=None), {}, base, batch)
         rewards = DPO.beta * (logps(model, adapters, base, batch) - frozen)
         margin = rewards[:, 0] - rewards[:, 1]
-        return -(0.9 * jax.nn.log_sigmoid(margin) + 0.1 * jax.nn.log_sigmoid(-margin)).mean(), (
-            rewards
-        )
+        right, wrong = jax.nn.log_sigmoid(margin), jax.nn.log_sigmoid(-margin)
+        return -(0.9 * right + 0.1 * wrong).mean(), rewards
 
     (expected, rewards), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(state.adapters)
     assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-5)
@@ -123,6 +122,7 @@ def test_float16_is_close_and_an_overflow_changes_only_the_loss_scale() -> None:
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.long
 def test_a_mesh_changes_nothing() -> None:
     step, state, base, batch, model = setup()
     _, expected = step(state, base, batch)
