@@ -175,10 +175,8 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
         def zero(sign: Sign, x: Any) -> Any:
             return jnp.zeros_like(x) if small(x) else encode(jnp.zeros(x.shape), sign)
 
-        first, second = (
-            jax.tree.map(lambda x, sign=sign: zero(sign, x), params)
-            for sign in ("signed", "unsigned")
-        )
+        first = jax.tree.map(lambda x: zero("signed", x), params)
+        second = jax.tree.map(lambda x: zero("unsigned", x), params)
         return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), first, second)
 
     def update(
@@ -198,6 +196,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
             state.count, read("signed", state.mu), read("unsigned", state.nu)
         )
         grads = jax.tree.map(lambda g, mu: g.astype(mu.dtype), updates, dense.mu)
+        new: Any
         scaled, new = adam.update(grads, dense, params)
         scaled = jax.tree.map(lambda x, g: x.astype(g.dtype), scaled, updates)
         mu, nu = write("signed", state.mu, new.mu), write("unsigned", state.nu, new.nu)
