@@ -12,7 +12,6 @@ import pytest
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.model.llama import Llama
-from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.state import init_state, make_optimizer
 from irqlora_jax.train import step as steps
 from irqlora_jax.train.noise import embedding_noise, example_lengths
@@ -21,8 +20,8 @@ from tests.models import assert_same, random_base, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
-LLAMA = tiny_llama(vocab_size=48)
-MODEL = Llama(LLAMA, adapter=AdapterConfig(rank=4))
+LLAMA = tiny_llama(vocab_size=48, num_hidden_layers=1)
+MODEL = Llama(LLAMA, adapter=AdapterConfig(method="lora", rank=4, targets=("q_proj",)))
 TRAIN = TrainConfig(batch_size=4, compute_dtype="float32", loss_chunk=16)
 
 
@@ -66,7 +65,7 @@ def everything() -> tuple[Any, Any, Any]:
         "tokens": tokens,
         "targets": jnp.arange(12)[None, :] >= jnp.array([2, 11, 5, 9])[:, None],
     }
-    base = random_base(LLAMA, QuantConfig(calibration="none"))
+    base = random_base(LLAMA)
     state = jax.jit(lambda: init_state(MODEL, make_optimizer(TRAIN), 0))()
     return state, base, batch
 
