@@ -113,9 +113,9 @@ def encode(x: Float32[Array, "*stack_and_leaf"], sign: Sign, stacked: bool = Tru
     """Rounds every number to the nearest of the table, times the maximum of its block.
 
     Args:
-        x: a leaf; with `stacked`, its first axis is over the layers.
+        x: a leaf of all layers, or of one.
         sign: the table.
-        stacked: as said.
+        stacked: whether the first axis is over the layers. A block is in one layer.
 
     Examples:
         >>> moment = encode(jnp.array([[0.5, -2.0, 0.0]]), "signed")
