@@ -130,9 +130,8 @@ def _method(folder: Path, values: Mapping[str, Any]) -> str:
 def _targets(folder: Path, targets: Any) -> list[str]:
     """Names of linear layers. A regular expression, or names of whole parts of the model, leave it
     to the tensors."""
-    named = (
-        {str(name).rpartition(".")[2] for name in targets} if isinstance(targets, list) else set()
-    )
+    listed = targets if isinstance(targets, list) else []
+    named = {str(name).rpartition(".")[2] for name in listed}
     if not named or not named <= set(LINEAR_NAMES):
         pattern = rf"\.({'|'.join(LINEAR_NAMES)})\."
         found = (re.search(pattern, name) for name in _names(folder))

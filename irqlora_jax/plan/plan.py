@@ -242,7 +242,8 @@ def _savings(config: Config, target: PlanDevice) -> Iterator[dict[str, Any]]:
         yield {"train.loss_chunk": _SMALL_CHUNK}
     if not train.offload_optimizer and not target.shared:
         yield {"train.offload_optimizer": True}
-    if train.optimizer_bits == 32 and not train.offload_optimizer:
+    has_large_leaves = config.adapter.rank >= 32  # 4,096 numbers from 128 features on
+    if train.optimizer_bits == 32 and not train.offload_optimizer and has_large_leaves:
         yield {"train.optimizer_bits": 8}
     if config.adapter.dtype == "float32":
         yield {"adapter.dtype": "bfloat16"}

@@ -113,9 +113,9 @@ def encode(x: Float32[Array, "*stack_and_leaf"], sign: Sign, stacked: bool = Tru
     """Rounds every number to the nearest of the table, times the maximum of its block.
 
     Args:
-        x: a leaf; with `stacked`, its first axis is over the layers.
+        x: a leaf of all layers, or of one.
         sign: the table.
-        stacked: as said.
+        stacked: whether the first axis is over the layers. A block is in one layer.
 
     Examples:
         >>> moment = encode(jnp.array([[0.5, -2.0, 0.0]]), "signed")
@@ -196,8 +196,8 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
             state.count, read("signed", state.mu), read("unsigned", state.nu)
         )
         grads = jax.tree.map(lambda g, mu: g.astype(mu.dtype), updates, dense.mu)
-        found: Any = adam.update(grads, dense, params)
-        scaled, new = found
+        new: Any
+        scaled, new = adam.update(grads, dense, params)
         scaled = jax.tree.map(lambda x, g: x.astype(g.dtype), scaled, updates)
         mu, nu = write("signed", state.mu, new.mu), write("unsigned", state.nu, new.nu)
         return scaled, optax.ScaleByAdamState(new.count, mu, nu)

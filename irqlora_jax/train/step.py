@@ -260,23 +260,20 @@ def train_step(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) if scaled else None
 
-    def update_alone(
-        grads: Any, opt_state: Any, adapters: Any, layer: Any = None
-    ) -> tuple[Any, Any]:
+    by_leaf = optax.with_extra_args_support(optimizer)
+
+    def update(grads: Any, opt_state: Any, adapters: Any, layer: Any = None) -> tuple[Any, Any]:
         if config.clip_norm is not None:
             grads = _clip(grads, norm, config.clip_norm)
-        updates, new = whole.update(grads, opt_state, adapters, layer=layer)
+        updates, new = by_leaf.update(grads, opt_state, adapters, layer=layer)
         pair = optax.apply_updates(adapters, updates), new
         if finite is None:
             return pair
         return jax.tree.map(functools.partial(jnp.where, finite), pair, (adapters, opt_state))
 
-    whole = optax.with_extra_args_support(optimizer)
-    update = update_alone
-    if config.offload_optimizer:
-        update = functools.partial(_update_by_layer, update_alone)
+    advance = functools.partial(_update_by_layer, update) if config.offload_optimizer else update
     opt_state = _with_schedule_at(state.opt_state, state.step) if scaled else state.opt_state
-    adapters, opt_state = update(grads, opt_state, state.adapters)
+    adapters, opt_state = advance(grads, opt_state, state.adapters)
     new = dataclasses.replace(state, adapters=adapters, opt_state=opt_state, step=state.step + 1)
     rate = jnp.asarray(learning_rate(config)(state.step), jnp.float32)
     metrics = {"grad_norm": norm, "targets": sums["targets"], "learning_rate": rate}

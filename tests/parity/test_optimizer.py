@@ -71,7 +71,7 @@ def test_ten_steps_of_adamw8bit(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     here = make_optimizer(config)
     params = {"weight": jnp.asarray(start)[None]}
-    state = here.init(params)
+    state: Any = here.init(params)
     update = jax.jit(here.update)
     for _ in range(10):
         gradient = rng.normal(size=start.shape).astype(np.float32)

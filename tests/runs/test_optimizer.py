@@ -175,9 +175,18 @@ def test_codes_are_the_nearest_of_each_block(shape: tuple[int, ...], stacked: bo
 
 
 def test_zeros_and_nan() -> None:
-    zero = encode(jnp.zeros((1, 300)), "unsigned")
-    assert (decode(zero, "unsigned") == 0).all() and (zero.absmax == 0).all()
-    assert bool(jnp.isnan(encode(jnp.full((1, 300), jnp.nan), "signed").absmax).all())
+    """A block of zeros has no scale; a number that is not finite shows in the maximum."""
+
+    @jax.jit
+    def both(x: Any) -> Any:
+        moment = encode(x, "unsigned")
+        return moment, decode(moment, "unsigned")
+
+    moment, dense = both(jnp.zeros((1, 300)))
+    assert (dense == 0).all() and (moment.absmax == 0).all()
+    for bad in (np.nan, np.inf):
+        moment, _ = both(jnp.zeros((1, 300)).at[0, 7].set(bad))
+        assert not np.isfinite(moment.absmax[0, 0]) and moment.absmax[0, 1] == 0
 
 
 def big(seed: int) -> dict[str, Any]:
@@ -186,7 +195,8 @@ def big(seed: int) -> dict[str, Any]:
 
 def test_small_leaves_and_all_else_are_as_in_optax() -> None:
     """One step from nothing has no rounding: only the moments that it leaves are rounded."""
-    ours, theirs = moments.scale_by_adam(0.9, 0.99, 1e-8), optax.scale_by_adam(0.9, 0.99, 1e-8)
+    ours: Any = moments.scale_by_adam(0.9, 0.99, 1e-8)
+    theirs: Any = optax.scale_by_adam(0.9, 0.99, 1e-8)
     params = big(0) | tree(0)
     params["layers"]["mlp"] = big(0)["layers"]["mlp"]
     state, wide = ours.init(params), theirs.init(params)
@@ -194,14 +204,16 @@ def test_small_leaves_and_all_else_are_as_in_optax() -> None:
     small = state.mu["layers"]["self_attn"]["q_proj"]["lora_A"]
     assert small.size // 2 < SMALLEST and small.dtype == np.float32
     grads = jax.tree.map(lambda x: 0.1 * x, params)
-    updates, state = ours.update(grads, state, params)
-    wanted, wide = theirs.update(grads, wide, params)
-    assert_same(updates, wanted)
-    updates, state = ours.update(grads, state, params)
-    wanted, wide = theirs.update(grads, wide, params)
-    assert_same(updates["layers"]["self_attn"], wanted["layers"]["self_attn"])
+    our_update, their_update = jax.jit(ours.update), jax.jit(theirs.update)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    updates, state = our_update(grads, state, params)
+    wanted, wide = their_update(grads, wide, params)
+    jax.tree.map(close, updates, wanted)
+    updates, state = our_update(grads, state, params)
+    wanted, wide = their_update(grads, wide, params)
+    jax.tree.map(close, updates["layers"]["self_attn"], wanted["layers"]["self_attn"])
     found, exact = (of["layers"]["mlp"]["up_proj"]["lora_B"] for of in (updates, wanted))
-    assert (found != exact).any()
+    assert (np.abs(found / exact - 1) > 1e-3).any()
     # A block has 256 normal numbers: the second moment of the smallest ones may round to 0.
     np.testing.assert_allclose(np.median(found / exact), 1, atol=0.02)
 
@@ -228,5 +240,36 @@ def test_a_mesh_computes_blocks_where_they_are() -> None:
     given = jax.device_put((params, state), tree_shardings(mesh, (params, state)))
     places = tree_shardings(mesh, jax.eval_shape(optimizer.update, params, state))
     step = jax.jit(optimizer.update, out_shardings=places).lower(*given).compile()
-    assert "all-" not in step.as_text() and "collective" not in step.as_text()
+    text = step.as_text() or ""
+    assert "fusion" in text and "all-" not in text and "collective" not in text
     assert_same(step(*given)[1], alone)
+
+
+def test_200_steps_lose_little() -> None:
+    """A pair of rank 64 learns a matrix from noisy gradients, with 8 bits as with 32."""
+    rng = np.random.default_rng(0)
+    aim = jnp.asarray(rng.normal(size=(64, 64)) @ rng.normal(size=(64, 64)) / 8, "float32")
+    start = {"lora_A": rng.normal(size=(1, 64, 64)) / 8, "lora_B": np.zeros((1, 64, 64))}
+    params = {leaf: jnp.asarray(value, "float32") for leaf, value in start.items()}
+
+    def loss(params: Any, rows: Any) -> Any:
+        off = params["lora_B"][0] @ params["lora_A"][0] - aim
+        return ((rows @ off) ** 2).mean()
+
+    def losses(bits: Any) -> np.ndarray:
+        settings = TrainConfig(learning_rate=1e-2, optimizer_bits=bits, compute_dtype="float32")
+        optimizer = make_optimizer(settings)
+
+        def step(carry: Any, key: Any) -> Any:
+            params, state = carry
+            value, grads = jax.value_and_grad(loss)(params, jax.random.normal(key, (8, 64)))
+            updates, state = optimizer.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), value
+
+        keys = jax.random.split(jax.random.key(0), 200)
+        run = jax.jit(lambda: jax.lax.scan(step, (params, optimizer.init(params)), keys)[1])
+        return np.asarray(run())
+
+    short, wide = losses(8), losses(32)
+    assert (short != wide).any() and wide[-20:].mean() < 0.5 * wide[:20].mean()
+    assert abs(short[-20:].mean() / wide[-20:].mean() - 1) < 0.05

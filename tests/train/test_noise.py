@@ -12,8 +12,8 @@ import pytest
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.config import TrainConfig
 from irqlora_jax.model.llama import Llama
-from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.state import init_state, make_optimizer
+from irqlora_jax.sharding import MeshConfig, make_mesh, put_batch
 from irqlora_jax.train import step as steps
 from irqlora_jax.train.noise import embedding_noise, example_lengths
 from irqlora_jax.train.step import loss_sum, train_step
@@ -21,8 +21,8 @@ from tests.models import assert_same, random_base, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
-LLAMA = tiny_llama(vocab_size=48)
-MODEL = Llama(LLAMA, adapter=AdapterConfig(rank=4))
+LLAMA = tiny_llama(vocab_size=48, num_hidden_layers=1)
+MODEL = Llama(LLAMA, adapter=AdapterConfig(method="lora", rank=4, targets=("q_proj",)))
 TRAIN = TrainConfig(batch_size=4, compute_dtype="float32", loss_chunk=16)
 
 
@@ -66,7 +66,7 @@ def everything() -> tuple[Any, Any, Any]:
         "tokens": tokens,
         "targets": jnp.arange(12)[None, :] >= jnp.array([2, 11, 5, 9])[:, None],
     }
-    base = random_base(LLAMA, QuantConfig(calibration="none"))
+    base = random_base(LLAMA)
     state = jax.jit(lambda: init_state(MODEL, make_optimizer(TRAIN), 0))()
     return state, base, batch
 
@@ -127,3 +127,16 @@ def test_a_step_with_noise_is_repeated_bit_by_bit() -> None:
     assert_same((one, first), (again, same))
     _, later = step(dataclasses.replace(state, step=state.step + 1), base, batch)
     assert float(later["loss"]) != float(first["loss"])
+
+
+def test_a_mesh_has_the_same_noise_in_packed_rows() -> None:
+    _, _, batch = everything()
+    segments = jnp.asarray(np.repeat([[1, 2, 0]], [5, 6, 1], axis=1).repeat(4, 0))
+    noise = jax.jit(lambda targets, ids: embedding_noise(jax.random.key(0), 5.0, targets, ids, 24))
+    alone = noise(batch["targets"], segments)
+    mesh = make_mesh(MeshConfig(data=2), 4)
+    with jax.set_mesh(mesh):
+        split = put_batch(mesh, {"targets": batch["targets"], "ids": segments})
+        found = noise(split["targets"], split["ids"])
+    assert found.sharding.spec[0] is not None
+    np.testing.assert_allclose(found, alone, rtol=1e-6)

@@ -16,7 +16,7 @@ from irqlora_jax.runs.moments import Moment
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
 from irqlora_jax.sharding import MeshConfig, device_bytes, make_mesh, put_batch, tree_shardings
 from irqlora_jax.train.step import make_step, sharded_state
-from tests.models import PLAIN, assert_same, random_base, tiny_llama
+from tests.models import assert_same, random_base, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 
@@ -28,7 +28,7 @@ FAST = {"xla_backend_optimization_level": 0}
 
 @functools.cache
 def base() -> Any:
-    return random_base(LLAMA, PLAIN)
+    return random_base(LLAMA)
 
 
 class Training:
