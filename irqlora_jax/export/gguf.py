@@ -177,7 +177,7 @@ def architecture_fields(config: LlamaConfig) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         **_rope_fields(config),
     }
-    fields = {"general.architecture": name, "general.type": "model"}
+    fields: dict[str, Any] = {"general.architecture": name, "general.type": "model"}
     fields["general.quantization_version"] = 2
     return fields | {f"{name}.{key}": value for key, value in values.items()}
 
