@@ -65,10 +65,6 @@ class ExportConfig:
     this. "gguf": a file model.gguf for llama.cpp that includes the adapter. The other kinds hold
     the codes of the base as they are, with the adapter for PEFT in adapter/. "bitsandbytes": NF4 or
     FP4 without shifts. "gptq" and "compressed-tensors": integers with whole zero points."""
-    type: Literal["f16", "bf16", "q8_0", "q4_0", "q4_1", "exact"] | None = None
-    """With kind gguf: type of the matrices (null: f16). "exact": the codes of an integer base as
-    they are; blocks must be multiples of 32. The adapter is in the shifts, where its method allows
-    that, else in adapter.gguf."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of all weights. Null: the original file's type for models, float32 for adapters. With
     kind quantized, the type of what training changed in scales and shifts: float16 (null) keeps a
@@ -88,6 +84,10 @@ class ExportConfig:
     """Largest file of a model, in GB."""
     progress: bool = True
     """Show a progress bar."""
+    type: Literal["f16", "bf16", "q8_0", "q4_0", "q4_1", "exact"] | None = None
+    """With kind gguf: type of the matrices (null: f16). "exact": the codes of an integer base as
+    they are; blocks must be multiples of 32. The adapter is in the shifts, where its method allows
+    that, else in adapter.gguf."""
 
     def __post_init__(self) -> None:
         ok = 0 < self.shard_size < math.inf
