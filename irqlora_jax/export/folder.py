@@ -78,8 +78,8 @@ class ExportConfig:
     ignores them."""
     base_model: str | None = None
     """base_model_name_or_path of adapters: folder or hub id of the base for PEFT's auto classes.
-    Null: with kind dequantized, the absolute path of output_dir; with kind adapter, the original
-    model if it was not quantized, else nothing."""
+    Null: with kind adapter, the original model if it was not quantized, else nothing; with the
+    kinds that write it to adapter/, the absolute path of output_dir."""
     shard_size: float = 5.0
     """Largest file of a model, in GB."""
     progress: bool = True
