@@ -66,10 +66,6 @@ class ExportConfig:
     this. "gguf": a file model.gguf for llama.cpp that includes the adapter. The other kinds hold
     the codes of the base as they are, with the adapter for PEFT in adapter/. "bitsandbytes": NF4 or
     FP4 without shifts. "gptq" and "compressed-tensors": integers with whole zero points."""
-    type: Literal["f16", "bf16", "q8_0", "q4_0", "q4_1", "exact"] | None = None
-    """With kind gguf: type of the matrices (null: f16). "exact": the codes of an integer base as
-    they are; blocks must be multiples of 32. The adapter is in the shifts, where its method allows
-    that, else in adapter.gguf."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of all weights. Null: the original file's type for models, float32 for adapters. With
     kind quantized, the type of what training changed in scales and shifts: float16 (null) keeps a
@@ -83,8 +79,8 @@ class ExportConfig:
     ignores them."""
     base_model: str | None = None
     """base_model_name_or_path of adapters: folder or hub id of the base for PEFT's auto classes.
-    Null: with kind dequantized, push_to_hub or else the absolute path of output_dir; with kind
-    adapter, the original model if it was not quantized, else nothing."""
+    Null: with kind adapter, the original model if it was not quantized, else nothing; with the
+    kinds that write it to adapter/, push_to_hub or else the absolute path of output_dir."""
     shard_size: float = 5.0
     """Largest file of a model, in GB."""
     push_to_hub: str | None = None
@@ -95,6 +91,10 @@ class ExportConfig:
     """With push_to_hub: only the owner can see the repository."""
     progress: bool = True
     """Show a progress bar."""
+    type: Literal["f16", "bf16", "q8_0", "q4_0", "q4_1", "exact"] | None = None
+    """With kind gguf: type of the matrices (null: f16). "exact": the codes of an integer base as
+    they are; blocks must be multiples of 32. The adapter is in the shifts, where its method allows
+    that, else in adapter.gguf."""
 
     def __post_init__(self) -> None:
         ok = 0 < self.shard_size < math.inf

@@ -338,8 +338,9 @@ def test_the_options_of_the_command_line() -> None:
     expected = hf.ExportConfig("a", "b", "adapter", "bfloat16", 7, False)
     assert parse(flags + more) == expected
     assert parse([*flags, "--checkpoint=best"]).checkpoint == "best"
+    assert parse([*flags, "--kind=gguf", "--type=q8_0"]).type == "q8_0"
     with pytest.raises(ValueError, match="kind"):
-        parse([*flags, "--kind=gguf"])
+        parse([*flags, "--kind=onnx"])
 
 
 def test_a_model_without_an_adapter_has_none_to_save(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ REFUSED: dict[str, tuple[str, Any, QuantConfig, Any, str]] = {
         dataclasses.replace(WIDE, intermediate_size=72),
         PLAIN4,
         None,
-        "has 32 outputs and 72 inputs|has rows of 72 in blocks of 32",
+        "gate_proj has 72 outputs and 64 inputs; expected multiples of 32, or kind merged",
     ),
     "zero points": (
         "gptq",
