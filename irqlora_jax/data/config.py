@@ -134,8 +134,8 @@ class DataConfig:
     @property
     def formats(self) -> tuple[DataFormat, ...]:
         """The formats of the sources, each once, in their order."""
-        found = dict.fromkeys(source.format or self.format for source in self.sources)
-        return tuple(found) or (self.format,)
+        found = [source.format or self.format for source in self.sources]
+        return tuple(dict.fromkeys(found or [self.format]))
 
     def of_source(self, source: DataSource) -> "DataConfig":
         """The configuration for one source alone."""
