@@ -134,7 +134,7 @@ class DataConfig:
     @property
     def formats(self) -> tuple[DataFormat, ...]:
         """The formats of the sources, each once, in their order."""
-        found = [source.format or self.format for source in self.sources]
+        found: list[DataFormat] = [source.format or self.format for source in self.sources]
         return tuple(dict.fromkeys(found or [self.format]))
 
     def of_source(self, source: DataSource) -> "DataConfig":
