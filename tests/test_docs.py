@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from irqlora_jax.config import Config
+from irqlora_jax.config.parse import _fields as fields
 from tests.test_rooms import FLOORS
 
 ROOT = Path(__file__).parent.parent
@@ -136,3 +137,16 @@ def test_files_and_tests_that_a_page_names_are_there(page: Path) -> None:
         elif re.fullmatch(r"[\w./-]+/(?!NAME)[\w-]+\.(py|md|yaml|json|sh)", quoted):
             places = (ROOT / quoted, ROOT / "irqlora_jax" / quoted)
             assert any(place.exists() for place in places), f"there is no {quoted}"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_options_that_a_page_names_exist(page: Path) -> None:
+    known = {"adapter.from"}
+    for name, _ in fields(Config):
+        parts = name.split(".")
+        known |= {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+    sections = "|".join(sorted({name.split(".")[0] for name in known if "." in name}))
+    named = re.compile(rf"(?:--|`)((?:{sections})\.[a-z][\w.]*\w)")
+    files = (".md", ".json", ".jsonl", ".py", ".lock", ".gguf")
+    for option in named.findall(page.read_text(encoding="utf-8")):
+        assert option in known or option.endswith(files), f"there is no option {option}"
