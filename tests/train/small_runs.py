@@ -89,7 +89,7 @@ def no_training(patch: pytest.MonkeyPatch) -> None:
     """Steps that only count, for tests of everything around them: compiling one takes seconds."""
 
     def make_step(*_: Any, **__: Any) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-        def advance(state: TrainState, base: Any, batch: Any) -> Any:
+        def advance(state: TrainState, base: Any, batch: Any, reference: Any) -> Any:
             metrics = dict.fromkeys(("loss", "grad_norm", "learning_rate"), jnp.float32(1))
             metrics["targets"] = batch["targets"].sum()
             return dataclasses.replace(state, step=state.step + 1), metrics
