@@ -62,7 +62,7 @@ def fill_from_adapter(
         else:
             return given  # refused later, if there is no adapter
     method = convert("adapter.method", given.get("adapter.method", settings["adapter.method"]))
-    if method != settings["adapter.method"]:  # the options belong to the other one
+    if method != settings["adapter.method"]:  # its options belong to another method
         settings = {name: value for name, value in settings.items() if name.count(".") == 1}
     return settings | given
 
@@ -105,7 +105,7 @@ def read_peft_settings(folder: Path, convert: Convert) -> dict[str, Any]:
 
 
 def _method(folder: Path, values: Mapping[str, Any]) -> str:
-    """The method of an adapter. Ours name it; else PEFT's fields and the leaves tell it."""
+    """The method of an adapter. Our files name it; else PEFT's fields and the leaves show it."""
     named = read_metadata(folder / ADAPTER).get("method") if (folder / ADAPTER).is_file() else None
     if named in METHODS:
         return named
@@ -128,8 +128,8 @@ def _method(folder: Path, values: Mapping[str, Any]) -> str:
 
 
 def _targets(folder: Path, targets: Any) -> list[str]:
-    """Names of linear layers. A regular expression, or names of whole parts of the model, leave it
-    to the tensors."""
+    """Names of the adapted linear layers. If `targets` is a regular expression or names whole parts
+    of the model, the names of the tensors show them."""
     listed = targets if isinstance(targets, list) else []
     named = {str(name).rpartition(".")[2] for name in listed}
     if not named or not named <= set(LINEAR_NAMES):

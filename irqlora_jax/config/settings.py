@@ -78,7 +78,7 @@ class TrainConfig:
     """AdamW: decoupled weight decay."""
     optimizer_bits: Literal[8, 32] = 32
     """Bits of the stored moments of AdamW. 8: as in bitsandbytes, in blocks of 256 with the dynamic
-    map. Leaves below 4,096 numbers a layer keep `adapter.dtype`, as all do with 32."""
+    map. Leaves with fewer than 4,096 numbers a layer keep `adapter.dtype`, as all do with 32."""
     neftune_alpha: float = 0.0
     """NEFTune: add uniform noise to the embeddings of the training tokens, up to
     alpha / sqrt(L x hidden size) with L tokens in an example. 0: no noise; 5 to 15 are usual."""

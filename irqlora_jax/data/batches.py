@@ -174,7 +174,7 @@ def make_batches(
     if config.packing:
         return Batches(examples, batch_size, seed, packing_length=length, parts=parts)
     grouped = config.group_by_length
-    multiple = min(64, length) if config.streaming else None  # no look at the examples
+    multiple = min(64, length) if config.streaming else None  # does not read the examples
     return Batches(examples, batch_size, seed, multiple, grouped, parts=parts)
 
 

@@ -24,7 +24,7 @@ _SHAREGPT = {
     "function_call": "assistant",
     "observation": "tool",
 }
-"""Names of the roles in ShareGPT's files and those in its form."""
+"""The usual names of the roles in ShareGPT's files and in files of the same form."""
 _OTHER_TEMPLATE = "give another one as data.chat_template"
 
 

@@ -29,7 +29,7 @@ class Part:
 
 
 def epoch_order(count: int, *seed: int) -> Int[np.ndarray, " rows"]:
-    """A random order of all rows. `seed`: also the epoch."""
+    """A random order of all rows. `seed` includes the epoch."""
     return np.random.default_rng(seed).permutation(count)
 
 
@@ -41,7 +41,7 @@ def block_order(blocks: Sequence[int], *seed: int) -> Int[np.ndarray, " rows"]:
 
     Args:
         blocks: number of rows of each block, in the order of the rows.
-        seed: also the epoch.
+        seed: includes the epoch.
     """
     rng = np.random.default_rng(seed)
     ends = np.cumsum(blocks).tolist()

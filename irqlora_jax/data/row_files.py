@@ -82,7 +82,7 @@ class JsonlFile:
 
 
 def _state(file: BinaryIO) -> tuple[int, int]:
-    """What changes with the content of a file: its size, and when it was last written."""
+    """The size and the modification time of a file, which change with its content."""
     found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns
 

@@ -7,13 +7,13 @@ and a resumed run sees the same batches, as without streaming.
 What needs the lengths of all examples in tokens (plain text, packing, grouping by length) tokenizes
 every row once at the start, and keeps only the lengths.
 
-What this cannot do:
+Limits:
 - Rows without a token to learn are known only when they are read. They stay in the batches, where
   they count like padding.
-- A bad row behind the first 64 is found when it is used.
+- A bad row after the first 64 is found when it is used.
 - The order of .parquet rows is less random (`order.block_order`), and they cannot be packed or
   grouped, which would need row groups from everywhere.
-- .json, .csv, .tsv, .txt and data sets of the hub: convert or download them first.
+- .json, .csv, .tsv and .txt files must be converted first, and data sets of the hub downloaded.
 """
 
 import array
@@ -49,7 +49,7 @@ from irqlora_jax.data.rows import Row, check_columns
 logger = logging.getLogger(__name__)
 
 _FIRST = 64  # rows that are checked at the start
-_KEPT = 1024  # examples that stay in memory, for those who ask for them again
+_KEPT = 1024  # examples in the cache
 _CHUNK = 256  # rows that are tokenized together
 
 

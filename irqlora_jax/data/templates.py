@@ -1,6 +1,6 @@
 """Chat templates by name, for base models without one.
 
-Each writes what the published models of its format read. Turns end with a token that stops the
+Each writes the format that its published models expect. Turns end with a token that stops the
 generation: eos, or a token that the template brings with it (`END`).
 """
 

@@ -27,7 +27,7 @@ _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    """What describes a matrix.
+    """Describes a quantized matrix.
 
     Attributes:
         shape: (out, in).

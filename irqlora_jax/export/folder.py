@@ -68,9 +68,9 @@ class ExportConfig:
     FP4 without shifts. "gptq" and "compressed-tensors": integers with whole zero points."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of all weights. Null: the original file's type for models, float32 for adapters. With
-    kind quantized, the type of what training changed in scales and shifts: float16 (null) keeps a
-    change to 0.05 %, float32 exactly. With kinds gptq and compressed-tensors, null is float16. The
-    scales have this type too (with gptq always float16)."""
+    kind quantized, the type of the trained changes of scales and shifts: float16 (null) rounds
+    them by up to 0.05 %, float32 keeps them. With kinds gptq and compressed-tensors, null is
+    float16, and the scales have this type too (with gptq always float16)."""
     checkpoint: Literal["last", "best"] | int = "last"
     """Checkpoint of the run: the newest, the one with the best evaluation loss, or a step."""
     fold: bool = True

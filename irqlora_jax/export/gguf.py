@@ -27,7 +27,7 @@ from irqlora_jax.text import require
 GGUF_FILE = "model.gguf"
 EXACT = "exact"
 BYTES = {"f16": 2, "bf16": 2, "q8_0": 34 / 32, "q4_0": 18 / 32, "q4_1": 20 / 32}
-"""Types of matrices that are written, and bytes of a weight. Besides there is `EXACT`."""
+"""Types in which matrices are written, with their bytes a weight. `EXACT` is one more choice."""
 _BLOCK = 32
 """Weights of a block, in all types that are written with blocks."""
 _PART = 2**22
@@ -143,7 +143,7 @@ def _add_fields(writer: Any, fields: Mapping[str, Any]) -> None:
 def architecture_fields(config: LlamaConfig) -> dict[str, Any]:
     """The metadata that describe the architecture.
 
-    Positions beyond a sliding window would see too much, so the context ends with the window.
+    These files have no sliding window, so the context must not be longer than the window.
 
     Raises:
         ValueError: llama.cpp does not compute this model.
@@ -277,7 +277,8 @@ def _type(shape: tuple[int, ...], path: Keys, type: str, stored: np.dtype) -> st
 def row_order(config: LlamaConfig, path: Keys, rows: int) -> slice | np.ndarray:
     """The rows of a tensor in the order of the file: the inverse of `files.gguf`.
 
-    Hugging Face rotates values i and i + half of a head; llama.cpp some models' neighbors.
+    Hugging Face rotates values i and i + half of a head together. llama.cpp rotates neighbors in
+    some models (`_PAIRED`).
     """
     name = path[-2] if path[-1] == BIAS else path[-1]
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -287,7 +288,7 @@ def row_order(config: LlamaConfig, path: Keys, rows: int) -> slice | np.ndarray:
 
 
 def _quantized(name: str, values: np.ndarray, kind: str, type: str) -> np.ndarray:
-    """The bytes of a tensor, row by row; floats as such."""
+    """The values of a tensor in its type: bytes, or floats for the float types."""
     import gguf
 
     target = gguf.GGMLQuantizationType[kind]

@@ -1,7 +1,7 @@
 """Describes a tokenizer of Hugging Face as GGUF does: the inverse of `files.gguf_tokenizer`.
 
 llama.cpp knows the rules that split text before the merges by name. So a tokenizer is recognized by
-its patterns, and what is unknown is refused. At the end both forms must find the same tokens.
+its patterns, and an unknown one is refused. At the end, both forms must give the same tokens.
 """
 
 import json

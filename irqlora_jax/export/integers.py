@@ -18,7 +18,7 @@ WORD = 32
 
 @dataclasses.dataclass(frozen=True)
 class IntegerFacts:
-    """What describes a matrix.
+    """Describes a quantized matrix.
 
     Attributes:
         shape: (out, in).

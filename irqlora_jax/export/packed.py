@@ -27,7 +27,7 @@ from irqlora_jax.sharding import LINEAR_NAMES
 
 Parts = dict[str, Part]
 ELSE = "or kind merged or dequantized"
-"""What every base can be exported as."""
+"""Kinds that can hold every base."""
 
 
 @dataclasses.dataclass(frozen=True)

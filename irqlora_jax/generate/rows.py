@@ -109,7 +109,7 @@ class Rows:
     def step(self) -> list[int]:
         """Extends every text by a token. Returns the next token of each row.
 
-        Those of rows without a text mean nothing.
+        The tokens of rows without a text mean nothing.
         """
         model, variables = self._decoding
         tokens, self._cache = _step(

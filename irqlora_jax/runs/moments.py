@@ -42,9 +42,9 @@ _DECADES = 7
 def dynamic_map(sign: Sign) -> Float32[np.ndarray, "256"]:
     """The numbers that codes stand for, in rising order, from -1 or 0 to 1.
 
-    Decade d of 7 has 2**d numbers, or 2**(d + 1) without a sign: the means of neighbors that evenly
-    divide 0.1 to 1, times 10**(d - 6). 0 and 1 are added. Computed in float32 step by step, so that
-    the table equals the one of bitsandbytes bit by bit.
+    Decade d of 7 has 2**d numbers, or 2**(d + 1) without a sign: the midpoints of as many equal
+    parts of 0.1 to 1, times 10**(d - 6). 0 and 1 are added. Computed in float32 step by step, so
+    that the table equals the one of bitsandbytes bit by bit.
     """
     values = [np.float32(0), np.float32(1)]
     for decade, parts in enumerate(_parts(sign)):
@@ -95,7 +95,7 @@ def _nearest(unit: Float32[Array, "*any"], sign: Sign) -> UInt8[Array, "*any"]:
 def grid(shape: Shape) -> Shape:
     """Shape of the maxima of a leaf of one layer. It has as many axes as the leaf.
 
-    Where rows consist of whole blocks, or blocks of whole rows, a block has a place on the axes.
+    If rows consist of whole blocks, or blocks of whole rows, each block has its place on the axes.
 
     Examples:
         >>> grid((64, 4096)), grid((4096, 64)), grid((4096, 48))

@@ -18,7 +18,7 @@ from irqlora_jax.serve.request import Ask, BadRequest, read_request
 from irqlora_jax.serve.service import Failed, Service, Texts
 
 _CLOSED_REQUEST = 499
-"""Status for the log; the client has gone."""
+"""Status for the log if the client has disconnected."""
 
 
 def make_app(service: Service, key: str | None = None) -> Starlette:

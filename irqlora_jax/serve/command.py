@@ -29,7 +29,7 @@ class ServeConfig:
     """Serves a model with the OpenAI API: chat completions, completions, streams."""
 
     run: str
-    """Folder of a run, of irqlora quantize, or of a Hugging Face LLaMA, or a .gguf file."""
+    """Folder of a run, of irqlora quantize, or of a Hugging Face model, or a .gguf file."""
     baseline: bool = False
     """Leave the finetuned adapter out. With LoftQ or CLoQ, use the initial one."""
     checkpoint: Literal["last", "best"] | int = "last"
@@ -37,9 +37,9 @@ class ServeConfig:
     name: str | None = None
     """Name of the model in requests. Null: the name of the folder."""
     host: str = "127.0.0.1"
-    """Address to listen at. The default is reachable from this machine alone."""
+    """Address to listen on. Only this machine can reach the default."""
     port: int = 8000
-    """Port to listen at. 0: any free port."""
+    """Port to listen on. 0: any free port."""
     max_batch: int = 4
     """Texts that are decoded at the same time; others wait. The cache needs memory for all of them,
     and every step computes all of them."""
@@ -163,7 +163,7 @@ def _listen_for_requests(
     from irqlora_jax.serve.app import make_app
 
     class Server(uvicorn.Server):
-        """On a signal, the worker ends all texts, so that no connection has to be waited for."""
+        """On a signal, the worker ends all texts, so the server need not wait for connections."""
 
         def handle_exit(self, sig: int, frame: Any) -> None:
             service.worker.stop()

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Failed(Exception):  # noqa: N818
-    """The model, not the request, is why there is no answer."""
+    """There is no answer because of the model or the server, not because of the request."""
 
     @property
     def stopping(self) -> bool:
@@ -36,7 +36,7 @@ class Service:
         vocabulary: number of tokens.
         context: largest number of tokens of a prompt and its answer.
         worker: decodes.
-        ignored: parameters about which was said that they are ignored.
+        ignored: ignored parameters that the log has already named.
     """
 
     name: str
