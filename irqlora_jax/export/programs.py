@@ -47,7 +47,7 @@ PROGRAMS = {
     "gguf": Program(
         "gguf",
         "`model.gguf` is for llama.cpp and its relatives ({type}).",
-        "```sh\nllama-cli -m {name}/model.gguf\nirqlora chat --run {name}/model.gguf\n```",
+        "```sh\nllama-cli -m {name}/model.gguf\n```",
         "```sh\nllama-cli -m {name}/model.gguf --lora {name}/adapter.gguf\n```",
         "adapter.gguf",
     ),
