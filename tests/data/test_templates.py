@@ -109,6 +109,7 @@ def test_the_tokenizer_of_a_run_keeps_the_template(tmp_path):
     data = DataConfig(format="chat", chat_template=str(file))
     set_chat_template(tokenizer, data, read_chat_template(str(file)))
     file.unlink()
+    assert tokenizer.init_kwargs[SOURCE] == "mine.jinja"  # exports show no path
     assert find_style(Config(model="m", output_dir="o", data=data), tokenizer) == Style("chat")
     assert tokenizer.chat_template == "{{ messages[0].content }}"
 
