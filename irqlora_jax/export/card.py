@@ -271,7 +271,10 @@ def _settings(section: Any) -> str:
 
 def _source(source: DataSource) -> str:
     name, weight = public_name(source.path), source.weight
-    facts = {"weight": None if weight is None else f"{weight:g}", "format": source.format}
+    facts: dict[str, Any] = {
+        "weight": None if weight is None else f"{weight:g}",
+        "format": source.format,
+    }
     facts["max_examples"] = source.max_examples
     words = [f"{field} {value}" for field, value in facts.items() if value is not None]
     return f"{name} ({', '.join(words)})" if words else name
