@@ -55,8 +55,9 @@ def fill_from_adapter(
     else:
         folder = adapter_folder(source)
         of_run, of_peft = folder / CONFIG_FILE, folder / ADAPTER_CONFIG
-        if os.path.isfile(folder / BASE_FILE) and os.path.isfile(of_run):
+        if is_run(folder):
             settings = _settings(read_run(of_run))
+            _check_given(given, settings, convert, folder)
         elif os.path.isfile(of_peft):
             settings = read_peft_settings(folder, convert)
         else:
@@ -65,6 +66,30 @@ def fill_from_adapter(
     if method != settings["adapter.method"]:  # its options belong to another method
         settings = {name: value for name, value in settings.items() if name.count(".") == 1}
     return settings | given
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run."""
+    return os.path.isfile(folder / BASE_FILE) and os.path.isfile(folder / CONFIG_FILE)
+
+
+def _check_given(
+    given: Mapping[str, Any], settings: Mapping[str, Any], convert: Convert, folder: Path
+) -> None:
+    """Checks that given settings are those of the adapter of a run.
+
+    `train.initial.check_start` cannot tell given defaults from settings that are not given.
+
+    Raises:
+        ValueError: they differ.
+    """
+    for name in (f"adapter.{one}" for one in SAME):
+        found = convert(name, given.get(name, settings[name]))
+        if found != settings[name]:
+            raise ValueError(
+                f"{name} = {shorten(found)}: the adapter in '{folder}' has "
+                f"{shorten(settings[name])} (adapter.init_from)"
+            )
 
 
 def _settings(adapter: AdapterConfig) -> dict[str, Any]:

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.adapters.lora import LORA
 from irqlora_jax.base.budget import read_budget
 from irqlora_jax.base.file import read_base_config
-from irqlora_jax.config.adapter import fill_from_adapter
+from irqlora_jax.config.adapter import fill_from_adapter, is_run
 from irqlora_jax.config.base import fill_from_base, find_base, quant_settings
 from irqlora_jax.config.parse import Convert, parse, parse_flags
 from irqlora_jax.data.calibrate import CalibrateConfig
 from irqlora_jax.data.config import DataConfig
+from irqlora_jax.files.hub import adapter_folder
 from irqlora_jax.model.dpo import DpoOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.sharding import MeshConfig
@@ -340,7 +342,8 @@ def _stored_adapter(path: Path) -> AdapterConfig:
 def with_base_settings(config: Config) -> Config:
     """Replaces a `quant` that is `QuantConfig()` by the settings of the base in `config.model`, and
     an `adapter` with nothing but `init_from` by the settings of that adapter, and a budget by the
-    rules that the run or the base was made with.
+    rules that the run or the base was made with. A plain LoRA pair of PEFT with the default shape
+    starts the default method.
 
     So in Python, `QuantConfig()` means "not set". `Config.load` knows for each field whether it was
     set.
@@ -355,8 +358,11 @@ def with_base_settings(config: Config) -> Config:
         written["adapter.init_from"] = source
         convert = lambda name, value: value  # noqa: E731
         found = fill_from_adapter(written, convert, _stored_adapter)
-        filled = parse(Config, found.items(), "train.py", fill=False)
-        config = dataclasses.replace(config, adapter=filled.adapter)
+        filled = parse(Config, found.items(), "train.py", fill=False).adapter
+        # A pair of PEFT may also start the default method, which the user may have asked for.
+        plain = filled == dataclasses.replace(config.adapter, method=LORA.name)
+        if not plain or is_run(Path(config.output_dir)) or is_run(adapter_folder(source)):
+            config = dataclasses.replace(config, adapter=filled)
     base = find_base(config.model, config.output_dir)
     if config.quant.budget is not None:
         return _with_known_rules(config, None if base is None else base.parent)

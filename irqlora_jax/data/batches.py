@@ -277,7 +277,7 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
 def pad(rows: Sequence[Example], batch_size: int, multiple: int) -> Batch:
     """Pads rows to one length, a multiple of `multiple`. Empty rows without targets fill it up."""
     _check(rows, batch_size, multiple)
-    longest = max(len(row.tokens) for row in rows)
+    longest = max(1, *(len(row.tokens) for row in rows))  # streamed rows may be empty
     shape = (batch_size, -(-longest // multiple) * multiple)
     # Any padding id works: attention is causal, and padding is never a target.
     tokens, targets = np.zeros(shape, np.int32), np.zeros(shape, bool)

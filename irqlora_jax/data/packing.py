@@ -63,7 +63,8 @@ def pad_packed(rows: Sequence[Sequence[Example]], length: int) -> dict[str, np.n
     segment_ids = np.zeros(shape, np.int32)
     for number, row in enumerate(rows):
         start = 0
-        for segment, example in enumerate(row, 1):
+        # Streamed examples may be empty.
+        for segment, example in enumerate((each for each in row if len(each.tokens)), 1):
             place = (number, slice(start, start + len(example.tokens)))
             tokens[place], segment_ids[place] = example.tokens, segment
             targets[place] = example.targets

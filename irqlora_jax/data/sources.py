@@ -59,7 +59,7 @@ def load_data_sets(
     ]
     train = [example for one in sets for example in one]
     counts = list(map(len, sets))
-    if config.eval is None and config.eval_fraction:
+    if not config.eval_sources and config.eval_fraction:
         held = held_indices(len(train), config.eval_fraction, seed)
         evaluation = [train[index] for index in held]
         left_out = set(held)
@@ -82,7 +82,7 @@ def _stream(
         for source in config.sources
     ]
     train = StreamedExamples(streams)
-    if config.eval is None and config.eval_fraction:
+    if not config.eval_sources and config.eval_fraction:
         held = held_indices(len(train), config.eval_fraction, seed)
         evaluation = [train[index] for index in held]
         evaluation = [example for example in evaluation if example.targets.any()]

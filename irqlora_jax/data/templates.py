@@ -5,6 +5,7 @@ generation: eos, or a token that the template brings with it (`END`).
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from irqlora_jax.data.config import DataConfig
@@ -12,8 +13,9 @@ from irqlora_jax.data.config import DataConfig
 logger = logging.getLogger(__name__)
 
 SOURCE = "chat_template_source"
-"""Key in the tokenizer's settings: the value of `data.chat_template` that a run was trained with.
-Runs of earlier versions, whose template is only in its file, do not have it."""
+"""Key in the tokenizer's settings: the `data.chat_template` that a run was trained with. Of a file,
+only the name: exports have these settings too. Runs of earlier versions, whose template is only in
+its file, do not have it."""
 
 # Roles must alternate, and a system message stands in front of the first turn.
 _ALTERNATING = (
@@ -121,7 +123,7 @@ def set_chat_template(tokenizer: Any, config: DataConfig, template: str | None) 
         return
     name = config.chat_template
     tokenizer.chat_template = template
-    tokenizer.init_kwargs[SOURCE] = name
+    tokenizer.init_kwargs[SOURCE] = Path(name or "").name
     lacking = [
         token
         for token in _TOKENS.get(name or "", ())

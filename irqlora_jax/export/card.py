@@ -234,6 +234,8 @@ class Card:
         if self.config is not None:
             for name in ("adapter", "data", "train"):
                 rows.append((name, _settings(getattr(self.config, name))))
+            if self.config.data.format == "preference":
+                rows.append(("dpo", _settings(self.config.train.dpo)))
             rows += [("seed", self.config.seed), ("step", self.step)]
         return _table(("", "settings"), rows)
 
@@ -268,8 +270,14 @@ def _settings(section: Any) -> str:
 
 
 def _source(source: DataSource) -> str:
-    name = public_name(source.path)
-    return name if source.weight is None else f"{name} (weight {source.weight:g})"
+    name, weight = public_name(source.path), source.weight
+    facts: dict[str, Any] = {
+        "weight": None if weight is None else f"{weight:g}",
+        "format": source.format,
+    }
+    facts["max_examples"] = source.max_examples
+    words = [f"{field} {value}" for field, value in facts.items() if value is not None]
+    return f"{name} ({', '.join(words)})" if words else name
 
 
 def _word(value: Any) -> str:

@@ -37,6 +37,8 @@ def tokenizer_fields(tokenizer: Any, config: LlamaConfig) -> dict[str, Any]:
         ValueError: a kind of tokenizer that llama.cpp does not know by name, or more tokens than
             the model has.
     """
+    accepted = "a tokenizer with a tokenizer.json (GGUF)"
+    require(tokenizer.is_fast, "tokenizer", type(tokenizer).__name__, accepted)
     core = json.loads(tokenizer.backend_tokenizer.to_str())
     kind = core["model"].get("type")
     require(kind == "BPE", "tokenizer: model", kind, "'BPE' (GGUF)")

@@ -73,14 +73,15 @@ def find_style(config: Config | None, tokenizer: Any) -> Style:
         ValueError: the file is not UTF-8.
     """
     own = getattr(tokenizer, "chat_template", None)
+    # The tokenizer of a run has the template, except in runs of earlier versions.
+    kept = getattr(tokenizer, "init_kwargs", {}).get(SOURCE)
+    kept = kept if isinstance(kept, str) else None
     if config is None:
-        return Style("chat" if own else "text")
+        return Style("chat", end=find_end(tokenizer, kept)) if own else Style("text")
     learned, name = config.data.formats[0], config.data.chat_template
     if learned == "chat" or (learned == "preference" and (own or name)):
-        # The tokenizer of a run has the template, except in runs of earlier versions.
-        kept = SOURCE in getattr(tokenizer, "init_kwargs", {})
         template = None if kept else read_chat_template(name)
-        return Style("chat", template, find_end(tokenizer, name))
+        return Style("chat", template, find_end(tokenizer, name or kept))
     if learned in ("alpaca", "oasst1", "hh_rlhf", "text"):
         return Style(learned)
     return Style("pairs")

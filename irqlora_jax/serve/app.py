@@ -93,9 +93,13 @@ def _check_key(request: Request, key: str | None) -> None:
 
 async def _body(request: Request) -> Any:
     try:
-        return json.loads(await request.body())
+        body = json.loads(await request.body())
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # JSON can write what no tokenizer and no answer can hold
+        raise BadRequest("the body has half of a surrogate pair; expected whole pairs") from None
     except (ValueError, RecursionError):  # also for text that is not UTF-8
         raise BadRequest("the body is not valid JSON; expected a JSON object") from None
+    return body
 
 
 async def _whole(request: Request, answer: Answer, texts: Texts) -> Response:

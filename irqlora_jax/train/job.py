@@ -136,7 +136,7 @@ def read_job(config: Config, source: str | Path, limit: int | None = None) -> Jo
     # The other examples of a stream are checked when they are read.
     some = examples[:64] if config.data.streaming else examples
     sequences = [*(e.tokens for e in (*some, *eval_examples)), *samples.prompts]
-    check_tokens(config, llama, max(int(max(tokens)) for tokens in sequences))
+    check_tokens(config, llama, max(int(max(tokens, default=0)) for tokens in sequences))
     sizes = config.train.batch_size, config.seed, longest
     batches = make_batches(examples, config.data, *sizes, parts)
     epochs = config.train.epochs

@@ -99,6 +99,11 @@ def test_held_out_examples_come_from_all_sources_and_leave_their_sizes(tmp_path)
     assert parts[0].count not in (0, 20)
 
 
+def test_an_empty_list_for_the_evaluation_is_none(tmp_path):
+    data = config(train=write_file(tmp_path, "a.jsonl", rows_of(10)), eval=(), eval_fraction=0.3)
+    assert len(load_all(data)[1]) == 3
+
+
 def test_a_source_that_is_all_held_out_is_refused(tmp_path):
     files = [write_file(tmp_path, f"{n}.jsonl", rows_of(n)) for n in (1, 40)]
     sources = tuple(DataSource(file, 1.0) for file in files)

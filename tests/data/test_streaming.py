@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from irqlora_jax.data import Batches, load_examples, make_batches
+from irqlora_jax.data.batches import pad
 from irqlora_jax.data.chat import read_conversations
 from irqlora_jax.data.config import DataSource
 from irqlora_jax.data.order import Part
+from irqlora_jax.data.packing import pad_packed
 from irqlora_jax.data.row_files import JsonlFile, read_group
 from irqlora_jax.data.sources import load_data_sets
 from tests.data.small_data import WORDS, config, make_tokenizer, write_file
@@ -192,6 +194,22 @@ def test_rows_without_a_target_stay_and_are_said_once(tmp_path, said):
     source = write_file(tmp_path, "a.jsonl", [talk("user")] * 3)
     with pytest.raises(ValueError, match="none of its first 3 rows has a token to learn"):
         load(source, make_tokenizer("byte"), **settings)
+
+
+def test_rows_without_any_token_are_padding(tmp_path):
+    template = tmp_path / "answers.jinja"
+    answer = "{% if m.role == 'assistant' %}{{ m.content }}{% endif %}"
+    template.write_text(f"{{% for m in messages %}}{answer}{{% endfor %}}")
+    talk = lambda role: {"messages": [{"role": role, "content": "red blue"}]}  # noqa: E731
+    source = write_file(tmp_path, "a.jsonl", [talk("assistant"), talk("user")])
+    settings = {"format": "chat", "chat_template": str(template), "streaming": True}
+    full, empty = load(source, make_tokenizer("byte"), **settings).train
+    assert len(empty.tokens) == 0
+    batch = pad([empty], 1, 8)
+    assert batch["tokens"].shape == (1, 8) and not batch["targets"].any()
+    size = len(full.tokens)
+    packed = pad_packed([[full, empty, full, empty]], 2 * size)
+    assert packed["segment_ids"].tolist() == [[1] * size + [2] * size]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Named chat templates write what the published models read."""
 
+import dataclasses
+
 import pytest
 
 from irqlora_jax.config import Config
@@ -109,6 +111,7 @@ def test_the_tokenizer_of_a_run_keeps_the_template(tmp_path):
     data = DataConfig(format="chat", chat_template=str(file))
     set_chat_template(tokenizer, data, read_chat_template(str(file)))
     file.unlink()
+    assert tokenizer.init_kwargs[SOURCE] == "mine.jinja"  # exports show no path
     assert find_style(Config(model="m", output_dir="o", data=data), tokenizer) == Style("chat")
     assert tokenizer.chat_template == "{{ messages[0].content }}"
 
@@ -138,7 +141,10 @@ def test_tokens_that_a_tokenizer_lacks_are_said(said, name, words):
     assert words is None or words in said[0]
     # An answer still ends: at the text, if not at a token.
     stops = {"chatml": ("<|im_end|>",), "llama-3": ("<|eot_id|>",), "zephyr": ()}[name]
-    assert find_style(Config(model="m", output_dir="o", data=data), tokenizer).stops == stops
+    run = Config(model="m", output_dir="o", data=data)
+    later = dataclasses.replace(run, data=DataConfig(format="chat"))  # goes on from the run
+    for each in (run, later, None):  # None: of an export
+        assert find_style(each, tokenizer).stops == stops
     set_chat_template(chat_tokenizer(), data, read_chat_template(name))
     assert len(said) == (words is not None)
 

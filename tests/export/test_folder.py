@@ -161,6 +161,20 @@ def test_a_card_holds_what_was_measured_and_names_folders_without_their_path(
     assert "secret" not in (out / "README.md").read_text()
 
 
+def test_a_card_of_pairs_names_the_loss_and_every_source(
+    tmp_path: Path, plain_base: dict[str, Any]
+) -> None:
+    folder = write_run(tmp_path / "run", NARROW, base=plain_base)
+    config = json.loads((folder / "config.json").read_text())
+    source = {"weight": 2.0, "format": "preference"}
+    config["data"] |= {"format": "preference", "train": [{"path": "/secret/a.jsonl", **source}]}
+    config["train"]["dpo"] = {"loss": "ipo", "beta": 0.3}
+    (folder / "config.json").write_text(json.dumps(config))
+    body = front_matter(hf.export_merged(folder, tmp_path / "out"))[1]
+    assert "train a.jsonl (weight 2, format preference)" in body and "secret" not in body
+    assert "| dpo | loss ipo; beta 0.3; label_smoothing 0.0 |" in body
+
+
 # --- complete or absent ---------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -318,6 +319,9 @@ def test_unknown_tokenizers_are_refused() -> None:
     core.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"pre_tokenizer = 'Whitespace': expected byte-level BPE"):
         tokenizer_fields(tokenizer, SMALL)
+    slow = types.SimpleNamespace(is_fast=False)
+    with pytest.raises(ValueError, match=r"expected a tokenizer with a tokenizer\.json"):
+        tokenizer_fields(slow, SMALL)
     lower = byte_level("gpt-2")
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()  # type: ignore[assignment]
     with pytest.raises(ValueError, match=r"gets other tokens by the rules of GGUF \(gpt2, gpt-2\)"):

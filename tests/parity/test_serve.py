@@ -309,6 +309,14 @@ BAD_CHATS = {
 }
 
 
+@pytest.mark.parametrize("text", [r'"prompt": "\ud800"', r'"\udfff": 1', r'"stop": ["a\ud83d"]'])
+def test_half_of_a_surrogate_pair_is_refused(address, text):
+    body = '{"model": "tiny", ' + text + "}"
+    answer = httpx.post(f"{address}/completions", content=body)
+    assert answer.status_code == 400
+    assert "half of a surrogate pair" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("case", BAD_CHATS)
 def test_bad_chats(client, case):
     settings, param, message = BAD_CHATS[case]

@@ -19,6 +19,7 @@ from irqlora_jax.adapters.qalora import QaloraOptions
 from irqlora_jax.config import Config, with_base_settings
 from irqlora_jax.export.peft import save_adapter
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.runs.folder import save_config
 from irqlora_jax.train.initial import check_start, read_start
 from tests.models import LLAMA, assert_same
 
@@ -114,6 +115,21 @@ def test_given_settings_that_differ_are_refused_by_name(tmp_path: Path) -> None:
     assert (config.adapter.method, config.adapter.rank) == ("iec", 2)
     assert config.adapter.iec == IecOptions()
     read_start(config, Llama(LLAMA, adapter=config.adapter))
+
+
+def test_given_defaults_are_given(tmp_path: Path) -> None:
+    folder = write(tmp_path / "adapter", AdapterConfig(method="lora"))
+    assert load(folder, tmp_path / "run").adapter.method == "lora"
+    config = load(folder, tmp_path / "run", adapter__method="iec")
+    assert config.adapter.method == with_base_settings(config).adapter.method == "iec"
+    # Of a run, everything has to be the same.
+    first = tmp_path / "first"
+    first.mkdir()
+    (first / "base.safetensors").touch()
+    save_config(first, Config("m", str(first), adapter=AdapterConfig(rank=8)))
+    assert load(first, tmp_path / "run").adapter.rank == 8
+    with pytest.raises(ValueError, match=r"adapter\.rank = 64: the adapter in '.*first' has 8"):
+        load(first, tmp_path / "run", adapter__rank=64)
 
 
 def test_damaged_settings_name_the_file(tmp_path: Path) -> None:
