@@ -128,6 +128,7 @@ def test_a_zero_weight_gives_a_pair_of_zeros() -> None:
     assert not packed.dequantize().any() and not a.any() and not b.any()
 
 
+@pytest.mark.long
 def test_the_key_matters_only_for_the_randomized_svd() -> None:
     large = (module.EXACT_UP_TO + 1, module.EXACT_UP_TO + 30)
     for shape, same in (((60, 100), True), (large, False)):

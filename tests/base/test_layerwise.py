@@ -180,6 +180,7 @@ def test_an_interrupted_calibration_goes_on_behind_its_last_layer(
     assert {(layer, errors is not None) for layer, _, errors in seen} == {(0, True), (1, True)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("change", ["text", "settings"])
 def test_layers_of_another_calibration_are_not_used(
     folder: Path, tmp_path: Path, change: str

@@ -187,6 +187,7 @@ def test_block_training_gains_with_every_kind_of_format(format: str) -> None:
     assert jax.tree.structure(found.linears) == jax.tree.structure(given.start)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("format", "calibration"), [("nf3", "joint"), ("nf2", "none")])
 def test_apiq_gains_with_and_without_shifts(format: str, calibration: str) -> None:
     """Its ranges do not start at those of the calibration, whose result is the one to beat."""
@@ -198,6 +199,7 @@ def test_apiq_gains_with_and_without_shifts(format: str, calibration: str) -> No
     assert jax.tree.structure(found.linears) == jax.tree.structure(given.start)
 
 
+@pytest.mark.long
 def test_outliers_keep_their_places_and_values() -> None:
     """They are chosen by sensitivity, and training would choose others by size."""
     quant = QuantConfig("nf2", calibration="joint", outliers=0.02, outlier_rule="sensitivity")
@@ -288,6 +290,7 @@ def test_pairs_alone_leave_the_packed_weights() -> None:
         assert {leaf.dtype for leaf in pair.values()} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.long
 def test_float_matrices_and_no_adapter() -> None:
     """A rule keeps one matrix as it is. Without pairs there is nothing of it to train."""
     rules = (QuantRule("*.down_proj", format="none"),)

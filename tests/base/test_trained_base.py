@@ -61,6 +61,7 @@ def test_training_lowers_the_error_of_every_layer_and_of_the_model(
     assert stored[0].nbytes == stored[1].nbytes
 
 
+@pytest.mark.long
 def test_a_mesh_trains_the_layers_too_and_goes_on_where_it_was(
     folder: Path, tmp_path: Path
 ) -> None:

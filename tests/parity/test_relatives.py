@@ -18,7 +18,6 @@ from irqlora_jax.train.finetune import run as finetune
 from tests.models import (
     PLAIN,
     RELATIVES,
-    long,
     random_tensors,
     stack_tensors,
     word_tokenizer,
@@ -98,7 +97,8 @@ def test_exported(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(their_logits(auto, tokens), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["Qwen3", *long(*sorted(RELATIVES.keys() - {"Qwen3"}))])
+@pytest.mark.long
+@pytest.mark.parametrize("name", RELATIVES)
 def test_trained(name: str, tmp_path: Path) -> None:
     """From the folder of a model through a finetune to a merged model."""
     llama = RELATIVES[name]

@@ -236,6 +236,7 @@ def test_patience_survives_a_crash(base, worsening, tmp_path, monkeypatch) -> No
     assert_same_run(worsening, folder)
 
 
+@pytest.mark.long
 def test_the_log_has_speed_memory_and_samples(worsening: Path) -> None:
     steps = [row for row in rows_of(worsening) if "loss" in row]
     assert all(row["learning_rate"] == pytest.approx(0.02) for row in steps)
