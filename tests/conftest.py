@@ -37,10 +37,20 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-LONGEST = ("run", "mixed_base", "notebooks", "loftq_runs", "kills", "ablation", "plan", "qtensor")
-LONGEST += ("sharding", "offload", "outliers", "layerwise", "damage", "train_layer", "icq")
-LONGEST += ("meshes", "loftq", "claim", "extending", "commands", "prepared", "trained_base")
-LONGEST += ("step", "exported", "kernels", "llama", "harness", "paper", "mmlu")
+LONGEST = ("notebooks", "mixed_base", "kills", "run", "trained_base", "relatives", "qtensor")
+LONGEST += ("exported", "train_layer", "damage", "layerwise", "released", "outliers", "icq")
+LONGEST += ("loftq_runs", "matmul", "llama", "budget", "harness", "command_line", "peft_methods")
+LONGEST += ("step", "claim", "loftq", "export", "adapters", "pooled", "evaluate", "decode")
+LONGEST += (
+    "sensitivity",
+    "cloq",
+    "sharding",
+    "meshes",
+    "offload",
+    "statistics",
+    "rules",
+    "commands",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
