@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from irqlora_jax.config import Config
-from irqlora_jax.config.parse import _fields as fields
+from irqlora_jax.config.parse import named_fields
 from tests.test_rooms import FLOORS
 
 ROOT = Path(__file__).parent.parent
@@ -142,7 +142,7 @@ def test_files_and_tests_that_a_page_names_are_there(page: Path) -> None:
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
 def test_options_that_a_page_names_exist(page: Path) -> None:
     known = {"adapter.from"}
-    for name, _ in fields(Config):
+    for name, _ in named_fields(Config):
         parts = name.split(".")
         known |= {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
     sections = "|".join(sorted({name.split(".")[0] for name in known if "." in name}))

@@ -76,7 +76,7 @@ def is_run(folder: Path) -> bool:
 def _check_given(
     given: Mapping[str, Any], settings: Mapping[str, Any], convert: Convert, folder: Path
 ) -> None:
-    """Checks that given settings are those of the adapter of a run.
+    """Checks that given settings equal the settings of the adapter of a run.
 
     `train.initial.check_start` cannot tell given defaults from settings that are not given.
 

@@ -43,7 +43,7 @@ def parse_flags(kind: type[Parsed], argv: Sequence[str], script: str) -> Parsed:
     if "-h" in names or any(re.fullmatch(r"--([\w.]+\.)?help", name) for name in names):
         _print_help(kind, argv, script)
     flags = [flag for flag in argv if flag != "--print_config"]
-    parsed = parse(kind, list(_split_flags(dict(_fields(kind)), flags, script)), script)
+    parsed = parse(kind, list(_split_flags(dict(named_fields(kind)), flags, script)), script)
     if len(flags) < len(argv):
         import yaml
 
@@ -69,7 +69,7 @@ def parse(
     Raises:
         ValueError: no such file, unknown key, wrong type or invalid value.
     """
-    known = dict(_fields(kind))
+    known = dict(named_fields(kind))
     given: dict[str, Any] = {}
     for name, value in values:
         if name == "config":
@@ -80,10 +80,6 @@ def parse(
     if fill and filled is not None:
         given = filled(given, lambda name, value: _convert(name, known[name], value, script))
     return _build(kind, given, script)
-
-
-_LISTS = ("--quant.rules.help", "--train.rates.help", "--data.train.help", "--data.eval.help")
-"""Flags that print the fields of an entry of a list."""
 
 
 def _print_help(kind: type, argv: Sequence[str], script: str) -> NoReturn:
@@ -101,19 +97,20 @@ def _print_help(kind: type, argv: Sequence[str], script: str) -> NoReturn:
     )
     parser.add_argument("--print_config", action="store_true", help="Print the configuration.")
     parser.add_class_arguments(kind, as_group=False)
+    lists = [f"--{name}.help" for name, one in named_fields(kind) if _has_entries(one)]
     for flag in argv:
-        if flag in _LISTS:
+        if flag in lists:
             parser.parse_args([flag])
     parser.print_help()
     raise SystemExit(0)
 
 
-def _fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def named_fields(kind: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields the dotted names and the types of all sections and fields."""
     for field in dataclasses.fields(kind):
         yield prefix + field.name, field.type
         if dataclasses.is_dataclass(field.type):
-            yield from _fields(field.type, f"{prefix}{field.name}.")
+            yield from named_fields(field.type, f"{prefix}{field.name}.")
 
 
 def _split_flags(
@@ -271,6 +268,14 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
     return typing.get_args(kind) if is_union else (kind,)
 
 
+def _has_entries(kind: Any) -> bool:
+    """Whether a field may be a list of entries with fields of their own."""
+    return any(
+        typing.get_origin(one) is tuple and dataclasses.is_dataclass(typing.get_args(one)[0])
+        for one in _alternatives(kind)
+    )
+
+
 def _is_list(name: str, kind: Any, value: Any) -> bool:
     """Whether a value is meant as a list where the field may also be text."""
     found = read_value(value) if isinstance(value, str) else value
@@ -299,7 +304,7 @@ def _convert_list(name: str, kind: Any, value: Any, script: str) -> tuple[Any, .
             # Text stands for an entry with this field alone.
             values: Any = {alone: one} if isinstance(one, str) and alone is not None else one
             require(isinstance(values, dict), prefix[:-1], one, _in_words(inner))
-            fields = _flatten(dict(_fields(inner, prefix)), values, "", prefix, script)
+            fields = _flatten(dict(named_fields(inner, prefix)), values, "", prefix, script)
             one = _build(inner, fields, script, prefix)
         made.append(one)
     return tuple(made)

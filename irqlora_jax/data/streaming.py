@@ -193,7 +193,7 @@ class TextStream(Stream):
     ) -> None:
         """Tokenizes all rows once, and keeps their numbers of tokens.
 
-        The arguments and errors are those of `RowStream`.
+        Arguments and errors: as for `RowStream`.
         """
         self._rows, self._tokenizer = Rows(source), tokenizer
         self._length = window_length(source, config, max_length)
@@ -243,7 +243,7 @@ class TextStream(Stream):
 
 
 def open_stream(source: str, config: DataConfig, tokenizer: Any, max_length: int | None) -> Stream:
-    """Opens the stream of a source. The arguments and errors are those of `RowStream`."""
+    """Opens the stream of a source. Arguments and errors: as for `RowStream`."""
     kind = TextStream if config.format == "text" else RowStream
     found = kind(source, config, tokenizer, max_length)
     if found.blocks is not None and (config.packing or config.group_by_length):

@@ -229,7 +229,7 @@ class TextStream:
     def __init__(
         self, tokenizer: Any, prompt: Sequence[int] = (), stops: Sequence[str] = ()
     ) -> None:
-        """Starts a text. The arguments are those of `decode_stream`."""
+        """Starts a text. Arguments: as for `decode_stream`."""
         self.stopped = False
         self._tokenizer, self._stops = tokenizer, tuple(stops)
         # Decode with the previous chunk: leading spaces depend on context. A chunk starts with a

@@ -19,6 +19,8 @@ LOSSES = ("sigmoid", "sigmoid_norm", "robust", "ipo")
 MARGIN, ACCURACY = "rewards/margins", "rewards/accuracies"
 REWARDS = ("rewards/chosen", "rewards/rejected", MARGIN, ACCURACY)
 """Metrics of pairs, under the names that TRL's DPOTrainer gives them."""
+SUMS = ("loss", "targets", "pairs", *REWARDS)
+"""Results of `pair_sums`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,11 +89,11 @@ def train(
         return step + 1, batches.indices(step), put_batch(job.mesh, batch)
 
     early = early_stop_reason(job, log.evaluations)
-    todo = range(first, first if early else steps)
+    remaining = range(first, first if early else steps)
     with (
         progressing as bar,
         Stop() as stop,
-        contextlib.closing(prefetch(prepare, todo)) as prepared,
+        contextlib.closing(prefetch(prepare, remaining)) as prepared,
     ):
         meter = _Meter(job, log, checkpoints, bar)
         bar.set_description_str("compiling the training step", refresh=False)

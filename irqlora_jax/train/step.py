@@ -14,7 +14,7 @@ from jaxtyping import Array, Float32
 from irqlora_jax.adapters.lora import LORA
 from irqlora_jax.base.file import Base
 from irqlora_jax.config import TrainConfig
-from irqlora_jax.model.dpo import REWARDS, pair_sums
+from irqlora_jax.model.dpo import REWARDS, SUMS, pair_sums
 from irqlora_jax.model.llama import Llama, head_weight
 from irqlora_jax.model.loss import cross_entropy, row_cross_entropy
 from irqlora_jax.model.tree import LAYERS
@@ -249,7 +249,7 @@ def train_step(
             (_, sums), grads = scaled_loss(pairs, *inputs)
             return jax.tree.map(jnp.add, carry, (sums, grads)), None
 
-        names = ("loss", "targets", *(("pairs", *REWARDS) if preference else ()))
+        names = SUMS if preference else ("loss", "targets")
         zeros = dict.fromkeys(names, jnp.float32(0)), jax.tree.map(jnp.zeros_like, pairs)
         (sums, grads), _ = jax.lax.scan(add, zeros, (parts, keys))
     (grads,) = pull(grads)

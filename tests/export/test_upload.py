@@ -233,7 +233,7 @@ def test_a_failed_upload_leaves_the_export(
     assert hub.files == {}
     kept = contents(folder)
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= kept.keys()
-    # As the export without an upload, but for the names in the card.
+    # As the export without an upload, except for the names in the card.
     hf.export_adapter(run, tmp_path / "plain")
     plain = contents(tmp_path / "plain")
     assert kept["adapter_model.safetensors"] == plain["adapter_model.safetensors"]

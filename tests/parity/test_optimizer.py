@@ -42,7 +42,7 @@ def test_same_map_and_codes(sign: Sign) -> None:
     np.testing.assert_array_equal(np.asarray(ours.absmax).ravel(), largest)
     apart = np.asarray(ours.codes) != codes
     assert apart.sum() <= 2  # ties
-    # Our codes are never farther from the numbers than those of their CPU kernel.
+    # Our codes are never farther from the numbers than the codes of their CPU kernel.
     wide = np.asarray(decode(ours, sign, False))
     codes, _ = theirs(x, sign, exact=False)
     coarse = table[codes] * np.repeat(largest, 256)[: x.size].reshape(x.shape)
