@@ -126,7 +126,36 @@ def _usage() -> str:
 {lines}
 
 irqlora COMMAND --help lists every option with its unit and default.
+--distributed auto | HOST:PORT joins the processes of {", ".join(_MANY)} into one (docs/scale.md).
 irqlora --version prints the version."""
+
+
+_MANY = ("train", "eval", "quantize")
+"""Commands that several processes can run together."""
+
+
+def _connection(name: str, flags: Sequence[str]) -> tuple[dict[str, Any] | None, list[str]]:
+    """Takes the options of `processes.connect` out of the flags; None: there are none.
+
+    Raises:
+        ValueError: a value is wrong, or the command runs in one process only.
+    """
+    import argparse
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--distributed")
+    parser.add_argument("--process", type=int)
+    parser.add_argument("--processes", type=int)
+    try:
+        found, rest = parser.parse_known_args(flags)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error.argument_name}: {error.message}") from error
+    given = {key: value for key, value in vars(found).items() if value is not None}
+    if not given:
+        return None, list(flags)
+    if name not in _MANY and found.distributed != "off":
+        raise ValueError(f"--distributed: expected one of the commands {', '.join(_MANY)}")
+    return given, rest
 
 
 def _unknown(name: str) -> str:
@@ -181,7 +210,12 @@ def _run(argv: Sequence[str] | None) -> int:
         kind, command = load()
         from irqlora_jax.config import parse_flags
 
+        connection, flags = _connection(name, flags)
         options = parse_flags(kind, flags, f"irqlora {name}")
+        if connection is not None:
+            from irqlora_jax.processes import connect
+
+            connect(**connection)
         from irqlora_jax.machine import cache_programs
         from irqlora_jax.messages import shown
 

@@ -5,16 +5,19 @@ writes the files and the messages. Functions marked "all processes" exchange dat
 to call it, in the same order.
 """
 
+import contextlib
 import json
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from irqlora_jax.text import require, shorten
 
@@ -56,6 +59,8 @@ def connect(
         require(ok, "process", process, f"{accepted}, from 0 to processes - 1")
         given = {"coordinator_address": distributed, "num_processes": processes}
         given |= {"process_id": process}
+    # It would take SIGTERM away from `train.stop.Stop`.
+    jax.config.update("jax_enable_preemption_service", False)
     limits = {"heartbeat_timeout_seconds": _HEARTBEAT, "shutdown_timeout_seconds": _SHUTDOWN}
     try:
         jax.distributed.initialize(**given, **limits)
@@ -73,17 +78,21 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def put(x: Any, where: NamedSharding) -> jax.Array:
-    """Puts an array that every process has on the devices; each process puts its own parts.
+def put(tree: Any, where: NamedSharding) -> Any:
+    """Puts arrays that every process has on the devices; each process puts its own parts.
 
     Args:
-        x: array of NumPy or jax, on this process alone.
-        where: devices of all processes.
+        tree: arrays of NumPy or jax, in the memory of this process.
+        where: devices, perhaps of several processes.
     """
     if where.is_fully_addressable:
-        return jax.device_put(x, where)
-    host = np.asarray(x)
-    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+        return jax.device_put(tree, where)
+
+    def parts(x: Any) -> jax.Array:
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+    return jax.tree.map(parts, tree)
 
 
 def fetch(x: Any) -> np.ndarray:
@@ -141,6 +150,12 @@ def together(work: Callable[[], Result]) -> Result:
     return result
 
 
+def from_first(work: Callable[[], str]) -> str:
+    """Returns the text that `work`, which exchanges nothing, gives in the first process; the others
+    wait for it and fail with it. All processes."""
+    return exchange(together(work if is_first() else lambda: ""))[0]
+
+
 def first_only(work: Callable[[], Any]) -> None:
     """Does `work`, which exchanges nothing, in the first process; the others wait for it and fail
     with it. All processes."""
@@ -169,16 +184,43 @@ def check_agreement(about: Mapping[str, Any]) -> None:
                 )
 
 
-def highest(value: int) -> jax.Array:
+def check_folder_seen(file: Path, field: str) -> None:
+    """Checks that a file that the first process has just written is here too. All processes.
+
+    Args:
+        file: of the first process.
+        field: the setting with its folder.
+
+    Raises:
+        ValueError: it is not the same file.
+        RuntimeError: it is not the same file in another process.
+    """
+    written = from_first(lambda: file.read_bytes().decode(errors="replace"))
+
+    def look() -> None:
+        for _ in range(20):  # a network file system may show it later
+            with contextlib.suppress(OSError):
+                if file.read_bytes().decode(errors="replace") == written:
+                    return
+            time.sleep(0.25)
+        raise ValueError(
+            f"{field} = '{file.parent}': {_name()} does not see what the first process writes "
+            "there; expected a folder that all hosts share"
+        )
+
+    together(look)
+
+
+def highest(value: int, mesh: Mesh) -> jax.Array:
     """The largest of the values of all processes, computed while this process goes on. All
-    processes. Read it with `int`."""
-    if jax.process_count() == 1:
-        return jax.numpy.int32(value)
-    devices = jax.devices()
-    mesh = jax.make_mesh((len(devices),), ("all",), devices=devices)
-    split = NamedSharding(mesh, jax.sharding.PartitionSpec("all"))
-    own = np.full(len(devices), value, np.int32)
-    return _largest(jax.make_array_from_callback(own.shape, split, lambda index: own[index]))
+    processes. Read it with `int`.
+
+    Args:
+        value: of this process.
+        mesh: of all processes.
+    """
+    own = np.full(mesh.size, value, np.int32)
+    return _largest(put(own, NamedSharding(mesh, PartitionSpec(mesh.axis_names))))
 
 
 @jax.jit

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from irqlora_jax.processes import put
 from irqlora_jax.text import require
 
 LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -58,17 +59,18 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """Makes a mesh over the devices of this process.
+    """Makes a mesh over the devices of all processes.
 
     With `mesh.data` null it uses the largest number of devices that can split the rows evenly.
 
     Args:
         config: sizes of the axes.
         rows: rows of a forward pass.
-        devices: devices to use instead of those of this process.
+        devices: devices to use instead of all.
 
     Raises:
-        ValueError: not enough devices, or the rows cannot be split evenly.
+        ValueError: not enough devices, the rows cannot be split evenly, or a process would have no
+            part in the mesh.
     """
     devices = jax.devices() if devices is None else devices
     inner = config.fsdp * config.tensor
@@ -85,6 +87,13 @@ def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = Non
         raise ValueError(
             f"mesh.data x mesh.fsdp = {data * config.fsdp} cannot split the {rows} rows of a batch "
             "(train.batch_size / train.accumulation): expected a divisor"
+        )
+    if jax.process_count() > 1 and data * inner < len(devices):
+        raise ValueError(
+            f"mesh.data x mesh.fsdp x mesh.tensor = {data} x {config.fsdp} x {config.tensor} = "
+            f"{data * inner} devices: expected all {len(devices)} devices of the "
+            f"{jax.process_count()} processes; a batch has {rows} rows (train.batch_size / "
+            "train.accumulation) to split over mesh.data x mesh.fsdp"
         )
     shape = (data, config.fsdp, config.tensor)
     grid = np.asarray(devices[: math.prod(shape)]).reshape(shape)
@@ -158,17 +167,17 @@ def tree_shardings(mesh: Mesh | AbstractMesh, tree: Any, splits: Splits = PAIR) 
 
 def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """Puts a batch on the devices, with its rows split over them."""
-    return jax.device_put(batch, NamedSharding(mesh, P(ROWS)))
+    return put(batch, NamedSharding(mesh, P(ROWS)))
 
 
 def put_rows(mesh: Mesh, x: Any) -> jax.Array:
     """Puts an array [rows, ...] on the devices, split over data and fsdp if the rows allow it."""
-    return jax.device_put(x, NamedSharding(mesh, P(_fitting(mesh, x.shape[0], ROWS))))
+    return put(x, NamedSharding(mesh, P(_fitting(mesh, x.shape[0], ROWS))))
 
 
 def put_copies(mesh: Mesh, tree: Any) -> Any:
     """Puts a copy of every array on each device."""
-    return jax.device_put(tree, NamedSharding(mesh, P()))
+    return put(tree, NamedSharding(mesh, P()))
 
 
 def split_activation(x: jax.Array, over_tensor: bool = False) -> jax.Array:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float32, Int
 from irqlora_jax.data.batches import batches_by_length
 from irqlora_jax.model.layer import Cache
 from irqlora_jax.model.llama import Llama, head_logits, head_weight
+from irqlora_jax.processes import fetch
 
 Item = TypeVar("Item")
 
@@ -129,7 +130,7 @@ def stream_scores(
     scores = [np.zeros(len(q.choices)) for q in questions]
     greedy = [np.zeros(len(q.choices), bool) for q in questions]
     for part, outputs in _pipelined(dispatched()) if rows else ():
-        sums, likeliest = (np.asarray(output) for output in outputs)
+        sums, likeliest = (fetch(output) for output in outputs)
         for place, row in enumerate(part):
             index, _, served = rows[row]
             scores[index][served] = sums[place, : len(served)]

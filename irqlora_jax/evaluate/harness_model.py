@@ -24,6 +24,7 @@ from irqlora_jax.files.checksums import check_seal, seal
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.processes import fetch
 
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p")
 logger = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ class HarnessLM(TemplateLM):
             batches = eval_batches(windows, self.batch_size)
             for part, batch in zip(order, batches, strict=True) if windows else ():
                 values, _ = row_nll(self.model, self.variables, batch)
-                for place, value in zip(part, np.asarray(values, np.float64), strict=False):
+                for place, value in zip(part, fetch(values).astype(np.float64), strict=False):
                     totals[owners[place]] -= float(value)
                 bar.update(len(part))
         if not np.isfinite(totals).all():

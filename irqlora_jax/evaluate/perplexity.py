@@ -15,6 +15,7 @@ from irqlora_jax.data.examples import Example, encode_source
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.llama import Llama, head_weight
 from irqlora_jax.model.loss import row_cross_entropy
+from irqlora_jax.processes import fetch
 
 
 @functools.partial(jax.jit, static_argnames=("model", "chunk"))
@@ -77,7 +78,7 @@ def _sums(
             pending.append(row_nll(model, variables, part, chunk))
         # Read results two batches late, so that the device never waits for the host.
         while pending and (part is None or len(pending) > 2):
-            values, counts = (np.asarray(x, np.float64) for x in pending.pop(0))
+            values, counts = (fetch(x).astype(np.float64) for x in pending.pop(0))
             total, count = total + values.sum(), count + counts.sum()
             if done is not None:
                 done(int(counts.sum()))

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from irqlora_jax.processes import fetch
+
 _SEAL = "checksum"
 
 
@@ -42,7 +44,7 @@ def text_checksum(text: str) -> str:
 
 
 def checksums(tree: Any) -> dict[str, str]:
-    """Computes the checksum of every array of a tree, by its path.
+    """Computes the checksum of every array of a tree, by its path. All processes.
 
     Examples:
         >>> checksums({"adapters": {"a": np.arange(3, dtype=np.float32)}})
@@ -50,7 +52,8 @@ def checksums(tree: Any) -> dict[str, str]:
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): checksum(x) for path, x in leaves
+        jax.tree_util.keystr(path, simple=True, separator="/"): checksum(fetch(x))
+        for path, x in leaves
     }
 
 

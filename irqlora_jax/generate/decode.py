@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, PRNGKeyArray
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.layer import Cache
 from irqlora_jax.model.llama import Llama
+from irqlora_jax.processes import fetch
 from irqlora_jax.text import require
 
 # Prompts are padded to a multiple of this length, so that few lengths are compiled.
@@ -77,7 +78,7 @@ def generate(
         jax.random.key(0) if key is None else key,
         tuple(sorted(eos_token_ids)),
     )
-    return [_cut_after_eos(row, eos_token_ids) for row in np.asarray(new).tolist()]
+    return [_cut_after_eos(row, eos_token_ids) for row in fetch(new).tolist()]
 
 
 def stream(

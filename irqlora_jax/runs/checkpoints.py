@@ -21,6 +21,7 @@ from typing import Any, Literal
 import jax
 
 from irqlora_jax.files.checksums import checksums, seal
+from irqlora_jax.processes import first_only
 from irqlora_jax.runs.checkpoint_files import check_folders, check_path, read_metadata
 
 logger = logging.getLogger(__name__)
@@ -171,11 +172,16 @@ class Checkpoints:
 
     def drop_after(self, step: int) -> None:
         """Deletes the checkpoints of later steps, the newest first."""
-        for later in sorted(self._manager.all_steps(), reverse=True):
-            if later > step:
+        dropped = [each for each in self._manager.all_steps() if each > step]
+
+        def drop() -> None:
+            for later in sorted(dropped, reverse=True):
                 shutil.rmtree(self._folder / str(later))
-                for known in (self._losses, self._checksums, self._logs, self._damaged):
-                    known.pop(later, None)
+
+        first_only(drop)
+        for later in dropped:
+            for known in (self._losses, self._checksums, self._logs, self._damaged):
+                known.pop(later, None)
         self._manager.reload()
 
     def save(

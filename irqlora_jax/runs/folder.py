@@ -110,7 +110,7 @@ def _stored_config(folder: Path, config: Config) -> Config | None:
         )
     # Fields that an earlier version did not have get their defaults.
     stored_config = read_config_file(folder)
-    stored, asked = _settings(stored_config), _settings(config)
+    stored, asked = settings_by_name(stored_config), settings_by_name(config)
     may_change = _MAY_CHANGE
     if config.train.schedule == "constant":
         may_change += ("train.steps", "train.epochs")
@@ -154,7 +154,7 @@ def _holds_start(checkpoints: Path) -> bool:
     return all(name.partition(".")[0] == "0" for name in names)
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def settings_by_name(config: Config) -> dict[str, Any]:
     """Returns the fields by dotted name, with values as they are read from a file."""
     found = _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
     # data.train may change, e.g. if the files have moved, but not the weights.

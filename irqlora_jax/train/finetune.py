@@ -1,5 +1,10 @@
-"""A whole run: reads, quantizes, finetunes, evaluates and saves."""
+"""A whole run: reads, quantizes, finetunes, evaluates and saves.
 
+Every process does all of it, on its part of the mesh. The first one writes the files, except for
+the checkpoints, which all write.
+"""
+
+import contextlib
 import dataclasses
 import functools
 import json
@@ -19,8 +24,16 @@ from irqlora_jax.base.storage import abstract_base, measure_base
 from irqlora_jax.config import Config, with_base_settings
 from irqlora_jax.data import longest_row
 from irqlora_jax.evaluate.scores import Row, Scorer, baselines, table
-from irqlora_jax.machine import fastest_dtype
+from irqlora_jax.machine import fastest_dtype, installed_version
 from irqlora_jax.messages import progress_bar, shows_messages
+from irqlora_jax.processes import (
+    check_agreement,
+    check_folder_seen,
+    first_only,
+    is_first,
+    together,
+    wait_for_all,
+)
 from irqlora_jax.quant.budget import FIT
 from irqlora_jax.quant.matmul import with_preferred_layout
 from irqlora_jax.report.run_data import metric_curve, read_metrics
@@ -38,13 +51,14 @@ from irqlora_jax.runs.folder import (
     fingerprint,
     save_config,
     save_data,
+    settings_by_name,
 )
 from irqlora_jax.runs.load import (
     check_model,
     is_base,
     read_results,
 )
-from irqlora_jax.runs.lock import locked
+from irqlora_jax.runs.lock import LOCK_FILE, locked
 from irqlora_jax.runs.quantize import (
     Errors,
     describe_errors,
@@ -117,9 +131,19 @@ def run(
     train = dataclasses.replace(config.train, compute_dtype=dtype)
     config = with_base_settings(dataclasses.replace(config, train=train))
     folder = Path(config.output_dir)
-    check_folder(folder, config)  # before anything is written there, the file of the lock included
-    with locked(folder):
-        return _run_locked(config, folder, resume_from, fit)
+    versions = {f"version of {name}": installed_version(name) for name in ("irqlora-jax", "jax")}
+    check_agreement(versions | settings_by_name(config) | {"resume_from": resume_from})
+    if not is_first():
+        quiet = dataclasses.replace(config.log, progress=False, tensorboard=False, wandb=None)
+        config = dataclasses.replace(config, log=quiet)
+    # Before anything is written there, the file of the lock included.
+    together(lambda: check_folder(folder, config))
+    with contextlib.ExitStack() as held:
+        first_only(lambda: held.enter_context(locked(folder)))
+        check_folder_seen(folder / LOCK_FILE, "output_dir")
+        result = _run_locked(config, folder, resume_from, fit)
+        wait_for_all()
+        return result
 
 
 def _run_locked(
@@ -128,31 +152,12 @@ def _run_locked(
     resume_from: int | None,
     fit: Callable[[Config], int] | None,
 ) -> RunResult:
-    stored = check_folder(folder, config)
+    stored, job, limit, data = together(lambda: _prepare(config, folder, resume_from, fit))
     resumed = stored is not None
-    if not resumed:
-        if resume_from is not None:
-            raise ValueError(f"resume_from = {resume_from}: no run in '{folder}'; expected null")
-        if config.train.epochs is None:
-            check_warmup(config)
-        check_model(config)
-        check_start(config)
-    elif stored.model != config.model:
-        logger.info(f"model = {config.model!r}: not read; the run has its base of {stored.model!r}")
-    limit = fit(config) if fit is not None and config.quant.budget == FIT else None
-    job = read_job(config, folder if resumed else config.model, limit)
     if config.quant.budget is not None:
         job = with_chosen_rules(job, config.quant, limit)
     config = job.config
-    if not resumed:
-        check_warmup(config)
-    data = fingerprint(job.examples, job.eval_examples, job.parts)
-    if resumed:
-        check_data(folder, config, data)
-    elif not is_base(config.model):
-        size = measure_base(abstract_base(job.model.config, config.quant))
-        kept = 0 if job.calibrate is None else size.total - size.rest
-        check_space(folder, size.total + kept)
+    check_agreement({f"data.{name}": value for name, value in data.items()})
     with jax.set_mesh(job.mesh):
         started = time.perf_counter()
         base, pairs, survey = _read_base(job, folder if resumed else config.model)
@@ -171,6 +176,40 @@ def _run_locked(
         base = with_preferred_layout(base, config.train.matmul)
         logger.info(describe(job, base))
         return _finetune(job, base, folder, seconds, stored, resume_from)
+
+
+def _prepare(
+    config: Config,
+    folder: Path,
+    resume_from: int | None,
+    fit: Callable[[Config], int] | None,
+) -> tuple[Config | None, Job, int | None, Fingerprint]:
+    """Reads and checks everything before the weights. Returns the configuration of an earlier run
+    in the folder, the job, the limit of `quant.budget`, and the fingerprint of the data."""
+    stored = check_folder(folder, config)
+    resumed = stored is not None
+    if not resumed:
+        if resume_from is not None:
+            raise ValueError(f"resume_from = {resume_from}: no run in '{folder}'; expected null")
+        if config.train.epochs is None:
+            check_warmup(config)
+        check_model(config)
+        check_start(config)
+    elif stored.model != config.model:
+        logger.info(f"model = {config.model!r}: not read; the run has its base of {stored.model!r}")
+    limit = fit(config) if fit is not None and config.quant.budget == FIT else None
+    job = read_job(config, folder if resumed else config.model, limit)
+    if not resumed:
+        check_warmup(job.config)
+    data = fingerprint(job.examples, job.eval_examples, job.parts)
+    if resumed:
+        check_data(folder, job.config, data)
+    elif not is_base(config.model):
+        # A budget has rules of about its size here.
+        size = measure_base(abstract_base(job.model.config, job.config.quant))
+        kept = 0 if job.calibrate is None else size.total - size.rest
+        check_space(folder, size.total + kept)
+    return stored, job, limit, data
 
 
 def _finetune(
@@ -204,17 +243,21 @@ def _finetune(
                 return dataclasses.replace(finished, best=checkpoints.best())
         if resume_from is not None:
             checkpoints.drop_after(first)
-        if stored not in (None, job.stored_config):
-            save_config(folder, job.stored_config)
-        forget_end(folder)
-        save_environment(folder, job.mesh)
+
+        def begin() -> None:
+            if stored not in (None, job.stored_config):
+                save_config(folder, job.stored_config)
+            forget_end(folder)
+            save_environment(folder, job.mesh)
+
+        first_only(begin)
         if first > 0:
             logger.info(f"resuming from step {first} of {folder}")
         reference = None
         if job.preference and config.adapter.start_title:
             reference = checkpoints.restore_adapters(0, state.adapters)
         started = time.perf_counter()
-        with MetricsLog(folder, first, config) as log:
+        with MetricsLog(folder, first, config, writes=is_first()) as log:
             ended = train(job, base, state, checkpoints, log, reference)
         checkpoints.wait()
         seconds = time.perf_counter() - started
@@ -249,19 +292,30 @@ def _finetune(
         name = f"{rows[-1].model}, finetuned" if rows else "finetuned"
         variables = {"params": state.adapters, "base": base}
         row = scorer.row(name, model, variables, seconds, loss)
-        trained = metric_curve(read_metrics(folder / "metrics.jsonl"), "loss", sys.maxsize)[1]
-        rows.append(dataclasses.replace(row, training_loss=trained[-1] if trained else None))
+        rows.append(dataclasses.replace(row, training_loss=_last_loss(folder)))
         if best not in (None, step):
             variables["params"] = checkpoints.restore(best, state).adapters
             name = f"{name}, best (step {best})"
             rows.append(scorer.row(name, model, variables, None, checkpoints.loss(best)))
-    record_end(folder, step)
-    scores = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
-    write_recorded(folder, RESULTS_FILE, scores)
-    logger.info(table(rows))
-    try_to_write(folder)
-    logger.info(next_commands(config))
+
+    def end() -> None:
+        record_end(folder, step)
+        scores = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
+        write_recorded(folder, RESULTS_FILE, scores)
+        logger.info(table(rows))
+        try_to_write(folder)
+        logger.info(next_commands(config))
+
+    first_only(end)
     return RunResult(folder, step, best, tuple(rows))
+
+
+def _last_loss(folder: Path) -> float | None:
+    """The last loss of the training in metrics.jsonl. The file may not show in other processes."""
+    if not is_first():
+        return None
+    losses = metric_curve(read_metrics(folder / "metrics.jsonl"), "loss", sys.maxsize)[1]
+    return losses[-1] if losses else None
 
 
 def _finished(
@@ -329,23 +383,30 @@ def _begin_folder(
     data: Fingerprint,
 ) -> None:
     config = job.config
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # from an interrupted start
-    save_tokenizer(job.samples.tokenizer, config.model, folder)
-    if is_base(config.model):
-        link_base(config.model, folder)
-    else:
+
+    def begin() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # from an interrupted start
+        save_tokenizer(job.samples.tokenizer, config.model, folder)
+        if is_base(config.model):
+            link_base(config.model, folder)
+
+    def end() -> None:
+        save_data(folder, data)
+        # Write the configuration last: it marks a folder that can be resumed.
+        save_config(folder, job.stored_config)
+        shutil.rmtree(folder / KEPT_LAYERS, ignore_errors=True)
+
+    first_only(begin)
+    if not is_base(config.model):
         file, fitted = folder / BASE_FILE, config.adapter.start.fit is not None
         used, llama = (survey or {}).get("calibrate"), job.model.config
         quant, source = config.quant, config.model
         save_base(file, base, llama, quant, source, fitted=fitted, calibrate=used)
-        save_survey(folder, survey)
+        first_only(lambda: save_survey(folder, survey))
     if pairs is not None:
         _save_start(folder, job, pairs, base)
-    save_data(folder, data)
-    # Write the configuration last: it marks a folder that can be resumed.
-    save_config(folder, job.stored_config)
-    shutil.rmtree(folder / KEPT_LAYERS, ignore_errors=True)
+    first_only(end)
 
 
 def _save_start(folder: Path, job: Job, pairs: Base, base: Base) -> None:

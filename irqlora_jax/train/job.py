@@ -1,6 +1,7 @@
 """What a run needs besides its weights, read and checked before anything that takes long."""
 
 import dataclasses
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.model.tree import linear_stacks
+from irqlora_jax.processes import from_first
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.matmul import check_implementation, preferred_layout
 from irqlora_jax.quant.qtensor import QTensor
@@ -187,7 +189,8 @@ def check_tokens(config: Config, llama: LlamaConfig, highest: int) -> None:
 
 
 def with_chosen_rules(job: Job, asked: QuantConfig, limit: int | None = None) -> Job:
-    """Chooses rules for a budget, with a table of errors in the folder of the run.
+    """Chooses rules for a budget, with a table of errors in the folder of the run. Of several
+    processes the first one chooses.
 
     Args:
         job: of a new run.
@@ -199,8 +202,14 @@ def with_chosen_rules(job: Job, asked: QuantConfig, limit: int | None = None) ->
     """
     config, llama = job.config, job.model.config
     options: dict[str, Any] = {"calibrate": job.calibrate, "limit": limit}
-    options |= {"mesh": job.mesh, "progress": config.log.progress}
-    quant = choose_rules(config.model, asked, Path(config.output_dir), **options)
+    alone = jax.process_count() == 1
+    options |= {"mesh": job.mesh if alone else None, "progress": config.log.progress}
+    folder = Path(config.output_dir)
+
+    def choose() -> str:
+        return json.dumps(dataclasses.asdict(choose_rules(config.model, asked, folder, **options)))
+
+    quant = QuantConfig.from_dict(json.loads(from_first(choose)))
     config = dataclasses.replace(config, quant=quant)
     check_mesh(job.mesh, llama, quant)
     with jax.set_mesh(job.mesh):

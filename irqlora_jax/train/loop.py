@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
 from irqlora_jax.adapters.config import AdapterConfig
@@ -26,6 +27,7 @@ from irqlora_jax.machine import peak_memory
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.dpo import ACCURACY, MARGIN
 from irqlora_jax.model.tree import LAYERS
+from irqlora_jax.processes import fetch, highest
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.state import TrainState
 from irqlora_jax.sharding import put_batch
@@ -95,16 +97,17 @@ def train(
         Stop() as stop,
         contextlib.closing(prefetch(prepare, remaining)) as prepared,
     ):
-        meter = _Meter(job, log, checkpoints, bar)
+        meter, ending = _Meter(job, log, checkpoints, bar), _Ending(stop, job.mesh)
         bar.set_description_str("compiling the training step", refresh=False)
         for done, indices, batch in prepared:
             meter.mark_start()
             state, metrics = advance(state, base, batch, reference)
             meter.put(done, indices, metrics)
+            ending.note()
             last = done == steps
             evaluates = last or _is_due(settings.eval_every, done)
             saves = last or _is_due(settings.save_every, done)
-            if not (evaluates or saves or stop.signal):
+            if not (evaluates or saves or ending.signal):
                 continue
             with meter.paused():
                 _require_finite(state, done, checkpoints)
@@ -131,12 +134,39 @@ def train(
                     if numbers:
                         log.write(done, numbers)
                 # Read the signal only once: a later signal ends the next step.
-                ends = early is not None or stop.signal is not None
+                ends = early is not None or ending.signal is not None
                 if saves or ends:
                     checkpoints.save(done, state, loss, log.checksum())
             if ends:
                 break
-    return LoopResult(state, stop.signal, None if int(state.step) == steps else early)
+    return LoopResult(state, ending.signal, None if int(state.step) == steps else early)
+
+
+class _Ending:
+    """The signal that ends the training, the same in all processes.
+
+    A process alone reads its own at once. Several agree while the next step runs, so that nobody
+    waits: they end one step later.
+    """
+
+    def __init__(self, stop: Stop, mesh: Mesh) -> None:
+        self._stop, self._mesh = stop, mesh
+        self._alone = jax.process_count() == 1
+        self._waiting: Array | None = None
+        self._agreed: signal.Signals | None = None
+
+    def note(self) -> None:
+        """Tells the other processes of a signal, and hears of theirs. Once a step."""
+        if self._alone:
+            return
+        before, self._waiting = self._waiting, highest(int(self._stop.signal or 0), self._mesh)
+        number = 0 if before is None else int(before)
+        self._agreed = signal.Signals(number) if number else None
+
+    @property
+    def signal(self) -> signal.Signals | None:
+        """The signal, if any."""
+        return self._stop.signal if self._alone else self._agreed
 
 
 def learned(adapter: AdapterConfig, adapters: dict[str, Any]) -> dict[str, float]:
@@ -152,7 +182,7 @@ def learned(adapter: AdapterConfig, adapters: dict[str, Any]) -> dict[str, float
         for linears in adapters[LAYERS].values()
         for name, leaves in linears.items()
         for quantity, values in jax.vmap(one)(leaves).items()
-        for layer, value in enumerate(np.asarray(values))
+        for layer, value in enumerate(fetch(values))
     }
 
 

@@ -205,20 +205,25 @@ class MetricsLog:
     If another destination fails (e.g. the network), one warning is shown and it is not used again.
     """
 
-    def __init__(self, folder: Path, step: int, config: Config | None = None) -> None:
+    def __init__(
+        self, folder: Path, step: int, config: Config | None = None, *, writes: bool = True
+    ) -> None:
         """Opens the log, and drops lines of steps that will be repeated.
 
         Args:
             folder: of the run.
             step: step that the run resumes from.
             config: of the run, for `log` (default: the file alone).
+            writes: False only remembers the evaluations, for processes beside the first.
 
         Raises:
             ValueError: a line of metrics.jsonl is damaged.
         """
-        self._path = folder / _FILE
+        self._path, self._writes = folder / _FILE, writes
         self._sinks: list[Sink] = []
         text, self.evaluations = read_log(folder, step)
+        if not writes:
+            return
         if self._path.exists():
             write_text(self._path, text)
         if config is not None and config.log.tensorboard:
@@ -239,6 +244,10 @@ class MetricsLog:
         Raises:
             OSError: the file cannot be written.
         """
+        if "eval_loss" in values:
+            self.evaluations.append((step, values["eval_loss"]))
+        if not self._writes:
+            return
         # JSON has no nan and inf, e.g. for the gradient norm of an overflow in float16.
         known = {name: None if _is_non_finite(value) else value for name, value in values.items()}
         line = json.dumps({"step": step} | known, ensure_ascii=False) + "\n"
@@ -247,8 +256,6 @@ class MetricsLog:
                 file.write(line)
         except OSError as error:
             raise OSError(f"{self._path}: cannot be written ({error.strerror})") from error
-        if "eval_loss" in values:
-            self.evaluations.append((step, values["eval_loss"]))
         for sink in tuple(self._sinks):
             if not self._try(sink.name, lambda sink=sink: sink.write(step, values)):
                 self._sinks.remove(sink)
