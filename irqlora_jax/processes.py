@@ -59,6 +59,10 @@ def connect(
         require(ok, "process", process, f"{accepted}, from 0 to processes - 1")
         given = {"coordinator_address": distributed, "num_processes": processes}
         given |= {"process_id": process}
+    # For CPU devices, which have no streams: programs start in order, and each has threads for all
+    # devices. Else two programs wait for each other's threads forever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    os.environ.setdefault("PJRT_NPROC", "128")
     # It would take SIGTERM away from `train.stop.Stop`.
     jax.config.update("jax_enable_preemption_service", False)
     limits = {"heartbeat_timeout_seconds": _HEARTBEAT, "shutdown_timeout_seconds": _SHUTDOWN}
