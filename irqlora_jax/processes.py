@@ -22,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from irqlora_jax.text import require, shorten
 
 Result = TypeVar("Result")
+_WHO = "the process itself"  # no name of a setting
 _HEARTBEAT, _SHUTDOWN = 30, 15  # seconds until a process that is silent counts as dead
 logger = logging.getLogger(__name__)
 
@@ -176,15 +177,15 @@ def check_agreement(about: Mapping[str, Any]) -> None:
         ValueError: a process has another value than the first one; both are named.
     """
     own = {name: json.dumps(value, sort_keys=True, default=str) for name, value in about.items()}
-    stated = [json.loads(text) for text in exchange(json.dumps({"": _name(), **own}))]
+    stated = [json.loads(text) for text in exchange(json.dumps({_WHO: _name(), **own}))]
     first = stated[0]
     for other in stated[1:]:
         for name in sorted(first.keys() | other.keys()):
-            if name and first.get(name) != other.get(name):
-                here, there = shorten(first.get(name)), shorten(other.get(name))
+            if name != _WHO and first.get(name) != other.get(name):
+                here, there = (shorten(json.loads(one.get(name, "null"))) for one in (first, other))
                 raise ValueError(
-                    f"{name} = {there} in {other['']}, {here} in {first['']}; expected the same in "
-                    "all processes"
+                    f"{name} = {there} in {other[_WHO]}, {here} in {first[_WHO]}; expected the "
+                    "same in all processes"
                 )
 
 

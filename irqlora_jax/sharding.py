@@ -165,6 +165,13 @@ def tree_shardings(mesh: Mesh | AbstractMesh, tree: Any, splits: Splits = PAIR) 
     return jax.tree_util.tree_map_with_path(rule, tree)
 
 
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes (jax.ShapeDtypeStruct) with these shardings."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
+    )
+
+
 def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """Puts a batch on the devices, with its rows split over them."""
     return put(batch, NamedSharding(mesh, P(ROWS)))

@@ -1,4 +1,4 @@
-"""Starts programs as several processes on this machine, connected over loopback."""
+"""Programs that run as several processes on this machine, connected over loopback."""
 
 import os
 import socket
@@ -9,63 +9,52 @@ from pathlib import Path
 
 from tests.models import ROOT
 
-CONNECT = """
-import os, sys
-import jax
-jax.config.update("jax_num_cpu_devices", int(os.environ["DEVICES"]))
-jax.config.update("jax_platforms", "cpu")
+_CONNECT = """
+import sys
 from irqlora_jax.processes import connect
-connect(os.environ["ADDRESS"], int(os.environ["PROCESS"]), int(os.environ["PROCESSES"]))
+connect(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
 """
 
 
-def free_port() -> int:
+def free_address() -> str:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+        return f"127.0.0.1:{found.getsockname()[1]}"
 
 
-def start_processes(
-    command: Sequence[str], count: int, devices: int, folder: Path, **changes: str
-) -> list[subprocess.Popen[str]]:
-    """Starts `command` `count` times. Their environment says who they are (`CONNECT`); the words
-    {process}, {processes} and {address} of the command are replaced."""
-    address = f"127.0.0.1:{free_port()}"
-    started = []
-    for process in range(count):
-        names = {"process": process, "processes": count, "address": address}
-        own = {key.upper(): str(value) for key, value in names.items()} | {"DEVICES": str(devices)}
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
-        own |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-        started.append(
-            subprocess.Popen(
-                [part.format(**names) if "{" in part else part for part in command],
-                env=environment | own | changes,
-                cwd=folder,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return started
+def train_commands(arguments: Sequence[str], count: int) -> list[list[str]]:
+    """`python train.py` with these arguments, for each of the processes."""
+    address = free_address()
+    joined = (["--process", str(i), "--processes", str(count)] for i in range(count))
+    start = [sys.executable, str(ROOT / "train.py"), *arguments, "--distributed", address]
+    return [start + own for own in joined]
 
 
-def run_processes(script: str, count: int, devices: int, folder: Path) -> list[str]:
-    """Runs a script after `CONNECT` in each process, and returns what each printed."""
-    file = folder / "script.py"
-    file.write_text(CONNECT + script)
-    started = start_processes([sys.executable, str(file)], count, devices, folder)
-    return [output for output, _ in finish(started)]
+def start(command: Sequence[str], devices: int, folder: Path) -> subprocess.Popen[str]:
+    """Starts one process with some devices of its own."""
+    count = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {count}"
+    own = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env=os.environ | own, cwd=folder, text=True, **pipes)
 
 
-def finish(started: list[subprocess.Popen[str]], code: int = 0) -> list[tuple[str, str]]:
+def finish(started: Sequence[subprocess.Popen[str]], seconds: float = 300) -> list[tuple[str, str]]:
     """Waits for all, and returns what each wrote to stdout and stderr."""
     try:
-        said = [process.communicate(timeout=300) for process in started]
+        return [process.communicate(timeout=seconds) for process in started]
     finally:
         for process in started:
             process.kill()
+
+
+def run_processes(script: str, count: int, devices: int, folder: Path) -> list[str]:
+    """Runs a script as several processes, and returns what each printed."""
+    file, address = folder / "script.py", free_address()
+    file.write_text(_CONNECT + script)
+    commands = ([sys.executable, str(file), address, str(i), str(count)] for i in range(count))
+    started = [start(command, devices, folder) for command in commands]
+    said = finish(started)
     for process, (output, errors) in zip(started, said, strict=True):
-        assert process.returncode == code, f"{output[-3000:]}\n{errors[-6000:]}"
-    return said
+        assert process.returncode == 0, f"{output[-3000:]}\n{errors[-6000:]}"
+    return [output for output, _ in said]

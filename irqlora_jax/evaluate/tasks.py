@@ -1,5 +1,6 @@
 """Evaluates a finished run on one task (the command `irqlora eval`)."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.sharding import Mesh
 
 from irqlora_jax.evaluate import results
 from irqlora_jax.evaluate.mmlu import MmluScores, delete_resume_file, mmlu
@@ -20,12 +22,15 @@ from irqlora_jax.evaluate.questions import load_questions, score_questions
 from irqlora_jax.generate.conversation import Style, decode_stream, encode_turns, find_style
 from irqlora_jax.generate.decode import generate
 from irqlora_jax.messages import progress_bar, shows_messages
+from irqlora_jax.processes import check_agreement, first_only, is_first, together
 from irqlora_jax.runs.load import Run, load_run, read_checkpoint, unpacked
+from irqlora_jax.sharding import MeshConfig, make_mesh
 from irqlora_jax.text import aligned, read_text, shorten
 
 logger = logging.getLogger(__name__)
 _TASKS = ("mmlu", "factworld", "questions", "perplexity", "generate")
 _LM_EVAL = "lm-eval:"
+_ROWS = {"mmlu": 8, "factworld": 64, "questions": 64, "perplexity": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,8 @@ class EvalConfig:
     `run` is not a run, null only prints them, and generate with `prompts` needs a file."""
     batch_size: int | None = None
     """Rows of a forward pass. Null: mmlu 8, questions 64, perplexity 4, generate 16, lm-eval 16."""
+    mesh: MeshConfig = MeshConfig(data=1)
+    """Devices to split the model and the rows over. `data` null: as many as the rows allow."""
     limit: int | None = None
     """Use only this many questions or prompts (mmlu, lm-eval: of each subject or task). Null:
     all."""
@@ -106,10 +113,15 @@ class EvalConfig:
         if self.shots is not None and self.shots < 0:
             raise ValueError(f"shots = {self.shots}: expected 0 or more")
 
+    @property
+    def rows(self) -> int:
+        """Rows of a forward pass."""
+        return self.batch_size or _ROWS.get(self.task, 16)
+
 
 @shows_messages
 def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
-    """Runs one task, shows its result and then writes it as JSON.
+    """Runs one task, shows its result and then writes it as JSON. All processes.
 
     Args:
         asked: the model, the task and its settings.
@@ -120,13 +132,24 @@ def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
     Raises:
         ValueError, OSError: bad input, or the results cannot be written.
     """
-    _check_input(asked)
+    together(lambda: _check_input(asked))
+    check_agreement(dataclasses.asdict(asked))
+    if not is_first():
+        asked = dataclasses.replace(asked, progress=False)
     checkpoint = read_checkpoint(asked.checkpoint)
     asked = dataclasses.replace(asked, checkpoint=checkpoint)
     if asked.task == "mmlu" and asked.shots is None:
         asked = dataclasses.replace(asked, shots=5)
+    mesh = make_mesh(asked.mesh, asked.rows)
+    where = mesh if mesh.size > 1 else None
+    with contextlib.nullcontext() if where is None else jax.set_mesh(where):
+        return _evaluate(asked, where)
+
+
+def _evaluate(asked: EvalConfig, mesh: Mesh | None) -> dict[str, Any]:
+    how: Any = {"adapter": not asked.baseline, "checkpoint": asked.checkpoint, "mesh": mesh}
     with progress_bar("Loading the model", show=asked.progress):
-        run = unpacked(load_run(asked.run, adapter=not asked.baseline, checkpoint=checkpoint))
+        run = unpacked(load_run(asked.run, **how))
     path = results.result_path(run, _file_stem(asked), asked.output)
     if path is None:
         logger.info("the result is only shown and nothing is kept; --output FILE writes it")
@@ -147,13 +170,12 @@ def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
         raise
     seconds = time.perf_counter() - started
     result = results.describe(run, asked) | {"seconds": round(seconds, 3)} | scores
+    if path is not None:
+        first_only(lambda: results.write_result(_summary(asked, path), result))
     part = _resume_file(path)
-    if path is None or part is None:
-        return result
-    results.write_result(_summary(asked, path), result)
-    if asked.task == "mmlu":
+    if part is not None and asked.task == "mmlu":
         delete_resume_file(part, len(scores["counts"]))
-    if asked.task.startswith(_LM_EVAL):
+    if part is not None and asked.task.startswith(_LM_EVAL):
         part.unlink(missing_ok=True)
     return result
 
@@ -171,6 +193,11 @@ def _check_input(asked: EvalConfig) -> None:
     if names and not given:
         flags = " or ".join(f"--{name}" for name in names)
         raise ValueError(f"{names[0]} = None: the task {asked.task} needs {flags}")
+    if asked.prompts is not None and jax.process_count() > 1:
+        raise ValueError(
+            f"prompts = {shorten(asked.prompts)}: answers to a file of prompts are written by one "
+            "process; expected --distributed off"
+        )
     if len(given) > 1:
         raise ValueError(f"prompt = {shorten(asked.prompt)}: expected null with --prompts")
     for name in given:
@@ -193,7 +220,9 @@ def _file_stem(asked: EvalConfig) -> str:
 
 
 def _resume_file(path: Path | None) -> Path | None:
-    return path and path.with_name(path.name + ".part")
+    """Path for finished work. Several processes keep none: they would have to agree on it."""
+    alone = jax.process_count() == 1
+    return path.with_name(path.name + ".part") if path is not None and alone else None
 
 
 def _answers_file(asked: EvalConfig, path: Path | None) -> Path | None:
@@ -219,7 +248,7 @@ def _mmlu(asked: EvalConfig, run: Run, path: Path | None) -> dict[str, Any]:
         split=asked.split,
         subjects=asked.subjects,
         limit=asked.limit,
-        batch_size=asked.batch_size or 8,
+        batch_size=asked.rows,
         resume_file=_resume_file(path),
         identity=results.identity(run, asked.baseline),
         progress=asked.progress,
@@ -264,7 +293,7 @@ def _harness(asked: EvalConfig, run: Run, path: Path | None) -> dict[str, Any]:
         folder=asked.task_folder,
         shots=asked.shots,
         limit=asked.limit,
-        batch_size=asked.batch_size or 16,
+        batch_size=asked.rows,
         resume_file=_resume_file(path),
         identity=results.identity(run, asked.baseline),
         progress=asked.progress,
@@ -295,9 +324,7 @@ def _questions(asked: EvalConfig, run: Run, path: Path | None) -> dict[str, Any]
         raise ValueError("questions = None: the run has none; expected a .jsonl or .json file")
     questions = load_questions(file, run.tokenizer, limit)
     with progress_bar("Questions", len(questions), "q", show=asked.progress) as bar:
-        scores = score_questions(
-            run.model, run.variables, questions, asked.batch_size or 64, done=bar.update
-        )
+        scores = score_questions(run.model, run.variables, questions, asked.rows, done=bar.update)
     rows = [("subject", "accuracy")]
     rows += [(subject, f"{accuracy:.1%}") for subject, accuracy in scores.by_subject.items()]
     rows.append(("all", f"{scores.accuracy:.1%}"))
@@ -322,7 +349,7 @@ def _perplexity(asked: EvalConfig, run: Run, path: Path | None) -> dict[str, Any
         run.tokenizer,
         window=asked.window or None,
         stride=asked.stride or None,
-        batch_size=asked.batch_size or 4,
+        batch_size=asked.rows,
         progress=asked.progress,
     )
     rows = [
@@ -358,7 +385,7 @@ def _generate(asked: EvalConfig, run: Run, path: Path | None) -> dict[str, Any]:
         style,
         prompts,
         sampling,
-        batch_size=asked.batch_size or 16,
+        batch_size=asked.rows,
         output=output,
         identity=results.identity(run, asked.baseline),
         progress=asked.progress,

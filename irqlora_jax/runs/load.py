@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from irqlora_jax.base.file import (
     is_fitted,
@@ -14,6 +15,7 @@ from irqlora_jax.base.file import (
     read_source,
 )
 from irqlora_jax.base.make import load_base
+from irqlora_jax.base.mesh import check_mesh
 from irqlora_jax.base.source import read_llama
 from irqlora_jax.base.updates import with_scales
 from irqlora_jax.config import Config, check_settings, quant_settings
@@ -26,12 +28,13 @@ from irqlora_jax.machine import free_memory
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.model.tree import by_layer
-from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.matmul import dense_weights
 from irqlora_jax.runs.checkpoint_files import check_end
 from irqlora_jax.runs.checkpoints import Checkpoints
 from irqlora_jax.runs.folder import BASE_FILE, GENERATION, TOKENIZER, read_config_file
 from irqlora_jax.runs.recorded import RECORD_FILE, check_recorded, recorded
+from irqlora_jax.sharding import placed, tree_shardings
 from irqlora_jax.text import require, shorten
 
 Which = Literal["last", "best"] | int
@@ -67,6 +70,7 @@ def load_run(
     adapter: bool = True,
     checkpoint: Which = "last",
     compute_dtype: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Run:
     """Reads a run, a folder of `irqlora quantize`, or a model without quantizing it.
 
@@ -76,10 +80,13 @@ def load_run(
             adapter (LoftQ, `adapter.init_from`) uses its initial adapter (step 0) instead.
         checkpoint: the checkpoint of a run.
         compute_dtype: type of the activations (default: the run's type, else float32).
+        mesh: devices to split the weights over (default: all on the first device). Use the model
+            inside of `jax.set_mesh(mesh)`.
 
     Raises:
         FileNotFoundError: no such folder, or no such checkpoint in it.
-        ValueError: damaged files, another kind of folder, or an invalid `checkpoint`.
+        ValueError: damaged files, another kind of folder, an invalid `checkpoint`, or a mesh that
+            cannot split the weights.
     """
     folder, checkpoint = Path(folder), read_checkpoint(checkpoint)
     if not is_base(folder):
@@ -88,7 +95,9 @@ def load_run(
                 f"run = '{folder}': no base.safetensors and no config.json there; expected the "
                 "folder of a run, of irqlora quantize, or of a Hugging Face model, or a .gguf file"
             )
-        base, llama = load_base(folder, None)
+        if mesh is not None:
+            check_mesh(mesh, read_llama(folder), QuantConfig(format=KEPT))
+        base, llama = load_base(folder, None, mesh=mesh)
         tokenizer = load_tokenizer(folder)
         llama = with_end_tokens(llama, tokenizer, folder)
         model = Llama(llama, compute_dtype=compute_dtype or "float32")
@@ -100,7 +109,9 @@ def load_run(
         config = read_config_file(folder)
     elif (folder / "checkpoints").is_dir():
         raise FileNotFoundError(f"{folder / 'config.json'}: no such file; expected a whole run")
-    base, llama = read_base(folder / BASE_FILE)
+    if mesh is not None:
+        check_mesh(mesh, *read_base_config(folder / BASE_FILE))
+    base, llama = read_base(folder / BASE_FILE, mesh)
     llama = with_end_tokens(llama, tokenizer, folder)
     source = read_source(folder / BASE_FILE)
     dtype = compute_dtype or (config and config.train.compute_dtype) or "float32"
@@ -115,6 +126,8 @@ def load_run(
     with Checkpoints(folder) as checkpoints:
         step = checkpoints.find(checkpoint)
         like = jax.eval_shape(lambda: model.init_adapters(jax.random.key(0)))
+        if mesh is not None:
+            like = placed(like, tree_shardings(mesh, like, config.adapter.splits))
         adapters = checkpoints.restore_adapters(step, like)
     return Run(folder, config, model, {"params": adapters, "base": base}, tokenizer, step, source)
 
@@ -131,7 +144,8 @@ def unpacked(run: Run, *, each_layer: bool = False) -> Run:
             copies the weights of each layer before it uses them (benchmarks/cpu_speed.py). But
             compiling takes longer, because the layers no longer share a program.
     """
-    if jax.default_backend() != "cpu":
+    # Several processes could decide differently.
+    if jax.default_backend() != "cpu" or jax.process_count() > 1:
         return run
     dtype, base = jnp.dtype(run.model.compute_dtype), run.variables["base"]
     shapes = jax.eval_shape(lambda base: dense_weights(base, dtype), base)
