@@ -22,6 +22,7 @@ MIXED = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
 FSDP = {"mesh__data": 2, "mesh__fsdp": 4}
 TEXT = {"quant__calibration": "importance", "calibrate__rows": 8, "calibrate__length": 64}
 TEXT |= {"calibrate__data": str(WORLD / "data" / "train.jsonl")}
+TEXT |= {"calibrate__format": "input_output"}
 QUESTIONS: dict[str, Any] = {"evaluate__questions": str(WORLD / "data" / "questions.jsonl")}
 CASES: dict[str, dict[str, Any]] = {
     "mixed": MIXED | QUESTIONS | {"evaluate__max_questions": 24, "evaluate__baselines": True},
@@ -34,10 +35,13 @@ QUICK = ("mixed", "fsdp", "text")
 
 RUNS = """
 import json
+import time
 from irqlora_jax.config import Config
 from irqlora_jax.train.finetune import run
 for settings in json.loads(%r):
+    began = time.monotonic()
     run(Config.load(%r, settings))
+    print("TIME", settings["output_dir"], time.monotonic() - began, file=sys.stderr)
 """
 SCORES = """
 from irqlora_jax.evaluate.tasks import EvalConfig, evaluate_run
