@@ -23,12 +23,13 @@ from irqlora_jax.base.file import Base, read_base, read_source, save_base
 from irqlora_jax.base.fit_layer import StoredLinear
 from irqlora_jax.base.stacks import Made, Maker, Matrix, Stacks
 from irqlora_jax.base.statistics import Gradients, Inputs, Statistics, alone
+from irqlora_jax.base.storage import packed_shape
 from irqlora_jax.base.train_layer import train_layer
 from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.files.tensors import FLOATS, Header, aligned, read_into
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.tree import Tree, insert, leaf_path, matrix_name, weight_name, weight_shapes
-from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.inputs import InputMoments
 from irqlora_jax.quant.qtensor import QTensor
@@ -84,6 +85,18 @@ class Task:
     def targets(self) -> tuple[str, ...]:
         """The projections that get a pair."""
         return () if self.adapter is None else self.adapter.targets
+
+    def shapes(self, matrix: Matrix, shape: tuple[int, ...]) -> Made:
+        """The shapes of what is made of a matrix of a shape."""
+        out, into = shape
+        kept = matrix.quant.format == KEPT
+        weight: Any = None if kept else packed_shape((out, into), matrix.quant)
+        pair: Any = {}
+        if self.adapter is not None and matrix.path[-1] in self.targets:
+            sizes = {"lora_A": (self.adapter.rank, into), "lora_B": (out, self.adapter.rank)}
+            dtype = jnp.dtype(self.adapter.dtype)
+            pair = {name: jax.ShapeDtypeStruct(size, dtype) for name, size in sizes.items()}
+        return Made(weight, pair)
 
     @property
     def scale(self) -> float:

@@ -20,9 +20,10 @@ from jaxtyping import PRNGKeyArray
 
 from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.lora import LORA
+from irqlora_jax.base.exchange import from_bytes, gather_bytes, on_own_device, to_bytes, tree_bytes
 from irqlora_jax.base.layerwise import FinishedLayers, Task, Watch, check_tokens, make_layers
 from irqlora_jax.base.source import open_weights
-from irqlora_jax.base.stacks import Made, Matrix, Stacks, to_device
+from irqlora_jax.base.stacks import Made, Matrix, Parts, Place, Stacks, to_device
 from irqlora_jax.base.storage import plan_stacks
 from irqlora_jax.data.calibrate import CalibrateConfig, CalibrationRows
 from irqlora_jax.files.hub import file_marks, read_config, snapshot
@@ -31,6 +32,7 @@ from irqlora_jax.machine import installed_version
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.tree import (
+    Keys,
     Tree,
     insert,
     leaf_path,
@@ -38,12 +40,13 @@ from irqlora_jax.model.tree import (
     weight_name,
     weight_shapes,
 )
+from irqlora_jax.processes import together
 from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.formats import FORMATS
 from irqlora_jax.quant.inputs import InputMoments
 from irqlora_jax.quant.qtensor import QTensor
-from irqlora_jax.sharding import LINEAR_NAMES
+from irqlora_jax.sharding import LINEAR_NAMES, sharding
 from irqlora_jax.text import require
 
 _TABLE = ("embed_tokens",)
@@ -131,6 +134,7 @@ def load_fitted(
     if adapter.start.fit is None:
         raise ValueError(f"adapter.init = {adapter.init!r}: expected one fitted to the weights")
     damping = _check_rows(quant, adapter, calibrate)
+    seed = jax.random.key_data(key).tolist()  # `key` may be on other devices than the weights
 
     def make(
         matrix: Matrix, weight: jax.Array, gram: InputMoments | None, squares: jax.Array | None
@@ -138,7 +142,8 @@ def load_fitted(
         name, config = matrix.path[-1], matrix.quant
         if name not in adapter.targets:
             return Made(_packed(weight, config, gram), {})
-        own = jax.random.fold_in(key, LINEAR_NAMES.index(name))
+        start = jax.random.wrap_key_data(np.asarray(seed, np.uint32), impl=jax.random.key_impl(key))
+        own = jax.random.fold_in(start, LINEAR_NAMES.index(name))
         own = jax.random.fold_in(own, matrix.layer)
         if config.format == KEPT:
             # There is no quantization error to correct, so initialize the pair as in LoRA.
@@ -146,7 +151,6 @@ def load_fitted(
             return Made(None, LORA.init(own, (rows, columns), adapter.rank, None, adapter.dtype))
         return fit_pair(weight, config, adapter, own, gram, squares, damping)
 
-    seed = jax.random.key_data(key).tolist()
     finished = _finished(keep, source, calibrate, quant, adapter, seed)
     # Keep the type of the file: each iteration reads the matrix again and widens it slab by slab.
     squares = adapter.needs == "fisher"
@@ -255,20 +259,22 @@ def _load(
     source: str | Path, task: Task, mesh: Mesh | None, progress: bool
 ) -> tuple[Tree, Tree, LlamaConfig]:
     """Returns the base, the pairs that `task.make` fits, and the architecture."""
-    found, config = open_weights(snapshot(source))
+    found, config = together(lambda: open_weights(snapshot(source)))
     layered, single = weight_shapes(config)
-    stacks = Stacks(config.num_hidden_layers)
+    stacks = Stacks(config.num_hidden_layers, mesh)
     total = sum(map(math.prod, single.values()))
     total += config.num_hidden_layers * sum(map(math.prod, layered.values()))
     with progress_bar("Loading", total, "weights", show=progress, unit_scale=True) as bar:
-        matrices = _read_kept(found, config, task, stacks, bar)
+        matrices = together(lambda: _read_kept(found, config, task, stacks, bar))
         outside = make_matrices(found, config, matrices, task, stacks, bar, mesh)
-        base, pairs = stacks.moved(mesh)
+        base, pairs = stacks.moved()
         for path, shape in single.items():
-            read = outside.pop(path[0], None)
-            arrays = [_read_single(found, path, shape) if read is None else read]
-            del read
-            insert(base, leaf_path(path), to_device(arrays, mesh, path))
+            if path[0] in outside:
+                weight = to_device(outside.pop(path[0]), mesh, path)
+            else:
+                parts = together(lambda p=path: _read_parts(found, p, single[p], mesh))
+                weight = parts.moved()
+            insert(base, leaf_path(path), weight)
             bar.update(math.prod(shape))
     return base, pairs, config
 
@@ -287,22 +293,45 @@ def make_matrices(
     Returns:
         Weights outside of the layers that were read for it: name and array.
     """
-    if task.calibrate is None:
-        _make_each(found, matrices, task, stacks, bar)
-        return {}
-    check_tokens(task.calibrate, llama)
-    single = weight_shapes(llama)[1]
-    wanted = single if task.calibrate.config.metric == "gradients" else [_TABLE]
-    outside = {path[0]: _read_single(found, path, single[path]) for path in wanted}
-    make_layers(found, llama, matrices, task, stacks, outside, bar, mesh)
-    return outside
+    with on_own_device(mesh):
+        if task.calibrate is None:
+            _make_each(found, matrices, task, stacks, bar)
+            return {}
+        check_tokens(task.calibrate, llama)
+        single = weight_shapes(llama)[1]
+        wanted = single if task.calibrate.config.metric == "gradients" else [_TABLE]
+        outside = {path[0]: _read_single(found, path, single[path]) for path in wanted}
+        make_layers(found, llama, matrices, task, stacks, outside, bar, mesh)
+        return outside
 
 
-def _read_single(found: Mapping[str, Header], path: Any, shape: tuple[int, ...]) -> np.ndarray:
+def _read_single(found: Mapping[str, Header], path: Keys, shape: tuple[int, ...]) -> np.ndarray:
+    """A weight outside of the layers, whole."""
     name = weight_name(path)
     weight = aligned(shape, FLOATS[found[name].dtype])
     read_into(weight, found[name], name)
     return weight
+
+
+def _read_parts(
+    found: Mapping[str, Header], path: Keys, shape: tuple[int, ...], mesh: Mesh | None
+) -> Parts:
+    """The parts of a weight outside of the layers that the devices of this process need."""
+    name = weight_name(path)
+    where = None if mesh is None else sharding(mesh, path, shape)
+    parts = Parts(shape, FLOATS[found[name].dtype], where)
+    for space, place in parts.spaces():
+        _read_place(space, place, found[name], name)
+    return parts
+
+
+def _read_place(space: np.ndarray, place: Place, header: Header, name: str) -> None:
+    """Reads the rows and columns of a weight at a place."""
+    rows, *columns = place
+    whole = all(
+        s.indices(size)[:2] == (0, size) for s, size in zip(columns, header.shape[1:], strict=True)
+    )
+    read_into(space, header, name, rows.start, None if whole else columns[0])
 
 
 def _read_kept(
@@ -322,8 +351,8 @@ def _read_kept(
                     continue
                 tensor = weight_name(path, layer)
                 like = jax.ShapeDtypeStruct((len(layers), *shape), FLOATS[found[tensor].dtype])
-                space = stacks.space((name, *path), layer - layers.start, like)
-                read_into(space, found[tensor], tensor)
+                for space, place in stacks.spaces((name, *path), layer - layers.start, like):
+                    _read_place(space, place, found[tensor], tensor)
                 bar.update(math.prod(shape))
     return matrices
 
@@ -331,20 +360,57 @@ def _read_kept(
 def _make_each(
     found: Mapping[str, Header], matrices: Sequence[Matrix], task: Task, stacks: Stacks, bar: Any
 ) -> None:
-    """Makes one matrix after the other, without a text."""
-    names = [weight_name(matrix.path, matrix.layer) for matrix in matrices]
+    """Makes one matrix after the other, without a text.
+
+    Of several processes, each makes every n-th matrix of a kind, and gives it to the others.
+    """
+    count, own = jax.process_count(), jax.process_index()
+    if count > 1:  # matrices of a round have about the same size
+        kinds = {(matrix.stack, matrix.path): None for matrix in matrices}
+        order = {kind: place for place, kind in enumerate(kinds)}
+        matrices = sorted(matrices, key=lambda matrix: order[matrix.stack, matrix.path])
+    rounds = [matrices[i : i + count] for i in range(0, len(matrices), count)]
+    mine = [matrix for each in rounds for matrix in each[own : own + 1]]
+    names = [weight_name(matrix.path, matrix.layer) for matrix in mine]
     with contextlib.closing(read_ahead(found, names, task.dtype)) as weights:
-        for matrix, weight in zip(matrices, weights, strict=True):
 
-            def step(weight: np.ndarray, matrix: Matrix = matrix) -> None:
-                """A function, so that its local arrays are freed before the next matrix is read."""
-                array = jax.device_put(weight, may_alias=True)
-                made = task.make(matrix, array, None, None)
-                if made.weight is not None:
-                    if task.watch is not None:
-                        about = matrix.layer, matrix.path[-1], array, made.weight, matrix.quant
-                        task.watch(*about, None)
-                    bar.update(weight.size)
-                stacks.put(matrix, made)
+        def make(matrix: Matrix) -> Made:
+            """A function, so that its local arrays are freed before the next matrix is read."""
+            array = jax.device_put(next(weights), may_alias=True)
+            made = task.make(matrix, array, None, None)
+            if made.weight is not None and task.watch is not None:
+                about = matrix.layer, matrix.path[-1], array, made.weight, matrix.quant
+                task.watch(*about, None)
+            return jax.block_until_ready(made)
 
-            step(weight)
+        for each in rounds:
+            made = together(lambda each=each: [make(matrix) for matrix in each[own : own + 1]])
+            shapes = [found[weight_name(matrix.path, matrix.layer)].shape for matrix in each]
+            made = list(_all_made(each, shapes, made, task))
+            for matrix, shape in zip(each, shapes, strict=True):
+                one = made.pop(0)  # so that it is freed before the next matrix is made
+                if one.weight is not None:
+                    bar.update(math.prod(shape))
+                stacks.put(matrix, one)
+                del one
+
+
+def _all_made(
+    matrices: Sequence[Matrix],
+    shapes: Sequence[tuple[int, ...]],
+    own: Sequence[Made],
+    task: Task,
+) -> Sequence[Made]:
+    """What the processes made, each of one matrix. All processes.
+
+    Args:
+        matrices: of a round; the last round may have fewer of them than there are processes.
+        shapes: of the matrices.
+        own: what this process made, if it made any.
+        task: what was asked for.
+    """
+    if jax.process_count() == 1:
+        return own
+    likes = [task.shapes(*each) for each in zip(matrices, shapes, strict=True)]
+    data = gather_bytes(to_bytes(own, max(map(tree_bytes, likes))))
+    return [from_bytes(one, like) for one, like in zip(data, likes, strict=False)]

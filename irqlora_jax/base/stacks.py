@@ -1,21 +1,28 @@
-"""Collects the weights of a base on the host, stacked over the layers, before they are moved."""
+"""Collects the weights of a base on the host, stacked over the layers, before they are moved.
 
-from collections.abc import Callable
+Of every array a process holds only the parts that its own devices need.
+"""
+
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float
 
 from irqlora_jax.adapters.method import Params
 from irqlora_jax.files.tensors import aligned
 from irqlora_jax.model.tree import LAYERS, Keys, Tree, insert, leaf_path
+from irqlora_jax.processes import put
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.inputs import InputMoments
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.sharding import PAIR, sharding
+
+Place = tuple[slice, ...]
+"""Where a part is in its array: the rows, the columns and so on."""
 
 
 class Matrix(NamedTuple):
@@ -61,12 +68,73 @@ Maker = Callable[[Matrix, jax.Array, InputMoments | None, jax.Array | None], Mad
 asked for, the sums of its squared gradients."""
 
 
-class Stacks:
-    """Host arrays with one entry for each layer: leaves of QTensors, float weights, pairs."""
+class Parts:
+    """Host memory for those parts of an array that the devices of this process need."""
 
-    def __init__(self, depth: int) -> None:
-        self._depth = depth
-        self._arrays: dict[Keys, list[np.ndarray]] = {}
+    def __init__(self, shape: tuple[int, ...], dtype: Any, where: NamedSharding | None) -> None:
+        """Allocates the parts.
+
+        Args:
+            shape: of the whole array.
+            dtype: its type.
+            where: devices, perhaps of several processes; None: the first device.
+        """
+        self._shape, self._where = shape, where
+        self._devices: dict[Any, tuple[tuple[int, int], ...]] = {}
+        found = {None: (slice(None),) * len(shape)}
+        if where is not None:
+            found = where.addressable_devices_indices_map(shape)
+        self._arrays: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+        for device, index in found.items():
+            sizes = zip(index or (), shape, strict=True)
+            key = tuple((s.start or 0, size if s.stop is None else s.stop) for s, size in sizes)
+            self._devices[device] = key
+            if key not in self._arrays:
+                self._arrays[key] = aligned(tuple(stop - start for start, stop in key), dtype)
+
+    def spaces(self, entry: int | None = None) -> Iterator[tuple[np.ndarray, Place]]:
+        """The parts to fill, each with its place; of an entry of the first axis, or of all.
+
+        The first axis must not be split if entries are asked for.
+        """
+        for key, array in self._arrays.items():
+            place = tuple(slice(*ends) for ends in key)
+            yield (array, place) if entry is None else (array[entry, ...], place[1:])
+
+    def put(self, value: np.ndarray, entry: int | None = None) -> None:
+        """Copies the parts of an array, or of an entry of the first axis."""
+        for space, place in self.spaces(entry):
+            space[...] = value[place]
+
+    def moved(self) -> jax.Array:
+        """Moves the parts to the devices. Frees the host copies unless they are aliased."""
+        arrays, self._arrays = self._arrays, {}
+        if len(arrays) == 1 and (self._where is None or self._where.is_fully_addressable):
+            (whole,) = arrays.values()
+            del arrays
+            return jax.block_until_ready(jax.device_put(whole, self._where, may_alias=True))
+        assert self._where is not None
+        parts = [
+            jax.device_put(arrays[key], device, may_alias=True)
+            for device, key in self._devices.items()
+        ]
+        del arrays
+        array = jax.make_array_from_single_device_arrays(self._shape, self._where, parts)
+        return jax.block_until_ready(array)
+
+
+class Stacks:
+    """Arrays with one entry for each layer: leaves of QTensors, float weights, pairs."""
+
+    def __init__(self, depth: int, mesh: Mesh | None = None) -> None:
+        """Starts without arrays.
+
+        Args:
+            depth: number of layers.
+            mesh: devices to split the arrays over; None: all on the first device.
+        """
+        self._depth, self._mesh = depth, mesh
+        self._arrays: dict[Keys, list[Parts]] = {}
         self._structures: dict[Keys, Any] = {}
 
     def put(self, matrix: Matrix, made: Made) -> None:
@@ -80,32 +148,45 @@ class Stacks:
     def _put(self, place: Keys, tree: Any, index: int, count: int) -> None:
         leaves, self._structures[place] = jax.tree.flatten(tree)
         if place not in self._arrays:
-            self._arrays[place] = [aligned((count, *leaf.shape), leaf.dtype) for leaf in leaves]
+            self._arrays[place] = [
+                self._parts(place, (count, *leaf.shape), leaf.dtype) for leaf in leaves
+            ]
         for stack, leaf in zip(self._arrays[place], leaves, strict=True):
-            stack[index] = leaf
+            stack.put(np.asarray(leaf), index)
 
-    def space(self, place: Keys, index: int, like: jax.ShapeDtypeStruct) -> np.ndarray:
-        """The entry of a float weight, to be filled. `like` has the shape of the whole stack."""
+    def spaces(
+        self, place: Keys, index: int, like: jax.ShapeDtypeStruct
+    ) -> Iterator[tuple[np.ndarray, Place]]:
+        """The parts of the entry of a float weight, to be filled (`Parts.spaces`). `like` has the
+        shape of the whole stack."""
         if place not in self._arrays:
-            self._arrays[place] = [aligned(like.shape, like.dtype)]
+            self._arrays[place] = [self._parts(place, like.shape, like.dtype)]
             self._structures[place] = jax.tree.structure(0)
-        return self._arrays[place][0][index]
+        return self._arrays[place][0].spaces(index)
 
-    def moved(self, mesh: Mesh | None) -> tuple[Tree, Tree]:
+    def _parts(self, place: Keys, shape: tuple[int, ...], dtype: Any) -> Parts:
+        where = None if self._mesh is None else sharding(self._mesh, _path(place), shape)
+        return Parts(shape, dtype, where)
+
+    def moved(self) -> tuple[Tree, Tree]:
         """Moves everything to the devices: the layers of the base, and the pairs."""
         base: Tree = {}
         pairs: Tree = {LAYERS: {}}
         for place in list(self._arrays):
-            arrays, own = self._arrays.pop(place), place[-1] in PAIR
-            path = place if own else leaf_path(place)
-            leaves = [to_device(arrays, mesh, path) for _ in range(len(arrays))]
+            leaves = [parts.moved() for parts in self._arrays.pop(place)]
             tree = jax.tree.unflatten(self._structures[place], leaves)
-            insert(pairs if own else base, path, tree)
+            insert(pairs if place[-1] in PAIR else base, _path(place), tree)
         return base, pairs
 
 
-def to_device(arrays: list[np.ndarray], mesh: Mesh | None, path: Keys) -> jax.Array:
-    """Pops the first array and puts it on the device. Frees the host copy unless it is aliased."""
-    array = arrays.pop(0)
+def _path(place: Keys) -> Keys:
+    """Where an array is in its tree. The names of a pair are whole paths already."""
+    return place if place[-1] in PAIR else leaf_path(place)
+
+
+def to_device(array: np.ndarray, mesh: Mesh | None, path: Keys) -> jax.Array:
+    """Puts an array that this process has whole on the devices, without a copy where it can."""
     where = None if mesh is None else sharding(mesh, path, array.shape)
+    if where is not None and not where.is_fully_addressable:
+        return jax.block_until_ready(put(array, where))
     return jax.block_until_ready(jax.device_put(array, where, may_alias=True))

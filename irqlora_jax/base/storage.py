@@ -106,7 +106,7 @@ def abstract_base(llama: LlamaConfig, quant: QuantConfig, dtype: DTypeLike = jnp
             config = quant.for_matrix(matrix_name(path, layers.start))
             weight: Any = jax.ShapeDtypeStruct(shape, dtype)
             if path[-1] in LINEAR_NAMES and config.format != KEPT:
-                weight = _quantized(shape, config)
+                weight = packed_shape(shape, config)
             add = functools.partial(_stacked, len(layers))
             insert(base, (name, *leaf_path(path)), jax.tree.map(add, weight))
     for path, shape in single.items():
@@ -135,13 +135,13 @@ def plan_stacks(llama: LlamaConfig, quant: QuantConfig) -> dict[str, range]:
         config = quant.for_matrix(name)
         if config.format == KEPT:
             return None
-        leaves, structure = jax.tree.flatten(_quantized(shape, config))
+        leaves, structure = jax.tree.flatten(packed_shape(shape, config))
         return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
 
     return stack_names([tuple(map(kind, row, shapes.values())) for row in names])
 
 
-@functools.cache  # as _quantized
+@functools.cache  # as packed_shape
 def matrix_bits(shape: tuple[int, int], quant: QuantConfig, dtype: DTypeLike) -> int:
     """Stored bits of a matrix.
 
@@ -173,7 +173,8 @@ def bits_by_layer(base: Base, depth: int) -> dict[str, list[float]]:
 
 
 @functools.cache  # tracing the search is slow, and many layers have the same shape
-def _quantized(shape: tuple[int, int], quant: QuantConfig) -> QTensor:
+def packed_shape(shape: tuple[int, int], quant: QuantConfig) -> QTensor:
+    """The shapes of a packed matrix. `quant` is its own configuration, without rules."""
     return quantized_shape(shape, quant)
 
 

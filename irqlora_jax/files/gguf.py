@@ -84,11 +84,13 @@ class GgufHeader(Header):
     stored: Tensor
     heads: int = 0
 
-    def rows(self, name: str, first: int, stop: int) -> np.ndarray:
-        """Reads and dequantizes rows `first` to `stop`, as `dtype`."""
+    def rows(self, name: str, first: int, stop: int, columns: slice | None = None) -> np.ndarray:
+        """Reads and dequantizes rows `first` to `stop`, as `dtype`. Whole rows are read also for
+        some columns."""
         values = _dequantize(self.file, self.stored, _row_order(self, first, stop))
         with np.errstate(over="ignore"):  # the caller refuses values that are not finite
-            return values.reshape(-1, *self.shape[1:]).astype(FLOATS[self.dtype], copy=False)
+            whole = values.reshape(-1, *self.shape[1:]).astype(FLOATS[self.dtype], copy=False)
+        return whole if columns is None else whole[:, columns]
 
 
 def _row_order(header: GgufHeader, first: int, stop: int) -> slice | np.ndarray:

@@ -24,14 +24,16 @@ class Header:
     shape: tuple[int, ...]
     dtype: str
 
-    def rows(self, name: str, first: int, stop: int) -> np.ndarray:
-        """Reads rows `first` to `stop`. `name` is that of the tensor.
+    def rows(self, name: str, first: int, stop: int, columns: slice | None = None) -> np.ndarray:
+        """Reads rows `first` to `stop`, of a matrix perhaps only some columns. `name` is that of
+        the tensor.
 
         The file is open only meanwhile: pages of a mapped file count as memory until it is closed.
         """
         try:
             with safe_open(self.file, framework="numpy") as tensors:
-                return tensors.get_slice(name)[first:stop]
+                part = tensors.get_slice(name)
+                return part[first:stop] if columns is None else part[first:stop, columns]
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self.file}: {name} cannot be read: {error}") from error
 
@@ -73,7 +75,9 @@ def check_float(header: Header, name: str) -> None:
         raise ValueError(f"{header.file}: {name} has type {header.dtype}: expected {accepted}")
 
 
-def read_into(out: np.ndarray, header: Header, name: str, first: int = 0) -> None:
+def read_into(
+    out: np.ndarray, header: Header, name: str, first: int = 0, columns: slice | None = None
+) -> None:
     """Copies rows of a tensor part by part.
 
     Args:
@@ -81,11 +85,12 @@ def read_into(out: np.ndarray, header: Header, name: str, first: int = 0) -> Non
         header: of the tensor.
         name: of the tensor.
         first: index of the first copied row.
+        columns: of a matrix, those that are copied; None: all.
 
     Raises:
         ValueError: the file cannot be read, or the tensor has NaN or infinite values.
     """
-    for start, part in _read_parts(header, name, first, out.shape[0]):
+    for start, part in _read_parts(header, name, first, out.shape[0], columns):
         out[start : start + len(part)] = part
 
 
@@ -104,13 +109,13 @@ def equal_values(found: Mapping[str, Header], first: str, second: str) -> bool:
 
 
 def _read_parts(
-    header: Header, name: str, first: int, count: int
+    header: Header, name: str, first: int, count: int, columns: slice | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yields `count` rows from `first` on, part by part, each with the index of its first row."""
     rows = max(1, _PART * header.shape[0] // max(1, math.prod(header.shape)))
     for start in range(0, count, rows):
         stop = min(start + rows, count)
-        part = header.rows(name, first + start, first + stop)
+        part = header.rows(name, first + start, first + stop, columns)
         if not np.isfinite(part).all():
             raise ValueError(f"{header.file}: {name} has NaN or infinite values")
         yield start, part
