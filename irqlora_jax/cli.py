@@ -233,4 +233,12 @@ def _run(argv: Sequence[str] | None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        from irqlora_jax.processes import describe_loss
+
+        sentence = describe_loss(error)
+        if sentence is None:
+            raise
+        print(f"irqlora {name}: {sentence}", file=sys.stderr)
+        return 1
     return 0

@@ -189,7 +189,7 @@ def test_what_two_processes_refuse(tmp_path: Path) -> None:
         for output in run_processes(script, 2, 4, tmp_path)
     ]
     for first, second in zip(*said, strict=True):
-        assert first[0] == second[0] or "RuntimeError" in (first[0], second[0])
+        assert first[0] == second[0] or "OtherProcessError" in (first[0], second[0])
     differ, few, many, unseen, model = said[0]
     assert "train.learning_rate = 0.5 in process 1" in differ[1]
     assert "0.25 in process 0" in differ[1]
@@ -227,7 +227,7 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(tmp_path: Path) -> N
     killed = time.monotonic()
     (_, error), _ = finish(started, 60)
     assert time.monotonic() - killed < 60 and started[0].returncode != 0
-    assert "another process" in error or "another task died" in error
+    assert "another process has probably died" in error or "another task died" in error
 
 
 @pytest.mark.long
