@@ -72,7 +72,10 @@ def connect(
     os.environ.setdefault("PJRT_NPROC", "128")
     # It would take SIGTERM away from `train.stop.Stop`.
     jax.config.update("jax_enable_preemption_service", False)
-    limits: dict[str, Any] = {"heartbeat_timeout_seconds": _HEARTBEAT, "shutdown_timeout_seconds": _SHUTDOWN}
+    limits: dict[str, Any] = {
+        "heartbeat_timeout_seconds": _HEARTBEAT,
+        "shutdown_timeout_seconds": _SHUTDOWN,
+    }
     try:
         jax.distributed.initialize(**given, **limits)
     except ValueError as error:

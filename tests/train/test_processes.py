@@ -233,25 +233,24 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(tmp_path: Path) -> N
 @pytest.mark.long
 def test_kills_do_not_change_the_end(tmp_path: Path) -> None:
     """Ten times one of two processes is killed at a random moment, and both are started again."""
-    rng, settings = np.random.default_rng(0), {"mesh__data": 8, "train__steps": 40}
-    settings |= {"train__save_every": 5, "train__eval_every": 10, "train__batch_size": 8}
+    rng, settings = np.random.default_rng(0), {"mesh__data": 8, "train__steps": 160}
+    settings |= {"train__save_every": 5, "train__eval_every": 40, "train__batch_size": 8}
 
     def begin(folder: Path) -> list[Any]:
         flags = ["--config", str(QUICKSTART), *as_flags(settings_of(folder, **settings))]
         return [start(command, 4, tmp_path) for command in train_commands(flags, 2)]
 
-    whole = begin(tmp_path / "whole")
     began = time.monotonic()
+    whole = begin(tmp_path / "whole")
+    wait_for(tmp_path / "whole" / "metrics.jsonl", '"step": 1,')
+    longest = time.monotonic() - began + 3  # while it starts, or within its first steps
     finish(whole)
-    seconds = time.monotonic() - began
-    kills = 0
-    while kills < 10:
+    for _ in range(10):
         started = begin(tmp_path / "killed")
-        time.sleep(rng.uniform(0.2, 0.9) * seconds)
-        if all(process.poll() is None for process in started):
-            started[rng.integers(2)].kill()
-            kills += 1
-        finish(started, 120)
+        time.sleep(rng.uniform(0.4, 1) * longest)
+        assert [process.poll() for process in started] == [None, None]
+        started[rng.integers(2)].kill()
+        finish(started, 400)  # if it was not connected yet, the other one waits for five minutes
     last = begin(tmp_path / "killed")
     finish(last)
     assert [process.returncode for process in last] == [0, 0]
