@@ -49,14 +49,14 @@ def _eval() -> Loaded:
 def _evaluate_and_report(config: Any) -> None:
     from pathlib import Path
 
+    from irqlora_jax.base.file import has_base
     from irqlora_jax.evaluate.tasks import evaluate_run
     from irqlora_jax.processes import is_first
     from irqlora_jax.report.write import try_to_write
-    from irqlora_jax.runs.folder import BASE_FILE
 
     evaluate_run(config)
     folder = Path(config.run)
-    if is_first() and (folder / BASE_FILE).is_file() and (folder / "config.json").is_file():
+    if is_first() and has_base(folder) and (folder / "config.json").is_file():
         try_to_write(folder)
 
 

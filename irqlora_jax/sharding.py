@@ -177,16 +177,6 @@ def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
     return put(batch, NamedSharding(mesh, P(ROWS)))
 
 
-def put_rows(mesh: Mesh, x: Any) -> jax.Array:
-    """Puts an array [rows, ...] on the devices, split over data and fsdp if the rows allow it."""
-    return put(x, NamedSharding(mesh, P(_fitting(mesh, x.shape[0], ROWS))))
-
-
-def put_copies(mesh: Mesh, tree: Any) -> Any:
-    """Puts a copy of every array on each device."""
-    return put(tree, NamedSharding(mesh, P()))
-
-
 def split_activation(x: jax.Array, over_tensor: bool = False) -> jax.Array:
     """Constrains the sharding of an activation [batch, ..., features].
 

@@ -1,6 +1,7 @@
-"""base.safetensors: a frozen base in one file, with everything needed to read it."""
+"""base.safetensors: a frozen base in one file or in shards, with everything needed to read it."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -9,25 +10,39 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
+from jax.sharding import Mesh, NamedSharding
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from irqlora_jax.files.checksums import check_seal, checksum, seal
+from irqlora_jax.base.parts import Parts
+from irqlora_jax.base.shards import chunks, is_spread, write_shards
+from irqlora_jax.base.stored import BASE_FILE as BASE_FILE
+from irqlora_jax.base.stored import BASE_INDEX as BASE_INDEX
+from irqlora_jax.base.stored import (
+    VERSION,
+    Stored,
+    check_headers,
+    forget_base,
+    open_base,
+    read_metadata,
+)
+from irqlora_jax.base.stored import base_files as base_files
+from irqlora_jax.base.stored import base_size as base_size
+from irqlora_jax.base.stored import has_base as has_base
+from irqlora_jax.base.stored import is_shard as is_shard
+from irqlora_jax.files.checksums import checksum, seal
 from irqlora_jax.model.config import LlamaConfig
+from irqlora_jax.model.tree import insert
+from irqlora_jax.processes import first_only, is_first, together
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.quant.stats import DEFAULT, SecondLevel
 from irqlora_jax.sharding import sharding
-from irqlora_jax.text import first_few
 
 Base = dict[str, Any]
-BASE_FILE = "base.safetensors"
-"""Name of the file in the folder of a run or of `irqlora quantize`."""
-_VERSION = "2"
+SHARD_BYTES = 4 * 2**30
+"""A larger base is written in shards of about this size."""
 _ARRAYS = tuple(f.name for f in dataclasses.fields(QTensor) if "Array" in str(f.type))
-_TYPES = {"U8": "uint8", "U16": "uint16", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_ADVICE = "copy the file again, or quantize the model again"
 _STATIC = ("shape", "format", "block_size", "layout")
 
 
@@ -40,20 +55,27 @@ def save_base(
     *,
     fitted: bool = False,
     calibrate: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a base, its architecture and its quantization settings to one safetensors file.
+    """Writes a base, its architecture and its quantization settings to one safetensors file, or to
+    shards and an index beside it (`stored.py`). If the base is on devices of several processes, all
+    take part and the first one writes.
 
     Each array of a QTensor becomes one tensor (`NAME.packed`, `NAME.scale_codes`, ...). The
     metadata holds its shape, format, block size and layout, its second level unless it is the
     default, and checksums. `source` is the folder or hub id of the original model. `fitted` marks a
     base that is incomplete without the adapters fitted to it. `calibrate` says which text was used,
-    and what the errors of the outputs are.
+    and what the errors of the outputs are. A base of more than `shard_bytes` is written in shards
+    of about this size.
+
+    Raises:
+        OSError: a file cannot be written.
     """
-    tensors: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     static: dict[str, Any] = {}
     for name, leaf in _leaves(base):
         if not isinstance(leaf, QTensor):
-            tensors[name] = np.asarray(leaf)
+            arrays[name] = leaf
             continue
         static[name] = {field: getattr(leaf, field) for field in _STATIC}
         if leaf.second_level != DEFAULT:  # earlier versions do not know it
@@ -61,26 +83,40 @@ def save_base(
         for field in _ARRAYS:
             array = getattr(leaf, field)
             if array is not None:
-                tensors[f"{name}.{field}"] = np.asarray(array)
+                arrays[f"{name}.{field}"] = array
     metadata = {
-        "irqlora_jax": _VERSION,
+        "irqlora_jax": VERSION,
         "llama": json.dumps(config.to_dict()),
         "quant": json.dumps(dataclasses.asdict(quant)),
         "quantized": json.dumps(static),
         "source": json.dumps(source),
         "loftq": json.dumps(fitted),
         "calibrate": json.dumps(calibrate),
-        "checksums": json.dumps({name: checksum(array) for name, array in tensors.items()}),
     }
-    metadata = seal(metadata)
+    if sum(array.nbytes for array in arrays.values()) > shard_bytes:
+        write_shards(path, arrays, metadata, shard_bytes)
+        return
+    spread = is_spread(arrays)
+    tensors: dict[str, np.ndarray] = {}
+    for name, array in arrays.items():
+        parts = list(chunks(array, 0, array.shape[0]))
+        if is_first() or not spread:
+            tensors[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    write = functools.partial(_write_file, path, tensors, metadata)
+    first_only(write) if spread else write()
+
+
+def _write_file(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    sums = json.dumps({name: checksum(array) for name, array in tensors.items()})
     aside = path.with_name(path.name + ".part")
     try:
-        save_file(tensors, aside, metadata)
+        save_file(dict(tensors), aside, seal({**metadata, "checksums": sums}))
         _sort_header(aside)
     except SafetensorError as error:
         aside.unlink(missing_ok=True)
         raise OSError(f"{path}: cannot be written ({error})") from error
     os.replace(aside, path)
+    forget_base(path, keep=True)
 
 
 def _sort_header(path: Path) -> None:
@@ -97,57 +133,87 @@ def _sort_header(path: Path) -> None:
 
 
 def read_base(path: Path, mesh: Mesh | None = None) -> tuple[Base, LlamaConfig]:
-    """Reads a base written by `save_base`, bit for bit.
+    """Reads a base written by `save_base`, bit for bit. All processes of the mesh.
 
-    Every tensor is compared with its checksum. Files of earlier versions have none.
+    Every tensor is compared with its checksum. Files of earlier versions have none. Of several
+    processes, each reads what its devices need, and verifies a share of the tensors.
 
     Args:
-        path: path of the file.
+        path: of the base; FOLDER/base.safetensors, also if the base is in shards.
         mesh: devices to split the weights over (default: all on the first device).
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file is damaged (the message names the tensor), or was not written by
+        FileNotFoundError: no such file, or a shard is missing.
+        ValueError: a file is damaged (the message names the tensor), or was not written by
             `save_base`.
+        RuntimeError: a file is damaged, which another process has found.
     """
-    checksums = _read_checksums(_read_metadata(path))
+    spread = mesh is not None and len({one.process_index for one in mesh.devices.flat}) > 1
+    if not spread:
+        return _read(path, mesh, _read_whole)
+    return together(lambda: _read(path, mesh, _read_own))
 
-    def read(file: Any, name: str) -> jax.Array:
-        array = file.get_tensor(name)
-        if checksums:
-            _check(path, name, checksum(array), checksums[name])
-        where = None if mesh is None else sharding(mesh, _path(name), array.shape)
-        return jax.device_put(array, where)
 
-    return _read(path, read)
+def _read(path: Path, mesh: Mesh | None, read: Callable[..., Any]) -> tuple[Base, LlamaConfig]:
+    stored = open_base(path)
+    check_headers(stored)
+    flat: dict[str, Any] = {}
+    if read is _read_own:
+        _verify_share(stored)
+    for name in stored.arrays:
+        where = None if mesh is None else sharding(mesh, _path(name), stored.shape(name))
+        flat[name] = read(stored, name, where)
+    return _tree(stored, flat)
+
+
+def _read_whole(stored: Stored, name: str, where: NamedSharding | None) -> jax.Array:
+    """Reads an array, and checks it."""
+    pieces, whole = stored.arrays[name], None
+    if len(pieces) > 1:
+        whole = np.empty(stored.shape(name), pieces[0].dtype)
+    for piece in pieces:
+        value = piece.read()
+        piece.check(checksum(value))
+        if whole is None:
+            whole = value
+        else:
+            whole[piece.start : piece.start + len(value)] = value
+    return jax.device_put(whole, where)
+
+
+def _read_own(stored: Stored, name: str, where: NamedSharding) -> jax.Array:
+    """Reads the parts of an array that the devices of this process need."""
+    parts = Parts(stored.shape(name), stored.arrays[name][0].dtype, where)
+    for space, place in parts.spaces():
+        for entries, value in stored.parts(name, place):
+            space[entries] = value
+    return parts.moved()
+
+
+def _verify_share(stored: Stored) -> None:
+    """Checks the tensors of this process: every n-th by size, if there are n processes."""
+    pieces = [piece for each in stored.arrays.values() for piece in each]
+    pieces.sort(key=lambda piece: (-piece.nbytes, piece.name))
+    for piece in pieces[jax.process_index() :: jax.process_count()]:
+        if piece.checksum is not None:
+            piece.verify()
 
 
 def base_shapes(path: Path) -> tuple[Base, LlamaConfig]:
     """Reads only the header: like `read_base`, with jax.ShapeDtypeStruct for the arrays."""
+    stored = open_base(path)
+    return _tree(
+        stored,
+        {
+            name: jax.ShapeDtypeStruct(stored.shape(name), np.dtype(pieces[0].dtype))
+            for name, pieces in stored.arrays.items()
+        },
+    )
 
-    def read(file: Any, name: str) -> jax.ShapeDtypeStruct:
-        part = file.get_slice(name)
-        return jax.ShapeDtypeStruct(part.get_shape(), _TYPES[part.get_dtype()])
 
-    return _read(path, read)
-
-
-def _read(path: Path, read: Callable[[Any, str], Any]) -> tuple[Base, LlamaConfig]:
-    metadata = _read_metadata(path)
-    checksums = _read_checksums(metadata)
-    flat: dict[str, Any] = {}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            wrong = [name for name in names if file.get_slice(name).get_dtype() not in _TYPES]
-            wrong += sorted(checksums.keys() ^ names) if checksums else []
-            if wrong:
-                raise ValueError(f"{path}: the header of {first_few(wrong)} is damaged; {_ADVICE}")
-            for name in names:
-                flat[name] = read(file, name)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged safetensors file ({error})") from error
-    for name, fields in json.loads(metadata["quantized"]).items():
+def _tree(stored: Stored, flat: dict[str, Any]) -> tuple[Base, LlamaConfig]:
+    """Arranges arrays by name as a base, and reads the architecture."""
+    for name, fields in json.loads(stored.metadata["quantized"]).items():
         arrays = {field: flat.pop(f"{name}.{field}", None) for field in _ARRAYS}
         fields["shape"] = tuple(fields["shape"])
         if "second_level" in fields:
@@ -155,12 +221,8 @@ def _read(path: Path, read: Callable[[Any, str], Any]) -> tuple[Base, LlamaConfi
         flat[name] = QTensor(**arrays, **fields)
     base: Base = {}
     for name, leaf in flat.items():
-        *parents, last = _path(name)
-        node = base
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return base, LlamaConfig.from_dict(json.loads(metadata["llama"]))
+        insert(base, _path(name), leaf)
+    return base, LlamaConfig.from_dict(json.loads(stored.metadata["llama"]))
 
 
 def read_base_config(path: Path) -> tuple[LlamaConfig, QuantConfig]:
@@ -169,7 +231,7 @@ def read_base_config(path: Path) -> tuple[LlamaConfig, QuantConfig]:
     Raises:
         FileNotFoundError, ValueError: as `read_base`.
     """
-    metadata = _read_metadata(path)
+    metadata = read_metadata(path)
     quant = QuantConfig.from_dict(json.loads(metadata["quant"]))
     return LlamaConfig.from_dict(json.loads(metadata["llama"])), quant
 
@@ -180,7 +242,7 @@ def read_source(path: Path) -> str | None:
     Raises:
         FileNotFoundError, ValueError: as `read_base`.
     """
-    return json.loads(_read_metadata(path).get("source", "null"))
+    return json.loads(read_metadata(path).get("source", "null"))
 
 
 def read_calibrate(path: Path) -> dict[str, Any] | None:
@@ -189,7 +251,7 @@ def read_calibrate(path: Path) -> dict[str, Any] | None:
     Raises:
         FileNotFoundError, ValueError: as `read_base`.
     """
-    return json.loads(_read_metadata(path).get("calibrate", "null"))
+    return json.loads(read_metadata(path).get("calibrate", "null"))
 
 
 def is_fitted(path: Path) -> bool:
@@ -198,36 +260,7 @@ def is_fitted(path: Path) -> bool:
     Raises:
         FileNotFoundError, ValueError: as `read_base`.
     """
-    return json.loads(_read_metadata(path).get("loftq", "false"))
-
-
-def _read_metadata(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; is this the folder of a finished run?")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged safetensors file ({error})") from error
-    if metadata.get("irqlora_jax") != _VERSION:
-        found = metadata.get("irqlora_jax")
-        raise ValueError(f"{path}: base file version {found!r}: expected {_VERSION!r}")
-    try:
-        return check_seal(metadata, "checksums")
-    except ValueError as error:
-        raise ValueError(f"{path}: the metadata is damaged ({error}); {_ADVICE}") from error
-
-
-def _read_checksums(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The checksum of every tensor by name; empty for files of earlier versions."""
-    return json.loads(metadata.get("checksums", "{}"))
-
-
-def _check(path: Path, name: str, found: str, stored: str) -> None:
-    if found != stored:
-        raise ValueError(
-            f"{path}: {name} is damaged (checksum {found}, expected {stored}); {_ADVICE}"
-        )
+    return json.loads(read_metadata(path).get("loftq", "false"))
 
 
 def _path(name: str) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
 from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.base.exchange import tree_from_first
 from irqlora_jax.base.file import Base, read_base, read_source, save_base
 from irqlora_jax.base.fit_layer import StoredLinear
 from irqlora_jax.base.stacks import Made, Maker, Matrix, Stacks
@@ -29,6 +30,7 @@ from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.files.tensors import FLOATS, Header, aligned, read_into
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.tree import Tree, insert, leaf_path, matrix_name, weight_name, weight_shapes
+from irqlora_jax.processes import first_only, from_first, is_first, together
 from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.inputs import InputMoments
@@ -192,7 +194,10 @@ def make_layers(
     bar: Any,
     mesh: Mesh | None = None,
 ) -> None:
-    """Makes matrices, one layer after the other.
+    """Makes matrices, one layer after the other. All processes.
+
+    Every process computes all layers, but the results of the first one are used, so that all
+    continue with the same bits.
 
     Args:
         found: headers of the weights.
@@ -203,8 +208,8 @@ def make_layers(
         outside: weights outside of the layers: "embed_tokens", and for gradients "norm" and, if it
             is not tied, "lm_head".
         bar: the progress bar, which counts weights.
-        mesh: devices for the rows of text; None: one. Everything else, also
-            `quant.training`, is computed on each device.
+        mesh: its devices of this process compute rows of text side by side; None: one device.
+            Everything else, also `quant.training`, is computed on one device.
 
     Raises:
         ValueError: a statistic of a layer is NaN or infinite, or an error of `task.make`.
@@ -218,22 +223,23 @@ def make_layers(
     def read(layer: int) -> Tree:
         return _read_layer(found, llama, layer, by_layer[layer], task.dtype)
 
-    if task.calibrate.config.metric == "gradients":
-        statistics: Statistics = Gradients(llama, task.calibrate, outside, read, task.squares, mesh)
-    else:
+    def begin() -> Statistics:
+        assert task.calibrate is not None
+        if task.calibrate.config.metric == "gradients":
+            return Gradients(llama, task.calibrate, outside, read, task.squares, mesh)
         both = task.quant.training != "none"
-        statistics = Inputs(llama, task.calibrate, outside["embed_tokens"], both, mesh)
+        return Inputs(llama, task.calibrate, outside["embed_tokens"], both, mesh)
+
+    statistics = together(begin)
     # Layers behind the last one with a matrix to make, e.g. of a resumed table, are not computed.
     needed = max((i + 1 for i, layer in enumerate(statistics.order) if by_layer[layer]), default=0)
     for count, layer in enumerate(statistics.order[:needed]):
-        own, weights = by_layer[layer], read(layer)
-        kept = None if task.finished is None else task.finished.read(layer)
-        if kept is None:
-            made, errors = _make_layer(statistics, weights, own, task, layer, llama)
-        else:
-            made, errors = _unpack(kept)
-        if kept is None and task.finished is not None:
-            task.finished.write(layer, _pack(made), errors, llama, task.quant)
+        own, weights = by_layer[layer], together(lambda layer=layer: read(layer))
+
+        def make(layer: int = layer, weights: Tree = weights) -> Any:
+            return _make_layer(statistics, weights, by_layer[layer], task, layer, llama)
+
+        made, errors = _finished_or(make, task, layer, weights, own, llama)
         new = weights
         for path, matrix in own.items():
             (group, name), one = path, made[path]
@@ -251,6 +257,35 @@ def make_layers(
             plain, now = (math.fsum(x) / len(errors) for x in zip(*errors.values(), strict=True))
             error = f"output error {now:.2%} (plain quantizer {plain:.2%})"
             bar.set_postfix_str(f"layer {count + 1} of {depth}, {error}")
+
+
+def _finished_or(
+    make: Callable[[], tuple[dict[Any, Made], dict[str, OutputErrors]]],
+    task: Task,
+    layer: int,
+    weights: Tree,
+    matrices: Mapping[Any, Matrix],
+    llama: LlamaConfig,
+) -> tuple[dict[Any, Made], dict[str, OutputErrors]]:
+    """The finished layer, or what `make` gives, which is then kept; of the first process."""
+    files, kept = task.finished, None
+    if files is not None:
+        kept = together(lambda: files.read(layer) if is_first() else None)
+    finished = from_first(lambda: "" if kept is None else "finished")
+    made, errors = {}, {}
+    if kept is not None:
+        made, errors = _unpack(kept)
+    elif not finished:
+        made, errors = together(make)
+    if jax.process_count() > 1:
+        shapes = {path: weights[path[0]][path[1]]["weight"].shape for path in matrices}
+        like = {path: task.shapes(matrix, shapes[path]) for path, matrix in matrices.items()}
+        made = jax.tree.map(jnp.asarray, tree_from_first(made, like))
+        found = json.loads(from_first(lambda: json.dumps(errors)))
+        errors = {name: OutputErrors(*pair) for name, pair in found.items()}
+    if files is not None and not finished:
+        first_only(lambda: files.write(layer, _pack(made), errors, llama, task.quant))
+    return made, errors
 
 
 def _read_layer(

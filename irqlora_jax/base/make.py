@@ -22,8 +22,9 @@ from irqlora_jax.adapters.config import AdapterConfig
 from irqlora_jax.adapters.lora import LORA
 from irqlora_jax.base.exchange import from_bytes, gather_bytes, on_own_device, to_bytes, tree_bytes
 from irqlora_jax.base.layerwise import FinishedLayers, Task, Watch, check_tokens, make_layers
+from irqlora_jax.base.parts import Parts, Place
 from irqlora_jax.base.source import open_weights
-from irqlora_jax.base.stacks import Made, Matrix, Parts, Place, Stacks, to_device
+from irqlora_jax.base.stacks import Made, Matrix, Stacks, to_device
 from irqlora_jax.base.storage import plan_stacks
 from irqlora_jax.data.calibrate import CalibrateConfig, CalibrationRows
 from irqlora_jax.files.hub import file_marks, read_config, snapshot
@@ -300,7 +301,9 @@ def make_matrices(
         check_tokens(task.calibrate, llama)
         single = weight_shapes(llama)[1]
         wanted = single if task.calibrate.config.metric == "gradients" else [_TABLE]
-        outside = {path[0]: _read_single(found, path, single[path]) for path in wanted}
+        outside = together(
+            lambda: {path[0]: _read_single(found, path, single[path]) for path in wanted}
+        )
         make_layers(found, llama, matrices, task, stacks, outside, bar, mesh)
         return outside
 

@@ -13,13 +13,13 @@ LQ-LoRA needs it.
 
 Calibrations do not depend on the size of these matrices, so each is divided by its mean diagonal.
 
-With a mesh, the rows of a forward pass are split over its devices. Sums over rows are then rounded
-in another order, so a few codes may differ from the codes that one device gives.
+Several devices compute batches of rows side by side. The results do not depend on their number.
 """
 
 import abc
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,13 +28,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int
 
+from irqlora_jax.base.exchange import own_devices, single
 from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.model.alone import GROUPS, layer_moments, layer_outputs
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.layer import Settings, rms_norm
 from irqlora_jax.model.loss import row_cross_entropy
 from irqlora_jax.model.tree import Tree, linear_weights
-from irqlora_jax.sharding import ROWS, put_copies, put_rows
 
 SAME_INPUTS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 """Projections with the inputs of another one."""
@@ -45,26 +45,42 @@ Squares = dict[str, Float32[Array, "out in"]]
 
 
 class Devices:
-    """Where layers are computed.
+    """The devices of this process, which compute batches of rows side by side.
 
-    Attributes:
-        count: number of parts that rows are split into.
+    Each batch is computed by one device, and sums go through the batches in their order. So the
+    results are the same for any number of devices.
     """
 
     def __init__(self, mesh: Mesh | None) -> None:
-        self._mesh = mesh
-        self.count = 1 if mesh is None else mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
+        self._devices = own_devices(mesh)
 
-    def copied(self, tree: Any) -> Any:
-        """A tree with a copy on each device."""
-        return tree if self._mesh is None else put_copies(self._mesh, tree)
+    def copied(self, tree: Any) -> list[Any]:
+        """A copy of a tree for each device."""
+        if len(self._devices) == 1:
+            return [tree]
+        return [jax.device_put(tree, device) for device in self._devices]
 
-    def call(self, function: Callable[..., Any], *rows: np.ndarray) -> Any:
-        """`function` of rows [batch, ...], which are split over the devices."""
-        if self._mesh is None:
-            return function(*rows)
-        with jax.set_mesh(self._mesh):
-            return function(*(put_rows(self._mesh, x) for x in rows))
+    def map(
+        self, function: Callable[..., Any], copies: Sequence[Any], *batches: Iterable[np.ndarray]
+    ) -> Iterator[Any]:
+        """Yields `function(tree, *batch)` for each batch, on the first device.
+
+        Args:
+            function: of the tree and of a batch of each of `batches`.
+            copies: of the tree, from `copied`.
+            batches: of rows, in their order.
+        """
+        given = zip(*batches, strict=True)
+        if len(copies) == 1:
+            yield from (function(copies[0], *batch) for batch in given)
+            return
+        while several := list(itertools.islice(given, len(copies))):
+            found = []
+            for device, copy, batch in zip(self._devices, copies, several, strict=False):
+                with jax.set_mesh(single(device)):
+                    found.append(function(copy, *jax.device_put(batch, device)))
+            while found:
+                yield jax.device_put(found.pop(0), self._devices[0])
 
 
 class Statistics(abc.ABC):
@@ -119,32 +135,32 @@ class Inputs(Statistics):
         self.order, self.squares = range(llama.num_hidden_layers), {}
         self._llama, self._devices = llama, Devices(mesh)
         self._layer = 0
-        self._size = rows.config.batch_size * self._devices.count
+        self._size = rows.config.batch_size
         self.states = _kept(embeddings[rows.tokens], rows.config.activations)
         self.full = self.states.copy() if both else None
 
     def moments(self, weights: Tree) -> Moments:
         total: Any = None
         own = self._devices.copied(weights)
-        measure = functools.partial(input_moments, alone(self._llama, self._layer), own)
-        for part in self._parts(self.states):
-            found = self._devices.call(measure, part.astype(np.float32))
+        measure = functools.partial(input_moments, alone(self._llama, self._layer))
+        for found in self._devices.map(measure, own, _wide(self._parts(self.states))):
             total = found if total is None else jax.tree.map(jnp.add, total, found)
-        total = _relative(self._devices.copied(total))
+        total = _relative(total)
         return total | {name: total[same] for name, same in SAME_INPUTS.items()}
 
     def advance(self, weights: Tree, quantized: Tree) -> None:
         for states, own in ((self.states, quantized), (self.full, weights)):
             if states is not None:
                 own = self._devices.copied(own)
-                settings = alone(self._llama, self._layer)
-                apply = functools.partial(layer_outputs, settings, own)
-                for part in self._parts(states):  # views, so that no second array is needed
-                    part[:] = self._devices.call(apply, part.astype(np.float32))
+                apply = functools.partial(layer_outputs, alone(self._llama, self._layer))
+                parts = self._parts(states)  # views, so that no second array is needed
+                outputs = self._devices.map(apply, own, _wide(parts))
+                for part, output in zip(parts, outputs, strict=True):
+                    part[:] = output
         self._layer += 1
 
-    def _parts(self, states: np.ndarray) -> Iterator[np.ndarray]:
-        return (states[i : i + self._size] for i in range(0, len(states), self._size))
+    def _parts(self, states: np.ndarray) -> list[np.ndarray]:
+        return [states[i : i + self._size] for i in range(0, len(states), self._size)]
 
 
 class Gradients(Statistics):
@@ -176,20 +192,19 @@ class Gradients(Statistics):
         self._devices = Devices(mesh)
         depth = llama.num_hidden_layers
         self.order = range(depth - 1, -1, -1)
-        batches = _batches(rows, self._devices.count)
+        size = rows.config.batch_size
+        batches = [rows.tokens[i : i + size] for i in range(0, len(rows.tokens), size)]
         self._states = [[_kept(outside["embed_tokens"][batch], self._dtype) for batch in batches]]
         for layer in range(depth):
             weights = self._devices.copied(read(layer))
-            apply = functools.partial(layer_outputs, alone(llama, layer), weights)
-            outputs = (self._devices.call(apply, x.astype(np.float32)) for x in self._states[-1])
+            apply = functools.partial(layer_outputs, alone(llama, layer))
+            outputs = self._devices.map(apply, weights, _wide(self._states[-1]))
             self._states.append([_kept(x, self._dtype) for x in outputs])
         head = outside.get("lm_head", outside["embed_tokens"])
-        norm, head = self._devices.copied((outside["norm"], head))
-        measure = functools.partial(_loss_gradient, llama, norm, head)
-        self._gradients = [
-            np.asarray(self._devices.call(measure, x.astype(np.float32), batch))
-            for x, batch in zip(self._states.pop(), batches, strict=True)
-        ]
+        last = self._devices.copied((outside["norm"], head))
+        measure = functools.partial(_loss_gradient, llama)
+        found = self._devices.map(measure, last, _wide(self._states.pop()), batches)
+        self._gradients = [np.asarray(gradient) for gradient in found]
         self._next: list[np.ndarray] = []
         self.squares, self._squared = {}, squares
 
@@ -197,15 +212,13 @@ class Gradients(Statistics):
         total: Any = None
         self._next = []
         own = self._devices.copied(weights)
-        for x, g in zip(self._states[-1], self._gradients, strict=True):
-            parts = self._devices.count if len(x) % self._devices.count == 0 else 1
-            options = {"squares": self._squared, "parts": parts}
-            settings = alone(self._llama, len(self._states) - 1)  # states in front of each layer
-            measure = functools.partial(gradient_moments, settings, own, **options)
-            before, *found = self._devices.call(measure, x.astype(np.float32), g)
+        settings = alone(self._llama, len(self._states) - 1)  # states in front of each layer
+        measure = functools.partial(gradient_moments, settings, squares=self._squared)
+        batches = _wide(self._states[-1]), self._gradients
+        for before, *found in self._devices.map(measure, own, *batches):
             self._next.append(np.asarray(before))
             total = found if total is None else jax.tree.map(jnp.add, total, found)
-        moments, self.squares = self._devices.copied(total)
+        moments, self.squares = total
         return _relative(moments)
 
     def advance(self, weights: Tree, quantized: Tree) -> None:
@@ -220,9 +233,9 @@ def alone(llama: LlamaConfig, layer: int) -> Settings:
     return Settings(llama.of_layer(layer), None, None, None, deterministic=True)
 
 
-def _batches(rows: CalibrationRows, devices: int) -> list[Int[np.ndarray, "batch length"]]:
-    size = rows.config.batch_size * devices
-    return [rows.tokens[i : i + size] for i in range(0, len(rows.tokens), size)]
+def _wide(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The batches as float32, one after the other."""
+    return (batch.astype(np.float32) for batch in batches)
 
 
 def _kept(x: Any, dtype: str) -> np.ndarray:
@@ -254,12 +267,12 @@ def input_moments(
 @functools.partial(jax.jit, static_argnames="llama")
 def _loss_gradient(
     llama: LlamaConfig,
-    norm: Float[Array, " hidden"],
-    head: Float[Array, "vocab hidden"],
+    last: tuple[Float[Array, " hidden"], Float[Array, "vocab hidden"]],
     x: Float32[Array, "batch seq hidden"],
     tokens: Int[Array, "batch seq"],
 ) -> Float32[Array, "batch seq hidden"]:
-    """The gradient of the sum of the rows' cross-entropies."""
+    """The gradient of the sum of the rows' cross-entropies. `last`: the norm and the head."""
+    norm, head = last
 
     def loss(x: Array) -> Array:
         features = rms_norm(x, norm, llama.rms_norm_eps)
@@ -268,19 +281,18 @@ def _loss_gradient(
     return jax.grad(loss)(x)
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "squares", "parts"))
+@functools.partial(jax.jit, static_argnames=("settings", "squares"))
 def gradient_moments(
     settings: Settings,
     weights: Tree,
     x: Float32[Array, "batch seq hidden"],
     gradient: Float32[Array, "batch seq hidden"],
     squares: bool = False,
-    parts: int = 1,
 ) -> tuple[Float32[Array, "batch seq hidden"], Moments, Squares]:
     """The gradient in front of the layer, the sum of G^T G over the rows and, if asked for, the sum
     of the squares of the elements of G.
 
-    The rows are summed one after the other in each of `parts`, which devices compute side by side.
+    The rows are summed one after the other.
     """
     linear = {group: weights[group] for group in GROUPS}  # and biases, whose gradients are dropped
 
@@ -303,12 +315,5 @@ def gradient_moments(
     start = {name: jnp.zeros((size, size), jnp.float32) for name, (_, size) in shapes.items()}
     each = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items() if squares}
 
-    def of_part(x: Array, gradient: Array) -> Any:
-        return jax.lax.scan(row_moments, (start, each), (x, gradient))
-
-    if parts == 1:
-        total, before = of_part(x, gradient)
-        return before, *total
-    split = (y.reshape(parts, -1, *y.shape[1:]) for y in (x, gradient))
-    totals, before = jax.vmap(of_part)(*split)
-    return before.reshape(x.shape), *jax.tree.map(lambda y: y.sum(0), totals)
+    total, before = jax.lax.scan(row_moments, (start, each), (x, gradient))
+    return before, *total

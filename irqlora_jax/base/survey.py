@@ -60,6 +60,12 @@ class Surveyed:
     calibrated: Measures | None
 
 
+def read_surveyed(values: Mapping[str, Any]) -> Surveyed:
+    """The reverse of `dataclasses.asdict`."""
+    own = {name: values[name] and Measures(**values[name]) for name in ("plain", "calibrated")}
+    return Surveyed(**{**values, **own})
+
+
 def bin_edges(format: str) -> Float[np.ndarray, " edges"]:
     """Bin edges for shifts (in units of the scale) or zero points (in codes)."""
     fmt = get_format(format)

@@ -10,7 +10,7 @@ from typing import Any
 from irqlora_jax.adapters import METHODS
 from irqlora_jax.adapters.config import NEW, AdapterConfig
 from irqlora_jax.adapters.lora import LORA
-from irqlora_jax.base.file import BASE_FILE
+from irqlora_jax.base.file import has_base
 from irqlora_jax.config.parse import Convert
 from irqlora_jax.files.hub import adapter_folder
 from irqlora_jax.files.small import read_json
@@ -70,7 +70,7 @@ def fill_from_adapter(
 
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run."""
-    return os.path.isfile(folder / BASE_FILE) and os.path.isfile(folder / CONFIG_FILE)
+    return has_base(folder) and os.path.isfile(folder / CONFIG_FILE)
 
 
 def _check_given(

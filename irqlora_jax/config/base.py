@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from irqlora_jax.base.budget import read_budget
-from irqlora_jax.base.file import BASE_FILE, read_base_config, read_source
+from irqlora_jax.base.file import BASE_FILE, has_base, read_base_config, read_source
 from irqlora_jax.config.parse import Convert
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.text import shorten
@@ -51,13 +51,13 @@ def _leaves(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def find_base(model: str, output_dir: str) -> Path | None:
     """Returns the file of the base that a run with this model continues to use, if there is one."""
-    run, file = (os.path.join(folder, BASE_FILE) for folder in (output_dir, model))
+    run, file = (Path(folder) / BASE_FILE for folder in (output_dir, model))
     # A run continues with its base, even if the folder that the base came from is gone. If the run
     # made the base itself, its settings are those of the configuration.
-    is_run = os.path.isfile(run) and os.path.isfile(os.path.join(output_dir, "config.json"))
-    if is_run and read_source(Path(run)) != model:
-        return Path(run)
-    return Path(file) if os.path.isfile(file) else None
+    is_run = has_base(output_dir) and os.path.isfile(os.path.join(output_dir, "config.json"))
+    if is_run and read_source(run) != model:
+        return run
+    return file if has_base(model) else None
 
 
 def fill_from_base(given: dict[str, Any], convert: Convert) -> dict[str, Any]:

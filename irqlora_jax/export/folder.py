@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from irqlora_jax.base.file import read_base_config, read_calibrate
+from irqlora_jax.base.file import has_base, read_base_config, read_calibrate
 from irqlora_jax.base.updates import with_scales
 from irqlora_jax.export.aside import complete_or_absent
 from irqlora_jax.export.bitsandbytes import BITSANDBYTES
@@ -344,7 +344,7 @@ def _companions(
     if kind in ("merged", "dequantized", *_LAYOUTS):
         _write_generation(aside, run)
     quant = used = None
-    if (run.folder / BASE_FILE).is_file():
+    if has_base(run.folder):
         quant = read_base_config(run.folder / BASE_FILE)[1]
         used = read_calibrate(run.folder / BASE_FILE)
     card = Card(

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import jax
 
-from irqlora_jax.base.file import base_shapes, read_base_config, read_source
+from irqlora_jax.base.file import base_shapes, has_base, read_base_config, read_source
 from irqlora_jax.base.storage import Storage, bits_by_layer, measure_base
+from irqlora_jax.base.stored import find_file
 from irqlora_jax.config import Config, read_stored_config
 from irqlora_jax.files.checksums import text_checksum
 from irqlora_jax.files.small import read_json
@@ -87,8 +88,8 @@ def read_run_data(folder: Path) -> RunData:
     Raises:
         FileNotFoundError: the folder has neither a configuration nor a base.
     """
-    base, problems = folder / BASE_FILE, []
-    if not base.is_file() and not (folder / "config.json").is_file():
+    base, problems = find_file(folder / BASE_FILE).name, []
+    if not has_base(folder) and not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"run = '{folder}': has neither config.json nor {BASE_FILE}; expected the "
             "folder of a run, or of irqlora quantize"
@@ -104,7 +105,7 @@ def read_run_data(folder: Path) -> RunData:
             problems.append(f"{name} cannot be used: {_sentence(error)}")
             return None
 
-    stored = attempt(BASE_FILE, read_base_config, optional=not (folder / RECORD_FILE).exists())
+    stored = attempt(base, read_base_config, optional=not (folder / RECORD_FILE).exists())
     llama, quant = stored or (None, None)
     settings = attempt("config.json", read_json)
     trained = None
@@ -119,12 +120,12 @@ def read_run_data(folder: Path) -> RunData:
     return RunData(
         name=folder.resolve().name,
         folder=folder.absolute(),
-        source=attempt(BASE_FILE, read_source) or (settings or {}).get("model"),
+        source=attempt(base, read_source) or (settings or {}).get("model"),
         settings=settings,
         quant=(settings or {}).get("quant") if quant is None else dataclasses.asdict(quant),
         llama=llama,
-        storage=attempt(BASE_FILE, lambda file: measure_base(base_shapes(file)[0])),
-        bits=attempt(BASE_FILE, _read_bits),
+        storage=attempt(base, lambda file: measure_base(base_shapes(file)[0])),
+        bits=attempt(base, _read_bits),
         trained=trained,
         survey=attempt(SURVEY_FILE, _read_survey),
         metrics=attempt("metrics.jsonl", read_metrics) or [],

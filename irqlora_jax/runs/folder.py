@@ -2,7 +2,8 @@
 
     RUN/config.json        the configuration
     RUN/data.json          number and hash of the examples
-    RUN/base.safetensors   the quantized base, stored once; its metadata says how to read it
+    RUN/base.safetensors   the quantized base, stored once; its metadata says how to read it;
+                           in shards with an index if it is large (`base.stored`)
     RUN/quantization.json  entropy, error, codes and shifts, compared with the plain quantizer
     RUN/errors.jsonl       with quant.budget: the error of every matrix with every candidate
     RUN/budget.json        with quant.budget: what was asked for, and the rules that were chosen
@@ -34,6 +35,7 @@ import numpy as np
 from irqlora_jax.base.budget import BUDGET_FILE
 from irqlora_jax.base.error_table import ERRORS_FILE
 from irqlora_jax.base.file import BASE_FILE as BASE_FILE
+from irqlora_jax.base.file import BASE_INDEX, has_base, is_shard
 from irqlora_jax.config import Config, read_stored_config
 from irqlora_jax.data import Example, Pair
 from irqlora_jax.data.config import DataSource
@@ -54,7 +56,8 @@ KEPT_LAYERS = "calibration"
 BASE_START = {TOKENIZER, KEPT_LAYERS, f"{BASE_FILE}.part", LOCK_FILE}
 _SMALL = SURVEY_FILE, RECORD_FILE, ERRORS_FILE, BUDGET_FILE
 BASE_START |= {f"{name}{end}" for name in _SMALL for end in ("", ".part")}
-"""Only these are there after an interrupted `irqlora quantize`, which writes the base last."""
+"""Only these, and incomplete bases (`is_start`), are there after an interrupted `irqlora quantize`,
+which writes the base last."""
 # Fields and sections that may change when a run is resumed. Its base and data.json tell whether
 # files under another path are the same.
 _MAY_CHANGE = (
@@ -75,6 +78,11 @@ _MAY_CHANGE = (
     "train.attention",
     "train.matmul",
 )
+
+
+def is_start(name: str) -> bool:
+    """Whether a file or folder may be left by an interrupted `irqlora quantize`."""
+    return name in BASE_START or is_shard(name)
 
 
 def check_folder(folder: Path, config: Config) -> Config | None:
@@ -98,11 +106,11 @@ def check_folder(folder: Path, config: Config) -> Config | None:
 
 def _stored_config(folder: Path, config: Config) -> Config | None:
     # A run writes config.json last, so a folder with only these is from an interrupted start.
-    leftover = BASE_START | {BASE_FILE, f"{_CONFIG}.part", _DATA, f"{_DATA}.part"}
+    leftover = {BASE_FILE, BASE_INDEX, f"{_CONFIG}.part", _DATA, f"{_DATA}.part"}
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    if BASE_FILE in found and _holds_start(folder / "checkpoints"):
+    if has_base(folder) and _holds_start(folder / "checkpoints"):
         leftover.add("checkpoints")
-    if found <= leftover:
+    if all(name in leftover or is_start(name) for name in found):
         return None
     if not (folder / _CONFIG).is_file():
         raise ValueError(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from irqlora_jax.base.file import (
+    has_base,
     is_fitted,
     read_base,
     read_base_config,
@@ -181,10 +182,11 @@ def is_base(source: str | Path) -> bool:
         FileNotFoundError: the base of such a folder is missing. Without this error, the folder
             would be read as a Hugging Face model.
     """
-    file = Path(source) / BASE_FILE
-    if not file.is_file() and (Path(source) / RECORD_FILE).is_file():
+    found = has_base(source)
+    if not found and (Path(source) / RECORD_FILE).is_file():
+        file = Path(source) / BASE_FILE
         raise FileNotFoundError(f"{file}: no such file; expected the whole run or quantized base")
-    return file.is_file()
+    return found
 
 
 def check_model(config: Config) -> None:

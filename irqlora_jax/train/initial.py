@@ -2,13 +2,14 @@
 
 import hashlib
 import logging
+import operator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from irqlora_jax.base.file import read_source
+from irqlora_jax.base.file import base_files, read_source
 from irqlora_jax.config import Config
 from irqlora_jax.config.adapter import SAME
 from irqlora_jax.export.peft import load_adapter
@@ -50,7 +51,7 @@ def check_start(config: Config) -> None:
             f"adapter.init_from = '{folder}': a quantized base without an adapter; expected the "
             "folder of a run or of a PEFT adapter"
         )
-    if not is_base(config.model) or not _equal(Path(config.model) / BASE_FILE, folder / BASE_FILE):
+    if not is_base(config.model) or not _same_base(Path(config.model), folder):
         raise ValueError(
             f"model = '{config.model}': not the base on which the adapter in '{folder}' was "
             f"trained; expected '{folder}' (adapter.init_from)"
@@ -94,6 +95,13 @@ def _note_base(config: Config, folder: Path) -> None:
             f"Note: the adapter in '{config.adapter.source}' names the base '{named}'; this run "
             f"has model = '{config.model}', which must have the same weights"
         )
+
+
+def _same_base(one: Path, other: Path) -> bool:
+    """Whether two folders have the same base."""
+    files = base_files(one), base_files(other)
+    names = ([file.name for file in each] for each in files)
+    return operator.eq(*names) and all(map(_equal, *files))
 
 
 def _equal(one: Path, other: Path) -> bool:
