@@ -36,7 +36,7 @@ def _finetune_or_plan(options: Any) -> None:
 
     name = None if options.plan is True else str(options.plan)
     if name is not None:
-        prepare(config)
+        prepare(config, name)
     plan(config, name)
 
 
