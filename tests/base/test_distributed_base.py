@@ -15,12 +15,16 @@ from irqlora_jax.base.file import base_files, has_base, read_base, save_base
 from irqlora_jax.config import QuantizeConfig
 from irqlora_jax.data.calibrate import CalibrateConfig, CalibrationRows
 from irqlora_jax.files.checksums import checksums
+from irqlora_jax.quant.budget import AllocationOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.runs.quantize import quantize_model
 from tests.models import random_tensors, tiny_llama, word_tokenizer, write_model
 from tests.processes import run_processes
 
-MODEL = tiny_llama(vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=3)
+MODEL = tiny_llama(
+    vocab_size=48, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_key_value_heads=4
+)
+"""An odd number of matrices of each kind, so that processes also make different kinds at a time."""
 BASES = {
     "icq": QuantConfig(format="nf4", block_size=16),
     "int3": QuantConfig(format="int3", block_size=16, calibration="none"),
@@ -33,7 +37,8 @@ ROWS = CalibrationRows(
     np.random.default_rng(5).integers(0, 48, (5, 12)).astype(np.int32),
     CalibrateConfig(batch_size=1, damping=0.05),
 )
-BUDGET = QuantConfig(block_size=16, calibration="none", budget=3.5)
+FEW = AllocationOptions(formats=("nf3", "nf4"), block_sizes=(16,), scale_bits=(8,))
+BUDGET = QuantConfig(block_size=16, calibration="none", budget=4.0, allocation=FEW)
 
 SCRIPT = """
 import json
@@ -78,7 +83,7 @@ def check(name, make, mesh):
 meshes = {name: make_mesh(MeshConfig(*shape), 8) for name, shape in MESHES.items()}
 for name, mesh in meshes.items():
     base = check(f"icq {name}", lambda mesh: load_base("model", BASES["icq"], mesh=mesh)[0], mesh)
-for form, name in (("int3", "tensor"), ("kept", "mixed"), ("kept", "data")):
+for form, name in (("int3", "tensor"), ("kept", "mixed"), ("kept", "fsdp")):
     own = lambda mesh: load_base("model", BASES[form], mesh=mesh)[0]
     check(f"{form} {name}", own, meshes[name])
 key = jax.random.key(3)
@@ -177,9 +182,9 @@ def test_each_process_reads_its_share(found: list[dict[str, Any]]) -> None:
         assert sum(linear for linear, _ in both) == 4 * weights
         assert max(linear for linear, _ in both) <= 4 * weights * 0.55  # 21 matrices
         assert [rest for _, rest in both] == [4 * (tables // parts + norms)] * 2
-    # In the mixed mesh, the halves of a matrix are in both processes; kept weights are split there.
-    for process in found:
-        assert linear_bytes(process["kept data"]["read"])[0] == 4 * weights
+    for process in found:  # the mixed mesh needs every weight in each process, by columns too
+        assert linear_bytes(process["kept mixed"]["read"])[0] == 4 * weights
+        assert linear_bytes(process["kept fsdp"]["read"])[0] == 4 * weights // 2
 
 
 def test_both_forms_hold_the_base(
