@@ -35,6 +35,7 @@ from irqlora_jax.files.small import read_json, write_text
 from irqlora_jax.files.tensors import FLOATS
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.tree import Keys, linear_path, matrix_name, weight_name, weight_shapes
+from irqlora_jax.processes import first_only, together
 from irqlora_jax.quant.allocate import allocate
 from irqlora_jax.quant.budget import FIT, AllocationOptions, parse_budget
 from irqlora_jax.quant.config import KEPT, QuantConfig, QuantRule
@@ -59,7 +60,8 @@ def choose_rules(
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> QuantConfig:
-    """Replaces `quant.budget` by rules, and writes budget.json. Without a budget, does nothing.
+    """Replaces `quant.budget` by rules, and writes budget.json. Without a budget, does nothing. All
+    processes; the first one writes.
 
     Args:
         source: local folder, GGUF file or hub id of the model.
@@ -78,10 +80,10 @@ def choose_rules(
     """
     if quant.budget is None:
         return quant
-    found, llama = open_weights(snapshot(source))
+    found, llama = together(lambda: open_weights(snapshot(source)))
     room = find_room(llama, quant, lambda path: FLOATS[found[_first(path)].dtype], limit)
     file = folder / ERRORS_FILE
-    folder.mkdir(parents=True, exist_ok=True)
+    first_only(lambda: folder.mkdir(parents=True, exist_ok=True))
     fitted = adapter is not None and adapter.start.fit is not None and not adapter.start.trained
     options: dict[str, Any] = {"calibrate": calibrate, "mesh": mesh, "progress": progress}
     options |= {"adapter": adapter if fitted else None}
@@ -101,7 +103,8 @@ def choose_rules(
     )
     about = {"asked": dataclasses.asdict(quant), "chosen": dataclasses.asdict(chosen)}
     about |= {"bits": stored / room.weights, "error": best.error}
-    write_text(folder / BUDGET_FILE, json.dumps(seal(about), indent=1) + "\n")
+    text = json.dumps(seal(about), indent=1) + "\n"
+    first_only(lambda: write_text(folder / BUDGET_FILE, text))
     return chosen
 
 

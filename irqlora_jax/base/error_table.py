@@ -24,11 +24,12 @@ from irqlora_jax.base.stacks import Made, Matrix, Stacks
 from irqlora_jax.data.calibrate import CalibrationRows
 from irqlora_jax.files.checksums import check_seal
 from irqlora_jax.files.hub import file_marks, read_config, snapshot
-from irqlora_jax.files.kept_values import append_value, kept_in, read_values
+from irqlora_jax.files.kept_values import Values, append_value, kept_in, read_values
 from irqlora_jax.files.small import read_json
 from irqlora_jax.machine import installed_version
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.tree import LAYERS, linear_path, matrix_name
+from irqlora_jax.processes import exchange, first_only, from_first, is_first, together
 from irqlora_jax.quant.config import KEPT, QuantConfig
 from irqlora_jax.quant.encode import quantize
 from irqlora_jax.quant.inputs import InputMoments
@@ -51,7 +52,8 @@ def make_errors(
     mesh: Mesh | None = None,
     progress: bool = False,
 ) -> Float[np.ndarray, "places candidates"]:
-    """Computes the errors that are not in the file yet, and adds them to it.
+    """Computes the errors that are not in the file yet, and adds them to it. All processes; the
+    first one writes the file.
 
     Args:
         source: local folder, GGUF file or hub id.
@@ -83,25 +85,59 @@ def make_errors(
     if adapter is not None:
         adapter = _one_turn(adapter)
     identity = _identity(source, quant, calibrate, measured, adapter)
-    known = read_values(file, identity, "errors", "errors for quant.budget")
+    known = _of_first(lambda: read_values(file, identity, "errors", "errors for quant.budget"))
     left = [place for place in places if place not in known]
     bar = progress_bar("Errors of the formats", len(places), "matrices", show=progress)
     with bar as shown, kept_in(file):
         shown.update(len(places) - len(left))
 
         def keep(layer: int, name: str, errors: list[float]) -> None:
-            append_value(file, layer, name, "errors", errors)
+            if is_first():
+                append_value(file, layer, name, "errors", errors)
             known[layer, name] = errors
             shown.update()
 
         if left:
             _compute(source, quant, left, calibrate, measured, adapter, mesh, keep)
+            known = _of_all(known, file)
     table = np.array([known[place] for place in places], np.float64)
     if measured is not None:
         reference = table[:, -1:]
         costs = np.array([measured.costs[place] for place in places])[:, None]
         table = table[:, :-1] * costs / np.where(reference > 0, reference, 1)
     return np.where(np.isfinite(table), table, np.inf)
+
+
+def _of_first(work: Callable[[], Values]) -> Values:
+    """The values that the first process reads. All processes."""
+    if jax.process_count() == 1:
+        return work()
+    return _from_json(from_first(lambda: _to_json(work())))
+
+
+def _of_all(own: Values, file: Path) -> Values:
+    """The values of all processes. Those that the first one did not have are added to its file.
+    With a text every process has all of them, and those of the first one count. All processes."""
+    if jax.process_count() == 1:
+        return own
+    found: Values = {}
+    for text in reversed(exchange(_to_json(own))):
+        found |= _from_json(text)
+
+    def add() -> None:
+        for layer, name in sorted(found.keys() - own.keys()):
+            append_value(file, layer, name, "errors", found[layer, name])
+
+    first_only(add)
+    return found
+
+
+def _to_json(values: Values) -> str:
+    return json.dumps([(*place, value) for place, value in values.items()])
+
+
+def _from_json(text: str) -> Values:
+    return {(layer, name): value for layer, name, value in json.loads(text)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +255,7 @@ def _compute(
         keep(matrix.layer, name, errors)
         return Made(None, {})
 
-    found, llama = open_weights(snapshot(source))
+    found, llama = together(lambda: open_weights(snapshot(source)))
     layers = range(llama.num_hidden_layers)
     kept = QuantConfig(format=KEPT)
     matrices = [Matrix(LAYERS, linear_path(name), i, layers, kept) for i, name in places]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from irqlora_jax.base.parts import Parts
-from irqlora_jax.base.shards import chunks, is_spread, write_shards
+from irqlora_jax.base.shards import chunks, is_spread, whole, write_shards
 from irqlora_jax.base.stored import BASE_FILE as BASE_FILE
 from irqlora_jax.base.stored import BASE_INDEX as BASE_INDEX
 from irqlora_jax.base.stored import (
@@ -99,7 +99,7 @@ def save_base(
     spread = is_spread(arrays)
     tensors: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
-        parts = list(chunks(array, 0, array.shape[0]))
+        parts = list(chunks(array, *whole(name, array)[1:]))
         if is_first() or not spread:
             tensors[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
     write = functools.partial(_write_file, path, tensors, metadata)

@@ -44,7 +44,7 @@ def plan_shards(arrays: Arrays, limit: int) -> list[list[Layers]]:
     units: list[tuple[int, list[Layers]]] = []
     for stack, names in stacks.items():
         if stack.partition("_")[0] != LAYERS:
-            units.append((_nbytes(arrays[stack]), [(stack, 0, arrays[stack].shape[0])]))
+            units.append((_nbytes(arrays[stack]), [whole(stack, arrays[stack])]))
             continue
         count = arrays[names[0]].shape[0]
         size = sum(_nbytes(arrays[name]) for name in names) // count
@@ -58,6 +58,11 @@ def plan_shards(arrays: Arrays, limit: int) -> list[list[Layers]]:
         room -= size
         _extend(shards[-1], unit)
     return shards
+
+
+def whole(name: str, x: Any) -> Layers:
+    """All of an array."""
+    return name, 0, x.shape[0] if x.shape else 1
 
 
 def _extend(shard: list[Layers], unit: Sequence[Layers]) -> None:
@@ -80,7 +85,8 @@ def chunks(x: Any, start: int, stop: int) -> Iterator[np.ndarray]:
     """Entries of the first axis of an array, chunk by chunk, in this process. All processes, if the
     array is on devices of several."""
     if not isinstance(x, jax.Array) or _is_here(x):
-        yield np.asarray(x)[start:stop]
+        host = np.asarray(x)
+        yield host[start:stop] if host.shape else host
         return
     axes = x.sharding.spec if isinstance(x.sharding, NamedSharding) else ()
     axis = next((i for i, names in enumerate(axes) if not names), len(axes))
@@ -89,7 +95,7 @@ def chunks(x: Any, start: int, stop: int) -> Iterator[np.ndarray]:
     elif axis == 0:
         yield from _gathered(x, 0, start, stop)
     else:
-        yield fetch(x)[start:stop]
+        yield fetch(x)[start:stop] if x.shape else fetch(x)
 
 
 def _is_here(x: jax.Array) -> bool:
@@ -212,7 +218,8 @@ def _tensor_name(arrays: Arrays, one: Layers) -> str:
 
 def _shape(arrays: Arrays, one: Layers) -> tuple[int, ...]:
     name, start, stop = one
-    return (stop - start, *arrays[name].shape[1:])
+    shape = arrays[name].shape
+    return (stop - start, *shape[1:]) if shape else ()
 
 
 def _nbytes(x: Any) -> int:
