@@ -35,6 +35,12 @@ follows the outputs; None if it is not split."""
 PAIR: Splits = {"lora_A": (None, "in"), "lora_B": ("out", None)}
 """How a LoRA pair is split."""
 
+OVERLAP = {
+    "xla_gpu_enable_pipelined_all_gather": True,
+    "xla_gpu_enable_while_loop_double_buffering": True,
+}
+"""Compiler options for GPUs with the axis fsdp: the weights of the next layer travel while this one
+computes (benchmarks/collectives.py)."""
 MOMENT = ("codes", "absmax")
 """The arrays of a moment in 8 bits (`runs.moments.Moment`), which are split like their leaf."""
 

@@ -40,14 +40,15 @@ class Collective:
         shapes: of its results on one device.
         group: the first group of devices that take part together.
         times: how often it runs.
-        asynchronous: whether other work can go on meanwhile.
+        overlapped: number of fusions and library calls, such as products, that the program starts
+            between the start and the end of the collective; 0 if it waits at once.
     """
 
     kind: str
     shapes: tuple[Shape, ...]
     group: tuple[int, ...]
     times: int
-    asynchronous: bool
+    overlapped: int
 
     @property
     def nbytes(self) -> float:
@@ -93,7 +94,7 @@ def collectives(program: str, devices: int) -> list[Collective]:
     found: list[Collective] = []
 
     def visit(name: str, times: int) -> None:
-        for line in lines.get(name, ()):
+        for place, line in enumerate(lines.get(name, ())):
             parts = _LINE.match(line)
             if parts is None:
                 continue
@@ -103,8 +104,9 @@ def collectives(program: str, devices: int) -> list[Collective]:
                 shapes = tuple(_shapes(result))
                 if operation == "all-gather-start":  # operands, then results
                     shapes = shapes[len(shapes) // 2 :]
-                waits = operation == kind or '"is_sync":true' in rest
-                found.append(Collective(kind, shapes, _group(rest, devices), times, not waits))
+                started = operation != kind
+                work = _work_meanwhile(lines[name], place, kind) if started else 0
+                found.append(Collective(kind, shapes, _group(rest, devices), times, work))
                 continue
             trips = _TRIPS.search(rest) if operation == "while" else None
             before, again = len(found), times * int(trips[1] if trips else 1)
@@ -117,6 +119,22 @@ def collectives(program: str, devices: int) -> list[Collective]:
 
     visit(entry, 1)
     return found
+
+
+def _work_meanwhile(lines: list[str], place: int, kind: str) -> int:
+    """Counts what the computation starts after a collective, before it waits for it."""
+    name = re.match(r"\s+(?:ROOT )?%?([\w.\-]+)", lines[place])
+    assert name is not None
+    own, count = rf"(?<![\w.\-]){re.escape(name[1])}(?![\w.\-])", 0
+    for line in lines[place + 1 :]:
+        parts = _LINE.match(line)
+        if parts is None:
+            continue
+        _, operation, rest = parts.groups()
+        if operation == f"{kind}-done" and re.search(own, rest):
+            break
+        count += operation in ("fusion", "custom-call")
+    return count
 
 
 def total_bytes(found: Iterable[Collective]) -> float:

@@ -32,7 +32,14 @@ from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import check_model, is_base, read_architecture
 from irqlora_jax.runs.optimizer import check_rates
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
-from irqlora_jax.sharding import ROWS, device_bytes, make_mesh, placed, tree_shardings
+from irqlora_jax.sharding import (
+    OVERLAP,
+    ROWS,
+    device_bytes,
+    make_mesh,
+    placed,
+    tree_shardings,
+)
 from irqlora_jax.train.step import make_step, state_shardings
 
 TIGHT = 0.95
@@ -261,6 +268,8 @@ def compile_step(
         # On a CPU, level 0 compiles in half the time and needs the same memory.
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         options = {"xla_backend_optimization_level": 0} if on_cpu else target.options
+        if not on_cpu and mesh.shape["fsdp"] > 1:
+            options = {**(options or {}), **OVERLAP}
         with progress_bar(f"Compiling the training step for {rows} rows"):
             lowered = step.trace(state, base, batch, reference).lower()
             with silent_stderr():

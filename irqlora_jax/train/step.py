@@ -19,7 +19,7 @@ from irqlora_jax.model.llama import Llama, head_weight
 from irqlora_jax.model.loss import cross_entropy, row_cross_entropy
 from irqlora_jax.model.tree import LAYERS
 from irqlora_jax.runs.state import TrainState, learning_rate
-from irqlora_jax.sharding import PAIR, Splits, tree_shardings
+from irqlora_jax.sharding import OVERLAP, PAIR, Splits, tree_shardings
 from irqlora_jax.train.noise import embedding_noise
 
 Batch = dict[str, Array]
@@ -303,12 +303,16 @@ def make_step(
     """
     splits = PAIR if model.adapter is None else model.adapter.splits
     shardings = state_shardings(mesh, state, config.offload_optimizer, splits)
+    # An abstract mesh has no platform: who plans passes the options when compiling.
+    on_gpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "gpu"
+    options = OVERLAP if on_gpu and mesh.shape["fsdp"] > 1 else None
     return jax.jit(
         functools.partial(
             train_step, model=model, optimizer=optimizer, config=config, preference=preference
         ),
         donate_argnums=0,
         out_shardings=(shardings, None),
+        compiler_options=options,
     )
 
 

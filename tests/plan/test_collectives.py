@@ -70,7 +70,22 @@ def test_counts_and_bytes_are_those_of_a_program_by_hand() -> None:
 def test_every_form_of_groups(text: str, group: tuple[int, ...]) -> None:
     line = f"%y = u8[16]{{0}} all-gather(%x), {text}, dimensions={{0}}"
     (found,) = collectives(f"ENTRY %main (x: u8[4]) -> u8[16] {{\n  {line}\n}}", 8)
-    assert found == Collective("all-gather", (("u8", (16,)),), group, 1, False)
+    assert found == Collective("all-gather", (("u8", (16,)),), group, 1, 0)
+
+
+def test_work_during_a_collective_is_counted() -> None:
+    text = """ENTRY %main (x: u8[4]) -> u8[16] {
+  %a.1 = (u8[4]{0}, u8[16]{0}) all-gather-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+  %a = (u8[4]{0}, u8[16]{0}) all-gather-start(%x), replica_groups={{0,1,2,3}}, dimensions={0}
+  %b = f32[4]{0} fusion(%x), kind=kLoop, calls=%body
+  %c = u8[16]{0} all-gather-done(%a.1)
+  %d = f32[4]{0} custom-call(%b), custom_call_target="gemm"
+  %e = u8[16]{0} all-gather-done(%a)
+  %f = f32[4]{0} fusion(%x), kind=kLoop, calls=%body
+}"""
+    found = collectives(text, 4)
+    assert [one.overlapped for one in found] == [1, 2]
+    assert [one.shapes for one in found] == [(("u8", (16,)),)] * 2
 
 
 def test_a_loop_of_unknown_length_is_refused() -> None:
