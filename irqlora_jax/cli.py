@@ -36,7 +36,7 @@ def _finetune_or_plan(options: Any) -> None:
 
     name = None if options.plan is True else str(options.plan)
     if name is not None:
-        prepare(config)
+        prepare(config, name)
     plan(config, name)
 
 
@@ -51,11 +51,12 @@ def _evaluate_and_report(config: Any) -> None:
 
     from irqlora_jax.base.file import has_base
     from irqlora_jax.evaluate.tasks import evaluate_run
+    from irqlora_jax.processes import is_first
     from irqlora_jax.report.write import try_to_write
 
     evaluate_run(config)
     folder = Path(config.run)
-    if has_base(folder) and (folder / "config.json").is_file():
+    if is_first() and has_base(folder) and (folder / "config.json").is_file():
         try_to_write(folder)
 
 
@@ -232,4 +233,12 @@ def _run(argv: Sequence[str] | None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        from irqlora_jax.processes import describe_loss
+
+        sentence = describe_loss(error)
+        if sentence is None:
+            raise
+        print(f"irqlora {name}: {sentence}", file=sys.stderr)
+        return 1
     return 0

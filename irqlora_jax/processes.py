@@ -22,6 +22,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from irqlora_jax.text import require, shorten
 
 Result = TypeVar("Result")
+
+
+class OtherProcessError(RuntimeError):
+    """Another process failed, so that this one cannot go on."""
+
+
 _WHO = "the process itself"  # no name of a setting
 _HEARTBEAT, _SHUTDOWN = 30, 15  # seconds until a process that is silent counts as dead
 logger = logging.getLogger(__name__)
@@ -66,7 +72,10 @@ def connect(
     os.environ.setdefault("PJRT_NPROC", "128")
     # It would take SIGTERM away from `train.stop.Stop`.
     jax.config.update("jax_enable_preemption_service", False)
-    limits = {"heartbeat_timeout_seconds": _HEARTBEAT, "shutdown_timeout_seconds": _SHUTDOWN}
+    limits: dict[str, Any] = {
+        "heartbeat_timeout_seconds": _HEARTBEAT,
+        "shutdown_timeout_seconds": _SHUTDOWN,
+    }
     try:
         jax.distributed.initialize(**given, **limits)
     except ValueError as error:
@@ -136,7 +145,7 @@ def together(work: Callable[[], Result]) -> Result:
 
     Raises:
         Exception: that of `work`.
-        RuntimeError: `work` failed in another process, whose message this one repeats.
+        OtherProcessError: `work` failed in another process, whose message this one repeats.
     """
     result: Any = None
     failed: Exception | None = None
@@ -151,7 +160,7 @@ def together(work: Callable[[], Result]) -> Result:
     if failed is not None:
         raise failed
     if reasons:
-        raise RuntimeError(f"another process failed: {'; '.join(sorted(set(reasons)))}")
+        raise OtherProcessError(f"another process failed: {'; '.join(sorted(set(reasons)))}")
     return result
 
 
@@ -189,6 +198,22 @@ def check_agreement(about: Mapping[str, Any]) -> None:
                 )
 
 
+def describe_loss(error: RuntimeError) -> str | None:
+    """The sentence for an error that ends this process because of another one; None: it does not.
+
+    What jax raises when an exchange fails has no type of its own, so any of its errors may be one.
+    """
+    if isinstance(error, OtherProcessError):
+        return str(error)
+    if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+        return None
+    reason = shorten(" ".join(str(error).split()), quoted=False)
+    return (
+        f"another process has probably died, see its last words ({reason}); the same command in "
+        "all processes goes on from the newest checkpoint"
+    )
+
+
 def check_folder_seen(file: Path, field: str) -> None:
     """Checks that a file that the first process has just written is here too. All processes.
 
@@ -198,7 +223,7 @@ def check_folder_seen(file: Path, field: str) -> None:
 
     Raises:
         ValueError: it is not the same file.
-        RuntimeError: it is not the same file in another process.
+        OtherProcessError: it is not the same file in another process.
     """
     written = from_first(lambda: file.read_bytes().decode(errors="replace"))
 

@@ -7,7 +7,8 @@ PACKAGE = Path(__file__).parent.parent / "irqlora_jax"
 # From low to high. Rooms on one floor may not import each other.
 FLOORS = (
     ("text", "messages", "machine", "kernels"),
-    ("sharding", "data"),
+    ("processes", "data"),
+    ("sharding",),
     ("quant",),
     ("adapters",),
     ("model",),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
@@ -143,7 +144,9 @@ def load_fitted(
         name, config = matrix.path[-1], matrix.quant
         if name not in adapter.targets:
             return Made(_packed(weight, config, gram), {})
-        start = jax.random.wrap_key_data(np.asarray(seed, np.uint32), impl=jax.random.key_impl(key))
+        start = jax.random.wrap_key_data(
+            jnp.asarray(seed, jnp.uint32), impl=jax.random.key_impl(key)
+        )
         own = jax.random.fold_in(start, LINEAR_NAMES.index(name))
         own = jax.random.fold_in(own, matrix.layer)
         if config.format == KEPT:

@@ -6,9 +6,11 @@ import json
 import logging
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from irqlora_jax.base.file import has_base, read_base_config, read_calibrate
@@ -32,6 +34,7 @@ from irqlora_jax.files.small import read_json
 from irqlora_jax.messages import progress_bar, shows_messages
 from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import Run, is_base, load_run, scores
+from irqlora_jax.sharding import MeshConfig, make_mesh
 from irqlora_jax.text import require
 
 _GENERATION = "generation_config.json"
@@ -95,6 +98,8 @@ class ExportConfig:
     """With kind gguf: type of the matrices (null: f16). "exact": the codes of an integer base as
     they are; blocks must be multiples of 32. The adapter is in the shifts, where its method allows
     that, else in adapter.gguf."""
+    mesh: MeshConfig = MeshConfig(data=1)
+    """Devices to split the model over, if it does not fit on one."""
 
     def __post_init__(self) -> None:
         ok = 0 < self.shard_size < math.inf
@@ -144,9 +149,12 @@ def _write(config: ExportConfig) -> Path:
         raise FileExistsError(f"output_dir = '{folder}': exists; expected a new folder")
     if config.push_to_hub is not None:
         check_access(config.push_to_hub)
-    with complete_or_absent(folder) as aside:
+    mesh = make_mesh(config.mesh, (config.mesh.data or 1) * config.mesh.fsdp)
+    split = mesh.size > 1
+    with jax.set_mesh(mesh) if split else nullcontext(), complete_or_absent(folder) as aside:
         with progress_bar("Loading the model", show=config.progress):
-            run = load_run(config.run, checkpoint=config.checkpoint)
+            where = mesh if split else None
+            run = load_run(config.run, checkpoint=config.checkpoint, mesh=where)
         _check(config, run, aside, folder)
         if config.kind == "quantized":
             with progress_bar("Writing the base", show=config.progress):

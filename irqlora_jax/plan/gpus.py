@@ -27,6 +27,7 @@ class Device:
         bandwidth: memory bandwidth in GB/s.
         cache: size of the L2 cache in MiB.
         clock: boost clock in GHz.
+        link: GB/s to other GPUs of the host in each direction, of NVLink or PCI Express.
     """
 
     title: str
@@ -36,6 +37,7 @@ class Device:
     bandwidth: int
     cache: int
     clock: float
+    link: int = 32
 
     @property
     def memory(self) -> int:
@@ -50,20 +52,20 @@ class Device:
 
 
 DEVICES = {
-    "t4": Device("T4", (7, 5), 15360, 40, 320, 4, 1.59),
+    "t4": Device("T4", (7, 5), 15360, 40, 320, 4, 1.59, 16),
     "3090": Device("GeForce RTX 3090", (8, 6), 24576, 82, 936, 6, 1.70),
     "4090": Device("GeForce RTX 4090", (8, 9), 24564, 128, 1008, 72, 2.52),
-    "5090": Device("GeForce RTX 5090", (12, 0), 32607, 170, 1792, 96, 2.41),
+    "5090": Device("GeForce RTX 5090", (12, 0), 32607, 170, 1792, 96, 2.41, 64),
     "a10": Device("A10", (8, 6), 23028, 72, 600, 6, 1.70),
     "l4": Device("L4", (8, 9), 23034, 58, 300, 48, 2.04),
     "a6000": Device("RTX A6000", (8, 6), 49140, 84, 768, 6, 1.80),
     "6000-ada": Device("RTX 6000 Ada", (8, 9), 49140, 142, 960, 96, 2.51),
     "l40s": Device("L40S", (8, 9), 46068, 142, 864, 96, 2.52),
-    "a100-40": Device("A100 40 GB", (8, 0), 40960, 108, 1555, 40, 1.41),
-    "a100-80": Device("A100 80 GB", (8, 0), 81920, 108, 2039, 40, 1.41),
-    "h100": Device("H100 80 GB", (9, 0), 81559, 132, 3350, 50, 1.98),
-    "h200": Device("H200", (9, 0), 143771, 132, 4800, 50, 1.98),
-    "b200": Device("B200", (10, 0), 183359, 148, 8000, 126, 1.97),
+    "a100-40": Device("A100 40 GB", (8, 0), 40960, 108, 1555, 40, 1.41, 300),
+    "a100-80": Device("A100 80 GB", (8, 0), 81920, 108, 2039, 40, 1.41, 300),
+    "h100": Device("H100 80 GB", (9, 0), 81559, 132, 3350, 50, 1.98, 450),
+    "h200": Device("H200", (9, 0), 143771, 132, 4800, 50, 1.98, 450),
+    "b200": Device("B200", (10, 0), 183359, 148, 8000, 126, 1.97, 900),
 }
 """GPUs by the names that `--plan` accepts."""
 
@@ -90,17 +92,59 @@ def find_device(name: str) -> Device:
     raise refusal("plan", name, f"one of {', '.join(DEVICES)}{hint}")
 
 
-def compile_only_devices(device: Device, count: int = 1) -> list[Any] | None:
+@dataclasses.dataclass(frozen=True)
+class Fleet:
+    """The devices of a plan.
+
+    Attributes:
+        device: the GPU.
+        count: GPUs of each host.
+        hosts: number of hosts.
+        given: whether the numbers were given; else the mesh decides.
+    """
+
+    device: Device
+    count: int = 1
+    hosts: int = 1
+    given: bool = False
+
+
+def parse_fleet(name: str) -> Fleet:
+    """Reads NAME, COUNTxNAME (one host) or HOSTSxCOUNTxNAME.
+
+    Raises:
+        ValueError: an unknown name, or a number below 1.
+
+    Examples:
+        >>> fleet = parse_fleet("2x8xh100")
+        >>> fleet.hosts, fleet.count, fleet.device.title
+        (2, 8, 'H100 80 GB')
+    """
+    found = re.fullmatch(r"(?:(\d+)\s*x\s*)?(\d+)\s*x\s*(.+)", name.strip(), re.IGNORECASE)
+    if found is None:
+        return Fleet(find_device(name))
+    hosts, count = int(found[1] or 1), int(found[2])
+    if hosts < 1 or count < 1:
+        raise refusal("plan", name, "numbers of at least 1, as in 8xa100-80 or 2x8xh100")
+    return Fleet(find_device(found[3]), count, hosts, True)
+
+
+def compile_only_devices(device: Device, count: int = 1, hosts: int = 1) -> list[Any] | None:
     """Makes devices for compilation only; programs cannot run on them.
 
     Compile with `OPTIONS`, because autotuning needs a real device.
+
+    Args:
+        device: the GPU.
+        count: GPUs of each host.
+        hosts: number of hosts.
 
     Returns:
         The devices, or None if jax has no CUDA plugin.
     """
     try:
         found = topologies.get_topology_desc(
-            platform="cuda", target_config=_description(device), topology=f"1x1x{count}"
+            platform="cuda", target_config=_description(device), topology=f"1x{hosts}x{count}"
         )
     except NotImplementedError:
         return None

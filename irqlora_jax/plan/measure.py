@@ -27,12 +27,12 @@ from irqlora_jax.files.hub import read_dtype
 from irqlora_jax.machine import fastest_dtype, total_memory
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.config import LlamaConfig
-from irqlora_jax.plan.gpus import OPTIONS, compile_only_devices, find_device, usable_fraction
+from irqlora_jax.plan.gpus import OPTIONS, compile_only_devices, parse_fleet, usable_fraction
 from irqlora_jax.runs.folder import BASE_FILE
 from irqlora_jax.runs.load import check_model, is_base, read_architecture
 from irqlora_jax.runs.optimizer import check_rates
 from irqlora_jax.runs.state import init_state, make_model, make_optimizer
-from irqlora_jax.sharding import ROWS, device_bytes, make_mesh, tree_shardings
+from irqlora_jax.sharding import ROWS, device_bytes, make_mesh, placed, tree_shardings
 from irqlora_jax.train.step import make_step, state_shardings
 
 TIGHT = 0.95
@@ -56,6 +56,8 @@ class PlanDevice:
         shared: host and device share one memory.
         capability: CUDA compute capability, if known.
         flops: floating-point operations a second in float32, if known.
+        hosts: number of hosts with these devices, equally many each.
+        link: GB/s between the devices of a host in each direction, if known.
     """
 
     title: str
@@ -67,6 +69,8 @@ class PlanDevice:
     shared: bool = False
     capability: tuple[int, int] | None = None
     flops: float | None = None
+    hosts: int = 1
+    link: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,10 +105,10 @@ class MemoryNeed:
 
 
 def find_plan_device(name: str | None, count: int) -> PlanDevice:
-    """Returns the local device, or a GPU by name.
+    """Returns the local device, or GPUs by name.
 
     Args:
-        name: a name from `plan.gpus.DEVICES`; None: the local device.
+        name: as for `plan.gpus.parse_fleet`; None: the local device.
         count: number of devices of the mesh.
 
     Raises:
@@ -112,14 +116,19 @@ def find_plan_device(name: str | None, count: int) -> PlanDevice:
     """
     if name is None:
         return _local_device()
-    device = find_device(name)
+    fleet = parse_fleet(name)
+    device, most = fleet.device, MAX_SPLIT * count
     memory = int(device.memory * usable_fraction())
     known: dict[str, Any] = {"capability": device.capability, "flops": device.flops}
+    if fleet.given:
+        most = fleet.hosts * fleet.count
+        known |= {"hosts": fleet.hosts}
+    known |= {"link": device.link}
     target = PlanDevice(device.title, [], memory, device.memory, "estimate", **known)
-    found = compile_only_devices(device, MAX_SPLIT * count)
+    found = compile_only_devices(device, most // fleet.hosts, fleet.hosts)
     if found is not None:
         return dataclasses.replace(target, devices=found, compiler="own", options=OPTIONS)
-    found = jax.devices("cpu")
+    found = jax.devices("cpu")[: most if fleet.given else None]
     if count > len(found):
         raise ValueError(
             f"plan = {name!r}: the mesh has {count} devices; without the package "
@@ -128,18 +137,23 @@ def find_plan_device(name: str | None, count: int) -> PlanDevice:
     return dataclasses.replace(target, devices=found)
 
 
-def prepare(config: Config) -> None:
+def prepare(config: Config, name: str) -> None:
     """Sets up jax to plan for a named device. Call it before any other use of jax.
 
     jax must not initialize local GPUs, because it would reserve their memory. The CPU may stand in
     for the named device, so it gets as many devices as a plan may need.
+
+    Raises:
+        ValueError: an unknown name.
     """
+    fleet = parse_fleet(name)
     jax.config.update("jax_platforms", "cpu")
     # A cached program for an absent device cannot be loaded.
     jax.config.update("jax_enable_compilation_cache", False)
     reset_cache()  # jax reads the setting once, unless told so
     with contextlib.suppress(RuntimeError):  # jax is already initialized
-        jax.config.update("jax_num_cpu_devices", MAX_SPLIT * device_count(config))
+        most = max(MAX_SPLIT * device_count(config), fleet.hosts * fleet.count)
+        jax.config.update("jax_num_cpu_devices", most)
 
 
 def _local_device() -> PlanDevice:
@@ -171,6 +185,13 @@ def read_base_shapes(config: Config) -> tuple[Base, LlamaConfig]:
 def measure(
     config: Config, base: Base, llama: LlamaConfig, target: PlanDevice, limit: int | None = None
 ) -> MemoryNeed:
+    """The memory of `compile_step` alone."""
+    return compile_step(config, base, llama, target, limit)[0]
+
+
+def compile_step(
+    config: Config, base: Base, llama: LlamaConfig, target: PlanDevice, limit: int | None = None
+) -> tuple[MemoryNeed, Any]:
     """Compiles the training step of a run, from shapes alone.
 
     Args:
@@ -180,6 +201,9 @@ def measure(
         target: the device to compile for.
         limit: in bytes. If the stored arrays exceed it, nothing is compiled and `MemoryNeed.step`
             is 0.
+
+    Returns:
+        The memory, and the compiled program or None.
 
     Raises:
         ValueError: the mesh does not fit the model, the batch or the devices, or a rule of
@@ -207,14 +231,14 @@ def measure(
     shape = ((2 if preference else 1) * train.batch_size, length)
     where = NamedSharding(mesh, P(ROWS))
     batch = {k: jax.ShapeDtypeStruct(shape, v, sharding=where) for k, v in names.items()}
-    base = _with_shardings(base, tree_shardings(mesh, base))
+    base = placed(base, tree_shardings(mesh, base))
     with jax.set_mesh(mesh):
         state = jax.eval_shape(lambda: init_state(model, optimizer, config.seed))
         # Absent devices have no list of memory kinds, so use an abstract mesh.
         places = mesh.abstract_mesh
         how: Any = {"model": model, "optimizer": optimizer, "config": train}
         step = make_step(places, state, **how, preference=preference)
-        state = _with_shardings(
+        state = placed(
             state,
             state_shardings(places, state, train.offload_optimizer, config.adapter.splits),
         )
@@ -233,7 +257,7 @@ def measure(
             length=length,
         )
         if limit is not None and need.peak > limit:
-            return need
+            return need, None
         # On a CPU, level 0 compiles in half the time and needs the same memory.
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         options = {"xla_backend_optimization_level": 0} if on_cpu else target.options
@@ -242,7 +266,7 @@ def measure(
             with silent_stderr():
                 program = lowered.compile(compiler_options=options)
     extra = new_bytes(program.memory_analysis())
-    return dataclasses.replace(need, step=device_bytes(batch) + extra // divisor)
+    return dataclasses.replace(need, step=device_bytes(batch) + extra // divisor), program
 
 
 def new_bytes(found: Any) -> int:
@@ -277,12 +301,6 @@ def silent_stderr() -> Iterator[None]:
 
 def _is_on_host(x: jax.ShapeDtypeStruct) -> bool:
     return x.sharding is not None and x.sharding.memory_kind == "pinned_host"
-
-
-def _with_shardings(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings
-    )
 
 
 def device_count(config: Config) -> int:

@@ -11,13 +11,15 @@ from irqlora_jax.config import Config, with_base_settings
 from irqlora_jax.messages import shows_messages
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.plan.calibration import CalibrationNeed, measure_calibration
+from irqlora_jax.plan.collectives import KINDS, collectives, total_bytes
 from irqlora_jax.plan.fit import with_planned_rules
-from irqlora_jax.plan.gpus import find_device
+from irqlora_jax.plan.gpus import parse_fleet
 from irqlora_jax.plan.measure import (
     MAX_SPLIT,
     TIGHT,
     MemoryNeed,
     PlanDevice,
+    compile_step,
     device_count,
     find_plan_device,
     measure,
@@ -29,6 +31,8 @@ from irqlora_jax.text import aligned, readable_size
 _MAX_SHARE = 0.95  # the driver and the libraries need the rest
 _MAX_ROWS = 1024
 _SMALL_CHUNK = 256
+NETWORK = 50
+"""GB/s for each GPU between hosts, in each direction: 400 Gb/s."""
 logger = logging.getLogger(__name__)
 
 
@@ -40,7 +44,7 @@ def plan(config: Config, name: str | None = None) -> bool:
 
     Args:
         config: of the run.
-        name: device to plan for, from `plan.gpus.DEVICES`; None: the local device.
+        name: devices to plan for, as for `plan.gpus.parse_fleet`; None: the local device.
 
     Returns:
         Whether the run fits.
@@ -49,8 +53,7 @@ def plan(config: Config, name: str | None = None) -> bool:
         ValueError, OSError: bad input.
     """
     if name is not None:
-        find_device(name)  # refuse an unknown name before the slow steps
-        config = _replace_fields(config, {"mesh.data": config.mesh.data or 1})
+        config = _with_data(config, name)  # refuse an unknown name before the slow steps
     config = with_base_settings(config)
     target = find_plan_device(name, device_count(config))
     if not is_base(config.model):
@@ -58,8 +61,10 @@ def plan(config: Config, name: str | None = None) -> bool:
     asked = config
     config = with_planned_rules(config, target)
     base, llama = read_base_shapes(config)
-    need = measure(config, base, llama, target)
+    need, program = compile_step(config, base, llama, target)
     logger.info(_table(config, need, target))
+    if need.devices > 1 and target.compiler == "own":
+        logger.info(_traffic(program, need, target))
     calibrated = True
     if config.calibrate.data is not None and not is_base(config.model):
         needed = measure_calibration(asked, llama, target)
@@ -80,6 +85,48 @@ def plan(config: Config, name: str | None = None) -> bool:
         logger.info(f"does not fit: {readable_size(-room)} too much")
     _advise(config, base, llama, target, need)
     return room >= 0 and calibrated
+
+
+def _with_data(config: Config, name: str) -> Config:
+    """Sets `mesh.data` for the devices of a plan, which the mesh has to fill if there are several.
+
+    Raises:
+        ValueError: an unknown device, or the mesh does not fill the devices.
+    """
+    fleet, mesh = parse_fleet(name), config.mesh
+    inner = mesh.fsdp * mesh.tensor
+    if not fleet.given:
+        return _replace_fields(config, {"mesh.data": mesh.data or 1})
+    total = fleet.hosts * fleet.count
+    data = mesh.data or max(1, total // inner)
+    if data * inner != total:
+        raise ValueError(
+            f"plan = {name!r}: has {total} devices, but mesh.data x mesh.fsdp x mesh.tensor = "
+            f"{data} x {mesh.fsdp} x {mesh.tensor}; expected the product {total}"
+        )
+    return _replace_fields(config, {"mesh.data": data})
+
+
+def _traffic(program: Any, need: MemoryNeed, target: PlanDevice) -> str:
+    """What the devices send each other in a step, and how long that takes at least."""
+    found = collectives(program.as_text(), need.devices)
+    local = need.devices // target.hosts
+    rows = [("sent by each device in a step", "times", "GiB")]
+    for kind in KINDS:
+        own = [one for one in found if one.kind == kind]
+        if own:
+            times = sum(one.times for one in own)
+            rows.append((kind, f"{times:,}", f"{total_bytes(own) / 2**30:.3f}"))
+    far = [one for one in found if one.crosses(local)]
+    near = total_bytes(found) - total_bytes(far)
+    text = aligned(rows)
+    if target.link is not None:
+        seconds = near / (target.link * 1e9) + total_bytes(far) / (NETWORK * 1e9)
+        parts = f"{target.link} GB/s in a host"
+        if target.hosts > 1:
+            parts += f", {NETWORK} GB/s (400 Gb/s) for each GPU between hosts"
+        text += f"\nat least {seconds:.3f} seconds, by arithmetic: {parts}"
+    return text
 
 
 def _table(config: Config, need: MemoryNeed, target: PlanDevice) -> str:

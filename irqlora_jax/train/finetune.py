@@ -402,9 +402,7 @@ def _begin_folder(
         file, fitted = folder / BASE_FILE, config.adapter.start.fit is not None
         used, llama = (survey or {}).get("calibrate"), job.model.config
         quant, source = config.quant, config.model
-        first_only(
-            lambda: save_base(file, base, llama, quant, source, fitted=fitted, calibrate=used)
-        )
+        save_base(file, base, llama, quant, source, fitted=fitted, calibrate=used)
         first_only(lambda: save_survey(folder, survey))
     if pairs is not None:
         _save_start(folder, job, pairs, base)

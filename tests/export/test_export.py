@@ -16,19 +16,22 @@ from safetensors.numpy import load_file
 
 from irqlora_jax import hf
 from irqlora_jax.adapters.config import AdapterConfig
+from irqlora_jax.adapters.qalora import QaloraOptions
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.model.llama import Llama
 from irqlora_jax.quant.calibrations.icq import IcqOptions
 from irqlora_jax.quant.config import QuantConfig
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.runs.load import load_run
-from irqlora_jax.sharding import LINEAR_NAMES
+from irqlora_jax.sharding import LINEAR_NAMES, MeshConfig
 from tests.models import FLOAT, IEC, LLAMA, NARROW, PLAIN, assert_same, random_base, write_run
 
 SOME = AdapterConfig(method="iec", rank=4, alpha=10.0, targets=("k_proj", "down_proj"))
 LORA = AdapterConfig(method="lora", rank=3, alpha=4.5)
 HALF = AdapterConfig(method="iec", rank=6, alpha=9.0, dtype="bfloat16")
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 43, (2, 20)), jnp.int32)
+
+NARROW_BLOCKS = QuantConfig(format="nf4", calibration="none", block_size=16)
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +134,20 @@ def test_every_number_of_a_model(tmp_path: Path, run: Path, kind: Any) -> None:
                 more = update(adapters["layers"][path[0]][name], layer, IEC)
                 assert np.abs(more).max() > 0.1
                 np.testing.assert_allclose(stored, weight + more, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter", "quantized"])
+def test_a_model_that_is_split_over_devices_is_exported_alike(tmp_path: Path, kind: Any) -> None:
+    llama = dataclasses.replace(LLAMA, hidden_size=64, intermediate_size=128, head_dim=16)
+    how = AdapterConfig(method="qalora", rank=4, alpha=8.0, qalora=QaloraOptions(group=16))
+    source = write_run(tmp_path / "run", llama, NARROW_BLOCKS, how)
+    out = []
+    for name, mesh in {"one": MeshConfig(data=1), "split": MeshConfig(1, 2, 2)}.items():
+        asked = hf.ExportConfig(str(source), str(tmp_path / name), kind, mesh=mesh)
+        out.append(read(hf.export(asked)))
+    assert out[0].keys() == out[1].keys()
+    for name, value in out[0].items():
+        np.testing.assert_allclose(out[1][name], value, **ULPS, err_msg=name)
 
 
 FORMATS = {

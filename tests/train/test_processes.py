@@ -22,6 +22,7 @@ MIXED = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
 FSDP = {"mesh__data": 2, "mesh__fsdp": 4}
 TEXT = {"quant__calibration": "importance", "calibrate__rows": 8, "calibrate__length": 64}
 TEXT |= {"calibrate__data": str(WORLD / "data" / "train.jsonl")}
+TEXT |= {"calibrate__format": "input_output"}
 QUESTIONS: dict[str, Any] = {"evaluate__questions": str(WORLD / "data" / "questions.jsonl")}
 CASES: dict[str, dict[str, Any]] = {
     "mixed": MIXED | QUESTIONS | {"evaluate__max_questions": 24, "evaluate__baselines": True},
@@ -34,10 +35,13 @@ QUICK = ("mixed", "fsdp", "text")
 
 RUNS = """
 import json
+import time
 from irqlora_jax.config import Config
 from irqlora_jax.train.finetune import run
 for settings in json.loads(%r):
+    began = time.monotonic()
     run(Config.load(%r, settings))
+    print("TIME", settings["output_dir"], time.monotonic() - began, file=sys.stderr)
 """
 SCORES = """
 from irqlora_jax.evaluate.tasks import EvalConfig, evaluate_run
@@ -185,7 +189,7 @@ def test_what_two_processes_refuse(tmp_path: Path) -> None:
         for output in run_processes(script, 2, 4, tmp_path)
     ]
     for first, second in zip(*said, strict=True):
-        assert first[0] == second[0] or "RuntimeError" in (first[0], second[0])
+        assert first[0] == second[0] or "OtherProcessError" in (first[0], second[0])
     differ, few, many, unseen, model = said[0]
     assert "train.learning_rate = 0.5 in process 1" in differ[1]
     assert "0.25 in process 0" in differ[1]
@@ -223,31 +227,30 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(tmp_path: Path) -> N
     killed = time.monotonic()
     (_, error), _ = finish(started, 60)
     assert time.monotonic() - killed < 60 and started[0].returncode != 0
-    assert "another process" in error or "another task died" in error
+    assert "another process has probably died" in error or "another task died" in error
 
 
 @pytest.mark.long
 def test_kills_do_not_change_the_end(tmp_path: Path) -> None:
     """Ten times one of two processes is killed at a random moment, and both are started again."""
-    rng, settings = np.random.default_rng(0), {"mesh__data": 8, "train__steps": 40}
-    settings |= {"train__save_every": 5, "train__eval_every": 10, "train__batch_size": 8}
+    rng, settings = np.random.default_rng(0), {"mesh__data": 8, "train__steps": 160}
+    settings |= {"train__save_every": 5, "train__eval_every": 40, "train__batch_size": 8}
 
     def begin(folder: Path) -> list[Any]:
         flags = ["--config", str(QUICKSTART), *as_flags(settings_of(folder, **settings))]
         return [start(command, 4, tmp_path) for command in train_commands(flags, 2)]
 
-    whole = begin(tmp_path / "whole")
     began = time.monotonic()
+    whole = begin(tmp_path / "whole")
+    wait_for(tmp_path / "whole" / "metrics.jsonl", '"step": 1,')
+    longest = time.monotonic() - began + 3  # while it starts, or within its first steps
     finish(whole)
-    seconds = time.monotonic() - began
-    kills = 0
-    while kills < 10:
+    for _ in range(10):
         started = begin(tmp_path / "killed")
-        time.sleep(rng.uniform(0.2, 0.9) * seconds)
-        if all(process.poll() is None for process in started):
-            started[rng.integers(2)].kill()
-            kills += 1
-        finish(started, 120)
+        time.sleep(rng.uniform(0.4, 1) * longest)
+        assert [process.poll() for process in started] == [None, None]
+        started[rng.integers(2)].kill()
+        finish(started, 400)  # if it was not connected yet, the other one waits for five minutes
     last = begin(tmp_path / "killed")
     finish(last)
     assert [process.returncode for process in last] == [0, 0]

@@ -1,0 +1,161 @@
+"""Counts the collectives of a compiled program, and the bytes that they move.
+
+A collective in a loop counts as often as the loop runs. Bytes are those that a device sends on a
+ring of n devices: (n - 1) / n of the result of an all-gather, as much of the operand of a
+reduce-scatter, and twice as much of an all-reduce.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "s2": 2, "u2": 2}
+_SHAPE = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")
+_HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{")
+_LINE = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
+_CALLED = re.compile(
+    r"\b(?:body|condition|calls|to_apply)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]+)\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_NAMED = re.compile(
+    r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{(.*?)\}"
+)
+
+Shape = tuple[str, tuple[int, ...]]
+"""Type and sizes, as the program names them: ("u8", (80, 1024))."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+        kind: one of `KINDS`.
+        shapes: of its results on one device.
+        group: the first group of devices that take part together.
+        times: how often it runs.
+        asynchronous: whether other work can go on meanwhile.
+    """
+
+    kind: str
+    shapes: tuple[Shape, ...]
+    group: tuple[int, ...]
+    times: int
+    asynchronous: bool
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes that each device sends, each time."""
+        size, count = sum(map(shape_bytes, self.shapes)), len(self.group)
+        if self.kind == "reduce-scatter":  # the result is one part of the operand
+            return size * (count - 1)
+        share = 1.0 if self.kind == "collective-permute" else (count - 1) / count
+        return size * share * (2 if self.kind == "all-reduce" else 1)
+
+    def crosses(self, local: int) -> bool:
+        """Whether a group has devices of several hosts, of `local` devices each."""
+        return len({device // local for device in self.group}) > 1
+
+
+def shape_bytes(shape: Shape) -> float:
+    """Size of an array of a program."""
+    kind, sizes = shape
+    digits = re.search(r"\d+", kind)
+    bits = _BITS.get(kind) or int(digits[0] if digits else 8)
+    return math.prod(sizes) * bits / 8
+
+
+def collectives(program: str, devices: int) -> list[Collective]:
+    """The collectives of a program, with the number of times that they run.
+
+    Args:
+        program: `compiled.as_text()`.
+        devices: number of devices that it runs on.
+
+    Raises:
+        ValueError: a loop with a collective has no known number of turns, or its devices are
+            written in an unknown form.
+    """
+    lines: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in program.splitlines():
+        head = _HEAD.match(line)
+        if head:
+            name = head[2]
+            entry = name if head[1] else entry
+        lines.setdefault(name, []).append(line)
+    found: list[Collective] = []
+
+    def visit(name: str, times: int) -> None:
+        for line in lines.get(name, ()):
+            parts = _LINE.match(line)
+            if parts is None:
+                continue
+            result, operation, rest = parts.groups()
+            kind = operation.removesuffix("-start")
+            if kind in KINDS:
+                shapes = tuple(_shapes(result))
+                if operation == "all-gather-start":  # operands, then results
+                    shapes = shapes[len(shapes) // 2 :]
+                waits = operation == kind or '"is_sync":true' in rest
+                found.append(Collective(kind, shapes, _group(rest, devices), times, not waits))
+                continue
+            trips = _TRIPS.search(rest) if operation == "while" else None
+            before, again = len(found), times * int(trips[1] if trips else 1)
+            for one, branches in _CALLED.findall(rest):
+                for other in [one, *re.findall(r"[\w.\-]+", branches)]:
+                    if other in lines:
+                        visit(other, again)
+            if operation == "while" and trips is None and len(found) > before:
+                raise ValueError(f"a loop with collectives and unknown turns: {line[:200]}")
+
+    visit(entry, 1)
+    return found
+
+
+def total_bytes(found: Iterable[Collective]) -> float:
+    """Bytes that each device sends in one run of the program."""
+    return sum(one.nbytes * one.times for one in found)
+
+
+def _shapes(text: str) -> list[Shape]:
+    return [
+        (kind, tuple(int(size) for size in sizes.split(",") if size))
+        for kind, sizes in _SHAPE.findall(text)
+    ]
+
+
+def _group(text: str, devices: int) -> tuple[int, ...]:
+    """The first group of devices of a collective."""
+    listed, iota, named = (form.search(text) for form in (_LISTED, _IOTA, _NAMED))
+    if listed:
+        return _numbers(listed[1])
+    if iota:
+        shape, sizes, order = (_numbers(part or "") for part in iota.groups())
+        ids = _ids(sizes, order).reshape(shape)
+        return tuple(ids.reshape(-1, shape[-1])[0].tolist())
+    if named:
+        axes = re.findall(r"'(\w+)'=(\d+)", named[1])
+        sizes = tuple(int(size) for _, size in axes)
+        ids = _ids(_numbers(named[2] or "") or sizes, _numbers(named[3] or "")).reshape(sizes)
+        own = re.findall(r"'(\w+)'", named[4])
+        place = tuple(slice(None) if name in own else 0 for name, _ in axes)
+        return tuple(ids[place].reshape(-1).tolist())
+    if "source_target_pairs=" in text or "replica_groups={}" in text:
+        return tuple(range(devices))
+    raise ValueError(f"unknown groups of devices: {text[:300]}")
+
+
+def _ids(sizes: tuple[int, ...], order: tuple[int, ...]) -> np.ndarray:
+    ids = np.arange(math.prod(sizes)).reshape(sizes)
+    return ids.transpose(order) if order else ids
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(",") if number)
