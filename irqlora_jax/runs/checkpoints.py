@@ -341,4 +341,9 @@ def _short_reason(error: Exception) -> str:
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+    """The shape of an array and where to put it: without a sharding on one device of this process,
+    since the devices that wrote it may not exist here."""
+    where = getattr(x, "sharding", None)
+    if where is None:
+        where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

@@ -17,6 +17,7 @@ from tests.models import QUICKSTART, ROOT, WORLD, as_flags, run_settings
 from tests.processes import finish, run_processes, start, train_commands
 from tests.train.small_runs import assert_same_run, losses_of, rows_of, steps_of
 
+pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 MODEL = ROOT / "examples" / "factworld" / "base-small"
 MIXED = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
 FSDP = {"mesh__data": 2, "mesh__fsdp": 4}
