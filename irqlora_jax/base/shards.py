@@ -82,8 +82,8 @@ def is_spread(arrays: Arrays) -> bool:
 
 
 def chunks(x: Any, start: int, stop: int) -> Iterator[np.ndarray]:
-    """Entries of the first axis of an array, chunk by chunk, in this process. All processes, if the
-    array is on devices of several."""
+    """Entries of the first axis of an array, chunk by chunk. All processes, if the array is on
+    devices of several; the first one gets them."""
     if not isinstance(x, jax.Array) or _is_here(x):
         host = np.asarray(x)
         yield host[start:stop] if host.shape else host
@@ -91,11 +91,23 @@ def chunks(x: Any, start: int, stop: int) -> Iterator[np.ndarray]:
     axes = x.sharding.spec if isinstance(x.sharding, NamedSharding) else ()
     axis = next((i for i, names in enumerate(axes) if not names), len(axes))
     if 0 < axis < x.ndim:  # the rows are split over devices: take columns of all
-        yield np.concatenate(list(_gathered(x, axis, 0, x.shape[axis])), axis)[start:stop]
+        yield _assembled(x, axis)[start:stop]
     elif axis == 0:
         yield from _gathered(x, 0, start, stop)
     else:
         yield fetch(x)[start:stop] if x.shape else fetch(x)
+
+
+def _assembled(x: jax.Array, axis: int) -> np.ndarray:
+    """The whole array, gathered in parts along an axis. Of several processes, only the first one
+    keeps it; it is empty in the others."""
+    keeps = is_first() or x.is_fully_addressable
+    found, end = np.empty(x.shape if keeps else (0,) * x.ndim, x.dtype), 0
+    for part in _gathered(x, axis, 0, x.shape[axis]):
+        start, end = end, end + part.shape[axis]
+        if keeps:
+            found[(slice(None),) * axis + (slice(start, end),)] = part
+    return found
 
 
 def _is_here(x: jax.Array) -> bool:

@@ -144,7 +144,7 @@ class Inputs(Statistics):
         own = self._devices.copied(weights)
         measure = functools.partial(input_moments, alone(self._llama, self._layer))
         for found in self._devices.map(measure, own, _wide(self._parts(self.states))):
-            total = found if total is None else jax.tree.map(jnp.add, total, found)
+            total = _added(total, found)
         total = _relative(total)
         return total | {name: total[same] for name, same in SAME_INPUTS.items()}
 
@@ -217,7 +217,7 @@ class Gradients(Statistics):
         batches = _wide(self._states[-1]), self._gradients
         for before, *found in self._devices.map(measure, own, *batches):
             self._next.append(np.asarray(before))
-            total = found if total is None else jax.tree.map(jnp.add, total, found)
+            total = _added(total, found)
         moments, self.squares = total
         return _relative(moments)
 
@@ -231,6 +231,13 @@ class Gradients(Statistics):
 def alone(llama: LlamaConfig, layer: int) -> Settings:
     """The settings of a layer without adapters. Layers of the same kind have the same."""
     return Settings(llama.of_layer(layer), None, None, None, deterministic=True)
+
+
+def _added(total: Any, found: Any) -> Any:
+    """Adds to a sum. Waits for it, so that not the results of all devices are on the first one."""
+    if total is None:
+        return found
+    return jax.block_until_ready(jax.tree.map(jnp.add, total, found))
 
 
 def _wide(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

@@ -32,7 +32,7 @@ VERSION = "2"
 TYPES = {"U8": "uint8", "U16": "uint16", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Types of tensors in safetensors files, and in NumPy."""
 ADVICE = "copy the file again, or quantize the model again"
-CHUNK = 2**26
+CHUNK = 2**24
 """Bytes of a tensor that are read or gathered at a time."""
 
 

@@ -143,8 +143,8 @@ def found(folder: Path) -> list[dict[str, Any]]:
 
 def of_one(folder: Path, name: str) -> dict[str, str]:
     """Checksums of the base of one process with one device."""
-    given = {"calibrate": ROWS} if name == "text" else {}
-    return checksums(hf.load_base(folder / "model", BASES[name], **given)[0])
+    rows = ROWS if name == "text" else None
+    return checksums(hf.load_base(folder / "model", BASES[name], calibrate=rows)[0])
 
 
 @pytest.mark.parametrize("name", BASES)

@@ -32,7 +32,7 @@ def tensor_places(file: Path) -> dict[str, tuple[int, int]]:
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
-    del header["__metadata__"]
+    header.pop("__metadata__", None)
     offsets = {name: entry["data_offsets"] for name, entry in header.items()}
     return {name: (8 + size + first, 7 + size + end) for name, (first, end) in offsets.items()}
 

@@ -72,6 +72,10 @@ def test_every_type_is_read_row_by_row_in_the_order_of_hugging_face(file: Path, 
         read = np.empty(value[3:201].shape, value.dtype)
         read_into(read, found[name], name, 3)
         np.testing.assert_array_equal(read, value[3:201])
+        if value.ndim == 2:
+            read = np.empty(value[3:201, 5:9].shape, value.dtype)
+            read_into(read, found[name], name, 3, slice(5, 9))
+            np.testing.assert_array_equal(read, value[3:201, 5:9])
 
 
 def test_only_a_part_of_a_tensor_is_dequantized_at_a_time(
