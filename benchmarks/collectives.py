@@ -1,6 +1,6 @@
 """What the devices of a mesh send each other in a training step, from compiled programs.
 
-    python benchmarks/collectives.py [--cases 65b-8 70b-16 ...]
+    python benchmarks/collectives.py [--cases 65b-8 70b-16 ...] [--without_options]
 
 Compiles the step (nf4 with ICQ, IEC of rank 64 on all layers, 512 tokens a row, a row a device) for
 H100s that are not there: nothing runs. Prints a line of JSON for each mesh: GiB of each device, how
@@ -27,7 +27,7 @@ from irqlora_jax.plan.collectives import KINDS, collectives, shape_bytes, total_
 from irqlora_jax.plan.measure import compile_step, find_plan_device
 from irqlora_jax.plan.plan import NETWORK
 from irqlora_jax.quant.qtensor import QTensor
-from irqlora_jax.sharding import MeshConfig
+from irqlora_jax.sharding import OVERLAP, MeshConfig
 from tests.architectures import MODELS
 
 CASES = {
@@ -94,9 +94,13 @@ def main() -> None:
     """Prints the figures of the chosen cases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--without_options", action="store_true", help="without OVERLAP")
+    asked = parser.parse_args()
+    if asked.without_options:
+        OVERLAP.clear()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
-    for case in parser.parse_args().cases:
+    for case in asked.cases:
         print(json.dumps(measure(case)), flush=True)
 
 
