@@ -120,6 +120,12 @@ _ELSEWHERE = {
 }
 
 
+_MANY = ("train", "eval", "quantize")
+"""Commands that several processes can run together."""
+_JOIN = """several processes: --distributed auto (SLURM, Open MPI, Kubernetes), or
+  --distributed HOST:PORT --process I --processes N (docs/scale.md)"""
+
+
 def _usage() -> str:
     lines = "\n".join(f"  {name:<11}  {line}" for name, (line, _) in _COMMANDS.items())
     return f"""usage: irqlora COMMAND [--config FILE] [--section.field value ...]
@@ -127,12 +133,8 @@ def _usage() -> str:
 {lines}
 
 irqlora COMMAND --help lists every option with its unit and default.
---distributed auto | HOST:PORT joins the processes of {", ".join(_MANY)} into one (docs/scale.md).
+{", ".join(_MANY)} in {_JOIN}
 irqlora --version prints the version."""
-
-
-_MANY = ("train", "eval", "quantize")
-"""Commands that several processes can run together."""
 
 
 def _connection(name: str, flags: Sequence[str]) -> tuple[dict[str, Any] | None, list[str]]:
@@ -152,6 +154,8 @@ def _connection(name: str, flags: Sequence[str]) -> tuple[dict[str, Any] | None,
     except argparse.ArgumentError as error:
         raise ValueError(f"{error.argument_name}: {error.message}") from error
     given = {key: value for key, value in vars(found).items() if value is not None}
+    if name in _MANY and {"-h", "--help"} & set(rest):
+        print(f"{_JOIN}\n")
     if not given:
         return None, list(flags)
     if name not in _MANY and found.distributed != "off":

@@ -209,8 +209,9 @@ def describe_loss(error: RuntimeError) -> str | None:
         return None
     reason = shorten(" ".join(str(error).split()), quoted=False)
     return (
-        f"another process has probably died, see its last words ({reason}); the same command in "
-        "all processes goes on from the newest checkpoint"
+        f"an exchange with the other processes failed ({reason}); one of them has probably died, "
+        "and its own output says why; the same command in all of them goes on from the newest "
+        "checkpoint"
     )
 
 

@@ -64,7 +64,13 @@ class MeshConfig:
             require(ok, f"mesh.{name}", value, "a whole number of at least 1")
 
 
-def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig,
+    rows: int,
+    devices: Sequence[Any] | None = None,
+    *,
+    field: str = "train.batch_size / train.accumulation",
+) -> Mesh:
     """Makes a mesh over the devices of all processes.
 
     With `mesh.data` null it uses the largest number of devices that can split the rows evenly.
@@ -73,6 +79,7 @@ def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = Non
         config: sizes of the axes.
         rows: rows of a forward pass.
         devices: devices to use instead of all.
+        field: setting of the rows, for messages.
 
     Raises:
         ValueError: not enough devices, the rows cannot be split evenly, or a process would have no
@@ -92,14 +99,14 @@ def make_mesh(config: MeshConfig, rows: int, devices: Sequence[Any] | None = Non
     if rows % (data * config.fsdp):
         raise ValueError(
             f"mesh.data x mesh.fsdp = {data * config.fsdp} cannot split the {rows} rows of a batch "
-            "(train.batch_size / train.accumulation): expected a divisor"
+            f"({field}): expected a divisor"
         )
     if jax.process_count() > 1 and data * inner < len(devices):
         raise ValueError(
             f"mesh.data x mesh.fsdp x mesh.tensor = {data} x {config.fsdp} x {config.tensor} = "
             f"{data * inner} devices: expected all {len(devices)} devices of the "
-            f"{jax.process_count()} processes; a batch has {rows} rows (train.batch_size / "
-            "train.accumulation) to split over mesh.data x mesh.fsdp"
+            f"{jax.process_count()} processes; a batch has {rows} rows ({field}) to split over "
+            "mesh.data x mesh.fsdp"
         )
     shape = (data, config.fsdp, config.tensor)
     grid = np.asarray(devices[: math.prod(shape)]).reshape(shape)

@@ -140,7 +140,7 @@ def evaluate_run(asked: EvalConfig) -> dict[str, Any]:
     asked = dataclasses.replace(asked, checkpoint=checkpoint)
     if asked.task == "mmlu" and asked.shots is None:
         asked = dataclasses.replace(asked, shots=5)
-    mesh = make_mesh(asked.mesh, asked.rows)
+    mesh = make_mesh(asked.mesh, asked.rows, field="batch_size")
     where = mesh if mesh.size > 1 else None
     with contextlib.nullcontext() if where is None else jax.set_mesh(where):
         return _evaluate(asked, where)
