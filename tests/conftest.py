@@ -37,7 +37,17 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
-LONGEST = ("notebooks", "mixed_base", "kills", "run", "trained_base", "relatives", "qtensor")
+LONGEST = (
+    "processes",
+    "distributed_base",
+    "notebooks",
+    "mixed_base",
+    "kills",
+    "run",
+    "trained_base",
+    "relatives",
+    "qtensor",
+)
 LONGEST += ("exported", "train_layer", "damage", "layerwise", "released", "outliers", "icq")
 LONGEST += ("loftq_runs", "matmul", "llama", "budget", "harness", "command_line", "peft_methods")
 LONGEST += ("step", "claim", "loftq", "export", "adapters", "pooled", "evaluate", "decode")

@@ -55,7 +55,8 @@ def _facts(start: str, weight: QTensor, dtype: str) -> _Facts:
     if weight.shift_codes is not None or weight.shift_update is not None:
         raise ValueError(
             f"{start} shifts, for which bitsandbytes has no place; expected a base with "
-            f"quant.calibration none or gptq and no trained shifts, {ELSE}"
+            f"quant.calibration none or gptq, or with quant.symmetric true, and no trained shifts, "
+            f"{ELSE}"
         )
     if size not in _BLOCKS:
         accepted = ", ".join(map(str, _BLOCKS))

@@ -55,7 +55,7 @@ class QuantRule:
     rounding: Rounding | None = None
     """How codes are chosen."""
     symmetric: bool | None = None
-    """Integers only: fix the zero point in the middle of the codes."""
+    """Fix the zero point, or leave the shift out."""
     outliers: float | None = None
     """Share of the weights that keep 16 bits."""
     scale_rule: ScaleRule | None = None
@@ -112,7 +112,9 @@ class QuantConfig:
     scales and shifts (EfficientQAT). Both also train the pairs of an `adapter.init` that is not
     "default"."""
     symmetric: bool = False
-    """Integers only: fix the zero point in the middle of the codes."""
+    """Integers: fix the zero point in the middle of the codes. NormalFloat and FP4, with
+    calibration joint, robust or importance: choose the scales alone and store no shifts, as
+    bitsandbytes needs it. The plain quantizer has none in any case."""
     outliers: float = 0.0
     """Share of the weights of each matrix that keep 16 bits, at least 0 and below 0.5: 0.01 costs
     0.32 bits a weight. They are chosen before the calibration, and `quant.training` keeps them."""
@@ -159,8 +161,10 @@ class QuantConfig:
         require(source in ("stored", "exact"), "quant.codes_from", source, "stored or exact")
         format = FORMATS.get(self.format)
         integer = format is not None and format.integer
-        accepted = f"false with quant.format {self.format}"
-        require(integer or not self.symmetric, "quant.symmetric", self.symmetric, accepted)
+        scales_alone = format is not None and name in ("none", "joint", "robust", "importance")
+        accepted = f"false with quant.format {self.format} and quant.calibration {name}"
+        ok = integer or scales_alone or not self.symmetric
+        require(ok, "quant.symmetric", self.symmetric, accepted)
         if format is not None:
             able = [one.name for one in CALIBRATIONS.values() if one.most_bits >= format.bits]
             accepted = f"{' or '.join(able)} with quant.format {format.name}"

@@ -73,14 +73,16 @@ def compare(folder: Path, run: Path, kind: str, atol: float) -> Path:
 
 
 NESTED = QuantConfig(format="nf4", calibration="none")
+SCALES = QuantConfig(format="nf4", calibration="joint", symmetric=True)
 FLOATS = QuantConfig(
     format="fp4", calibration="none", block_size=32, scale_rule="uniform", scale_bits=6
 )
 
 
-def test_bitsandbytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant", [NESTED, SCALES], ids=["plain", "joint"])
+def test_bitsandbytes(tmp_path: Path, quant: QuantConfig) -> None:
     pytest.importorskip("bitsandbytes")
-    out = compare(tmp_path, write_run(tmp_path / "run", WIDE, NESTED, IEC), "bitsandbytes", 1e-4)
+    out = compare(tmp_path, write_run(tmp_path / "run", WIDE, quant, IEC), "bitsandbytes", 1e-4)
     described = json.loads((out / "config.json").read_text())["quantization_config"]
     assert described["bnb_4bit_use_double_quant"]
 

@@ -103,7 +103,8 @@ def test_finds_what_a_slow_grid_of_525_candidates_finds(name):
 @pytest.mark.parametrize(
     ("name", "partial", "symmetric"),
     [(name, False, False) for name in FORMATS]
-    + [("nf4", True, False), ("int3", True, True), ("int4", False, True)],
+    + [("nf4", True, False), ("int3", True, True), ("int4", False, True)]
+    + [("nf4", False, True), ("nf2", True, True), ("fp4", False, True)],
 )
 def test_never_loses_more_than_the_plain_quantizer(name, partial, symmetric):
     blocks, valid = make_partial(make_blocks(64)) if partial else (make_blocks(64), None)
@@ -113,6 +114,32 @@ def test_never_loses_more_than_the_plain_quantizer(name, partial, symmetric):
     ours = errors(blocks, name, *found, valid)
     largest = np.abs(blocks).max(1).astype(np.float64)
     assert (ours <= plain * (1 + 1e-4) + 64 * (6e-7 * largest) ** 2).all()
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf3", "fp4"])
+def test_scales_without_shifts_come_close_to_a_grid(name):
+    """A slow search over 400 scales of each block, without least squares."""
+    blocks = make_blocks(64)
+    scale, shift = search(blocks, name, symmetric=True)
+    assert (shift == 0).all()
+    largest, nothing = np.abs(blocks).max(1).astype(np.float64), np.zeros(len(blocks))
+    tried = (errors(blocks, name, f * largest, nothing) for f in np.linspace(0.3, 1.2, 400))
+    slow, ours = np.min(list(tried), axis=0), errors(blocks, name, scale, nothing)
+    some = slow > 0
+    assert ours.sum() <= slow.sum() * 1.02 and np.median(ours[some] / slow[some]) <= 1.01
+
+
+@pytest.mark.parametrize("calibration", ["joint", "robust"])
+def test_a_base_without_shifts_is_as_large_as_a_plain_one(calibration):
+    weight = jnp.asarray(np.random.default_rng(0).standard_t(4, (16, 256)), jnp.float32)
+    quant = QuantConfig(format="nf4", calibration=calibration, symmetric=True)
+    found, plain = quantize(weight, quant), quantize(weight, quant.plain)
+    assert jax.tree.structure(found) == jax.tree.structure(plain)
+    assert found.shift_codes is None and quant.plain.calibration == "none"
+    apart = [jnp.sum((one.dequantize() - weight) ** 2) for one in (found, plain)]
+    assert calibration == "robust" or apart[0] < apart[1]
+    with pytest.raises(ValueError, match=r"nf4 and quant\.calibration icq"):
+        QuantConfig(format="nf4", calibration="icq", symmetric=True)
 
 
 @pytest.mark.parametrize("name", ["nf4", "int3"])

@@ -208,12 +208,16 @@ def wait_for(file: Path, text: str, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-def test_a_signal_to_one_process_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
-    """And a process that dies ends the others, within a minute and with a sentence."""
-    folder = tmp_path / "run"
+def endless(folder: Path) -> list[Any]:
+    """Two processes that train for thousands of steps."""
     settings = settings_of(folder, mesh__data=8, train__steps=4000, train__eval_every=0)
     flags = ["--config", str(QUICKSTART), *as_flags(settings)]
-    started = [start(command, 4, tmp_path) for command in train_commands(flags, 2)]
+    return [start(command, 4, folder.parent) for command in train_commands(flags, 2)]
+
+
+def test_a_signal_to_one_process_ends_all_with_a_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    started = endless(folder)
     wait_for(folder / "metrics.jsonl", '"step": 3,')
     started[1].send_signal(signal.SIGTERM)
     said = finish(started, 60)
@@ -222,8 +226,11 @@ def test_a_signal_to_one_process_ends_all_with_a_checkpoint(tmp_path: Path) -> N
     (step,) = steps_of(folder)
     assert dict(losses_of(folder)).keys() == set(range(1, step + 1))
 
-    started = [start(command, 4, tmp_path) for command in train_commands(flags, 2)]
-    wait_for(folder / "metrics.jsonl", f'"step": {step + 2},')
+
+@pytest.mark.long
+def test_a_process_that_dies_ends_the_others_within_a_minute(tmp_path: Path) -> None:
+    started = endless(tmp_path / "run")
+    wait_for(tmp_path / "run" / "metrics.jsonl", '"step": 3,')
     started[1].kill()
     killed = time.monotonic()
     (_, error), _ = finish(started, 60)

@@ -24,7 +24,7 @@ def _calibrate(
     inputs: Array | None,
 ) -> Calibrated:
     found = joint.search(blocks, format, symmetric, float("inf"), valid=valid, inputs=inputs)
-    return joint.calibrated(format, *found)
+    return joint.calibrated(format, symmetric, *found)
 
 
 IMPORTANCE = Calibration(

@@ -88,7 +88,8 @@ def search(
     Args:
         blocks: weights.
         format: code book.
-        symmetric: integers only: fixes the zero point in the middle of the codes.
+        symmetric: fixes the zero point of integers in the middle of the codes, and the shift of
+            the other formats at 0.
         error_weight: weight of the relative squared error, in bits of entropy; 0 to infinity.
         refine_steps: least-squares steps at the end; a block keeps those that lower its error.
         valid: number of real elements in each block (at least 1); None: all.
@@ -148,11 +149,14 @@ def _search(
 ) -> tuple[Float32[Array, " b"], Float32[Array, " b"]]:
     block, b = w.shape
     n = jnp.full(b, block, jnp.int32) if count is None else count
+    unshifted = symmetric and not format.integer
+    at_zero = format.integer or unshifted
     levels = np.sort(format.table)
     middle, half = (levels[0] + levels[-1]) / 2, (levels[-1] - levels[0]) / 2
 
     # Computes in units of max|w - median|; the halves prevent overflow. Integer formats are not
-    # centered, because their zero point is the code of 0, and their range includes 0.
+    # centered, because their zero point is the code of 0, and their range includes 0. Nor are
+    # formats without a shift.
     center = lower_median(masked(w, count, np.inf), n)[None]
     low = masked(w, count, np.inf).min(0, keepdims=True)
     high = masked(w, count, -np.inf).max(0, keepdims=True)
@@ -161,7 +165,7 @@ def _search(
     largest = jnp.maximum(high, -low) / half
     if format.integer and not symmetric:
         largest = (high / 2 - low / 2) / half
-    origin = jnp.zeros_like(center) if format.integer else center
+    origin = jnp.zeros_like(center) if at_zero else center
     reach = jnp.maximum(high / 2 - center / 2, center / 2 - low / 2)
     unit = jnp.where(reach > FLOAT_TINY, reach, 1)
 
@@ -187,6 +191,8 @@ def _search(
         return masked(level, count, 0), masked(rank, count, 0), scale, shift
 
     def zero_point(scale: Array, shift: Array) -> Array:
+        if unshifted:
+            return jnp.zeros_like(scale)
         if symmetric:
             return jnp.full_like(scale, 2 ** (format.bits - 1))
         parts = 2 ** (8 - format.bits)
@@ -200,7 +206,7 @@ def _search(
         flat = spread <= 1e-6 * jnp.maximum(square, 1)
         scale = jnp.where(flat, start, covariance / jnp.where(flat, 1, spread))
         shift = mean - scale * total / size
-        if not format.integer:
+        if not at_zero:
             return scale * (2 * covariance - scale * spread) - variance, scale, shift
         zero = zero_point(scale, shift)
         square += zero * (size * zero - 2 * total)
@@ -238,7 +244,7 @@ def _search(
         move, width = jnp.asarray(_CANDIDATES)[i]
         shift = shift + move + middle * (1 - width) * scale
         scale = width * scale
-        if format.integer:
+        if at_zero:
             shift = -zero_point(scale, shift) * scale
         return codes_of(scale, shift)
 
@@ -319,14 +325,15 @@ def _calibrate(
     inputs: Array | None,
 ) -> Calibrated:
     weight, steps = options.error_weight, options.refine_steps
-    return calibrated(format, *search(blocks, format, symmetric, weight, steps, valid))
+    found = search(blocks, format, symmetric, weight, steps, valid)
+    return calibrated(format, symmetric, *found)
 
 
-def calibrated(format: Format, scale: Array, place: Array) -> Calibrated:
+def calibrated(format: Format, symmetric: bool, scale: Array, place: Array) -> Calibrated:
     """The result of `search` as a `Calibrated`."""
     if format.integer:
         return Calibrated(scale=scale, zero=place)
-    return Calibrated(scale=scale, shift=place)
+    return Calibrated(scale=scale, shift=None if symmetric else place)
 
 
 JOINT = Calibration(

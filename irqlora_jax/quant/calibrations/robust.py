@@ -53,7 +53,7 @@ def _calibrate(
     inputs: Array | None,
 ) -> Calibrated:
     found = joint.search(blocks, format, symmetric, float("inf"), valid=valid, weigh=weigh)
-    return joint.calibrated(format, *found)
+    return joint.calibrated(format, symmetric, *found)
 
 
 ROBUST = Calibration("robust", "robust", "robust calibration", _calibrate, most_bits=4)
