@@ -154,8 +154,6 @@ def _connection(name: str, flags: Sequence[str]) -> tuple[dict[str, Any] | None,
     except argparse.ArgumentError as error:
         raise ValueError(f"{error.argument_name}: {error.message}") from error
     given = {key: value for key, value in vars(found).items() if value is not None}
-    if name in _MANY and {"-h", "--help"} & set(rest):
-        print(f"{_JOIN}\n")
     if not given:
         return None, list(flags)
     if name not in _MANY and found.distributed != "off":
