@@ -71,6 +71,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, text: str) -> N
         ("quant: {symmetric: true}", ["quant.symmetric", "false with quant.format nf4"]),
         ("quant: {search: zero_point}", ["quant.icq.search", "range with quant.format nf4"]),
         ("quant: {search_range: 2}", ["quant.icq.range", "2", "between 0 and 1"]),
+        ("adapter: {from: ''}", ["adapter.init_from = ''", "a folder", "new", "null"]),
+        ("adapter: {init_from: ' '}", ["adapter.init_from = ' '", "a folder"]),
         ("adapter: {rank: 0}", ["adapter.rank", "0", "at least 1"]),
         ("adapter: {dropout: 1.0}", ["adapter.dropout", "1.0"]),
         ("adapter: {targets: [query]}", ["adapter.targets", "query", "q_proj"]),

@@ -108,6 +108,9 @@ class AdapterConfig:
         require(self.scales >= 0, "adapter.scales", self.scales, "quant.block_size, or 0")
         ok = not self.scales or self.chosen.prepare is None
         require(ok, "adapter.scales", self.scales, f"0 with adapter.method {self.method}")
+        ok = self.init_from is None or bool(self.init_from.strip())
+        accepted = "a folder, the id of an adapter on the hub, new, or null"
+        require(ok, "adapter.init_from", self.init_from, accepted)
         ok = self.init_from is None or self.init == "default"
         accepted = "default with adapter.init_from, which gives the adapter"
         require(ok, "adapter.init", self.init, accepted)

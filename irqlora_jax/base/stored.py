@@ -10,6 +10,7 @@ The split follows the layers alone, so it does not depend on the devices that ma
 
 import dataclasses
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -38,13 +39,14 @@ CHUNK = 2**24
 
 def has_base(folder: str | Path) -> bool:
     """Whether there is a complete base in a folder, in either form."""
-    return find_file(Path(folder) / BASE_FILE).is_file()
+    # Unlike Path.is_file, false for names that no file can have.
+    return os.path.isfile(find_file(Path(folder) / BASE_FILE))
 
 
 def find_file(path: Path) -> Path:
     """The file that marks a base as complete: `path` itself, or its index if only that is there."""
     index = index_of(path)
-    return index if not path.is_file() and index.is_file() else path
+    return index if not os.path.isfile(path) and os.path.isfile(index) else path
 
 
 def index_of(path: Path) -> Path:

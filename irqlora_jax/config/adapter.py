@@ -44,7 +44,7 @@ def fill_from_adapter(
     written = given.get("adapter.init_from")
     source = None if written is None else convert("adapter.init_from", written)
     complete = all(f"adapter.{name}" in given for name in SAME)  # as in the config.json of a run
-    if source is None or source == NEW or complete:
+    if source is None or source == NEW or not source.strip() or complete:  # "" is refused later
         return given
     stored = os.path.join(str(given.get("output_dir", "")), CONFIG_FILE)
     if os.path.isfile(stored):  # unlike Path.is_file, false for names that no file can have

@@ -2,9 +2,11 @@
 
 import contextlib
 import csv
+import errno
 import glob
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -170,6 +172,15 @@ def local_files(source: str) -> list[Path] | None:
     accepted = f"a file ({', '.join(SUFFIXES)}) or the id of a data set on the hub"
     if not source.strip():
         raise ValueError(f"the data set {source!r} has no name: expected {accepted}")
+    try:
+        os.stat(source)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            name = f"the data set {shorten(source)}"
+            reason = f"has a name that no file can have: expected {accepted}"
+            raise ValueError(f"{name} {reason}") from None
+    except ValueError:  # a null character
+        pass
     path = Path(source)
     if not path.exists() and glob.has_magic(source):
         paths = [Path(name) for name in sorted(glob.glob(source, recursive=True))]

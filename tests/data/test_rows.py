@@ -18,6 +18,7 @@ from irqlora_jax.data import load_examples, read_rows
 from irqlora_jax.data.chat import read_conversations
 from irqlora_jax.data.formats import read_pairs
 from irqlora_jax.data.rows import read_documents
+from irqlora_jax.data.sources import load_data_sets
 from tests.data.small_data import ROWS, config, make_tokenizer, write_file
 
 
@@ -243,6 +244,15 @@ def test_a_missing_file_is_not_looked_for_on_the_hub(monkeypatch, tmp_path, name
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(FileNotFoundError, match="there is no such file"):
         load_examples(name, config(), make_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 300 + ".jsonl"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_name_that_is_too_long_is_one_sentence(name, streaming):
+    message = "^the data set 'xxx.* has a name that no file can have: expected a file"
+    with pytest.raises(ValueError, match=message) as error:
+        load_data_sets(config(train=name, streaming=streaming), make_tokenizer(), 64, seed=0)
+    assert len(str(error.value)) < 450
 
 
 def test_a_folder_and_an_empty_name_are_refused(tmp_path):
