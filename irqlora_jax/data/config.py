@@ -77,9 +77,10 @@ class DataConfig:
     """Use at most this many rows of each entry of `train` and `eval` (null: all)."""
     streaming: bool = False
     """Read and tokenize the rows of `train` when they are used, for sets larger than the memory.
-    Files must be .jsonl or .parquet. Rows without a token to learn are not left out, and a bad row
-    is found only when it is used. Plain text, packing and group_by_length tokenize every row once
-    at the start, to know the lengths. The evaluation set is in memory in any case."""
+    Files must be .jsonl or .parquet; those of a data set on the hub are downloaded. Rows without a
+    token to learn are not left out, and a bad row is found only when it is used. Plain text,
+    packing and group_by_length tokenize every row once at the start, to know the lengths. The
+    evaluation set is in memory in any case."""
     chat_template: str | None = None
     """Chat only: chatml, llama-2, llama-3, alpaca, mistral or zephyr, or a file with a Jinja
     template. Used instead of the tokenizer's template, and kept in the tokenizer of the run."""

@@ -1,12 +1,19 @@
 """Reads data sets of the Hugging Face hub."""
 
-from collections.abc import Sequence
-from typing import Any
+import errno
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 from irqlora_jax.machine import reaches_hub
 
 # Errors of `datasets` that list the valid names and contain nothing secret.
 _HUB_NAMES = ("Unknown split", "BuilderConfig", "Config name is missing")
+# How `datasets` names a file on the hub. The revision is a commit.
+_FILE = re.compile(r"hf://datasets/(?P<repo_id>[^@]+)@(?P<revision>[^/]+)/(?P<filename>.+)")
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+Answer = TypeVar("Answer")
 
 
 def read_hub(source: str, names: Sequence[str], split: str) -> list[dict[str, Any]]:
@@ -21,13 +28,81 @@ def read_hub(source: str, names: Sequence[str], split: str) -> list[dict[str, An
         FileNotFoundError: the hub does not provide it; the message says why and what to do.
     """
     import datasets
+
+    def read() -> list[dict[str, Any]]:
+        return [dict(columns) for columns in datasets.load_dataset(*names, split=split)]
+
+    return _ask(source, read)
+
+
+def download_files(
+    source: str, names: Sequence[str], split: str, suffixes: Sequence[str]
+) -> list[Path]:
+    """Downloads the files of a data set on the hub into the cache of `huggingface_hub`.
+
+    `datasets` decides which files of the repository are a part, as when the rows are read at once.
+
+    Args:
+        source: as the user wrote it, for error messages.
+        names: its id, and the name of a configuration if it has several.
+        split: name of the part.
+        suffixes: accepted ends of the names of the files.
+
+    Returns:
+        The files, in the order of their rows.
+
+    Raises:
+        FileNotFoundError: the hub does not provide it; the message says why and what to do.
+        ValueError: the data set has files of another kind.
+    """
+    import datasets
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    def find() -> list[str]:
+        if constants.HF_HUB_OFFLINE:  # which files are missing in the cache, only the hub knows
+            raise ConnectionError
+        parts = datasets.load_dataset_builder(*names).config.data_files or {}
+        if split not in parts:
+            there = sorted(map(str, parts))
+            raise ValueError(f'Unknown split "{split}". Should be one of {there}.')
+        return list(map(str, parts[split]))
+
+    urls = _ask(source, find)
+    kinds = {Path(url).suffix for url in urls}
+    files = list(map(_FILE.fullmatch, urls))
+    if len(kinds) > 1 or not kinds <= {*suffixes} or None in files:
+        there = " and ".join(sorted(kind or "files without a suffix" for kind in kinds))
+        raise ValueError(
+            f"{source}: the data set on the hub consists of {there}; expected files of the hub of "
+            f"one kind, {' or '.join(suffixes)}, with data.streaming true"
+        )
+
+    def fetch() -> list[Path]:
+        fetched = (each.groupdict() for each in files if each is not None)
+        return [
+            Path(huggingface_hub.hf_hub_download(repo_type="dataset", **each)) for each in fetched
+        ]
+
+    return _ask(source, fetch)
+
+
+def _ask(source: str, ask: Callable[[], Answer]) -> Answer:
+    """Calls what asks the hub; without a network, for the cache alone.
+
+    Raises:
+        FileNotFoundError: the hub does not provide it; the message says why and what to do.
+        OSError: the cache cannot be written.
+    """
     from huggingface_hub import constants
 
     reached, offline = reaches_hub(), constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = not reached  # without a network, only the cache is read
     try:
-        return [dict(columns) for columns in datasets.load_dataset(*names, split=split)]
+        return ask()
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise
         reason = _hub_reason(error if reached else ConnectionError())
     finally:
         constants.HF_HUB_OFFLINE = offline

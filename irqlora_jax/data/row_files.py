@@ -1,7 +1,7 @@
 """Files whose rows are read one by one, at any place.
 
 A .jsonl file has an index of 8 bytes a row: where each line starts. A .parquet file is read one row
-group at a time.
+group at a time. The files of a data set on the hub are downloaded first, and then read like others.
 """
 
 import array
@@ -15,9 +15,12 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from irqlora_jax.data.hub import download_files
 from irqlora_jax.data.order import POOL
-from irqlora_jax.data.rows import Row, line_row, local_files, open_parquet, table_rows
+from irqlora_jax.data.rows import Row, hub_names, line_row, local_files, open_parquet, table_rows
 from irqlora_jax.text import decode_text
+
+_STREAMED = (".jsonl", ".parquet")
 
 
 class RowFile(Protocol):
@@ -125,22 +128,18 @@ def read_group(path: Path, group: int) -> Any:
 
 
 def open_files(source: str) -> list[RowFile]:
-    """Opens the files of a source.
+    """Opens the files of a source. Those of a data set on the hub are downloaded if needed.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: files of another kind, or a data set of the hub.
+        FileNotFoundError: no such file, or the hub does not provide the data set.
+        ValueError: files of another kind.
     """
-    accepted = ".jsonl or .parquet files with data.streaming true"
     paths = local_files(source)
     if paths is None:
-        name = source.partition(":")[0]
-        raise ValueError(
-            f"{source}: a data set of the hub; expected {accepted}, e.g. downloaded with `hf "
-            f"download --repo-type dataset {name}`"
-        )
+        paths = download_files(source, *hub_names(source), _STREAMED)
     kinds = {path.suffix for path in paths}
-    if len(kinds) > 1 or not kinds <= {".jsonl", ".parquet"}:
+    if len(kinds) > 1 or not kinds <= {*_STREAMED}:
+        accepted = f"{' or '.join(_STREAMED)} files with data.streaming true"
         raise ValueError(f"{source}: {' and '.join(sorted(kinds))}; expected {accepted}")
     if kinds == {".jsonl"}:
         return list[RowFile](map(JsonlFile, paths))

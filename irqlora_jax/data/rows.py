@@ -89,7 +89,7 @@ def read_rows(source: str, columns: Sequence[str]) -> list[Row]:
     """
     paths = local_files(source)
     if paths is None:
-        found = read_hub(source, *_hub_names(source))
+        found = read_hub(source, *hub_names(source))
         rows = [Row(f"{source}, row {n}", columns) for n, columns in enumerate(found, 1)]
     else:
         rows = [row for path in paths for row in _file_rows(path)]
@@ -204,10 +204,13 @@ def local_files(source: str) -> list[Path] | None:
     return None
 
 
-def _hub_names(source: str) -> tuple[list[str], str]:
-    """The id with the configuration (if given), and the split of a data set on the hub."""
+def hub_names(source: str) -> tuple[list[str], str]:
+    """The id with the configuration (if given), and the split of a data set on the hub.
+
+    `local_files` has checked the source.
+    """
     parts = _HUB.fullmatch(source)
-    assert parts is not None  # checked by `local_files`
+    assert parts is not None
     return [name for name in (parts["id"], parts["config"]) if name], parts["split"] or "train"
 
 

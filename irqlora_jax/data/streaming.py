@@ -13,7 +13,7 @@ Limits:
 - A bad row after the first 64 is found when it is used.
 - The order of .parquet rows is less random (`order.block_order`), and they cannot be packed or
   grouped, which would need row groups from everywhere.
-- .json, .csv, .tsv and .txt files must be converted first, and data sets of the hub downloaded.
+- .json, .csv, .tsv and .txt files must be converted first, also those of a data set on the hub.
 """
 
 import array
@@ -133,7 +133,8 @@ class RowStream(Stream):
         """Finds the rows of the files, and checks the first 64 of them.
 
         Args:
-            source: .jsonl files or .parquet files: one, or a pattern.
+            source: .jsonl files or .parquet files: one, a pattern, or a data set of such files on
+                the hub.
             config: for this source alone (`DataConfig.of_source`).
             tokenizer: a transformers tokenizer.
             max_length: context length of the model in tokens.

@@ -215,7 +215,6 @@ def test_rows_without_any_token_are_padding(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("someone/data:part", r"a data set of the hub; expected .*dataset someone/data`"),
         ("a.json", r"a.json: .json; expected .jsonl or .parquet files with data.streaming true"),
         ("[ab].*", r".json and .jsonl; expected"),
         ("empty.jsonl", "has no rows"),
