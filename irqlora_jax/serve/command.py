@@ -43,6 +43,8 @@ class ServeConfig:
     max_batch: int = 4
     """Texts that are decoded at the same time; others wait. The cache needs memory for all of them,
     and every step computes all of them."""
+    max_waiting: int = 64
+    """Texts that may wait. While so many wait, a new request gets the status 429."""
     context: int | None = 2048
     """Largest number of tokens of a prompt and its answer. The cache needs memory for all of them.
     Every step reads all of it. Null, or more than the model has: the context of the model."""
@@ -54,6 +56,8 @@ class ServeConfig:
         require(self.name != "", "name", self.name, "a name, or null")
         require(0 <= self.port < 2**16, "port", self.port, "0 to 65535")
         require(self.max_batch >= 1, "max_batch", self.max_batch, "a whole number of at least 1")
+        accepted = "a whole number of at least 1"
+        require(self.max_waiting >= 1, "max_waiting", self.max_waiting, accepted)
         ok = self.context is None or self.context >= 2
         require(ok, "context", self.context, "a whole number of at least 2, or null")
 
@@ -80,7 +84,7 @@ def serve(config: ServeConfig) -> None:
         with progress_bar("Loading the model"):
             run = load_run(config.run, adapter=not config.baseline, checkpoint=config.checkpoint)
             make_rows = _rows_of(run, config)
-        service = start_service(run, make_rows, config.name)
+        service = start_service(run, make_rows, config.name, config.max_waiting)
         try:
             _listen_for_requests(service, key, config, listening)
         finally:
@@ -88,13 +92,16 @@ def serve(config: ServeConfig) -> None:
             service.worker.join(10)
 
 
-def start_service(run: Run, make_rows: Callable[[], Rows], name: str | None = None) -> Service:
+def start_service(
+    run: Run, make_rows: Callable[[], Rows], name: str | None = None, max_waiting: int = 64
+) -> Service:
     """Starts the worker of a model.
 
     Args:
         run: the model.
         make_rows: makes empty rows for it.
         name: of the model (default: the name of its folder).
+        max_waiting: while so many texts wait, requests are refused.
     """
     llama = run.model.config
     worker = Worker(make_rows, llama.eos_token_ids)
@@ -105,6 +112,7 @@ def start_service(run: Run, make_rows: Callable[[], Rows], name: str | None = No
         vocabulary=llama.vocab_size,
         context=worker.slots,
         worker=worker,
+        max_waiting=max_waiting,
     )
 
 

@@ -36,6 +36,7 @@ class Service:
         vocabulary: number of tokens.
         context: largest number of tokens of a prompt and its answer.
         worker: decodes.
+        max_waiting: while so many texts wait for a row, requests are refused.
         ignored: ignored parameters that the log has already named.
     """
 
@@ -45,6 +46,7 @@ class Service:
     vocabulary: int
     context: int
     worker: Worker
+    max_waiting: int
     ignored: set[str] = dataclasses.field(default_factory=set)
 
     async def start(self, asked: Ask) -> "Texts":
@@ -52,14 +54,26 @@ class Service:
 
         Raises:
             BadRequest: a prompt is empty or too long, has unknown tokens, or the chat template
-                refuses it.
+                refuses it; or too many texts wait.
         """
+        self._check_room()
         for name in set(asked.ignored) - self.ignored:
             self.ignored.add(name)
             logger.info(f"requests: the parameter {name} is ignored, because it changes no result")
         # In a thread: a long text, or a slow template, must not hold up the other requests.
         prompts = await asyncio.to_thread(self._encode, asked)
+        self._check_room()  # others may have come in the meantime
         return Texts(self, asked, prompts)
+
+    def _check_room(self) -> None:
+        if self.worker.waiting >= self.max_waiting:
+            raise BadRequest(
+                f"{self.worker.waiting} texts wait already, and this server holds max_waiting = "
+                f"{self.max_waiting}; try again later",
+                code="rate_limit_exceeded",
+                status=429,
+                kind="rate_limit_error",
+            )
 
     def _encode(self, asked: Ask) -> list[list[int]]:
         if asked.chat:

@@ -4,6 +4,7 @@ Only this thread uses the model. A text joins the batch at the next step with a 
 it when it ends. Texts that find no row wait in the order of their arrival.
 """
 
+import collections
 import contextlib
 import dataclasses
 import logging
@@ -76,23 +77,31 @@ class Worker:
         self._make_rows, self._eos = make_rows, frozenset(eos_token_ids)
         self._rows = make_rows()
         self.slots, self.cache_bytes = self._rows.slots, self._rows.cache_bytes
-        self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._size = self._rows.size
+        self._arrived: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._line: collections.deque[Job] = collections.deque()  # for this thread alone
         self._active: dict[int, Job] = {}
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
         self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Number of texts that find no free row at the next step. Any thread may ask."""
+        free = self._size - len(self._active)
+        return max(0, self._arrived.qsize() + len(self._line) - free)
 
     def submit(self, job: Job) -> None:
         """Takes a text. It may come from any thread."""
         if self._stopping:
             job.tell(Piece("", error=STOPPING))
         else:
-            self._waiting.put(job)
+            self._arrived.put(job)
 
     def stop(self) -> None:
         """Ends all texts at the next step. A signal handler may call this."""
         self._stopping = True
-        self._waiting.put(None)
+        self._arrived.put(None)
 
     def join(self, seconds: float) -> None:
         """Waits for the end of the thread, after `stop`."""
@@ -101,24 +110,26 @@ class Worker:
     def _run(self) -> None:
         while not self._stopping:
             try:
-                if not self._active:
-                    self._start(self._waiting.get())
-                self._start_waiting()
+                self._queue_up(wait=not self._active and not self._line)
+                while self._line and len(self._active) < self._size and not self._stopping:
+                    self._start(self._line.popleft())
                 if self._active and not self._stopping:
                     self._step()
             except Exception as error:
                 self._recover(error)
         self._fail(STOPPING)
 
-    def _start_waiting(self) -> None:
+    def _queue_up(self, wait: bool) -> None:
+        """Moves the texts that have arrived to the line. Cancelled ones leave it."""
+        found = [self._arrived.get()] if wait else []
         with contextlib.suppress(queue.Empty):
-            while len(self._active) < self._rows.size and not self._stopping:
-                self._start(self._waiting.get_nowait())
+            while True:
+                found.append(self._arrived.get_nowait())
+        jobs = (*self._line, *found)
+        self._line = collections.deque(job for job in jobs if job is not None and not job.cancelled)
 
-    def _start(self, job: Job | None) -> None:
-        if job is None or job.cancelled:
-            return
-        row = next(row for row in range(self._rows.size) if row not in self._active)
+    def _start(self, job: Job) -> None:
+        row = next(row for row in range(self._size) if row not in self._active)
         self._active[row] = job
         self._advance(row, self._rows.start(row, job.prompt, job.sampling))
 
@@ -156,10 +167,9 @@ class Worker:
         if reason != STOPPING:
             logger.warning(reason)
         jobs, self._active = list(self._active.values()), {}
-        with contextlib.suppress(queue.Empty):
-            while self._stopping:
-                job = self._waiting.get_nowait()
-                jobs += [] if job is None else [job]
+        if self._stopping:
+            self._queue_up(wait=False)
+            jobs += self._line
         for job in jobs:
             job.tell(Piece("", error=reason))
 

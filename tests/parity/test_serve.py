@@ -426,6 +426,30 @@ class Scripted:
         return [self.tokens[place % len(self.tokens)] for place in self.places]
 
 
+def test_requests_are_refused_while_too_many_texts_wait():
+    class Slow(Scripted):
+        def step(self):
+            time.sleep(0.002)
+            return super().step()
+
+    run = Run(Path("tiny"), None, Llama(BYTES), {}, byte_tokenizer(), None)
+    service = start_service(run, lambda: Slow([70]), max_waiting=2)
+    begin = lambda client, n=1: complete(client, "one", max_tokens=190, stream=True, n=n)  # noqa: E731
+    with served(service) as address, connect(address) as client:
+        streams = [begin(client, n) for n in (1, 2, 1)]  # two texts have a row
+        with pytest.raises(openai.RateLimitError, match=r"2 texts wait already.* max_wait") as error:
+            begin(client)
+        assert error.value.code == "rate_limit_exceeded"
+        assert error.value.body["type"] == "rate_limit_error"
+        streams.pop().close()  # a text that waited makes room when its client goes away
+        patience = time.perf_counter() + 5
+        while service.worker.waiting == 2 and time.perf_counter() < patience:
+            time.sleep(0.001)
+        streams.append(begin(client))
+        assert [list(stream)[-1].choices[0].finish_reason for stream in streams] == ["length"] * 3
+    service.worker.stop()
+
+
 def test_answers_end_before_the_next_speaker_and_have_whole_characters():
     tokenizer = byte_tokenizer()
     tokens = tokenizer(" \n na\u00efve \u20ac!### Human: no", add_special_tokens=False)["input_ids"]
@@ -545,6 +569,7 @@ def test_bad_settings_of_the_command(folder, capsys, monkeypatch):
     assert "host = '192.0.2.1'" in refused("--host=192.0.2.1")
     err = refused("--api_key=sk-secret")
     assert "the name of a variable" in err and "secret" not in err
+    assert "max_waiting = 0: expected a whole number of at" in refused("--max_waiting=0")
     assert "--port" in refused("--port=70000") or "port = 70000" in refused("--port=70000")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert 'pip install "irqlora-jax[serve]"' in refused()
