@@ -1,12 +1,13 @@
 """The model card of an exported folder: description, usage, recipe and scores."""
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from irqlora_jax.adapters.lora import LORA
-from irqlora_jax.config import Config
+from irqlora_jax.config import Config, RateRule
 from irqlora_jax.data.config import DataSource
 from irqlora_jax.export.programs import PROGRAMS
 from irqlora_jax.files.hub import is_hub_id
@@ -284,6 +285,9 @@ def _word(value: Any) -> str:
     if isinstance(value, QuantRule):
         changes = (f"{name} {change}" for name, change in value.overrides.items())
         return f"{value.match} ({' '.join(changes)})"
+    if isinstance(value, RateRule):
+        given = {name: each for name, each in vars(value).items() if each is not None}
+        return f"`{json.dumps(given)}`"
     return str(value)
 
 

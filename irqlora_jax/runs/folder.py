@@ -165,8 +165,10 @@ def _holds_start(checkpoints: Path) -> bool:
 def settings_by_name(config: Config) -> dict[str, Any]:
     """Returns the fields by dotted name, with values as they are read from a file."""
     found = _flatten(json.loads(json.dumps(dataclasses.asdict(config))))
-    # data.train may change, e.g. if the files have moved, but not the weights.
-    return found | {"weights of data.train": list(config.data.weights or ()) or None}
+    # data.train may change, e.g. if the files have moved, but not the shares of its entries.
+    weights = config.data.weights or ()
+    shares = [round(weight / min(weights), 9) for weight in weights]
+    return found | {"relative weights of data.train": shares or None}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

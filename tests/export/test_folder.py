@@ -145,6 +145,8 @@ def test_a_card_holds_what_was_measured_and_names_folders_without_their_path(
     folder = write_run(tmp_path / "run", NARROW, base=plain_base, model=model, steps=(3, 5))
     config = json.loads((folder / "config.json").read_text())
     config["data"]["train"] = str(tmp_path / "secret" / "alpaca.json")
+    rate = {"match": "*.lora_B", "factor": 0.5, "weight_decay": None}
+    config["train"]["rates"] = [rate, {"match": "layers.0.*", "factor": None, "weight_decay": 0.0}]
     (folder / "config.json").write_text(json.dumps(config))
     row = {"model": "finetuned", "entropy": 3.7, "loss": 1.25, "accuracy": None, "bits": 4.38}
     (folder / "results.json").write_text(json.dumps([row]))
@@ -157,6 +159,7 @@ def test_a_card_holds_what_was_measured_and_names_folders_without_their_path(
     assert "| finetuned | 3.7 | 1.25 | 4.38 |" in body
     assert "| mmlu | accuracy | 0.416 |\n| mmlu | count | 57 |\n" in body
     assert "law" not in body and "True |" not in body and "accuracy | bits" not in body
+    assert '; rates `{"match": "*.lora_B", "factor": 0.5}`, `{"match": "layers.0.*", "w' in body
     assert "those of step 3" in body and "train alpaca.json" in body
     assert "secret" not in (out / "README.md").read_text()
 

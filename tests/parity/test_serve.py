@@ -437,7 +437,7 @@ def test_requests_are_refused_while_too_many_texts_wait():
     begin = lambda client, n=1: complete(client, "one", max_tokens=190, stream=True, n=n)  # noqa: E731
     with served(service) as address, connect(address) as client:
         streams = [begin(client, n) for n in (1, 2, 1)]  # two texts have a row
-        with pytest.raises(openai.RateLimitError, match=r"2 texts wait already.* max_wait") as error:
+        with pytest.raises(openai.RateLimitError, match="2 texts wait already") as error:
             begin(client)
         assert error.value.code == "rate_limit_exceeded"
         assert error.value.body["type"] == "rate_limit_error"

@@ -142,6 +142,10 @@ def test_weighted_streams_resume_bit_by_bit(base, tmp_path, monkeypatch) -> None
     entries[0]["weight"] = 3
     with pytest.raises(ValueError, match=r"weights of data.train = \[2.0, 1.0\] there, \[3.0, 1.0"):
         run(config_for(base, whole, **settings))
+    for entry, weight in zip(entries, (0.6, 0.3), strict=True):  # the same shares
+        entry["weight"] = weight
+    check_folder(whole, config_for(base, whole, **settings))
+    entries[1]["weight"] = 1
     entries[0]["weight"] = 2
     split(tmp_path, 4, 8)  # the same rows, divided in another way
     with pytest.raises(ValueError, match=r"data.train = \[.*0.jsonl', .*\]: now 12 examples"):
