@@ -292,6 +292,8 @@ GGUF_NAMES = {
 
 def gguf_name(name: str) -> str:
     """The name of a tensor in a GGUF file. Names that no folder has stay as they are."""
+    if name.startswith("blk."):
+        return name
     bare = name.removesuffix(".weight")
     if bare.startswith("model.layers."):
         layer, bare = bare.removeprefix("model.layers.").split(".", 1)

@@ -4,7 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 
-from irqlora_jax.files.gguf import is_gguf, read_gguf, tensor_headers
+from irqlora_jax.files.gguf import is_gguf, read_gguf
+from irqlora_jax.files.gguf_model import tensor_headers
 from irqlora_jax.files.hub import read_config
 from irqlora_jax.files.small import read_json
 from irqlora_jax.files.tensors import FLOATS, Header, check_float, equal_values, read_headers

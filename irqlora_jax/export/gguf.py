@@ -15,7 +15,7 @@ import numpy as np
 
 from irqlora_jax.export.gguf_blocks import exact_blocks, exact_type
 from irqlora_jax.export.model import stored_weight, tensor_places, tensor_values
-from irqlora_jax.files.gguf import LAYER_NAMES, ROPE_FACTORS, SINGLE_NAMES
+from irqlora_jax.files.gguf_model import LAYER_NAMES, PAIRED, ROPE_FACTORS, SINGLE_NAMES
 from irqlora_jax.messages import progress_bar
 from irqlora_jax.model.attention import rope_frequencies
 from irqlora_jax.model.config import LlamaConfig
@@ -34,15 +34,12 @@ _PART = 2**22
 """Weights that are quantized at a time."""
 _ARCHITECTURES = {name: name for name in ("llama", "qwen2", "qwen3", "smollm3")}
 _ARCHITECTURES["mistral"] = "llama"
-_PAIRED = ("llama", "smollm3")
-"""Architectures whose rotations turn neighbors, so the rows of queries and keys are reordered."""
 _BIASED = {"llama": True, "qwen2": True}
 _FILE_TYPES = {"f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "bf16": 32, EXACT: 3}
 """general.file_type, which describes the file and decides nothing."""
 _NO_ROPE_STEP = 4
 """llama.cpp leaves out the rotations of every fourth layer of a SmolLM3."""
 _NAMES = {path: name for name, path in (LAYER_NAMES | SINGLE_NAMES).items()}
-_NAMES |= {("self_attn", f"{part}_norm"): f"attn_{part}_norm" for part in "qk"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,14 +272,14 @@ def _type(shape: tuple[int, ...], path: Keys, type: str, stored: np.dtype) -> st
 
 
 def row_order(config: LlamaConfig, path: Keys, rows: int) -> slice | np.ndarray:
-    """The rows of a tensor in the order of the file: the inverse of `files.gguf`.
+    """The rows of a tensor in the order of the file: the inverse of `files.gguf_model`.
 
     Hugging Face rotates values i and i + half of a head together. llama.cpp rotates neighbors in
-    some models (`_PAIRED`).
+    some models (`PAIRED`).
     """
     name = path[-2] if path[-1] == BIAS else path[-1]
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    if name not in heads or _ARCHITECTURES[config.model_type] not in _PAIRED:
+    if name not in heads or _ARCHITECTURES[config.model_type] not in PAIRED:
         return slice(None)
     return np.arange(rows).reshape(heads[name], 2, -1).swapaxes(1, 2).ravel()
 

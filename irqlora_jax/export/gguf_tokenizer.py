@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from irqlora_jax.files.gguf import ENDS, Gguf
+from irqlora_jax.files.gguf import Gguf
+from irqlora_jax.files.gguf_model import ENDS
 from irqlora_jax.files.gguf_tokenizer import GPT2, SPLITS, WHOLE_WORDS, Kind, make_tokenizer
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.text import first_few, require, shorten

@@ -87,7 +87,7 @@ def make_tokenizer(found: Gguf) -> Any:
         unk_token=special["unknown"],
         pad_token=special["padding"],
         additional_special_tokens=[token for token in control if token not in special.values()],
-        model_max_length=found.fields.get("llama.context_length"),
+        model_max_length=found.fields.get(f"{found.architecture}.context_length"),
         clean_up_tokenization_spaces=False,
         chat_template=found.fields.get("tokenizer.chat_template"),
     )

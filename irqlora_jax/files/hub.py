@@ -9,7 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from irqlora_jax.files.gguf import config_values, is_gguf, read_gguf, read_llama
+from irqlora_jax.files.gguf import is_gguf, read_gguf
+from irqlora_jax.files.gguf_model import config_values, read_llama
 from irqlora_jax.files.gguf_tokenizer import make_tokenizer
 from irqlora_jax.files.small import read_json
 from irqlora_jax.machine import reaches_hub
@@ -197,7 +198,7 @@ def read_values(source: str | Path) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: no such folder, or no config.json in it.
-        ValueError: not valid JSON, or not a GGUF file of a LLaMA.
+        ValueError: not valid JSON, or not a GGUF file of an accepted model.
     """
     if is_gguf(source):
         return config_values(read_gguf(source))

@@ -18,7 +18,8 @@ from irqlora_jax.adapters.qalora import QaloraOptions
 from irqlora_jax.export.folder import ExportConfig, export
 from irqlora_jax.export.gguf import architecture_fields, save_gguf
 from irqlora_jax.export.gguf_tokenizer import tokenizer_fields
-from irqlora_jax.files.gguf import Gguf, read_gguf, tensor_headers
+from irqlora_jax.files.gguf import Gguf, read_gguf
+from irqlora_jax.files.gguf_model import tensor_headers
 from irqlora_jax.files.gguf_tokenizer import SPLITS, make_tokenizer
 from irqlora_jax.model.config import RopeScaling
 from irqlora_jax.model.llama import Llama
@@ -203,6 +204,36 @@ def test_rotary_settings_come_back(tmp_path: Path, name: str) -> None:
     assert found.tie_word_embeddings and found.rope_scaling is not None
     read, wanted = (dataclasses.asdict(x) for x in (found.rope_scaling, ROPES[name]))
     assert read == pytest.approx(wanted)
+
+
+FAMILIES = {
+    "LLaMA with biases": {"attention_bias": True},
+    "Mistral": {"model_type": "mistral"},
+    "Qwen2": {"model_type": "qwen2"},
+    "Qwen3": {"model_type": "qwen3", "head_dim": 32},
+    "SmolLM3": {"model_type": "smollm3", "num_hidden_layers": 4, "unrotated_layers": (3,)},
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_comes_back(tmp_path: Path, name: str) -> None:
+    llama = dataclasses.replace(SMALL, rope_theta=50000.0, **FAMILIES[name])
+    variables = {"params": {}, "base": random_base(llama)}
+    file = tmp_path / "x.gguf"
+    save_gguf(file, Llama(llama), variables, tokenizer_fields(TOKENIZER, llama), type="exact")
+    found = load_run(file)
+    same = {"model_type": "llama"} if name == "Mistral" else {}
+    assert found.model.config == dataclasses.replace(llama, **same)
+    wanted = jax.jit(Llama(llama).apply)(variables, TOKENS)
+    np.testing.assert_allclose(logits(found), wanted, rtol=1e-5, atol=1e-5)
+    # Biases and norms of heads matter, and are not 0 or 1.
+    leaves = jax.tree_util.tree_leaves_with_path(variables["base"])
+    small = [x for path, x in leaves if "bias" in str(path) or "q_norm" in str(path)]
+    assert len(small) == {"Qwen2": 3, "Qwen3": 1, "LLaMA with biases": 4}.get(name, 0)
+    assert all(np.unique(x).size > 10 for x in small)
+    text = "the  year 1984, don't"
+    assert found.tokenizer(text)["input_ids"] == TOKENIZER(text)["input_ids"]
+    assert found.tokenizer.model_max_length == llama.max_position_embeddings
 
 
 def test_what_llama_cpp_does_not_compute_is_refused() -> None:

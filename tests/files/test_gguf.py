@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from tokenizers import pre_tokenizers
 
 from irqlora_jax import QuantConfig, hf
 from irqlora_jax.files import tensors
-from irqlora_jax.files.gguf import TYPES, read_gguf, tensor_headers
+from irqlora_jax.files.gguf import TYPES, read_gguf
+from irqlora_jax.files.gguf_model import tensor_headers
 from irqlora_jax.files.tensors import read_into
 from irqlora_jax.model.config import RopeScaling
 from tests.models import (
@@ -259,7 +261,7 @@ def test_the_tokens_of_sentencepiece(tmp_path: Path, file: Path) -> None:
 # ------------------------------------------------------------------------------------------ faults
 
 FAULTS = {
-    "architecture": ({"general.architecture": "qwen2"}, "general.architecture = 'qwen2'.*'llama'"),
+    "architecture": ({"general.architecture": "gemma"}, "general.architecture = 'gemma'.*'llama'"),
     "adapter": ({"general.type": "adapter"}, "general.type = 'adapter': expected 'model'"),
     "experts": ({"llama.expert_count": 8}, "llama.expert_count = 8: expected 0"),
     "split": ({"split.count": 3, "split.no": 1}, "part 2 of 3; expected one file"),
@@ -296,8 +298,12 @@ def test_a_fault_is_one_sentence(file: Path, name: str) -> None:
 
 
 def test_tensors_of_other_names_and_types_are_refused(file: Path) -> None:
+    for name in ("blk.0.attn_q_norm.weight", "blk.0.ffn_up.bias", "blk.0.other.weight"):
+        write_gguf(file, SMALL, random_tensors(SMALL) | {name: np.zeros(8, np.float32)})
+        with pytest.raises(ValueError, match=rf"cannot read these tensors: {re.escape(name)}"):
+            hf.load_base(file, None)
     write_gguf(file, SMALL, random_tensors(SMALL) | {"blk.0.attn_q.bias": np.zeros(32, np.float32)})
-    with pytest.raises(ValueError, match=r"cannot read these tensors: blk\.0\.attn_q\.bias"):
+    with pytest.raises(ValueError, match=r"no tensor model\.layers\.1\.self_attn\.q_proj\.bias"):
         hf.load_base(file, None)
     write_gguf(file, LLAMA, types=lambda name: "TQ1_0" if "ffn_up" in name else "Q8_0")
     with pytest.raises(ValueError, match=r"blk\.0\.ffn_up\.weight has type TQ1_0: expected one"):
