@@ -20,6 +20,7 @@ from irqlora_jax.model.llama import Llama
 from irqlora_jax.model.tree import linear_stacks
 from irqlora_jax.quant.calibrations.icq import ICQ
 from irqlora_jax.quant.config import QuantConfig
+from irqlora_jax.quant.formats import FORMATS
 from irqlora_jax.quant.qtensor import QTensor
 from irqlora_jax.text import aligned
 
@@ -139,7 +140,7 @@ def baselines(
     if quantized and quant != quant.plain:
         others.append((quant.plain.label, quant.plain))
         if quant.calibration != ICQ.name:
-            paper = dataclasses.replace(quant.plain, calibration=ICQ.name, rules=quant.rules)
+            paper = _paper(quant)
             if not paper.needs_inputs:  # by a rule
                 others.append((paper.label, paper))
     if start is not None:
@@ -164,6 +165,18 @@ def baselines(
     elif quantized:
         rows.append(scorer.row(quant.label, bare, {"params": {}, "base": base}, quantize_seconds))
     return rows
+
+
+def _paper(quant: QuantConfig) -> QuantConfig:
+    """The same storage with ICQ. Formats that are no integers get shifts, which it searches."""
+    rules, symmetric = quant.rules, quant.symmetric
+    formats = (quant.format, *(rule.format for rule in rules))
+    if not all(FORMATS[name].integer for name in formats if name in FORMATS):
+        rules = tuple(
+            dataclasses.replace(rule, symmetric=rule.symmetric and False) for rule in rules
+        )
+        symmetric = False
+    return dataclasses.replace(quant.plain, calibration=ICQ.name, symmetric=symmetric, rules=rules)
 
 
 def table(rows: Sequence[Row]) -> str:

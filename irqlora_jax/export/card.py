@@ -122,6 +122,7 @@ class Card:
             quantized = f"quantized to {self.quant.format}"
             if self.quant.calibration != PLAIN.name or self.quant.rules:
                 quantized += f" with {CALIBRATIONS[self.quant.calibration].description}"
+                quantized += " of scales without shifts" * self.quant.scales_alone
             if self.quant.rounding == "feedback":
                 quantized += ", rounded with error feedback"
             if self.quant.training != "none":
@@ -220,10 +221,11 @@ class Card:
     def _warning(self) -> str:
         if self.quant is None:
             return "The adapter works only with the weights named above."
+        other = "other scales" if self.quant.scales_alone else "no shifts"
         return (
             "The adapter works only with the dequantized weights, on which it was trained. "
             "`irqlora export --kind dequantized` writes them. The original weights, or another "
-            "quantization of them (bitsandbytes' NF4 has no shifts), do not have the errors that "
+            f"quantization of them (bitsandbytes' NF4 has {other}), do not have the errors that "
             "it corrects."
         )
 

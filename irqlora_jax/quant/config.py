@@ -284,6 +284,13 @@ class QuantConfig:
         return self.budget is not None or any(name != KEPT for name in names)
 
     @property
+    def scales_alone(self) -> bool:
+        """Whether a calibration chooses scales without shifts, where no rule says otherwise."""
+        format = FORMATS.get(self.format)
+        calibrated = self.calibration != PLAIN.name and self.symmetric
+        return calibrated and format is not None and not format.integer
+
+    @property
     def label(self) -> str:
         """Format, calibration, rounding, training and outliers, as named in tables."""
         chosen = CALIBRATIONS[self.calibration]
@@ -293,6 +300,8 @@ class QuantConfig:
         if self.training != "none":
             parts.append(TITLES[self.training])
         label = " + ".join([self.format, *parts]) if parts else f"plain {self.format}"
+        if self.scales_alone:
+            label += ", no shifts"
         if self.outliers:
             label += f", {100 * self.outliers:.3g} % outliers"
             label += " by sensitivity" * (self.outlier_rule == "sensitivity")

@@ -85,6 +85,8 @@ def test_bitsandbytes(tmp_path: Path, quant: QuantConfig) -> None:
     out = compare(tmp_path, write_run(tmp_path / "run", WIDE, quant, IEC), "bitsandbytes", 1e-4)
     described = json.loads((out / "config.json").read_text())["quantization_config"]
     assert described["bnb_4bit_use_double_quant"]
+    told = "joint calibration of scales without shifts" in (out / "README.md").read_text()
+    assert told == quant.symmetric
 
 
 def test_bitsandbytes_with_float_scales_and_kept_matrices(tmp_path: Path) -> None:

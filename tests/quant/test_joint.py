@@ -1,5 +1,6 @@
 """The joint search of scale and shift against a slow float64 grid, and its own invariances."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -138,6 +139,8 @@ def test_a_base_without_shifts_is_as_large_as_a_plain_one(calibration):
     assert found.shift_codes is None and quant.plain.calibration == "none"
     apart = [jnp.sum((one.dequantize() - weight) ** 2) for one in (found, plain)]
     assert calibration == "robust" or apart[0] < apart[1]
+    assert quant.label == f"nf4 + {calibration}, no shifts" and quant.plain.label == "plain nf4"
+    assert dataclasses.replace(quant, format="int4").label == f"int4 + {calibration}"
     with pytest.raises(ValueError, match=r"nf4 and quant\.calibration icq"):
         QuantConfig(format="nf4", calibration="icq", symmetric=True)
 

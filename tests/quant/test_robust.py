@@ -53,7 +53,8 @@ def test_finds_what_a_slow_grid_of_525_candidates_finds(name, measured):
 @pytest.mark.parametrize(
     ("name", "partial", "symmetric"),
     [(name, False, False) for name in FORMATS]
-    + [("nf4", True, False), ("int3", True, True), ("int4", False, True)],
+    + [("nf4", True, False), ("int3", True, True), ("int4", False, True)]
+    + [("nf4", True, True), ("fp4", False, True)],
 )
 def test_never_loses_more_than_the_plain_quantizer(name, partial, symmetric):
     blocks, valid = make_partial(make_blocks(64)) if partial else (make_blocks(64), None)
@@ -65,6 +66,25 @@ def test_never_loses_more_than_the_plain_quantizer(name, partial, symmetric):
     plain = plain_errors(blocks, name, symmetric, valid, factor)
     largest = np.abs(blocks).max(1).astype(np.float64)
     assert (ours <= plain * (1 + 1e-4) + 64 * (6e-7 * largest) ** 2).all()
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_scales_without_shifts_come_close_to_a_grid_in_the_measured_error(name):
+    """A slow search over 400 scales of each block; the plain one is among them."""
+    rng = np.random.default_rng(5)
+    blocks = rng.standard_t(5, (COUNT, 64)).astype(np.float32)
+    inputs = rng.lognormal(0, 1, (3, 64))
+    factor = inputs[np.arange(COUNT) % 3]
+    scale, shift = search(blocks, name, True, weigh=None, inputs=inputs)
+    assert (shift == 0).all()
+    largest, nothing = np.abs(blocks).max(1).astype(np.float64), np.zeros(COUNT)
+    tried = [
+        errors(blocks, name, f * largest, nothing, factor=factor)
+        for f in (1, *np.linspace(0.3, 1.2, 400))
+    ]
+    ours = errors(blocks, name, scale, shift, factor=factor)
+    assert (ours <= tried[0] * (1 + 1e-4)).all()
+    assert ours.sum() <= np.min(tried, axis=0).sum() * 1.04
 
 
 @pytest.mark.parametrize("name", ["nf3", "int3"])

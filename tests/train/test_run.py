@@ -356,18 +356,20 @@ class Named(Scorer):
 
 
 @pytest.mark.parametrize(
-    ("calibration", "quantized"),
+    ("calibration", "symmetric", "quantized"),
     [
-        ("none", ["plain nf3"]),
-        ("icq", ["plain nf3", "nf3 + ICQ"]),
-        ("joint", ["plain nf3", "nf3 + ICQ", "nf3 + joint"]),
+        ("none", False, ["plain nf3"]),
+        ("icq", False, ["plain nf3", "nf3 + ICQ"]),
+        ("joint", False, ["plain nf3", "nf3 + ICQ", "nf3 + joint"]),
+        ("joint", True, ["plain nf3", "nf3 + ICQ", "nf3 + joint, no shifts"]),
     ],
 )
 def test_baselines_show_the_papers_calibration_too(
-    monkeypatch, calibration: str, quantized: list[str]
+    monkeypatch, calibration: str, symmetric: bool, quantized: list[str]
 ) -> None:
     monkeypatch.setattr(scores, "load_base", lambda source, quant, **_: ({}, quant))
-    config = config_for(WORLD / "base-small", Path("run"), quant__calibration=calibration)
+    quant = {"quant__calibration": calibration, "quant__symmetric": symmetric}
+    config = config_for(WORLD / "base-small", Path("run"), **quant)
     model = make_model(read_config(WORLD / "base-small"), config.adapter, config.train)
     mesh = make_mesh(config.mesh, config.train.batch_size)
     rows = scores.baselines(config, model, {}, mesh, Named([], [], 1, 64, 1), None)
