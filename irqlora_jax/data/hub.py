@@ -62,7 +62,8 @@ def download_files(
     def find() -> list[str]:
         if constants.HF_HUB_OFFLINE:  # which files are missing in the cache, only the hub knows
             raise ConnectionError
-        parts = datasets.load_dataset_builder(*names).config.data_files or {}
+        builder: Any = datasets.load_dataset_builder  # has no type for several names
+        parts = builder(*names).config.data_files or {}
         if split not in parts:
             there = sorted(map(str, parts))
             raise ValueError(f'Unknown split "{split}". Should be one of {there}.')
@@ -79,9 +80,17 @@ def download_files(
         )
 
     def fetch() -> list[Path]:
-        fetched = (each.groupdict() for each in files if each is not None)
         return [
-            Path(huggingface_hub.hf_hub_download(repo_type="dataset", **each)) for each in fetched
+            Path(
+                huggingface_hub.hf_hub_download(
+                    each["repo_id"],
+                    each["filename"],
+                    repo_type="dataset",
+                    revision=each["revision"],
+                )
+            )
+            for each in files
+            if each is not None
         ]
 
     return _ask(source, fetch)
