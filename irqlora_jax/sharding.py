@@ -35,10 +35,7 @@ follows the outputs; None if it is not split."""
 PAIR: Splits = {"lora_A": (None, "in"), "lora_B": ("out", None)}
 """How a LoRA pair is split."""
 
-OVERLAP = {
-    "xla_gpu_enable_pipelined_all_gather": True,
-    "xla_gpu_enable_while_loop_double_buffering": True,
-}
+OVERLAP = {"xla_gpu_enable_pipelined_all_gather": True}
 """Compiler options for GPUs with the axis fsdp: the weights of the next layer travel while this one
 computes (benchmarks/collectives.py)."""
 MOMENT = ("codes", "absmax")

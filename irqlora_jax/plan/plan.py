@@ -11,7 +11,7 @@ from irqlora_jax.config import Config, with_base_settings
 from irqlora_jax.messages import shows_messages
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.plan.calibration import CalibrationNeed, measure_calibration
-from irqlora_jax.plan.collectives import KINDS, collectives, total_bytes
+from irqlora_jax.plan.collectives import KINDS, collectives, seconds_at_least, total_bytes
 from irqlora_jax.plan.fit import with_planned_rules
 from irqlora_jax.plan.gpus import parse_fleet
 from irqlora_jax.plan.measure import (
@@ -32,7 +32,7 @@ _MAX_SHARE = 0.95  # the driver and the libraries need the rest
 _MAX_ROWS = 1024
 _SMALL_CHUNK = 256
 NETWORK = 50
-"""GB/s for each GPU between hosts, in each direction: 400 Gb/s."""
+"""GB/s of a network adapter, in each direction: 400 Gb/s. Each GPU has one."""
 logger = logging.getLogger(__name__)
 
 
@@ -117,14 +117,15 @@ def _traffic(program: Any, need: MemoryNeed, target: PlanDevice) -> str:
         if own:
             times = sum(one.times for one in own)
             rows.append((kind, f"{times:,}", f"{total_bytes(own) / 2**30:.3f}"))
-    far = [one for one in found if one.crosses(local)]
-    near = total_bytes(found) - total_bytes(far)
     text = aligned(rows)
+    if target.hosts > 1:
+        far = sum(one.times * one.network_bytes(local) for one in found)
+        text += f"\nbetween hosts, by each network adapter: {far / 2**30:.3f} GiB"
     if target.link is not None:
-        seconds = near / (target.link * 1e9) + total_bytes(far) / (NETWORK * 1e9)
+        seconds = seconds_at_least(found, local, target.link * 1e9, NETWORK * 1e9)
         parts = f"{target.link} GB/s in a host"
         if target.hosts > 1:
-            parts += f", {NETWORK} GB/s (400 Gb/s) for each GPU between hosts"
+            parts += f", {NETWORK} GB/s (400 Gb/s) for each network adapter, one for each GPU"
         text += f"\nat least {seconds:.3f} seconds, by arithmetic: {parts}"
     return text
 
