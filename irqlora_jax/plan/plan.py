@@ -26,6 +26,7 @@ from irqlora_jax.plan.measure import (
     read_base_shapes,
 )
 from irqlora_jax.runs.load import is_base
+from irqlora_jax.sharding import check_rows
 from irqlora_jax.text import aligned, readable_size
 
 _MAX_SHARE = 0.95  # the driver and the libraries need the rest
@@ -91,7 +92,8 @@ def _with_data(config: Config, name: str) -> Config:
     """Sets `mesh.data` for the devices of a plan, which the mesh has to fill if there are several.
 
     Raises:
-        ValueError: an unknown device, or the mesh does not fill the devices.
+        ValueError: an unknown device, or a mesh that does not fill the devices or cannot split the
+            rows.
     """
     fleet, mesh = parse_fleet(name), config.mesh
     inner = mesh.fsdp * mesh.tensor
@@ -104,6 +106,7 @@ def _with_data(config: Config, name: str) -> Config:
             f"plan = {name!r}: has {total} devices, but mesh.data x mesh.fsdp x mesh.tensor = "
             f"{data} x {mesh.fsdp} x {mesh.tensor}; expected the product {total}"
         )
+    check_rows(config.train.rows, data * mesh.fsdp)  # before devices are made, perhaps very many
     return _replace_fields(config, {"mesh.data": data})
 
 

@@ -164,6 +164,8 @@ def test_names_of_several_gpus(name: str, found: tuple[int, int, bool]) -> None:
         ("0xh100", "plan = '0xh100': expected numbers of at least 1"),
         ("2x2x2xh100", "plan = '2xh100': expected one of"),
         ("8xh100", "has 8 devices, but mesh.data x mesh.fsdp x mesh.tensor = 1 x 3 x 1"),
+        ("3000000xh100", "but mesh.data x mesh.fsdp x mesh.tensor = 1 x 3 x 1"),
+        ("3xh100", "mesh.data x mesh.fsdp = 3 cannot split the 16 rows of a batch"),
     ],
 )
 def test_what_a_plan_for_several_gpus_refuses(name: str, message: str) -> None:
