@@ -28,7 +28,7 @@ def plugin() -> None:
         pytest.skip("needs jax-cuda13-plugin and jax-cuda13-pjrt")
 
 
-@pytest.mark.parametrize("pipelined", [True, False])
+@pytest.mark.parametrize("pipelined", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_the_weights_of_the_next_layer_travel_during_this_one(
     pipelined: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
