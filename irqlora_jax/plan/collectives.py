@@ -128,12 +128,12 @@ def running_lines(program: str) -> Iterator[Line]:
             yield Line(operation, _shapes(result), rest, times, lines[name], place)
             if _kind(operation):
                 continue
-            trips = _TRIPS.search(rest) if operation == "while" else None
-            again = times * int(trips[1] if trips else 1)
+            turns = _turns(lines, name, rest) if operation == "while" else 1
+            again = times * (turns or 1)
             for one, branches in _CALLED.findall(rest):
                 for other in [one, *re.findall(r"[\w.\-]+", branches)]:
                     for inner in visit(other, again):
-                        if operation == "while" and trips is None and _kind(inner.operation):
+                        if turns is None and _kind(inner.operation):
                             raise ValueError(
                                 f"a loop with collectives and unknown turns: {line[:200]}"
                             )
@@ -181,6 +181,32 @@ def seconds_at_least(found: Iterable[Collective], local: int, link: float, netwo
     return sum(
         one.times * max(one.nbytes / link, one.network_bytes(local) / network) for one in found
     )
+
+
+def _turns(lines: dict[str, list[str]], name: str, rest: str) -> int | None:
+    """How often a loop runs, if that is known.
+
+    The compiler does not say so of a loop around a pipelined loop. Such a loop counts from 0.
+    """
+    known = _TRIPS.search(rest)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", rest)
+    test = "\n".join(lines.get(condition[1], ())) if condition else ""
+    for inner in re.findall(r"calls=%?([\w.\-]+)", test):
+        test += "\n".join(lines.get(inner, ()))
+    bounds = re.findall(r" constant\((\d+)\)", test)
+    if len(bounds) != 1 or re.findall(r"direction=(\w+)", test) != ["LT"]:
+        return None
+    value = rest.split(")")[0]
+    while True:  # back to the first number of the tuple that the loop starts with
+        own = rf"\s+%?{re.escape(value.lstrip('%'))} = .*? (tuple|copy|constant)\((%?[\w.\-]+)"
+        found = next(filter(None, (re.match(own, line) for line in lines[name])), None)
+        if found is None:
+            return None
+        if found[1] == "constant":
+            return int(bounds[0]) if found[2] == "0" else None
+        value = found[2]
 
 
 def _kind(operation: str) -> str | None:

@@ -11,7 +11,7 @@ from irqlora_jax.base.storage import abstract_base
 from irqlora_jax.config import Config, TrainConfig
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.model.tree import linear_stacks
-from irqlora_jax.plan.collectives import collectives
+from irqlora_jax.plan.collectives import Collective, collectives, shape_bytes
 from irqlora_jax.plan.gpus import compile_only_devices, parse_fleet
 from irqlora_jax.plan.measure import compile_step, find_plan_device
 from irqlora_jax.sharding import OVERLAP, MeshConfig
@@ -20,6 +20,21 @@ from tests.models import PLAIN, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("optimizer_promotion")
 LAYERS = 5
+
+
+def tiny_step(parts: int = 1) -> list[Collective]:
+    """The collectives of a step of 8 rows a part on 8 GPUs with fsdp."""
+    llama = tiny_llama(
+        num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=128, head_dim=16, vocab_size=48
+    )
+    quant = dataclasses.replace(PLAIN, block_size=32)
+    data = DataConfig(source_length=16, target_length=16)
+    train = TrainConfig(batch_size=8 * parts, accumulation=parts, compute_dtype="float32")
+    adapter, mesh = AdapterConfig(rank=4), MeshConfig(1, 8, 1)
+    config = Config("m", "f", quant=quant, adapter=adapter, train=train, mesh=mesh, data=data)
+    base = abstract_base(llama, quant)
+    _, program = compile_step(config, base, llama, find_plan_device("8xh100", 8))
+    return collectives(program.as_text(), 8)
 
 
 @pytest.fixture(autouse=True)
@@ -35,22 +50,28 @@ def test_the_weights_of_the_next_layer_travel_during_this_one(
     """The first layer is gathered before the loop, and the loop gathers the other ones."""
     for name in OVERLAP:
         monkeypatch.setitem(OVERLAP, name, pipelined)
-    llama = tiny_llama(
-        num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=128, head_dim=16, vocab_size=48
-    )
-    quant = dataclasses.replace(PLAIN, block_size=32)
-    data = DataConfig(source_length=16, target_length=16)
-    train = TrainConfig(batch_size=8, compute_dtype="float32")
-    adapter, mesh = AdapterConfig(rank=4), MeshConfig(1, 8, 1)
-    config = Config("m", "f", quant=quant, adapter=adapter, train=train, mesh=mesh, data=data)
-    base = abstract_base(llama, quant)
-    _, program = compile_step(config, base, llama, find_plan_device("8xh100", 8))
-    found = collectives(program.as_text(), 8)
+    found = tiny_step()
     codes = [one for one in found if "u8" in (kind for kind, _ in one.shapes)]
     turns = {one.times for one in codes}
     assert turns == ({1, LAYERS - 1} if pipelined else {LAYERS})
     # They do not wait at once: other work starts before their end.
     assert all(one.overlapped for one in codes if one.times > 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("parts", [2, 3])
+def test_every_part_of_a_step_gathers_the_weights(parts: int) -> None:
+    """The compiler does not say how often it runs the loop over the parts."""
+
+    def codes(parts: int) -> float:
+        return sum(
+            one.times * shape_bytes(shape)
+            for one in tiny_step(parts)
+            for shape in one.shapes
+            if one.kind == "all-gather" and shape[0] == "u8"
+        )
+
+    assert codes(parts) == parts * codes(1) > 0
 
 
 @pytest.mark.long

@@ -108,6 +108,41 @@ def test_the_result_alone_of_a_permutation_counts() -> None:
     assert found.shapes == (("u8", (4,)),) and found.nbytes == 4
 
 
+@pytest.mark.parametrize(
+    ("start", "test", "times"),
+    [
+        ("0", "direction=LT", 3),
+        ("1", "direction=LT", None),
+        ("0", "direction=NE", None),
+    ],
+)
+def test_the_length_of_a_loop_is_read_from_its_test(
+    start: str, test: str, times: int | None
+) -> None:
+    """As the compiler writes loops around pipelined loops."""
+    text = f"""%body (x: (s32[], u8[4])) -> (s32[], u8[4]) {{
+  %y = u8[4]{{0}} all-reduce(%x), replica_groups={{{{0,1}}}}, to_apply=%add
+}}
+%fused (i: s32[]) -> pred[] {{
+  %bound = s32[] constant(3)
+  ROOT %r = pred[] compare(%i, %bound), {test}
+}}
+%less (x: (s32[], u8[4])) -> pred[] {{
+  ROOT %f = pred[] fusion(%x), kind=kLoop, calls=%fused
+}}
+ENTRY %main (x: u8[4]) -> u8[4] {{
+  %zero = s32[] constant({start})
+  %a = s32[] copy(%zero)
+  %t = (s32[], u8[4]{{0}}) tuple(%a, %x)
+  %z = (s32[], u8[4]{{0}}) while(%t), condition=%less, body=%body
+}}"""
+    if times is None:
+        with pytest.raises(ValueError, match="unknown turns"):
+            collectives(text, 2)
+    else:
+        assert [one.times for one in collectives(text, 2)] == [times]
+
+
 def test_a_loop_of_unknown_length_is_refused() -> None:
     text = """%body (x: u8[4]) -> u8[4] {
   %y = u8[4]{0} all-reduce(%x), replica_groups={{0,1}}, to_apply=%add
