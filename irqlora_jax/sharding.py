@@ -35,10 +35,7 @@ follows the outputs; None if it is not split."""
 PAIR: Splits = {"lora_A": (None, "in"), "lora_B": ("out", None)}
 """How a LoRA pair is split."""
 
-OVERLAP = {
-    "xla_gpu_enable_pipelined_all_gather": True,
-    "xla_gpu_enable_while_loop_double_buffering": True,
-}
+OVERLAP = {"xla_gpu_enable_pipelined_all_gather": True}
 """Compiler options for GPUs with the axis fsdp: the weights of the next layer travel while this one
 computes (benchmarks/collectives.py)."""
 MOMENT = ("codes", "absmax")
@@ -96,11 +93,7 @@ def make_mesh(
             f"mesh.data x mesh.fsdp x mesh.tensor = {data} x {config.fsdp} x {config.tensor} = "
             f"{data * inner} devices: there are {len(devices)}"
         )
-    if rows % (data * config.fsdp):
-        raise ValueError(
-            f"mesh.data x mesh.fsdp = {data * config.fsdp} cannot split the {rows} rows of a batch "
-            f"({field}): expected a divisor"
-        )
+    check_rows(rows, data * config.fsdp, field)
     if jax.process_count() > 1 and data * inner < len(devices):
         raise ValueError(
             f"mesh.data x mesh.fsdp x mesh.tensor = {data} x {config.fsdp} x {config.tensor} = "
@@ -111,6 +104,24 @@ def make_mesh(
     shape = (data, config.fsdp, config.tensor)
     grid = np.asarray(devices[: math.prod(shape)]).reshape(shape)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def check_rows(rows: int, parts: int, field: str = "train.batch_size / train.accumulation") -> None:
+    """Checks that mesh.data x mesh.fsdp can split the rows of a forward pass evenly.
+
+    Args:
+        rows: of a forward pass.
+        parts: mesh.data x mesh.fsdp.
+        field: setting of the rows, for messages.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if rows % parts:
+        raise ValueError(
+            f"mesh.data x mesh.fsdp = {parts} cannot split the {rows} rows of a batch "
+            f"({field}): expected a divisor"
+        )
 
 
 def spec(mesh: Mesh | AbstractMesh, path: Axes, shape: tuple[int, ...], splits: Splits = PAIR) -> P:

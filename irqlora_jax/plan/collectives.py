@@ -2,13 +2,15 @@
 
 A collective in a loop counts as often as the loop runs. Bytes are those that a device sends on a
 ring of n devices: (n - 1) / n of the result of an all-gather, as much of the operand of a
-reduce-scatter, and twice as much of an all-reduce.
+reduce-scatter, and twice as much of an all-reduce. A ring over several hosts leaves each host once,
+and all rings share the network adapters of the host, one for each GPU, as NCCL does.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -59,9 +61,16 @@ class Collective:
         share = 1.0 if self.kind == "collective-permute" else (count - 1) / count
         return size * share * (2 if self.kind == "all-reduce" else 1)
 
-    def crosses(self, local: int) -> bool:
-        """Whether a group has devices of several hosts, of `local` devices each."""
-        return len({device // local for device in self.group}) > 1
+    def network_bytes(self, local: int) -> float:
+        """Bytes that each network adapter sends, each time: 0 if the group is of one host.
+
+        Groups with k devices of a host make local / k rings, which share the `local` adapters.
+
+        Args:
+            local: devices of a host, each with an adapter.
+        """
+        hosts = [device // local for device in self.group]
+        return self.nbytes / hosts.count(hosts[0]) if len(set(hosts)) > 1 else 0.0
 
 
 def shape_bytes(shape: Shape) -> float:
@@ -72,16 +81,34 @@ def shape_bytes(shape: Shape) -> float:
     return math.prod(sizes) * bits / 8
 
 
-def collectives(program: str, devices: int) -> list[Collective]:
-    """The collectives of a program, with the number of times that they run.
+class Line(NamedTuple):
+    """One line of a program that runs.
+
+    Attributes:
+        operation: such as "all-gather-start".
+        shapes: of its results.
+        rest: of the line, behind the operation.
+        times: how often it runs.
+        lines: of its computation.
+        place: in `lines`.
+    """
+
+    operation: str
+    shapes: list[Shape]
+    rest: str
+    times: int
+    lines: list[str]
+    place: int
+
+
+def running_lines(program: str) -> Iterator[Line]:
+    """The lines that a program runs, those of loops and called computations in place of the call.
 
     Args:
         program: `compiled.as_text()`.
-        devices: number of devices that it runs on.
 
     Raises:
-        ValueError: a loop with a collective has no known number of turns, or its devices are
-            written in an unknown form.
+        ValueError: a loop with a collective has no known number of turns.
     """
     lines: dict[str, list[str]] = {}
     entry = name = ""
@@ -91,34 +118,101 @@ def collectives(program: str, devices: int) -> list[Collective]:
             name = head[2]
             entry = name if head[1] else entry
         lines.setdefault(name, []).append(line)
-    found: list[Collective] = []
 
-    def visit(name: str, times: int) -> None:
+    def visit(name: str, times: int) -> Iterator[Line]:
         for place, line in enumerate(lines.get(name, ())):
             parts = _LINE.match(line)
             if parts is None:
                 continue
             result, operation, rest = parts.groups()
-            kind = operation.removesuffix("-start")
-            if kind in KINDS:
-                shapes = tuple(_shapes(result))
-                if operation == "all-gather-start":  # operands, then results
-                    shapes = shapes[len(shapes) // 2 :]
-                started = operation != kind
-                work = _work_meanwhile(lines[name], place, kind) if started else 0
-                found.append(Collective(kind, shapes, _group(rest, devices), times, work))
+            yield Line(operation, _shapes(result), rest, times, lines[name], place)
+            if _kind(operation):
                 continue
-            trips = _TRIPS.search(rest) if operation == "while" else None
-            before, again = len(found), times * int(trips[1] if trips else 1)
+            turns = _turns(lines, name, rest) if operation == "while" else 1
+            again = times * (turns or 1)
             for one, branches in _CALLED.findall(rest):
                 for other in [one, *re.findall(r"[\w.\-]+", branches)]:
-                    if other in lines:
-                        visit(other, again)
-            if operation == "while" and trips is None and len(found) > before:
-                raise ValueError(f"a loop with collectives and unknown turns: {line[:200]}")
+                    for inner in visit(other, again):
+                        if turns is None and _kind(inner.operation):
+                            raise ValueError(
+                                f"a loop with collectives and unknown turns: {line[:200]}"
+                            )
+                        yield inner
 
-    visit(entry, 1)
+    yield from visit(entry, 1)
+
+
+def collectives(program: str, devices: int) -> list[Collective]:
+    """The collectives of a program, with the number of times that they run.
+
+    Args:
+        program: `compiled.as_text()`.
+        devices: number of devices that it runs on.
+
+    Raises:
+        ValueError: as `running_lines`, or the devices are written in an unknown form.
+    """
+    found: list[Collective] = []
+    for line in running_lines(program):
+        kind = _kind(line.operation)
+        if kind is None:
+            continue
+        shapes, work = tuple(line.shapes), 0
+        if line.operation != kind:  # it starts here
+            work = _work_meanwhile(line.lines, line.place, kind)
+            if kind == "all-gather":  # operands, then results
+                shapes = shapes[len(shapes) // 2 :]
+            if kind == "collective-permute":  # operand, result, and perhaps more
+                shapes = shapes[1:2]
+        group = _group(line.rest, devices)
+        found.append(Collective(kind, shapes, group, line.times, work))
     return found
+
+
+def seconds_at_least(found: Iterable[Collective], local: int, link: float, network: float) -> float:
+    """Seconds that the slowest part of each ring needs, one collective after the other.
+
+    Args:
+        found: collectives of a step.
+        local: devices of a host.
+        link: bytes a second between the devices of a host, in each direction.
+        network: bytes a second of each network adapter, in each direction.
+    """
+    return sum(
+        one.times * max(one.nbytes / link, one.network_bytes(local) / network) for one in found
+    )
+
+
+def _turns(lines: dict[str, list[str]], name: str, rest: str) -> int | None:
+    """How often a loop runs, if that is known.
+
+    The compiler does not say so of a loop around a pipelined loop. Such a loop counts from 0.
+    """
+    known = _TRIPS.search(rest)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", rest)
+    test = "\n".join(lines.get(condition[1], ())) if condition else ""
+    for inner in re.findall(r"calls=%?([\w.\-]+)", test):
+        test += "\n".join(lines.get(inner, ()))
+    bounds = re.findall(r" constant\((\d+)\)", test)
+    if len(bounds) != 1 or re.findall(r"direction=(\w+)", test) != ["LT"]:
+        return None
+    value = rest.split(")")[0]
+    while True:  # back to the first number of the tuple that the loop starts with
+        own = rf"\s+%?{re.escape(value.lstrip('%'))} = .*? (tuple|copy|constant)\((%?[\w.\-]+)"
+        found = next(filter(None, (re.match(own, line) for line in lines[name])), None)
+        if found is None:
+            return None
+        if found[1] == "constant":
+            return int(bounds[0]) if found[2] == "0" else None
+        value = found[2]
+
+
+def _kind(operation: str) -> str | None:
+    """The kind of the collective that an operation starts, if any."""
+    kind = operation.removesuffix("-start")
+    return kind if kind in KINDS else None
 
 
 def _work_meanwhile(lines: list[str], place: int, kind: str) -> int:

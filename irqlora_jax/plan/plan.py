@@ -11,7 +11,7 @@ from irqlora_jax.config import Config, with_base_settings
 from irqlora_jax.messages import shows_messages
 from irqlora_jax.model.config import LlamaConfig
 from irqlora_jax.plan.calibration import CalibrationNeed, measure_calibration
-from irqlora_jax.plan.collectives import KINDS, collectives, total_bytes
+from irqlora_jax.plan.collectives import KINDS, collectives, seconds_at_least, total_bytes
 from irqlora_jax.plan.fit import with_planned_rules
 from irqlora_jax.plan.gpus import parse_fleet
 from irqlora_jax.plan.measure import (
@@ -26,13 +26,14 @@ from irqlora_jax.plan.measure import (
     read_base_shapes,
 )
 from irqlora_jax.runs.load import is_base
+from irqlora_jax.sharding import check_rows
 from irqlora_jax.text import aligned, readable_size
 
 _MAX_SHARE = 0.95  # the driver and the libraries need the rest
 _MAX_ROWS = 1024
 _SMALL_CHUNK = 256
 NETWORK = 50
-"""GB/s for each GPU between hosts, in each direction: 400 Gb/s."""
+"""GB/s of a network adapter, in each direction: 400 Gb/s. Each GPU has one."""
 logger = logging.getLogger(__name__)
 
 
@@ -91,7 +92,8 @@ def _with_data(config: Config, name: str) -> Config:
     """Sets `mesh.data` for the devices of a plan, which the mesh has to fill if there are several.
 
     Raises:
-        ValueError: an unknown device, or the mesh does not fill the devices.
+        ValueError: an unknown device, or a mesh that does not fill the devices or cannot split the
+            rows.
     """
     fleet, mesh = parse_fleet(name), config.mesh
     inner = mesh.fsdp * mesh.tensor
@@ -104,6 +106,7 @@ def _with_data(config: Config, name: str) -> Config:
             f"plan = {name!r}: has {total} devices, but mesh.data x mesh.fsdp x mesh.tensor = "
             f"{data} x {mesh.fsdp} x {mesh.tensor}; expected the product {total}"
         )
+    check_rows(config.train.rows, data * mesh.fsdp)  # before devices are made, perhaps very many
     return _replace_fields(config, {"mesh.data": data})
 
 
@@ -117,14 +120,15 @@ def _traffic(program: Any, need: MemoryNeed, target: PlanDevice) -> str:
         if own:
             times = sum(one.times for one in own)
             rows.append((kind, f"{times:,}", f"{total_bytes(own) / 2**30:.3f}"))
-    far = [one for one in found if one.crosses(local)]
-    near = total_bytes(found) - total_bytes(far)
     text = aligned(rows)
+    if target.hosts > 1:
+        far = sum(one.times * one.network_bytes(local) for one in found)
+        text += f"\nbetween hosts, by each network adapter: {far / 2**30:.3f} GiB"
     if target.link is not None:
-        seconds = near / (target.link * 1e9) + total_bytes(far) / (NETWORK * 1e9)
+        seconds = seconds_at_least(found, local, target.link * 1e9, NETWORK * 1e9)
         parts = f"{target.link} GB/s in a host"
         if target.hosts > 1:
-            parts += f", {NETWORK} GB/s (400 Gb/s) for each GPU between hosts"
+            parts += f", {NETWORK} GB/s (400 Gb/s) for each network adapter, one for each GPU"
         text += f"\nat least {seconds:.3f} seconds, by arithmetic: {parts}"
     return text
 

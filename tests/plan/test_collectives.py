@@ -16,7 +16,12 @@ from irqlora_jax.base.storage import abstract_base
 from irqlora_jax.config import Config, TrainConfig
 from irqlora_jax.data.config import DataConfig
 from irqlora_jax.model.tree import linear_stacks
-from irqlora_jax.plan.collectives import Collective, collectives, total_bytes
+from irqlora_jax.plan.collectives import (
+    Collective,
+    collectives,
+    seconds_at_least,
+    total_bytes,
+)
 from irqlora_jax.plan.gpus import parse_fleet
 from irqlora_jax.plan.measure import PlanDevice, compile_step
 from irqlora_jax.plan.plan import _with_data
@@ -53,7 +58,13 @@ def test_counts_and_bytes_are_those_of_a_program_by_hand() -> None:
     assert gather.group == (0, 1, 2, 3) and reduction.group == (0, 4)
     assert gather.nbytes == 16 * 16 * 4 * 3 / 4 and reduction.nbytes == 2 * 16 * 4 * 1 / 2
     assert total_bytes(found) == 3 * gather.nbytes + reduction.nbytes
-    assert not gather.crosses(4) and reduction.crosses(4)
+    # Hosts of 4 devices: the gather stays inside, and four sums share the four adapters of a host.
+    assert gather.network_bytes(4) == 0 and reduction.network_bytes(4) == reduction.nbytes
+    # Hosts of 2 devices: each ring has two of them, and leaves the host once.
+    assert gather.network_bytes(2) == gather.nbytes / 2
+    seconds = seconds_at_least(found, 2, link=8.0, network=1.0)
+    assert seconds == 3 * gather.nbytes / 2 + reduction.nbytes
+    assert seconds_at_least(found, 8, link=8.0, network=1.0) == total_bytes(found) / 8
 
 
 @pytest.mark.parametrize(
@@ -86,6 +97,50 @@ def test_work_during_a_collective_is_counted() -> None:
     found = collectives(text, 4)
     assert [one.overlapped for one in found] == [1, 2]
     assert [one.shapes for one in found] == [(("u8", (16,)),)] * 2
+
+
+def test_the_result_alone_of_a_permutation_counts() -> None:
+    text = """ENTRY %main (x: u8[4]) -> u8[4] {
+  %a = (u8[4]{0}, u8[4]{0}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  ROOT %b = u8[4]{0} collective-permute-done(%a)
+}"""
+    (found,) = collectives(text, 2)
+    assert found.shapes == (("u8", (4,)),) and found.nbytes == 4
+
+
+@pytest.mark.parametrize(
+    ("start", "test", "times"),
+    [
+        ("0", "direction=LT", 3),
+        ("1", "direction=LT", None),
+        ("0", "direction=NE", None),
+    ],
+)
+def test_the_length_of_a_loop_is_read_from_its_test(
+    start: str, test: str, times: int | None
+) -> None:
+    """As the compiler writes loops around pipelined loops."""
+    text = f"""%body (x: (s32[], u8[4])) -> (s32[], u8[4]) {{
+  %y = u8[4]{{0}} all-reduce(%x), replica_groups={{{{0,1}}}}, to_apply=%add
+}}
+%fused (i: s32[]) -> pred[] {{
+  %bound = s32[] constant(3)
+  ROOT %r = pred[] compare(%i, %bound), {test}
+}}
+%less (x: (s32[], u8[4])) -> pred[] {{
+  ROOT %f = pred[] fusion(%x), kind=kLoop, calls=%fused
+}}
+ENTRY %main (x: u8[4]) -> u8[4] {{
+  %zero = s32[] constant({start})
+  %a = s32[] copy(%zero)
+  %t = (s32[], u8[4]{{0}}) tuple(%a, %x)
+  %z = (s32[], u8[4]{{0}}) while(%t), condition=%less, body=%body
+}}"""
+    if times is None:
+        with pytest.raises(ValueError, match="unknown turns"):
+            collectives(text, 2)
+    else:
+        assert [one.times for one in collectives(text, 2)] == [times]
 
 
 def test_a_loop_of_unknown_length_is_refused() -> None:
@@ -144,6 +199,8 @@ def test_names_of_several_gpus(name: str, found: tuple[int, int, bool]) -> None:
         ("0xh100", "plan = '0xh100': expected numbers of at least 1"),
         ("2x2x2xh100", "plan = '2xh100': expected one of"),
         ("8xh100", "has 8 devices, but mesh.data x mesh.fsdp x mesh.tensor = 1 x 3 x 1"),
+        ("3000000xh100", "but mesh.data x mesh.fsdp x mesh.tensor = 1 x 3 x 1"),
+        ("3xh100", "mesh.data x mesh.fsdp = 3 cannot split the 16 rows of a batch"),
     ],
 )
 def test_what_a_plan_for_several_gpus_refuses(name: str, message: str) -> None:
